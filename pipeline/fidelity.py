@@ -1,0 +1,246 @@
+"""The gate: does the cache say what the teacher says?
+
+Sampled rows are run through the teacher again and compared with the cache by TOKEN ID. The cosine
+of sorted top-K values would prove nothing: between unrelated positions it is already 0.9988,
+because all sorted tails look alike. So both sides are scattered by id and probabilities are
+compared.
+
+Two more numbers say how to read the first. The noise floor compares the teacher with itself at
+another batch shape: no cache can do better. The negative control compares the cache with the
+teacher one position away, as a cache shifted by one would; it must FAIL the same thresholds, else
+the gate is blind.
+
+Shapes: n positions, K ids, V valid vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import VerifyParams
+from pipeline.data.packing import PADDING
+from pipeline.data.rows import CorpusSplit
+from pipeline.runtime import progress
+from pipeline.store.reader import CacheReader
+from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.topk import TopK, top_k_from_logits
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Per position, float32 [n]: how the distribution `said` agrees with `live`."""
+
+    cosine: Tensor  # of probabilities scattered by id
+    kl: Tensor  # KL(live || said), nats, ids outside said's top K merged into one bucket
+    top1: Tensor  # 1 where the most probable id is the same
+    overlap: Tensor  # share of the K ids both have
+
+    @staticmethod
+    def cat(parts: list[Agreement]) -> Agreement:
+        """Join along positions."""
+        return Agreement(
+            cosine=torch.cat([part.cosine for part in parts]),
+            kl=torch.cat([part.kl for part in parts]),
+            top1=torch.cat([part.top1 for part in parts]),
+            overlap=torch.cat([part.overlap for part in parts]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSummary:
+    """Means over positions; `worst_batch_cosine` is the lowest mean cosine of a batch."""
+
+    mean_cosine: float
+    min_cosine: float
+    worst_batch_cosine: float
+    mean_kl: float
+    max_kl: float
+    top1: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate found."""
+
+    cache: GateSummary
+    noise: GateSummary
+    control: GateSummary
+    failures: tuple[str, ...]  # sentences; empty when the gate passes
+    histogram: list[dict[str, Any]]  # rows of series, log10_one_minus_cosine, share
+    batches: int
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the cache may be used."""
+        return not self.failures
+
+    def metrics(self) -> dict[str, Any]:
+        """For metrics.json."""
+        return {
+            "passed": self.passed,
+            "batches": self.batches,
+            "tokens": self.tokens,
+            "cache": asdict(self.cache),
+            "noise_floor": asdict(self.noise),
+            "negative_control": asdict(self.control),
+        }
+
+
+def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
+    """Compare two TopK of the same positions.
+
+    Args:
+        said: leading axis n; what the cache says. live: likewise, the teacher now.
+        live_logprobs: float32 [n, K], the teacher's log-probabilities at said.ids.
+    """
+    p, q = said.logprobs.exp(), live.logprobs.exp()
+    same_id = said.ids[:, :, None] == live.ids[:, None, :]  # [n, K, K]
+    dot = torch.einsum("nk,nkj,nj->n", p, same_id.float(), q)
+    cosine = dot / (p.norm(dim=-1) * q.norm(dim=-1))
+    live_mass = live_logprobs.exp()
+    tiny = torch.finfo(torch.float32).tiny
+    live_tail = (1.0 - live_mass.sum(-1)).clamp_min(0.0)
+    said_tail = (1.0 - p.sum(-1)).clamp_min(tiny)
+    tail = live_tail * (live_tail.clamp_min(tiny).log() - said_tail.log())
+    kl = (live_mass * (live_logprobs - said.logprobs)).sum(-1)
+    if said.k < said.vocab_size:
+        kl = kl + tail
+    return Agreement(
+        cosine=cosine,
+        kl=kl,
+        top1=(said.ids[:, 0] == live.ids[:, 0]).float(),
+        overlap=same_id.any(-1).float().mean(-1),
+    )
+
+
+def run_gate(
+    teacher: HuggingFaceTeacher,
+    splits: Sequence[tuple[CorpusSplit, CacheReader]],
+    params: VerifyParams,
+    *,
+    seed: int,
+) -> GateReport:
+    """Recompute sampled rows of all splits and judge the cache by the thresholds of `params`.
+
+    Rows are drawn one a stratum over the whole corpus, so no shard of any size escapes by chance.
+    """
+    where = [(split, row) for split in splits for row in range(len(split[0]))]
+    chosen = [where[i] for i in _stratified(len(where), params.batches * params.batch_rows, seed)]
+    batches = [chosen[i : i + params.batch_rows] for i in range(0, len(chosen), params.batch_rows)]
+    cached: list[Agreement] = []
+    noise: list[Agreement] = []
+    control: list[Agreement] = []
+    for number, batch in enumerate(progress(batches, what="verify", unit="batch")):
+        blocks = [corpus.rows(row, row + 1) for (corpus, _), row in batch]
+        tokens = torch.from_numpy(np.concatenate([block.tokens for block in blocks]))
+        real = torch.from_numpy(np.concatenate([block.doc_ids for block in blocks])) != PADDING
+        stored = TopK.cat([reader.top_k(np.array([row])) for (_, reader), row in batch])
+        shifted = stored.map(lambda t: t.roll(1, dims=1))
+        live, (at_stored, at_shifted) = _live(teacher, tokens, [stored.ids, shifted.ids])
+        cached.append(_compare(stored, live, at_stored, real))
+        if number < params.noise_batches:
+            control.append(_compare(shifted, live, at_shifted, real))
+            # Another batch shape makes other matrix shapes, hence another order of rounding.
+            again, (at_live,) = _live(teacher, tokens.repeat(3, 1), [live.ids.repeat(3, 1, 1)])
+            again, at_live = again[: len(tokens)], at_live[: len(tokens)]
+            noise.append(_compare(live, again, at_live, real))
+    cache_summary, noise_summary, control_summary = map(_summary, (cached, noise, control))
+    failures = _failures(cache_summary, params)
+    if not _failures(control_summary, params):
+        failures.append("the negative control, targets shifted by one, passed: the gate is blind")
+    return GateReport(
+        cache=cache_summary,
+        noise=noise_summary,
+        control=control_summary,
+        failures=tuple(failures),
+        histogram=_histogram({"cache": cached, "noise floor": noise, "shifted by one": control}),
+        batches=len(batches),
+        tokens=sum(len(part.cosine) for part in cached),
+    )
+
+
+def _live(
+    teacher: HuggingFaceTeacher, tokens: Tensor, id_sets: Sequence[Tensor]
+) -> tuple[TopK, list[Tensor]]:
+    """One forward: the teacher's TopK [B, L, K] and its log-probabilities at each set of ids.
+
+    Args:
+        tokens: int64 [B, L]. id_sets: int64 [B, L, K] each.
+    """
+    flat_ids = [ids.flatten(0, 1).to(teacher.device) for ids in id_sets]
+    parts: list[TopK] = []
+    gathered: list[list[Tensor]] = [[] for _ in id_sets]
+    for rows, logits in teacher.logits_by_chunk(tokens):
+        for ids, found in zip(flat_ids, gathered, strict=True):
+            found.append(logits.gather(-1, ids[rows]))
+        topk = top_k_from_logits(logits, id_sets[0].shape[-1], ())
+        parts.append(topk)
+        for found in gathered:
+            found[-1] -= topk.lse[:, None]
+    shape = tuple(tokens.shape)
+    live = TopK.cat(parts).map(lambda t: t.view(*shape, *t.shape[1:]).cpu())
+    return live, [torch.cat(found).view(*shape, -1).cpu() for found in gathered]
+
+
+def _compare(said: TopK, live: TopK, live_logprobs: Tensor, real: Tensor) -> Agreement:
+    """`agreement` of the positions that are not padding, in float32 on the CPU."""
+    return agreement(said[real], live[real], live_logprobs[real])
+
+
+def _stratified(size: int, wanted: int, seed: int) -> list[int]:
+    """min(wanted, size) different indices below `size`, one from each of equal strata."""
+    wanted = min(wanted, size)
+    edges = np.arange(wanted + 1) * size // wanted
+    generator = np.random.default_rng(seed)
+    return [int(generator.integers(a, b)) for a, b in itertools.pairwise(edges)]
+
+
+def _summary(parts: list[Agreement]) -> GateSummary:
+    whole = Agreement.cat(parts)
+    return GateSummary(
+        mean_cosine=float(whole.cosine.mean()),
+        min_cosine=float(whole.cosine.min()),
+        worst_batch_cosine=min(float(part.cosine.mean()) for part in parts),
+        mean_kl=float(whole.kl.mean()),
+        max_kl=float(whole.kl.max()),
+        top1=float(whole.top1.mean()),
+        overlap=float(whole.overlap.mean()),
+    )
+
+
+def _failures(summary: GateSummary, params: VerifyParams) -> list[str]:
+    """A sentence for each threshold that is not met; NaN meets none."""
+    checks = [
+        ("mean cosine", summary.mean_cosine, ">=", params.min_mean_cosine),
+        ("worst batch's cosine", summary.worst_batch_cosine, ">=", params.min_batch_cosine),
+        ("mean KL", summary.mean_kl, "<=", params.max_mean_kl),
+        ("top-1 agreement", summary.top1, ">=", params.min_top1),
+        ("overlap of ids", summary.overlap, ">=", params.min_overlap),
+    ]
+    return [
+        f"{name} {value:.6f} is not {sign} {limit:g}"
+        for name, value, sign, limit in checks
+        if not (value >= limit if sign == ">=" else value <= limit)
+    ]
+
+
+def _histogram(series: dict[str, list[Agreement]]) -> list[dict[str, Any]]:
+    """Share of positions by log10(1 - cosine), half a decade a bin, for each series."""
+    edges = np.arange(-8.0, 0.5, 0.5)
+    rows = []
+    for name, parts in series.items():
+        distance = (1.0 - Agreement.cat(parts).cosine.double().numpy()).clip(1e-8, 1.0)
+        counts, _ = np.histogram(np.log10(distance), bins=edges)
+        for low, count in zip(edges[:-1], counts, strict=True):
+            share = float(count) / len(distance)
+            rows.append({"series": name, "log10_one_minus_cosine": float(low), "share": share})
+    return rows

@@ -1,0 +1,257 @@
+"""A Qwen2-like decoder, written to be read downward.
+
+Parameter names are Hugging Face's, so a checkpoint of `Qwen2ForCausalLM` or `LlamaForCausalLM`
+loads without a rename map (see `pipeline/model/weights.py`), and both agree number by number
+(tests/model/test_student.py).
+
+Shapes: B batch, L length, D hidden, H query heads, G key/value heads, E head size, F intermediate,
+V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import ParamsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Hyper-parameters of the student; the defaults give 123.4 M parameters.
+
+    `vocab_size` is the number of embedding ROWS, which may exceed the number of tokenizer entries
+    (Qwen2.5: 151,936 rows for 151,665 entries).
+    """
+
+    hidden_size: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    intermediate_size: int = 2048
+    vocab_size: int = 151_936
+    max_seq_len: int = 512
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    attention_bias: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "intermediate_size",
+            "vocab_size",
+            "max_seq_len",
+        ):
+            if getattr(self, name) < 1:
+                raise ParamsError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ParamsError(
+                f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ParamsError(
+                f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_size % 2:
+            raise ParamsError(
+                f"hidden_size / num_heads = {self.head_size} must be even, since RoPE rotates pairs"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ParamsError(f"dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def head_size(self) -> int:
+        """E, the width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4).
+
+    The mean SQUARE is normalised, the mean is not subtracted. Statistics are float32 whatever the
+    input, and the product with `weight` happens in the input's dtype, as in Hugging Face.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al. 2021, eq. 34), in Hugging Face's half-split layout.
+
+    Dimension i is paired with i + E/2 (not with its neighbour) and turned by the angle
+    position * theta^(-2i/E).
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, head_size: int, theta: float) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+        self.register_buffer("inv_freq", 1.0 / theta**exponents, persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, L] integers -> cos, sin [B, 1, L, E], float32."""
+        # bf16 cannot count past 256: angles stay float32 under autocast too.
+        with torch.autocast(positions.device.type, enabled=False):
+            angles = positions[..., None].float() * self.inv_freq.float()
+            angles = torch.cat((angles, angles), dim=-1)[:, None]
+            return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [B, heads, L, E] by the angles of `RotaryEmbedding`, in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class GQAAttention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads.
+
+    softmax(Q K^T / sqrt(E)) V by `scaled_dot_product_attention`; query head h reads key/value head
+    h // (H / G).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.dropout = config.dropout
+        kv_size = config.num_kv_heads * config.head_size
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
+            return y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)
+        k = rotate(heads(self.k_proj(x)), cos, sin)
+        v = heads(self.v_proj(x))
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+
+class SwiGLUFFN(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6), without biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = GQAAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLUFFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding -> num_layers blocks -> final norm; named `model.*` in checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary = RotaryEmbedding(config.head_size, config.rope_theta)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        cos, sin = self.rotary(positions)
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class StudentModel(nn.Module):
+    """The causal language model: tokens [B, L] -> logits [B, L, V].
+
+    Training calls `hidden_states` and hands the result with `head_weight` to
+    `pipeline.losses.chunked`, which never holds B*L x V logits at once.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(_init_weights)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output matrix, which is the embedding when `tie_embeddings`."""
+        return self.lm_head.weight
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] integers -> final normalised hidden states [B, L, D]."""
+        if tokens.shape[1] > self.config.max_seq_len:
+            raise ParamsError(
+                f"a row of {tokens.shape[1]} tokens exceeds the student's max_seq_len="
+                f"{self.config.max_seq_len}: shorten corpus.row_length or enlarge max_seq_len"
+            )
+        out: Tensor = self.model(tokens)
+        return out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(self.hidden_states(tokens))
+        return out
+
+    def count_parameters(self) -> int:
+        """Number of parameters, a tied matrix counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) matrices and zero biases, Hugging Face's `initializer_range`."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,223 @@
+"""Load and save students as Hugging Face folders: config.json, model.safetensors, tokenizer files.
+
+Parameter names are Hugging Face's, so loading is a copy by name and a saved student opens with
+`AutoModelForCausalLM` (as `qwen2` when q/k/v carry a bias, as `llama` when not).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import DecantError, ParamsError
+from pipeline.model.student import ModelConfig, StudentModel
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """ModelConfig of a Hugging Face `qwen2` or `llama` folder.
+
+    Raises:
+        DecantError: no readable config.json, or a variant this model does not implement, named.
+    """
+    raw = _read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    if kind not in ("qwen2", "llama"):
+        raise DecantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    head_size = raw["hidden_size"] // raw["num_attention_heads"]
+    unsupported = {
+        "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
+        "head_dim": (raw.get("head_dim") or head_size, head_size),
+        "mlp_bias": (raw.get("mlp_bias", False), False),
+        "use_sliding_window": (raw.get("use_sliding_window", False), False),
+        "attention_bias": (kind == "llama" and raw.get("attention_bias", False), False),
+    }
+    for name, (value, supported) in unsupported.items():
+        if value != supported:
+            raise DecantError(f"{folder} has {name}={value!r}: the student supports {supported!r}")
+    return ModelConfig(
+        hidden_size=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        intermediate_size=raw["intermediate_size"],
+        vocab_size=raw["vocab_size"],
+        max_seq_len=raw["max_position_embeddings"],
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+        norm_eps=raw["rms_norm_eps"],
+        attention_bias=kind == "qwen2",
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+    )
+
+
+def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentModel:
+    """The student of a Hugging Face folder in float32, or only the given layers of it, in order.
+
+    Args:
+        folder: config.json and *.safetensors, ours or Hugging Face's.
+        layers: indices of decoder layers to keep (0-based, may not repeat); None keeps all.
+    """
+    config = read_config(folder)
+    if layers is not None:
+        outside = [i for i in layers if not 0 <= i < config.num_layers]
+        if outside or not layers or len(set(layers)) != len(layers):
+            raise ParamsError(
+                f"student.layers={list(layers)} must name different layers within "
+                f"0..{config.num_layers - 1} of {folder}"
+            )
+        config = ModelConfig(**{**vars(config), "num_layers": len(layers)})
+    student = StudentModel(config)
+    position = {source: i for i, source in enumerate(layers or range(config.num_layers))}
+    targets = dict(student.named_parameters())
+    loaded: set[str] = set()
+    with torch.no_grad():
+        for name, tensor in _tensors(folder):
+            match = _LAYER.match(name)
+            if match:
+                if int(match[1]) not in position:
+                    continue
+                name = f"model.layers.{position[int(match[1])]}.{match[2]}"
+            if name == "lm_head.weight" and config.tie_embeddings:
+                continue
+            if name not in targets or targets[name].shape != tensor.shape:
+                raise DecantError(
+                    f"{folder} holds {name} {tuple(tensor.shape)}, which its config.json does not "
+                    "describe: the folder is damaged or of another architecture"
+                )
+            targets[name].copy_(tensor)
+            loaded.add(name)
+    if missing := targets.keys() - loaded:
+        raise DecantError(f"{folder} lacks {len(missing)} tensors, for example {min(missing)}")
+    return student
+
+
+def save_student(student: StudentModel, folder: Path, *, tokenizer_from: Path | None) -> None:
+    """Write a Hugging Face folder atomically: complete under `folder`, or not there at all."""
+    with atomic_folder(folder) as partial:
+        tensors = {
+            name: parameter.detach().to("cpu").contiguous()
+            for name, parameter in student.named_parameters()
+        }
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(_hugging_face_config(student.config), indent=2)
+        (partial / "config.json").write_text(text + "\n")
+        for name in TOKENIZER_FILES if tokenizer_from else ():
+            assert tokenizer_from is not None
+            if (tokenizer_from / name).exists():
+                shutil.copy(tokenizer_from / name, partial / name)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder that takes its name, replacing any older one, only if the block ends well."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _fsync(file)
+        _fsync(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def hash_weights(folder: Path) -> str:
+    """sha256 over config.json and every *.safetensors file of a model folder, in name order."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    if len(files) == 1:
+        raise DecantError(f"{folder} holds no *.safetensors: run stages/fetch.py first")
+    return _hash_files(files)
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """sha256 of tokenizer.json: vocabulary, merges, splitting and normalisation."""
+    return _hash_files([folder / "tokenizer.json"])
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        except FileNotFoundError:
+            raise DecantError(f"{file} does not exist: run stages/fetch.py first") from None
+    return total.hexdigest()
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DecantError(f"{folder} holds no *.safetensors: is it a model folder?")
+    with ExitStack() as stack:
+        for file in files:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                yield name, opened.get_tensor(name)
+
+
+def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
+    kind = "qwen2" if config.attention_bias else "llama"
+    return {
+        "architectures": ["Qwen2ForCausalLM" if kind == "qwen2" else "LlamaForCausalLM"],
+        "model_type": kind,
+        "dtype": "float32",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DecantError(f"{file} cannot be read as a model's config.json: {error}") from None
+    assert isinstance(content, dict)
+    return content
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""Device, number formats, seeds, progress: what depends on the machine, in one place.
+
+The only file that may read environment variables (it reads none yet: libraries read their own).
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.errors import ParamsError
+
+Item = TypeVar("Item")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes the GPU where there is one; `cpu` and `cuda` are taken at their word."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ParamsError("device=cuda, but PyTorch sees no CUDA GPU: set device to auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The teacher's or autocast's number format; `auto` is float16 on a GPU, bfloat16 on CPU."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.bfloat16
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16", as it stands in params.yaml and fingerprints."""
+    return str(dtype).removeprefix("torch.")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def mm_float32(
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """A @ b with factors rounded to `dtype` and products ACCUMULATED AND RETURNED in float32.
+
+    A plain bf16 product returns bf16, which rounds a logit of 20 by up to 0.06: far more than
+    everything else in the cache. On CPU, oneDNN rounds float32 factors itself when told to, at the
+    bf16 units' speed; on CUDA `out_dtype` keeps the accumulator.
+
+    Args:
+        a: [n, m]. b: [m, p]. dtype: float32, bfloat16 or float16.
+        out: optional float32 [n, p] to write into.
+        add_to: optional float32 [n, p] to which the product is added in place (beta = 1).
+    """
+    if a.device.type == "cuda" and dtype != torch.float32:
+        product = torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        if add_to is not None:
+            return add_to.add_(product)
+        return product if out is None else out.copy_(product)
+    if dtype == torch.float16:  # no fp16 units on CPU: round the factors, multiply in float32
+        a, b = a.to(dtype), b.to(dtype)
+    a, b = a.float(), b.float()
+    with _cpu_matmul_precision("bf16" if dtype == torch.bfloat16 else "ieee"):
+        if add_to is not None:
+            return add_to.addmm_(a, b)
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+@contextmanager
+def _cpu_matmul_precision(precision: str) -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def progress(
+    items: Iterable[Item], *, what: str, unit: str, total: int | None = None
+) -> tqdm[Item]:
+    """Iterate with a progress bar: rate and time left; on a log file a line every ten seconds."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=interactive,
+        mininterval=0.2 if interactive else 10.0,
+        maxinterval=10.0,
+        leave=interactive,
+    )
+
+
+def progress_bar(*, what: str, total: int | None, unit: str) -> tqdm[Any]:
+    """The same bar for loops that count by `update`."""
+    nothing: tuple[Any, ...] = ()
+    return progress(nothing, what=what, unit=unit, total=total)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag, so that a step can end and be saved.
+
+    A second Ctrl-C interrupts at once. Outside the main thread it does nothing.
+    """
+
+    requested = False
+
+    def __enter__(self) -> Self:
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        say("stopping after this step; Ctrl-C again stops at once")
+
+
+def say(message: str) -> None:
+    """Print a line for the user above any progress bar."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()

@@ -1,0 +1,115 @@
+"""A Hugging Face causal language model as teacher: hidden states, then the head by chunks.
+
+The full logits of a batch (tokens x vocabulary in float32) never exist: the head is applied to a
+few positions at a time, with products accumulated in float32, and each chunk of logits is reduced
+at once. Rows of the head that no tokenizer id points to are left out (Qwen2.5 has 151,936 rows for
+151,665 ids).
+
+Shapes: B batch, L length, D hidden, V valid vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import DecantError
+from pipeline.runtime import dtype_name, mm_float32
+from pipeline.topk import TopK, top_k_from_logits
+
+
+class HuggingFaceTeacher:
+    """A model folder, loaded once for inference.
+
+    Args:
+        folder: Hugging Face folder with safetensors; no code from it is run.
+        vocab_size: V, ids the tokenizer can produce; the head's further rows are left out.
+        dtype: weights and activations; logits are float32 in any case.
+        head_chunk: positions whose logits exist at once.
+
+    Raises:
+        DecantError: the folder is no model, or its head is smaller than the vocabulary.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_chunk: int = 64,
+    ) -> None:
+        from transformers import AutoModelForCausalLM  # slow to import
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DecantError(
+                f"{folder} is no usable teacher ({reason}): run stages/fetch.py"
+            ) from None
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.dtype = dtype
+        self.vocab_size = vocab_size
+        self.head_chunk = head_chunk
+        head = self.model.get_output_embeddings()
+        if len(head.weight) < vocab_size:
+            raise DecantError(
+                f"{folder} has {len(head.weight)} rows in its head for {vocab_size} tokenizer ids: "
+                "tokenizer and model do not belong together"
+            )
+        weight = head.weight[:vocab_size]
+        # mm_float32 takes float32 factors on CPU: converting once is 10 times cheaper than always.
+        self._head = (weight.float() if device.type == "cpu" else weight).T
+        self._bias = (
+            head.bias[:vocab_size].float() if getattr(head, "bias", None) is not None else None
+        )
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [B, L] -> final hidden states [B, L, D] in the teacher's dtype."""
+        hidden: Tensor = self.model.base_model(
+            input_ids=tokens.to(self.device), use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def logits_by_chunk(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Positions of the flattened batch and their logits, float32 [chunk, V], chunk by chunk.
+
+        The tensor is a work space: the next chunk overwrites it.
+        """
+        hidden = self.hidden_states(tokens).flatten(0, 1)
+        work = torch.empty(min(self.head_chunk, len(hidden)), self.vocab_size, device=self.device)
+        for start in range(0, len(hidden), self.head_chunk):
+            rows = slice(start, min(start + self.head_chunk, len(hidden)))
+            logits = work[: rows.stop - rows.start]
+            mm_float32(hidden[rows], self._head, self.dtype, out=logits)
+            if self._bias is not None:
+                logits += self._bias
+            yield rows, logits
+
+    def top_k(self, tokens: Tensor, k: int, temperatures: tuple[float, ...]) -> TopK:
+        """Tokens int64 [B, L] -> TopK [B, L, K] on the teacher's device.
+
+        Raises:
+            DecantError: the teacher produced a logit that is not finite.
+        """
+        parts = [
+            top_k_from_logits(logits, k, temperatures) for _, logits in self.logits_by_chunk(tokens)
+        ]
+        topk = TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
+        if not bool(torch.isfinite(topk.lse).all()):
+            raise DecantError(
+                f"the teacher's logits overflow in {dtype_name(self.dtype)}: set prepare.dtype to "
+                "bfloat16 or float32"
+            )
+        return topk

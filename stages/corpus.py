@@ -1,0 +1,30 @@
+"""Tokenize, split and pack the corpus: `python stages/corpus.py`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.cli import stage
+from pipeline.config import Params
+from pipeline.data.corpus import build_corpus
+
+
+@stage
+def main(params: Params) -> None:
+    """Tokenize, split and pack the corpus into rows.
+
+    Documents are deduplicated, divided into train and validation by a hash of their text, closed
+    by an end-of-text token, concatenated and cut into rows of corpus.row_length tokens; document
+    ids are kept. Reads corpus.* and the teacher's tokenizer; writes paths.corpus.
+    """
+    splits = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    for name, info in splits.items():
+        click.echo(
+            f"corpus: {name} {info.num_tokens:,} tokens in {info.num_rows:,} rows from "
+            f"{info.num_documents:,} documents, {info.num_text_bytes / info.num_tokens:.2f} bytes "
+            f"a token, {info.num_used_ids / info.vocab_size:.1%} of {info.vocab_size:,} ids used"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Bring the teacher and its tokenizer to a local folder: `python stages/fetch.py`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.cli import stage
+from pipeline.config import Params
+from pipeline.teacher.fetch import describe, fetch_teacher
+
+
+@stage
+def main(params: Params) -> None:
+    """Bring the teacher and its tokenizer to a local Hugging Face folder.
+
+    The only stage that touches the network. Reads teacher.*; writes paths.teacher.
+    """
+    fetch_teacher(params.teacher, params.paths.teacher)
+    click.echo(f"fetch: {params.paths.teacher} holds {describe(params.paths.teacher)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Train a student from the cache, a live teacher, or none: `python stages/train.py`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.cli import stage
+from pipeline.config import Params
+from pipeline.training.run import run_training
+
+
+@stage
+@click.option("--run", default="student", help="Name of the run's folder under paths.runs.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a run of that name made from other parameters."
+)
+def main(params: Params, run: str, overwrite: bool) -> None:
+    """Train a student with alpha tau^2 KL + (1 - alpha) CE.
+
+    Continues exactly after a crash or Ctrl-C. train.teacher chooses the cache (`cached`), the live
+    teacher (`online`) or plain language modelling (`none`). Reads train.*, student.*, seed,
+    paths.corpus and paths.logits; writes paths.runs/RUN.
+    """
+    result = run_training(params, run, overwrite=overwrite)
+    if result.state is None:
+        click.echo(f"train: {result.folder} was finished already; --overwrite does not repeat it")
+        return
+    first, last = (
+        next(r["validation/loss"] for r in records if "validation/loss" in r)
+        for records in (result.state.history, result.state.history[::-1])
+    )
+    click.echo(
+        f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters, "
+        f"validation loss {first:.4f} -> {last:.4f} in {result.state.step} steps, "
+        f"{result.state.skipped} skipped"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import Params
+from pipeline.data.corpus import _stdlib, build_corpus, load_tokenizer
+from pipeline.data.packing import PADDING
+from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.errors import DecantError, ParamsError
+from tests.conftest import change
+
+
+def documents_of(params: Params, split: str) -> list[str]:
+    corpus = CorpusSplit(params.paths.corpus, split)
+    rows = corpus.rows(0, len(corpus))
+    tokens, doc_ids = rows.tokens.flatten(), rows.doc_ids.flatten()
+    tokenizer = load_tokenizer(params.paths.teacher)
+    return [tokenizer.decode(tokens[doc_ids == n]) for n in range(corpus.info.num_documents)]
+
+
+def test_round_trip_and_what_is_counted(tiny_params: Params, text_folder: Path) -> None:
+    params = change(tiny_params, corpus={"train_tokens": None, "validation_tokens": 10**6})
+    infos = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    lines = (text_folder / "documents.jsonl").read_text().splitlines()
+    texts = {json.loads(line)["text"] for line in lines}
+    found = {split: documents_of(params, split) for split in SPLITS}
+    assert all(text.endswith("<|endoftext|>") for split in SPLITS for text in found[split])
+    stripped = {s: {t.removesuffix("<|endoftext|>") for t in found[s]} for s in SPLITS}
+    assert stripped["train"] | stripped["validation"] == texts
+    assert not stripped["train"] & stripped["validation"]
+    for split in SPLITS:
+        info = infos[split]
+        assert asdict(CorpusSplit(params.paths.corpus, split).info) == asdict(info)
+        assert info.num_text_bytes == sum(len(text.encode()) for text in stripped[split])
+        rows = CorpusSplit(params.paths.corpus, split).rows(0, info.num_rows)
+        real = rows.doc_ids != PADDING
+        assert info.num_tokens == real.sum()
+        assert info.num_used_ids == len(np.unique(rows.tokens[real]))
+
+
+def test_limits_are_exact(tiny_params: Params) -> None:
+    infos = build_corpus(tiny_params.corpus, tiny_params.paths.teacher, tiny_params.paths.corpus)
+    assert infos["train"].num_tokens == 3000
+    assert infos["train"].num_rows == -(-3000 // 32)
+    assert infos["validation"].num_tokens == 600
+
+
+def test_same_input_same_hash_other_input_other_hash(tiny_params: Params) -> None:
+    def hashes(params: Params) -> list[str]:
+        built = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+        return [built[split].sha256 for split in SPLITS]
+
+    first = hashes(tiny_params)
+    assert hashes(tiny_params) == first
+    assert hashes(change(tiny_params, corpus={"row_length": 16})) != first
+
+
+def test_duplicates_are_dropped(tiny_params: Params, tmp_path: Path) -> None:
+    file = tmp_path / "twice.jsonl"
+    texts = [f"document number {i}" for i in range(40)] * 2
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    params = change(
+        tiny_params,
+        corpus={"files": {"paths": [str(file)], "column": "text"}, "validation_tokens": 10**6},
+    )
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    found = documents_of(params, "train") + documents_of(params, "validation")
+    assert sorted(found) == sorted({f"{text}<|endoftext|>" for text in texts})
+
+
+def test_long_documents_are_cut_and_carry_no_end(tiny_params: Params) -> None:
+    params = change(tiny_params, corpus={"max_document_tokens": 20})
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    rows = corpus.rows(0, len(corpus))
+    counts = np.bincount(rows.doc_ids[rows.doc_ids != PADDING])
+    assert counts.max() == 20
+    assert not any("<|endoftext|>" in text for text in documents_of(params, "train")[:5])
+
+
+@pytest.mark.parametrize("kind", ["txt", "parquet"])
+def test_other_kinds_of_files(kind: str, tiny_params: Params, tmp_path: Path) -> None:
+    texts = [f"This is document {i}.\nIt has two lines." for i in range(30)]
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i}.txt").write_text(text)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"body": texts}), tmp_path / "all.parquet")
+    params = change(
+        tiny_params,
+        corpus={
+            "files": {"paths": [str(tmp_path / f"*.{kind}")], "column": "body"},
+            "train_tokens": None,
+            "validation_tokens": 10**6,
+        },
+    )
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    found = documents_of(params, "train") + documents_of(params, "validation")
+    assert sorted(found) == sorted(f"{text}<|endoftext|>" for text in texts)
+
+
+def test_stdlib_without_tests_and_vendored_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["one.py", "package/two.py"]
+    left_out = ["test/a.py", "site-packages/b.py", "package/tests/c.py", "ensurepip/d.py", "e.txt"]
+    for name in kept + left_out:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert sorted(_stdlib()) == [f"# {name}" for name in kept]
+
+
+def test_markup_of_special_tokens_in_text_stays_text(tiny_params: Params, tmp_path: Path) -> None:
+    file = tmp_path / "tricky.jsonl"
+    texts = [f"before <|endoftext|> after {i}" for i in range(40)]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    params = change(tiny_params, corpus={"files": {"paths": [str(file)], "column": "text"}})
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    rows = corpus.rows(0, len(corpus))
+    for number in range(corpus.info.num_documents - 1):
+        tokens = rows.tokens[rows.doc_ids == number].tolist()
+        assert tokens.count(0) == 1
+        assert tokens[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"paths": ["/nowhere/*.txt"], "column": "text"}, DecantError, "nothing matches"),
+        ({"paths": ["{text}/*.jsonl"], "column": "body"}, ParamsError, "no column 'body', only text"),
+        ({"paths": ["{work}/params.yaml"], "column": "text"}, ParamsError, "one kind out of"),
+        ({"paths": ["{work}/broken.jsonl"], "column": "text"}, DecantError, "cannot be read"),
+        ({"paths": ["{work}/empty.jsonl"], "column": "text"}, DecantError, "came out empty"),
+    ],
+)
+def test_bad_sources_are_one_sentence(
+    files: dict[str, object],
+    error: type[Exception],
+    message: str,
+    tiny_params: Params,
+    text_folder: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "unfinished')
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
+    paths = [str(p).format(text=text_folder, work=tmp_path) for p in files["paths"]]  # type: ignore[attr-defined]
+    params = change(tiny_params, corpus={"files": files | {"paths": paths}})
+    with pytest.raises(error, match=message) as caught:
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DecantError, match="no complete train split"):
+        CorpusSplit(params.paths.corpus, "train")
+
+
+def test_hub_out_of_reach_is_one_sentence(
+    tiny_params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def unreachable(*args: object, **options: object) -> None:
+        raise ConnectionError("Couldn't reach the hub\n(no route)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    params = change(tiny_params, corpus={"source": "hub"})
+    with pytest.raises(DecantError, match=r"wikimedia/wikipedia .* \(no route\)") as caught:
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.network
+def test_hub_corpus_is_streamed(tiny_params: Params) -> None:
+    params = change(tiny_params, corpus={"source": "hub"})
+    infos = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    assert infos["train"].num_tokens == 3000

@@ -1,0 +1,176 @@
+"""Capture: resume after a kill, refusals, a full disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from pipeline.capture import fingerprint_of
+from pipeline.config import Params
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.store.schema import ARRAYS
+from pipeline.store.writer import CacheWriter
+from tests.conftest import ROOT, change, make_teacher
+from tests.helpers import capture_all, open_cache
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    group = zarr.open_group(path, mode="r")
+    return {name: np.asarray(group[name][:]) for name in ARRAYS}
+
+
+def test_second_capture_finds_nothing_to_do(tiny_cache: Params) -> None:
+    results = capture_all(tiny_cache)
+    assert [result.shards_done for result in results] == [0, 0]
+    assert [result.shards for result in results] == [6, 2]
+
+
+def test_killed_capture_resumes_to_the_same_store(tiny_corpus: Params, tmp_path: Path) -> None:
+    """SIGKILL once some shards are committed; the rest follows and equals an undisturbed run."""
+    params = change(tiny_corpus, prepare={"shard_rows": 4})
+    commits = params.paths.logits / "train" / "commits"
+    command = [sys.executable, str(ROOT / "stages/prepare.py"), "--params"]
+    command += [str(tmp_path / "params.yaml"), "--set", "prepare.shard_rows=4"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(commits.glob("0*.json"))) < 3 and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(list(commits.glob("0*.json")))
+    assert before >= 3
+    results = capture_all(params)
+    assert results[0].shards_done == results[0].shards - before
+    interrupted = arrays_of(params.paths.logits / "train")
+    elsewhere = change(params, paths={"logits": str(tmp_path / "undisturbed.zarr")})
+    capture_all(elsewhere)
+    undisturbed = arrays_of(elsewhere.paths.logits / "train")
+    for name in ARRAYS:
+        assert np.array_equal(interrupted[name], undisturbed[name])
+    open_cache(params).top_k(np.arange(20))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "named"),
+    [({"k": 8}, "k=16"), ({"temperatures": [1.0]}, "temperatures="), ({"dtype": "bfloat16"}, "dtype")],
+)
+def test_other_parameters_are_refused_by_name(
+    prepare: dict[str, object], named: str, tiny_cache: Params
+) -> None:
+    with pytest.raises(MismatchError, match=f"was made with {named}.*--overwrite"):
+        capture_all(change(tiny_cache, prepare=prepare))
+
+
+def test_another_teacher_is_refused(tiny_cache: Params, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "other", seed=1)
+    other = change(tiny_cache, paths={"teacher": str(tmp_path / "other")})
+    with pytest.raises(MismatchError, match="was made with teacher_sha256="):
+        capture_all(other)
+
+
+def test_another_tokenizer_is_refused(tiny_corpus: Params, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    other = change(tiny_corpus, paths={"teacher": str(tmp_path / "other")})
+    with pytest.raises(MismatchError, match=r"was tokenized with tokenizer .* run stages/corpus\.py"):
+        capture_all(other)
+
+
+def test_k_beyond_the_vocabulary(tiny_corpus: Params) -> None:
+    with pytest.raises(ParamsError, match=r"prepare\.k=301 exceeds the 300 ids"):
+        capture_all(change(tiny_corpus, prepare={"k": 301}))
+
+
+def test_whole_vocabulary_can_be_kept(tiny_corpus: Params) -> None:
+    capture_all(change(tiny_corpus, prepare={"k": 300}))
+    stored = open_cache(tiny_corpus).top_k(np.array([0]))
+    torch.testing.assert_close(
+        stored.logprobs.exp().sum(-1), torch.ones(1, 32), atol=2e-3, rtol=0
+    )
+
+
+def test_logits_that_overflow_are_named(tiny_corpus: Params, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    make_teacher(tmp_path / "hot")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hot")
+    with torch.no_grad():
+        model.model.norm.weight *= float("inf")
+    model.save_pretrained(tmp_path / "hot")
+    hot = change(tiny_corpus, paths={"teacher": str(tmp_path / "hot")})
+    with pytest.raises(DecantError, match="overflow in float32"):
+        capture_all(hot)
+
+
+def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -> None:
+    """A file size limit below one shard's ids stands in for a disk that is full."""
+    params = change(tiny_corpus, prepare={"shard_rows": 4, "k": 128})
+    commits = params.paths.logits / "train" / "commits"
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
+
+    command = [sys.executable, str(ROOT / "stages/prepare.py"), "--params"]
+    command += [str(tmp_path / "params.yaml"), "--set", "prepare.shard_rows=4"]
+    command += ["--set", "prepare.k=128"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "0 of 24 shards are committed and safe; make room" in done.stderr
+    assert not list(commits.glob("0*.json"))
+    with pytest.raises(MismatchError, match="is not captured"):
+        open_cache(params)
+    capture_all(params)
+    open_cache(params).top_k(np.array([0]))
+
+
+def test_write_failure_says_what_is_safe(
+    tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = CacheWriter.write
+
+    def failing(self: CacheWriter, shard: int, *rest: object) -> None:
+        if shard == 2:
+            raise OSError(28, "No space left on device")
+        write(self, shard, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CacheWriter, "write", failing)
+    with pytest.raises(DecantError, match="the disk is full: 2 of 6 shards are committed and safe"):
+        capture_all(tiny_corpus)
+    monkeypatch.undo()
+    assert capture_all(tiny_corpus)[0].shards_done == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(tiny_corpus: Params) -> None:
+    tiny_corpus.paths.logits.mkdir()
+    tiny_corpus.paths.logits.chmod(0o500)
+    with pytest.raises(OSError, match="denied"):
+        capture_all(tiny_corpus)
+
+
+def test_fingerprint_names_all_that_matters(tiny_corpus: Params) -> None:
+    corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    fingerprint = fingerprint_of(
+        tiny_corpus.paths.teacher, corpus, tiny_corpus.prepare, torch.float32
+    )
+    assert fingerprint.vocab_size == 300  # tokenizer ids, not the model's 320 rows
+    assert fingerprint.corpus_sha256 == corpus.info.sha256
+    assert len(fingerprint.teacher_sha256) == 64

@@ -1,0 +1,304 @@
+"""Training: exact resume, accumulation, bad steps, the three teachers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import Params, TrainParams
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.report import read_curves
+from pipeline.training import trainer
+from pipeline.training.batches import BatchStream
+from pipeline.training.checkpoint import list_checkpoints
+from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.run import build_student, run_training
+from tests.conftest import ROOT, change, make_teacher
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def losses(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    curves = read_curves(folder / "dvclive" / "plots" / "metrics")
+    return {name: curve for name, curve in curves.items() if "second" not in name and "wait" not in name}
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_loss_falls_and_the_model_is_saved(tiny_cache: Params) -> None:
+    result = run_training(change(tiny_cache, train={"steps": 30, "eval_every": 10}), "student")
+    assert result.state is not None
+    curve = [r["validation/loss"] for r in result.state.history if "validation/loss" in r]
+    assert curve[-1] < curve[0]
+    kl = [r["validation/kl"] for r in result.state.history if "validation/kl" in r]
+    assert kl[-1] < kl[0]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {
+        file.name for file in (result.folder / "model").iterdir()
+    }
+    assert not (result.folder / "checkpoints").exists()
+    assert run_training(change(tiny_cache, train={"steps": 30, "eval_every": 10}), "student").state is None
+
+
+def test_interrupted_run_continues_exactly(
+    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = change(tiny_cache, student={"init": "random"} | SMALL | {"dropout": 0.1})
+    run_training(params, "whole")
+    step = trainer._train_step
+
+    def dies(*args: object, **options: object) -> object:
+        if args[3] == 5:
+            raise RuntimeError("power cut")
+        return step(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "_train_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_training(params, "broken")
+    monkeypatch.undo()
+    broken = params.paths.runs / "broken"
+    assert [folder.name for folder in list_checkpoints(broken)] == ["step_00000002", "step_00000004"]
+    run_training(params, "broken")
+    assert_same_run(broken, params.paths.runs / "whole")
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 304,
+}
+
+
+def test_killed_process_continues_exactly(tiny_cache: Params, tmp_path: Path) -> None:
+    """SIGKILL at a moment nobody chose, then the same command again."""
+    changes = ["train.steps=40", "train.checkpoint_every=3", "train.eval_every=20"]
+    command = [sys.executable, str(ROOT / "stages/train.py"), "--params"]
+    command += [str(tmp_path / "params.yaml")]
+    for text in changes:
+        command += ["--set", text]
+    process = subprocess.Popen(
+        [*command, "--run", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    killed = tiny_cache.paths.runs / "killed"
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(killed) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists()
+    for run in ("killed", "whole"):
+        subprocess.run([*command, "--run", run], check=True, capture_output=True)
+    assert_same_run(killed, tiny_cache.paths.runs / "whole")
+
+
+def test_ctrl_c_saves_and_continues(tiny_cache: Params, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "stages/train.py"), "--params"]
+    command += [str(tmp_path / "params.yaml"), "--set", "train.steps=5000"]
+    command += ["--set", "train.checkpoint_every=1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    curves = tiny_cache.paths.runs / "student" / "dvclive" / "plots" / "metrics" / "train"
+    deadline = time.monotonic() + 120
+    while not (curves / "loss.tsv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to continue" in errors
+    assert "Traceback" not in errors
+    assert list_checkpoints(tiny_cache.paths.runs / "student")
+
+
+def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
+    """4 rows at once, and 2 + 2: the loss is divided once, by all tokens of the step."""
+    whole = run_training(tiny_cache, "whole").state
+    parts = run_training(
+        change(tiny_cache, train={"batch_rows": 2, "accumulation": 2, "eval_rows": 8}), "parts"
+    ).state
+    assert whole is not None
+    assert parts is not None
+    for one, two in zip(whole.history, parts.history, strict=True):
+        for key in one.keys() & {"train/loss", "train/kl", "validation/loss"}:
+            assert one[key] == pytest.approx(two[key], abs=1e-5)
+
+
+def test_online_and_cached_teacher_give_the_same_losses(tiny_cache: Params) -> None:
+    for temperature in (1.0, 2.0):
+        train = {"temperature": temperature, "k": 8}
+        cached = run_training(change(tiny_cache, train=train), f"cached{temperature}").state
+        online = run_training(
+            change(tiny_cache, train=train | {"teacher": "online"}), f"online{temperature}"
+        ).state
+        assert cached is not None
+        assert online is not None
+        for one, two in zip(cached.history, online.history, strict=True):
+            for key in one.keys() & {"train/loss", "train/kl", "validation/kl"}:
+                assert one[key] == pytest.approx(two[key], abs=1e-3)
+
+
+def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:
+    state = run_training(change(tiny_corpus, train={"teacher": "none"}), "plain").state
+    assert state is not None
+    assert "train/kl" not in state.history[-1]
+    assert state.history[-1]["train/loss"] == pytest.approx(state.history[-1]["train/ce"])
+
+
+def test_bad_steps_are_skipped_counted_and_fatal_in_the_end(
+    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer._losses
+    calls = iter(range(10**6))
+
+    def poisoned(student, batch, params, dtype):  # type: ignore[no-untyped-def]
+        sums = original(student, batch, params, dtype)
+        if torch.is_grad_enabled() and next(calls) in (2, 3):
+            return trainer.LossSums(sums.total * float("nan"), sums.ce, sums.kl)
+        return sums
+
+    monkeypatch.setattr(trainer, "_losses", poisoned)
+    state = run_training(tiny_cache, "poisoned").state
+    assert state is not None
+    assert state.skipped == 2
+    for tensor in weights(tiny_cache.paths.runs / "poisoned").values():
+        assert bool(torch.isfinite(tensor).all())
+    calls = iter(range(10**6))
+    with pytest.raises(DecantError, match=r"2 steps had .* train\.max_skipped_steps=1"):
+        run_training(change(tiny_cache, train={"max_skipped_steps": 1}), "fatal")
+
+
+def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> None:
+    from pipeline.data.packing import IGNORE, PADDING
+    from pipeline.training.batches import load_batch
+
+    corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
+    last = len(corpus) - 1
+    batch = load_batch(corpus, None, np.array([0, 1, last]))
+    rows = [corpus.rows(row, row + 1) for row in (0, 1, last)]
+    doc_ids = np.concatenate([row.doc_ids for row in rows])
+    tokens = np.concatenate([row.tokens for row in rows])
+    assert (doc_ids[-1] == PADDING).any()
+    for r in range(3):
+        for t in range(32):
+            label = int(batch.labels[r, t])
+            if t == 31 or doc_ids[r, t + 1] != doc_ids[r, t] or doc_ids[r, t] == PADDING:
+                assert label == IGNORE
+            else:
+                assert label == tokens[r, t + 1]
+
+
+def test_stream_sees_each_row_once_an_epoch_and_seeks(tiny_corpus: Params) -> None:
+    corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    stream = BatchStream(corpus, None, batch_rows=5, chunk_rows=4, window_chunks=3, seed=7)
+    rows = np.concatenate([stream.rows_of(i) for i in range(2 * len(corpus))])
+    for epoch in range(10):
+        part = rows[epoch * len(corpus) : (epoch + 1) * len(corpus)]
+        assert sorted(part.tolist()) == list(range(len(corpus)))
+    direct = stream.starting_at(9)
+    counted = stream.starting_at(0)
+    for _ in range(9):
+        next(counted)
+    assert torch.equal(next(direct).tokens, next(counted).tokens)
+
+
+def test_another_run_in_its_place_is_refused_by_name(tiny_cache: Params) -> None:
+    run_training(tiny_cache, "student")
+    warmer = change(tiny_cache, train={"temperature": 2.0})
+    with pytest.raises(MismatchError, match=r"train\.temperature=1\.0, now 2\.0.*--overwrite"):
+        run_training(warmer, "student")
+    assert run_training(warmer, "student", overwrite=True).state is not None
+
+
+def test_cache_of_another_teacher_is_refused(tiny_cache: Params, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "other", seed=3)
+    with pytest.raises(MismatchError, match="was captured from teacher"):
+        run_training(change(tiny_cache, paths={"teacher": str(tmp_path / "other")}), "student")
+
+
+def test_temperature_not_stored_is_refused(tiny_cache: Params) -> None:
+    with pytest.raises(MismatchError, match=r"temperature=3 is not among the stored .*1, 2, 4"):
+        run_training(change(tiny_cache, train={"temperature": 3.0}), "student")
+
+
+def test_low_retained_mass_is_warned_about(
+    tiny_cache: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"temperature": 4.0, "min_retained_mass": 0.9, "steps": 1}
+    run_training(change(tiny_cache, train=train), "student")
+    assert "warning: at temperature 4 the kept ids hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 299}, "299 vocabulary rows, the corpus uses a tokenizer of 300 ids"),
+        ({"max_seq_len": 16}, r"max_seq_len=16 is less than the corpus's row length 32"),
+        ({"num_heads": 5}, "hidden_size=32 must be divisible by num_heads=5"),
+        ({"init": "checkpoint"}, r"needs student\.checkpoint"),
+        ({"init": "layers", "layers": [9]}, r"student\.layers=\[9\] must name different layers"),
+    ],
+)
+def test_students_that_cannot_be_are_refused(
+    changes: dict[str, object], message: str, tiny_cache: Params
+) -> None:
+    student = {"init": "random"} | SMALL | changes
+    with pytest.raises(ParamsError, match=message):
+        run_training(change(tiny_cache, student=student), "student")
+
+
+def test_student_with_more_rows_than_the_teacher_learns(tiny_cache: Params) -> None:
+    """Shared ids: tokenizer 300, teacher 320 rows, student 340 rows."""
+    student = {"init": "random"} | SMALL | {"vocab_size": 340}
+    state = run_training(change(tiny_cache, student=student), "wide").state
+    assert state is not None
+    assert state.history[-1]["validation/loss"] < state.history[0]["validation/loss"]
+
+
+def test_student_from_a_checkpoint_starts_where_it_ended(tiny_cache: Params) -> None:
+    first = run_training(tiny_cache, "first")
+    student = {"init": "checkpoint", "checkpoint": str(first.folder / "model")}
+    second = run_training(change(tiny_cache, student=student), "second").state
+    assert first.state is not None
+    assert second is not None
+    assert second.history[0]["validation/loss"] == pytest.approx(
+        first.state.history[-1]["validation/loss"], abs=1e-5
+    )
+
+
+def test_learning_rate_rises_then_falls(tiny_params: Params) -> None:
+    params: TrainParams = tiny_params.train.model_copy(
+        update={"steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "min_learning_rate": 0.1}
+    )
+    rates = [learning_rate(step, params) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[99] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10 + 89 // 2] == pytest.approx(0.55, abs=0.01)
+
+
+def test_norms_and_biases_are_not_decayed(tiny_params: Params) -> None:
+    student = build_student(tiny_params.student, tiny_params.paths.teacher)
+    groups = build_optimizer(student, tiny_params.train).param_groups
+    assert groups[0]["weight_decay"] == tiny_params.train.weight_decay
+    assert groups[1]["weight_decay"] == 0.0
+    assert all(parameter.ndim == 1 for parameter in groups[1]["params"])
+    counted = sum(parameter.numel() for group in groups for parameter in group["params"])
+    assert counted == student.count_parameters()
