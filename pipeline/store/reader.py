@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.rows import CorpusSplit, hash_rows
 from pipeline.errors import MismatchError
-from pipeline.store.codec import decode
+from pipeline.store.codec import Arrays, decode
 from pipeline.store.schema import ARRAYS, Fingerprint, num_shards
 from pipeline.store.writer import marker_path, read_attributes, shard_path
 from pipeline.topk import TopK
@@ -34,7 +34,7 @@ class CacheReader:
         path: the cache, for example cache/logits.zarr; the split's group lies in it.
         corpus: the split whose rows the cache describes.
         k: use only the first k stored ids; None uses all.
-        keep_chunks: decoded chunks held in memory, most recently used first.
+        keep_chunks: chunks held in memory, the least recently used dropped first.
 
     Raises:
         MismatchError: absent, incomplete, damaged, or made from another corpus.
@@ -60,7 +60,7 @@ class CacheReader:
         self._arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
         self._k = k
         self._keep_chunks = keep_chunks
-        self._chunks: OrderedDict[int, TopK] = OrderedDict()
+        self._chunks: OrderedDict[int, Arrays] = OrderedDict()
         if k is not None and k > self.fingerprint.k:
             raise MismatchError(
                 f"k={k} ids are wanted, {self.path} stores {self.fingerprint.k}: lower train.k, or "
@@ -72,13 +72,22 @@ class CacheReader:
         return sum(sum(marker["sizes"].values()) for marker in self._markers)
 
     def top_k(self, rows: NDArray[np.int64]) -> TopK:
-        """TopK [n, L, K] of any rows; neighbouring rows share the work of decoding a chunk."""
-        parts = [
-            self._chunk(int(row) // self.chunk_rows)[int(row) % self.chunk_rows] for row in rows
-        ]
-        return TopK.stack(parts)
+        """TopK [n, L, K] of any rows; neighbouring rows share the work of reading a chunk.
 
-    def _chunk(self, chunk: int) -> TopK:
+        Chunks are kept as stored, a quarter of their decoded size, and all work is NumPy's: this
+        runs beside training, and torch's worker threads would fight with those of the student.
+        """
+        chunks = [self._chunk(int(row) // self.chunk_rows) for row in rows]
+        offsets = [int(row) % self.chunk_rows for row in rows]
+        return decode(
+            {
+                name: np.stack([c[name][i] for c, i in zip(chunks, offsets, strict=True)])
+                for name in ARRAYS
+            },
+            self.fingerprint,
+        )
+
+    def _chunk(self, chunk: int) -> Arrays:
         if chunk in self._chunks:
             self._chunks.move_to_end(chunk)
             return self._chunks[chunk]
@@ -86,20 +95,19 @@ class CacheReader:
         stop = min(start + self.chunk_rows, self.fingerprint.num_rows)
         self._check_tokens(start // self._shard_rows)
         try:
-            arrays = {name: array[start:stop] for name, array in self._arrays.items()}
+            arrays: Arrays = {name: array[start:stop] for name, array in self._arrays.items()}
         except Exception as error:  # zarr, numcodecs and the OS each have their own
             raise MismatchError(
                 f"rows {start}..{stop} of {self.path} are damaged "
                 f"({' '.join(str(error).split())[:200]}): remove {self._marker_of(start)} and "
                 "run stages/prepare.py"
             ) from error
-        topk = decode(arrays, self.fingerprint)
-        if self._k is not None:
-            topk = topk.prefix(self._k)
-        self._chunks[chunk] = topk
+        for name in ("ids", "logprobs"):  # a prefix of K: steps add up from the first
+            arrays[name] = arrays[name][..., : self._k]
+        self._chunks[chunk] = arrays
         while len(self._chunks) > self._keep_chunks:
             self._chunks.popitem(last=False)
-        return topk
+        return arrays
 
     def _num_shards(self) -> int:
         return num_shards(self.fingerprint.num_rows, self._shard_rows)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Params, _all_keys, load_params
+from pipeline.errors import ParamsError
+from tests.conftest import ROOT
+
+FILE = ROOT / "params.yaml"
+
+
+def changed(tmp_path: Path, edit: object) -> Path:
+    values = yaml.safe_load(FILE.read_text())
+    edit(values)  # type: ignore[operator]
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_the_projects_own_params_are_valid() -> None:
+    params = load_params(FILE)
+    assert params.prepare.k == 64
+    assert params.train.temperature in params.prepare.temperatures
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    file = changed(tmp_path, lambda v: v["train"].pop("alpha"))
+    with pytest.raises(ParamsError, match=r"the key train\.alpha is missing"):
+        load_params(file)
+
+
+def test_unknown_key_is_named_with_its_neighbour(tmp_path: Path) -> None:
+    file = changed(tmp_path, lambda v: v["train"].update(temprature=2))
+    message = r"train\.temprature is not a known key: did you mean train\.temperature\?"
+    with pytest.raises(ParamsError, match=message):
+        load_params(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.alpha=1.5", r"train\.alpha=1\.5 is refused: .* less than or equal to 1"),
+        ("train.teacher=offline", r"train\.teacher='offline' is refused: .*'cached'"),
+        ("prepare.shard_rows=40", "shard_rows=40 must be a multiple of chunk_rows=32"),
+        ("prepare.temperatures=[1,1]", "repeat"),
+        ("prepare.k=0", r"prepare\.k=0 is refused"),
+        ("train.steps=many", r"train\.steps='many' is refused"),
+        ("train.nothing=1", r"train\.nothing is not a known key"),
+        ("seed.deeper=1", "seed is not a section"),
+        ("train.temperature=1,2", "names several values: `dvc exp run --queue -S`"),
+        ("nonsense", r"--set 'nonsense' is not of the form key\.path=value"),
+    ],
+)
+def test_bad_overrides_are_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(ParamsError, match=message) as caught:
+        load_params(FILE, [override])
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_overrides_follow_dvcs_syntax() -> None:
+    params = load_params(
+        FILE,
+        [
+            "train.temperature=2",
+            "train.k=null",
+            "student.layers=[1,2]",
+            "teacher.source=hub",
+            "teacher.hub.id=Qwen/Qwen2.5-0.5B",
+            "train.learning_rate=1e-4",
+            "corpus.files={paths:[a.txt],column:body}",
+        ],
+    )
+    assert params.train.temperature == 2.0
+    assert params.student.layers == (1, 2)
+    assert params.teacher.hub.id == "Qwen/Qwen2.5-0.5B"
+    assert params.train.learning_rate == 1e-4
+    assert params.corpus.files.column == "body"
+
+
+@pytest.mark.parametrize("content", ["", "- a list", "train: {alpha: ["])
+def test_files_that_hold_no_params(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(content)
+    with pytest.raises(ParamsError) as caught:
+        load_params(file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ParamsError, match="cannot be read"):
+        load_params(tmp_path / "absent.yaml")
+
+
+def test_every_parameter_is_used_somewhere() -> None:
+    """A key that nothing reads would be a promise without effect."""
+    sources = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("stages/*.py")]
+    text = "\n".join(s.read_text() for s in sources if s.name != "config.py")
+    shape = set(Params.model_fields["student"].annotation.model_fields)  # type: ignore[union-attr]
+    for key in _all_keys(Params):
+        name = key.rsplit(".", 1)[-1]
+        if key in Params.model_fields or (key.startswith("student.") and name in shape):
+            continue
+        assert f".{name}" in text, key
