@@ -147,6 +147,17 @@ class StopRequest:
         say("stopping after this step; Ctrl-C again stops at once")
 
 
+def import_transformers() -> Any:
+    """The transformers library, without progress bars of its own.
+
+    Imported when needed, since that takes seconds and half of the stages do without.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def say(message: str) -> None:
     """Print a line for the user above any progress bar."""
     tqdm.write(message, file=sys.stdout)

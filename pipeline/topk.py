@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.errors import MismatchError, ParamsError
 
-_BLOCK = 64
+_BLOCK = 64  # logits a block of `block_top_k`
+_ROWS_AT_ONCE_ON_CPU = 16  # so that the rows being reduced stay in the processor's cache
 _TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy")
 
 
@@ -114,15 +115,26 @@ def top_k_from_logits(logits: Tensor, k: int, temperatures: tuple[float, ...]) -
     vocab_size = logits.shape[-1]
     if k > vocab_size:
         raise ParamsError(f"k={k} exceeds the {vocab_size} ids of the vocabulary: lower prepare.k")
+    at_once = _ROWS_AT_ONCE_ON_CPU if logits.device.type == "cpu" else len(logits)
+    work = torch.empty(min(len(logits), at_once), vocab_size, device=logits.device)
+    return TopK.cat(
+        [_reduce(rows, work[: len(rows)], k, temperatures) for rows in torch.split(logits, at_once)]
+    )
+
+
+def _reduce(logits: Tensor, work: Tensor, k: int, temperatures: tuple[float, ...]) -> TopK:
+    """One block of `top_k_from_logits`; overwrites logits and work, both [n, V]."""
     values, ids = block_top_k(logits, k)
     peak = values[:, :1]
     shifted = logits.sub_(peak)
-    work = torch.exp(shifted)
-    total = work.sum(-1)
+    total = torch.exp(shifted, out=work).sum(-1)
     log_total = total.log()
-    entropy = log_total - torch.linalg.vecdot(work, shifted) / total
-    lse_tau = torch.empty(*logits.shape[:-1], len(temperatures), device=logits.device)
+    entropy = log_total - work.mul_(shifted).sum(-1) / total
+    lse_tau = torch.empty(len(logits), len(temperatures), device=logits.device)
     for column, tau in enumerate(temperatures):
+        if tau == 1.0:  # log sum_v exp(logprob_v) = 0 by definition
+            lse_tau[:, column] = 0.0
+            continue
         torch.mul(shifted, 1.0 / tau, out=work)
         # sum_v exp(logprob_v / tau), with logprob_v = shifted_v - log_total
         lse_tau[:, column] = work.exp_().sum(-1).log() - log_total / tau
@@ -133,7 +145,7 @@ def top_k_from_logits(logits: Tensor, k: int, temperatures: tuple[float, ...]) -
         lse_tau=lse_tau,
         entropy=entropy.clamp_min(0.0),
         temperatures=temperatures,
-        vocab_size=vocab_size,
+        vocab_size=logits.shape[-1],
     )
 
 

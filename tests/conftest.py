@@ -152,8 +152,7 @@ def tiny_values(teacher: Path, text: Path, work: Path) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["device"] = "cpu"
     values["paths"] = {
-        name: str(work / Path(path).relative_to("cache"))
-        for name, path in values["paths"].items()
+        name: str(work / Path(path).relative_to("cache")) for name, path in values["paths"].items()
     }
     values["teacher"]["source"] = "folder"
     values["teacher"]["folder"]["path"] = str(teacher)

@@ -31,9 +31,7 @@ def capture_all(params: Params) -> list[CaptureResult]:
         corpus = CorpusSplit(params.paths.corpus, split)
         dtype = DTYPES[params.prepare.dtype]
         fingerprint = fingerprint_of(params.paths.teacher, corpus, params.prepare, dtype)
-        results.append(
-            capture(teacher, corpus, fingerprint, params.paths.logits, params.prepare)
-        )
+        results.append(capture(teacher, corpus, fingerprint, params.paths.logits, params.prepare))
     return results
 
 

@@ -144,6 +144,4 @@ def test_kl_of_the_gate_is_the_tail_bucket_kl() -> None:
     kept = log_p.gather(-1, said.ids)
     swapped = top_k_from_logits(teacher.clone(), 9, ())
     swapped = swapped.__class__(**{**vars(swapped), "ids": said.ids, "logprobs": kept})
-    torch.testing.assert_close(
-        result.kl, tail_bucket_kl(other, swapped, 1.0), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(result.kl, tail_bucket_kl(other, swapped, 1.0), atol=1e-5, rtol=1e-4)

@@ -24,7 +24,7 @@ from pipeline.data.packing import pack
 from pipeline.data.rows import SPLITS, SplitInfo, seal_split, write_split
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.weights import hash_tokenizer
-from pipeline.runtime import progress_bar
+from pipeline.runtime import import_transformers, progress_bar
 
 _DOCUMENTS_AT_ONCE = 32
 _ROWS_AT_ONCE = 256
@@ -75,11 +75,9 @@ def build_corpus(params: CorpusParams, teacher: Path, path: Path) -> dict[str, S
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local Hugging Face folder."""
-    from transformers import AutoTokenizer  # slow to import, and not every stage needs it
-
     if not (folder / "tokenizer.json").exists():
         raise DecantError(f"{folder} holds no tokenizer.json: run stages/fetch.py (or `dvc repro`)")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def document_separator(tokenizer: Any) -> int:

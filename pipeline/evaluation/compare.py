@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from pipeline.config import EvaluateParams
+from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.metrics import Scores, ScoreSums
 from pipeline.model.weights import load_student
-from pipeline.runtime import mm_float32, progress
+from pipeline.runtime import import_transformers, mm_float32, progress
 from pipeline.teacher.hf import HuggingFaceTeacher
 
 
@@ -71,12 +72,10 @@ def compare(
 
 def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
     """Greedy continuations of prompts by any Hugging Face folder, ours included, on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.data.corpus import load_tokenizer
-
     tokenizer = load_tokenizer(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = import_transformers().AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True
+    )
     texts = []
     for prompt in progress(prompts, what=f"samples of {folder.name}", unit="prompt"):
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)

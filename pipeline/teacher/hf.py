@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.runtime import dtype_name, mm_float32
+from pipeline.runtime import dtype_name, import_transformers, mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
 
@@ -44,10 +44,8 @@ class HuggingFaceTeacher:
         device: torch.device,
         head_chunk: int = 64,
     ) -> None:
-        from transformers import AutoModelForCausalLM  # slow to import
-
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = import_transformers().AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True
             )
         except (OSError, ValueError) as error:

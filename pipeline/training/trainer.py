@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dvclive import Live
+from scmrepo.exceptions import SCMError
 from torch import Tensor
 
 from pipeline.config import TrainParams
@@ -71,10 +72,7 @@ def train(
         state = load_checkpoint(checkpoints[-1], student, optimizer)
         say(f"continuing from step {state.step} of {params.steps}")
     batches = stream.starting_at(state.step * params.accumulation)
-    with (
-        Live(str(run / "dvclive"), save_dvc_exp=False, dvcyaml=None) as live,
-        StopRequest() as stop,
-    ):
+    with _open_log(run / "dvclive") as live, StopRequest() as stop:
         for record in state.history:
             _show(live, record)
         if state.step == 0:
@@ -210,6 +208,15 @@ def retained_mass(batch: Batch, temperature: float) -> float:
     _, tail = batch.topk[wanted.to(batch.topk.ids.device)].target(temperature)
     mean: Tensor = 1.0 - tail.mean()
     return float(mean)
+
+
+def _open_log(folder: Path) -> Live:
+    try:
+        return Live(str(folder), save_dvc_exp=False, dvcyaml=None)
+    except SCMError as error:
+        raise DecantError(
+            f"DVCLive cannot use this git repository ({error}): make a first commit"
+        ) from None
 
 
 def _record(live: Live, state: TrainState, values: dict[str, float]) -> None:

@@ -138,7 +138,11 @@ def test_markup_of_special_tokens_in_text_stays_text(tiny_params: Params, tmp_pa
     ("files", "error", "message"),
     [
         ({"paths": ["/nowhere/*.txt"], "column": "text"}, DecantError, "nothing matches"),
-        ({"paths": ["{text}/*.jsonl"], "column": "body"}, ParamsError, "no column 'body', only text"),
+        (
+            {"paths": ["{text}/*.jsonl"], "column": "body"},
+            ParamsError,
+            "no column 'body', only text",
+        ),
         ({"paths": ["{work}/params.yaml"], "column": "text"}, ParamsError, "one kind out of"),
         ({"paths": ["{work}/broken.jsonl"], "column": "text"}, DecantError, "cannot be read"),
         ({"paths": ["{work}/empty.jsonl"], "column": "text"}, DecantError, "came out empty"),

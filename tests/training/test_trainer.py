@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def losses(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
     curves = read_curves(folder / "dvclive" / "plots" / "metrics")
-    return {name: curve for name, curve in curves.items() if "second" not in name and "wait" not in name}
+    return {
+        name: curve for name, curve in curves.items() if "second" not in name and "wait" not in name
+    }
 
 
 def assert_same_run(one: Path, two: Path) -> None:
@@ -78,7 +81,10 @@ def test_interrupted_run_continues_exactly(
         run_training(params, "broken")
     monkeypatch.undo()
     broken = params.paths.runs / "broken"
-    assert [folder.name for folder in list_checkpoints(broken)] == ["step_00000002", "step_00000004"]
+    assert [folder.name for folder in list_checkpoints(broken)] == [
+        "step_00000002",
+        "step_00000004",
+    ]
     run_training(params, "broken")
     assert_same_run(broken, params.paths.runs / "whole")
 
@@ -295,7 +301,7 @@ def test_learning_rate_rises_then_falls(tiny_params: Params) -> None:
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[99] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[10 + 89 // 2] == pytest.approx(0.55, abs=0.01)
 
 

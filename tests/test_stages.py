@@ -1,0 +1,203 @@
+"""The stages as a user runs them: by hand, by `dvc repro`, in a queue of experiments."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Params
+from tests.conftest import ROOT, tiny_values
+
+STAGES = ("fetch", "corpus", "prepare", "verify", "train", "evaluate", "report")
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def fails(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one sentence of a stage that failed."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains(stage: str) -> None:
+    done = run(f"stages/{stage}.py", "--help")
+    assert done.returncode == 0
+    for word in ("--params", "--set KEY=VALUE", "writes paths.", "Reads "):
+        assert word in " ".join(done.stdout.split()), word
+
+
+def test_no_stage_takes_the_name_of_a_standard_module() -> None:
+    """`python stages/x.py` puts stages/ first on the path: such a name would shadow the module."""
+    assert not {file.stem for file in (ROOT / "stages").glob("*.py")} & sys.stdlib_module_names
+
+
+def test_errors_are_one_sentence_with_a_status(tiny_corpus: Params, tmp_path: Path) -> None:
+    params = ["--params", str(tmp_path / "params.yaml")]
+    assert "does not exist: run stages/prepare.py" in fails(run("stages/train.py", *params), 1)
+    assert "does not exist" in fails(run("stages/verify.py", *params), 1)
+    sentence = fails(run("stages/train.py", *params, "--set", "train.temprature=2"), 2)
+    assert "did you mean train.temperature?" in sentence
+    sentence = fails(run("stages/prepare.py", *params, "--set", "prepare.k=301"), 2)
+    assert "prepare.k=301 exceeds the 300 ids" in sentence
+    sentence = fails(run("stages/evaluate.py", *params), 1)
+    assert "run stages/train.py --run student first" in sentence
+    assert "cannot be read" in fails(run("stages/report.py", *params), 1)
+    sentence = fails(run("stages/corpus.py", "--params", "absent.yaml"), 2)
+    assert "absent.yaml cannot be read" in sentence
+
+
+def test_gate_failure_is_status_1_and_says_which_threshold(
+    tiny_cache: Params, tmp_path: Path
+) -> None:
+    params = ["--params", str(tmp_path / "params.yaml"), "--set", "verify.min_mean_cosine=1.0"]
+    done = run("stages/verify.py", *params)
+    assert done.returncode == 1
+    assert "gate FAILED: mean cosine 0.99" in done.stdout
+    assert not json.loads((tiny_cache.paths.verify / "metrics.json").read_text())["passed"]
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text_folder: Path
+) -> Path:
+    """A clone of the project with tiny parameters, after one `dvc repro`."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("pipeline", "stages"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
+    values = tiny_values(teacher_folder, text_folder, Path("cache"))
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    git(folder, "init", "-q", "-b", "main")
+    commit(folder, "the project")
+    dvc(folder, "repro")
+    commit(folder, "first run")
+    return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def commit(folder: Path, message: str) -> None:
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", message)
+
+
+def dvc(folder: Path, *words: str) -> str:
+    """Run DVC on the project with the copy's own stages and library."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "GIT_AUTHOR_NAME": "t",
+        "GIT_AUTHOR_EMAIL": "t@example.com",
+        "GIT_COMMITTER_NAME": "t",
+        "GIT_COMMITTER_EMAIL": "t@example.com",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_repro_runs_everything_once(project: Path) -> None:
+    assert stages_run(dvc(project, "repro")) == []
+    metrics = json.loads(dvc(project, "metrics", "show", "--json"))
+    files = metrics[""]["data"]
+    assert files["cache/verify/metrics.json"]["data"]["passed"] is True
+    assert files["cache/evaluate/metrics.json"]["data"]["student"]["tokens"] > 300
+    page = (project / "cache/report/index.html").read_text()
+    assert page.count("<svg") == 5
+    assert not re.search(r"""(src|href)=["']https?:""", page)  # nothing to load
+    assert "the cat" in page
+
+
+def test_temperature_reruns_train_and_what_follows_only(project: Path) -> None:
+    before = teacher_files(project)
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("temperature: 1.0", "temperature: 2.0"))
+    assert stages_run(dvc(project, "repro")) == ["train", "evaluate", "report"]
+    difference = json.loads(dvc(project, "metrics", "diff", "--json"))
+    changed = difference["cache/evaluate/metrics.json"]["student.loss"]
+    assert changed["old"] != changed["new"]
+    assert teacher_files(project) == before
+    shown = dvc(project, "plots", "show", "-o", "plots")
+    assert Path(shown.strip().removeprefix("file://")).exists()
+    shutil.rmtree(project / "plots")
+    (project / "params.yaml").write_text(text)
+    assert stages_run(dvc(project, "repro")) == []  # from DVC's run cache, nothing is computed
+    git(project, "checkout", "-q", "--", ".")
+
+
+def teacher_files(project: Path) -> dict[str, int]:
+    """When each file of teacher, corpus and cache was last written."""
+    return {
+        str(file): file.stat().st_mtime_ns
+        for name in ("teacher", "corpus.zarr", "logits.zarr")
+        for file in sorted((project / "cache" / name).rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_queued_experiments_share_one_cache(project: Path) -> None:
+    before = teacher_files(project)
+    dvc(project, "exp", "run", "--queue", "-S", "train.temperature=1,2", "-S", "train.alpha=0.7")
+    dvc(project, "queue", "start")
+    dvc(project, "queue", "status")
+    wait_for_queue(project)
+    shown = json.loads(dvc(project, "exp", "show", "--json"))
+    experiments = [e for baseline in shown for e in (baseline.get("experiments") or [])]
+    finished = [experiment["revs"][0] for experiment in experiments]
+    temperatures = sorted(
+        rev["data"]["params"]["params.yaml"]["data"]["train"]["temperature"] for rev in finished
+    )
+    assert temperatures == [1.0, 2.0]
+    for rev in finished:
+        values = rev["data"]["metrics"]["cache/evaluate/metrics.json"]["data"]
+        assert values["student"]["loss"] > 0
+    assert teacher_files(project) == before
+    for log in [dvc(project, "queue", "logs", experiment["name"]) for experiment in experiments]:
+        assert "Running stage 'train'" in log
+        for stage in ("fetch", "corpus", "prepare", "verify", "baseline"):
+            assert f"Running stage '{stage}'" not in log
+
+
+def wait_for_queue(project: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        status = dvc(project, "queue", "status")
+        if "Queued" not in status.split("Worker")[0] and "Running" not in status.split("Worker")[0]:
+            assert "Failed" not in status, status
+            return
+        time.sleep(1)
+    raise AssertionError(status)
