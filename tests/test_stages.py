@@ -107,7 +107,7 @@ def commit(folder: Path, message: str) -> None:
 def dvc(folder: Path, *words: str) -> str:
     """Run DVC on the project with the copy's own stages and library."""
     environment = {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "GIT_AUTHOR_NAME": "t",
         "GIT_AUTHOR_EMAIL": "t@example.com",
