@@ -42,7 +42,6 @@ def main(params: Params, runs: tuple[str, ...]) -> None:
         vocab_size=corpus.info.vocab_size,
         dtype=pick_dtype(params.prepare.dtype, device),
         device=device,
-        head_chunk=params.prepare.head_chunk,
     )
     comparison = compare(teacher, folders, corpus, params.evaluate)
     metrics = {

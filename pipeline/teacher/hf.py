@@ -29,7 +29,8 @@ class HuggingFaceTeacher:
         folder: Hugging Face folder with safetensors; no code from it is run.
         vocab_size: V, ids the tokenizer can produce; the head's further rows are left out.
         dtype: weights and activations; logits are float32 in any case.
-        head_chunk: positions whose logits exist at once.
+        head_chunk: positions whose logits exist at once; the default suits callers that make
+            several copies of a chunk.
 
     Raises:
         DecantError: the folder is no model, or its head is smaller than the vocabulary.
