@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/demo
 	dvc repro
 
 test: $(VENV)/ready
@@ -18,12 +18,14 @@ lint: $(VENV)/ready
 	mypy
 	lint-imports
 
-# Installed again whenever the requirements change.
-$(VENV)/ready: pyproject.toml constraints.txt
+# Installed again whenever the requirements change; `ready` has what tests and linters need besides.
+$(VENV)/demo: EXTRA := demo
+$(VENV)/ready: EXTRA := dev
+$(VENV)/demo $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Decant needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
 	@touch $@
 
 clean:
