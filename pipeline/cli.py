@@ -53,13 +53,7 @@ def stage(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             _stop("interrupted: run the same command to continue", 130)
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EROFS,
-                errno.EACCES,
-                errno.EFBIG,
-            ):
+            if error.errno not in _DISK_ERRORS:
                 raise
             where = f" ({error.filename})" if error.filename else ""
             _stop(f"cannot write{where}: {error.strerror}; make room and run again", 1)

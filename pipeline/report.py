@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
+from pipeline.files import write_text
 from pipeline.store.reader import CacheReader
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
@@ -89,9 +90,8 @@ def write_report(params: Params) -> Path:
         versions={name: version(name) for name in _PACKAGES},
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     )
-    paths.report.mkdir(parents=True, exist_ok=True)
     target = paths.report / "index.html"
-    target.write_text(page)
+    write_text(target, page)
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
@@ -12,6 +11,7 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.evaluation.compare import compare, sample
+from pipeline.files import write_json
 from pipeline.runtime import pick_device, pick_dtype
 from pipeline.teacher.hf import HuggingFaceTeacher
 
@@ -57,14 +57,12 @@ def main(params: Params, runs: tuple[str, ...]) -> None:
         name: sample(folder, params.evaluate.prompts, params.evaluate.new_tokens)
         for name, folder in {"teacher": params.paths.teacher, **folders}.items()
     }
-    contents = {
-        "metrics": metrics,
-        "calibration": calibration,
-        "samples": {"prompts": params.evaluate.prompts, "continuations": samples},
-    }
-    params.paths.evaluate.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (params.paths.evaluate / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(params.paths.evaluate / "metrics.json", metrics)
+    write_json(params.paths.evaluate / "calibration.json", calibration)
+    write_json(
+        params.paths.evaluate / "samples.json",
+        {"prompts": params.evaluate.prompts, "continuations": samples},
+    )
     click.echo(f"  {'model':12} {'loss':>8} {'ppl':>9} {'KL':>8} {'top-1':>7} {'ECE':>7}")
     for name, scores in comparison.scores.items():
         click.echo(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -12,6 +11,7 @@ from pipeline.cli import stage
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.fidelity import run_gate
+from pipeline.files import write_json
 from pipeline.runtime import DTYPES, pick_device
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
@@ -46,10 +46,8 @@ def main(params: Params) -> None:
         head_chunk=params.prepare.head_chunk,
     )
     report = run_gate(teacher, splits, params.verify, seed=params.seed)
-    params.paths.verify.mkdir(parents=True, exist_ok=True)
-    for name, content in (("metrics", report.metrics()), ("histogram", report.histogram)):
-        text = json.dumps(content, indent=2)
-        (params.paths.verify / f"{name}.json").write_text(text + "\n")
+    write_json(params.paths.verify / "metrics.json", report.metrics())
+    write_json(params.paths.verify / "histogram.json", report.histogram)
     for name, summary in (
         ("cache against teacher", report.cache),
         ("noise floor", report.noise),

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DecantError, ParamsError
+from pipeline.files import atomic_folder
 from pipeline.model.student import ModelConfig, StudentModel
 
 TOKENIZER_FILES = (
@@ -130,26 +130,6 @@ def save_student(student: StudentModel, folder: Path, *, tokenizer_from: Path | 
                 shutil.copy(tokenizer_from / name, partial / name)
 
 
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder that takes its name, replacing any older one, only if the block ends well."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.iterdir():
-            _fsync(file)
-        _fsync(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        _fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def hash_weights(folder: Path) -> str:
     """sha256 over config.json and every *.safetensors file of a model folder, in name order."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
@@ -213,11 +193,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise DecantError(f"{file} cannot be read as a model's config.json: {error}") from None
     assert isinstance(content, dict)
     return content
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,8 +6,6 @@ folder. Killed anywhere before the rename, the shard does not exist and is writt
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import zarr
 
 from pipeline.errors import MismatchError
+from pipeline.files import fsync, write_json
 from pipeline.store.codec import Arrays
 from pipeline.store.schema import (
     ARRAYS,
@@ -79,22 +78,15 @@ class CacheWriter:
                 assert len(values) == stop - start
                 self._arrays[name][start:stop] = values
         for file in files.values():
-            _fsync(file)
-            _fsync(file.parent)
+            fsync(file)
+            fsync(file.parent)
         marker = {
             "shard": shard,
             "rows": [start, stop],
             "tokens_sha256": tokens_sha256,
             "sizes": {name: file.stat().st_size for name, file in files.items()},
         }
-        final = marker_path(self.path, shard)
-        partial = final.with_suffix(".partial")
-        with partial.open("w") as stream:
-            json.dump(marker, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(final)
-        _fsync(final.parent)
+        write_json(marker_path(self.path, shard), marker)
 
 
 def marker_path(path: Path, shard: int) -> Path:
@@ -133,12 +125,4 @@ def _create(path: Path, fingerprint: Fingerprint, layout: dict[str, int]) -> Non
     group.create_group(COMMITS)
     group.attrs["decant"] = asdict(fingerprint) | layout
     partial.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path.parent)

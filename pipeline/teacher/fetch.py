@@ -21,7 +21,8 @@ import torch
 
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
-from pipeline.model.weights import TOKENIZER_FILES, atomic_folder
+from pipeline.files import atomic_folder
+from pipeline.model.weights import TOKENIZER_FILES
 from pipeline.runtime import import_transformers, say
 
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.model.weights import atomic_folder
+from pipeline.files import atomic_folder
 
 _KEEP = 2
 

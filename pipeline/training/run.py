@@ -19,6 +19,7 @@ import torch
 from pipeline.config import Params, StudentParams
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
+from pipeline.files import write_json
 from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.model.weights import hash_weights, load_student, save_student
 from pipeline.runtime import DTYPES, pick_device, pick_dtype, say, seed_everything
@@ -200,8 +201,7 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
             shutil.rmtree(folder)
         elif (folder / "model").exists():
             return True
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity, indent=2) + "\n")
+    write_json(file, identity)
     return False
 
 
