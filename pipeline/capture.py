@@ -1,4 +1,9 @@
-"""Corpus -> teacher -> cache: one split, shard by shard, continued where it stopped."""
+"""Corpus -> teacher -> cache: one split, shard by shard, continued where it stopped.
+
+A capture is a set of shards that are not committed yet. Any number of processes or machines may
+each take a part of them (`part_of`, or the Ray engine in pipeline/capture_ray.py): what a shard
+holds depends on the fingerprint and the shard's number alone.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,24 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline.config import PrepareParams
+from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit, hash_rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.model.weights import hash_tokenizer, hash_weights
 from pipeline.runtime import dtype_name, progress_bar
-from pipeline.store.codec import encode
+from pipeline.store.check import Damage, repair_cache
+from pipeline.store.codec import RankTable
 from pipeline.store.schema import FORMAT_VERSION, Fingerprint
 from pipeline.store.writer import CacheWriter
 from pipeline.teacher.hf import HuggingFaceTeacher
-from pipeline.topk import TopK
+from pipeline.topk import TopK, row_uniforms
+
+_COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 bytes a token more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,29 +37,29 @@ class CaptureResult:
     """What a capture did."""
 
     shards: int  # in the complete cache
-    shards_done: int  # by this call; the rest was there before
+    shards_done: int  # by this call; the rest was there before, or is another's
+    shards_missing: int  # still, when this call ended
     tokens_done: int
 
 
-def fingerprint_of(
-    teacher: Path, corpus: CorpusSplit, params: PrepareParams, dtype: torch.dtype
-) -> Fingerprint:
-    """The fingerprint of the cache that these inputs make.
+def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> Fingerprint:
+    """The fingerprint of the cache that these parameters make of a corpus.
 
     Raises:
         MismatchError: the corpus was tokenized with another tokenizer.
         ParamsError: K exceeds the vocabulary.
     """
     info = corpus.info
+    teacher, wanted = params.paths.teacher, params.prepare
     tokenizer_sha256 = hash_tokenizer(teacher)
     if tokenizer_sha256 != info.tokenizer_sha256:
         raise MismatchError(
             f"{corpus.path} was tokenized with tokenizer {info.tokenizer_sha256[:12]}, {teacher} "
             f"holds {tokenizer_sha256[:12]}: run stages/corpus.py again"
         )
-    if params.k > info.vocab_size:
+    if wanted.k > info.vocab_size:
         raise ParamsError(
-            f"prepare.k={params.k} exceeds the {info.vocab_size} ids of the vocabulary: lower it"
+            f"prepare.k={wanted.k} exceeds the {info.vocab_size} ids of the vocabulary: lower it"
         )
     return Fingerprint(
         format_version=FORMAT_VERSION,
@@ -59,80 +68,135 @@ def fingerprint_of(
         corpus_sha256=info.sha256,
         dtype=dtype_name(dtype),
         attention="packed",
-        k=params.k,
-        temperatures=params.temperatures,
+        k=wanted.k,
+        draws=wanted.draws,
+        draw_seed=params.seed if wanted.draws else 0,
+        temperatures=wanted.temperatures,
         vocab_size=info.vocab_size,
         num_rows=info.num_rows,
         row_length=info.row_length,
     )
 
 
-def capture(
-    teacher: HuggingFaceTeacher,
-    corpus: CorpusSplit,
-    fingerprint: Fingerprint,
-    path: Path,
-    params: PrepareParams,
-) -> CaptureResult:
-    """Capture every shard that is not committed yet.
+class Capture:
+    """The capture of one split: its teacher, its corpus, and the cache being written.
 
-    A writer thread compresses and syncs one shard while the teacher works on the next. On any
-    error, Ctrl-C included, the shard under way is dropped and committed ones stay.
+    Args:
+        teacher: in the fingerprint's number format.
+        fingerprint: what the cache is made from; an existing cache must have the same.
+        repair: first check every committed shard and take back the damaged ones (`repaired`).
 
     Raises:
-        DecantError: the disk is full or not writable; says how many shards are safe.
+        MismatchError: the cache was made from something else, which is named.
     """
-    writer = CacheWriter(
-        path / corpus.split,
-        fingerprint,
-        chunk_rows=params.chunk_rows,
-        shard_rows=params.shard_rows,
-    )
-    missing = writer.missing()
-    tokens_done = 0
-    pending: Future[None] | None = None
-    total = sum((end - start) for start, end in map(writer.rows_of, missing))
-    bar = progress_bar(
-        what=f"prepare {corpus.split}", total=total * fingerprint.row_length, unit="tok"
-    )
-    with bar, ThreadPoolExecutor(max_workers=1) as thread, _disk_errors(writer):
-        for shard in missing:
-            rows = corpus.rows(*writer.rows_of(shard))
-            parts: list[TopK] = []
-            for tokens in torch.split(torch.from_numpy(rows.tokens), params.batch_rows):
-                topk = teacher.top_k(tokens, params.k, params.temperatures)
-                parts.append(topk.map(torch.Tensor.cpu))
-                bar.update(tokens.numel())
+
+    def __init__(
+        self,
+        teacher: HuggingFaceTeacher,
+        corpus: CorpusSplit,
+        fingerprint: Fingerprint,
+        params: Params,
+        *,
+        repair: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.corpus = corpus
+        self.fingerprint = fingerprint
+        self._batch_rows = params.prepare.batch_rows
+        address, cut = params.paths.logits, params.prepare
+        sizes = {"chunk_rows": cut.chunk_rows, "shard_rows": cut.shard_rows}
+        self.repaired: tuple[Damage, ...] = ()
+        with disk_errors(str(address / corpus.split)):
+            if repair:
+                self.repaired = repair_cache(
+                    address, corpus, fingerprint, count=self.count_ranks, **sizes
+                )
+            self.writer = CacheWriter(
+                address, corpus.split, fingerprint, count=self.count_ranks, **sizes
+            )
+
+    def run(self, shards: list[int]) -> CaptureResult:
+        """Capture the given shards, all of them missing.
+
+        A writer thread compresses and syncs one shard while the teacher works on the next. On any
+        error, Ctrl-C included, the shard under way is dropped and committed ones stay.
+
+        Raises:
+            DecantError: the disk is full or not writable; says how many shards are safe.
+        """
+        layout = self.writer.layout
+        sizes = [end - start for start, end in map(layout.rows_of, shards)]
+        tokens = sum(sizes) * self.fingerprint.row_length
+        bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
+        pending: Future[None] | None = None
+        with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
+            for shard in shards:
+                topk, tokens_sha256 = self.compute(shard, bar)
+                if pending is not None:
+                    pending.result()
+                pending = thread.submit(self.writer.write, shard, topk, tokens_sha256)
             if pending is not None:
                 pending.result()
-            pending = thread.submit(_write, writer, shard, TopK.cat(parts), hash_rows(rows).hex())
-            tokens_done += rows.tokens.size
-        if pending is not None:
-            pending.result()
-    return CaptureResult(
-        shards=writer.num_shards, shards_done=len(missing), tokens_done=tokens_done
-    )
+        return CaptureResult(
+            shards=layout.num_shards,
+            shards_done=len(shards),
+            shards_missing=len(self.writer.missing()),
+            tokens_done=tokens,
+        )
+
+    def compute(self, shard: int, bar: object | None = None) -> tuple[TopK, str]:
+        """TopK [rows, L, ...] of a shard on the CPU, and the hash of the rows it belongs to."""
+        start, stop = self.writer.layout.rows_of(shard)
+        rows = self.corpus.rows(start, stop)
+        parts: list[TopK] = []
+        for first in range(0, stop - start, self._batch_rows):
+            tokens = torch.from_numpy(rows.tokens[first : first + self._batch_rows])
+            parts.append(self._top_k(tokens, start + first).map(torch.Tensor.cpu))
+            if bar is not None:
+                bar.update(tokens.numel())  # type: ignore[attr-defined]
+        return TopK.cat(parts), hash_rows(rows)
+
+    def count_ranks(self) -> RankTable:
+        """The rank table of a new cache: what the teacher says of a few rows spread evenly."""
+        number = min(_COUNTED_ROWS, len(self.corpus))
+        places = np.arange(number) * len(self.corpus) // number
+        ids = []
+        for place in places.tolist():
+            topk = self._top_k(torch.from_numpy(self.corpus.rows(place, place + 1).tokens), place)
+            ids += [topk.ids.cpu().numpy().ravel(), topk.draw_ids.cpu().numpy().ravel()]
+        return RankTable.counted(np.concatenate(ids), self.fingerprint.vocab_size)
+
+    def _top_k(self, tokens: Tensor, first_row: int) -> TopK:
+        made_from = self.fingerprint
+        rows = range(first_row, first_row + len(tokens))
+        uniforms = row_uniforms(rows, made_from.row_length, made_from.draws, made_from.draw_seed)
+        return self.teacher.top_k(tokens, made_from.k, made_from.temperatures, uniforms)
 
 
-def _write(writer: CacheWriter, shard: int, topk: TopK, tokens_sha256: str) -> None:
-    writer.write(shard, encode(topk), tokens_sha256)
+def part_of(shards: list[int], part: int, parts: int) -> list[int]:
+    """The shards that process `part` (from 1) of `parts` is to capture: every parts-th."""
+    return [shard for shard in shards if shard % parts == part - 1]
 
 
 @contextmanager
-def _disk_errors(writer: CacheWriter) -> Iterator[None]:
+def disk_errors(where: str, writer: CacheWriter | None = None) -> Iterator[None]:
     """A full or read-only disk as one sentence; what is committed stays."""
     try:
         yield
     except OSError as error:
-        done = writer.num_shards - len(writer.missing())
         what = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "the file size limit is reached",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission is denied",
+            errno.EPERM: "permission is denied",
         }.get(error.errno or 0, error.strerror or str(error))
+        safe = ""
+        if writer is not None:
+            total = writer.layout.num_shards
+            safe = f"{total - len(writer.missing())} of {total} shards are committed and safe; "
+            where = str(writer.address)
         raise DecantError(
-            f"writing {writer.path} failed, {what}: {done} of {writer.num_shards} shards are "
-            "committed and safe; make room and run the same command to continue"
+            f"writing {where} failed, {what}: {safe}mend that and run the same command to continue"
         ) from error

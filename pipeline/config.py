@@ -15,9 +15,23 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import ParamsError
+from pipeline.storage import Url, parse_address
+
+Location = Annotated[
+    Path | Url, PlainValidator(parse_address), PlainSerializer(str, return_type=str)
+]
+"""A path, or s3://bucket/prefix, or gs://bucket/prefix."""
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -35,8 +49,8 @@ class Paths(Section):
     """Where each stage writes, relative to the working folder."""
 
     teacher: Path = Field(description="Hugging Face folder of the teacher, with its tokenizer")
-    corpus: Path = Field(description="zarr group of tokens and document ids")
-    logits: Path = Field(description="zarr group of the teacher's top-K: the cache")
+    corpus: Location = Field(description="zarr group of tokens and document ids")
+    logits: Location = Field(description="zarr group of the teacher's top-K: the cache")
     verify: Path = Field(description="the gate's metrics and histograms")
     runs: Path = Field(description="one folder a training run")
     evaluate: Path = Field(description="metrics, calibration and samples")
@@ -118,7 +132,10 @@ class CorpusParams(Section):
 class PrepareParams(Section):
     """Capture of the teacher's top-K."""
 
-    k: Count = Field(description="K, ids kept a position")
+    k: Annotated[int, Field(ge=0)] = Field(description="K, most probable ids kept a position")
+    draws: Annotated[int, Field(ge=0)] = Field(
+        description="M, ids drawn from the teacher's distribution outside the K; 0 for none"
+    )
     temperatures: tuple[Positive, ...] = Field(description="whose normalisers are stored")
     dtype: Dtype = Field(description="teacher's format; auto: float16 on a GPU, bfloat16 on CPU")
     batch_rows: Count = Field(description="rows a teacher forward")
@@ -132,6 +149,8 @@ class PrepareParams(Section):
             raise ValueError(
                 f"shard_rows={self.shard_rows} must be a multiple of chunk_rows={self.chunk_rows}"
             )
+        if not self.k + self.draws:
+            raise ValueError("k=0 and draws=0 keep nothing: set one of them")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} repeat")
         return self
@@ -188,7 +207,7 @@ class TrainParams(Section):
     clip_norm: Positive
     dtype: Literal["bfloat16", "float32"] = Field(description="autocast's format")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
-    shuffle_chunks: Count = Field(description="chunks whose rows are mixed with each other")
+    shuffle_shards: Count = Field(description="shards whose rows are mixed with each other")
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         description="steps with a non-finite loss or gradient tolerated before the run fails"
     )

@@ -98,28 +98,51 @@ class GateReport:
 def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
     """Compare two TopK of the same positions.
 
+    Without draws the cosine is over the union of both sets of ids. With draws, which leave out ids
+    by chance, it is over the ids that are said; where nothing but draws is stored, `top1` asks for
+    the most probable of these, and `overlap`, of which there is none, is 1.
+
     Args:
-        said: leading axis n; what the cache says. live: likewise, the teacher now.
-        live_logprobs: float32 [n, K], the teacher's log-probabilities at said.ids.
+        said: leading axis n; what the cache says. live: likewise, the teacher now, of any K.
+        live_logprobs: float32 [n, K + M], the teacher's log-probabilities at `said_ids`.
     """
-    p, q = said.logprobs.exp(), live.logprobs.exp()
-    same_id = said.ids[:, :, None] == live.ids[:, None, :]  # [n, K, K]
-    dot = torch.einsum("nk,nkj,nj->n", p, same_id.float(), q)
-    cosine = dot / (p.norm(dim=-1) * q.norm(dim=-1))
-    live_mass = live_logprobs.exp()
+    known = _first_of_each(said)
+    log_p = torch.cat((said.logprobs, said.draw_logprobs), -1)
+    p = torch.where(known, log_p.exp(), 0.0)
+    at_known = torch.where(known, live_logprobs.exp(), 0.0)
+    same_id = said.ids[:, :, None] == live.ids[:, None, : max(1, said.k)]  # [n, K, K]
+    if said.draws:
+        dot, other_norm = (p * at_known).sum(-1), at_known.norm(dim=-1)
+    else:
+        q = live.logprobs.exp()
+        dot, other_norm = torch.einsum("nk,nkj,nj->n", p, same_id.float(), q), q.norm(dim=-1)
     tiny = torch.finfo(torch.float32).tiny
-    live_tail = (1.0 - live_mass.sum(-1)).clamp_min(0.0)
+    live_tail = (1.0 - at_known.sum(-1)).clamp_min(0.0)
     said_tail = (1.0 - p.sum(-1)).clamp_min(tiny)
     tail = live_tail * (live_tail.clamp_min(tiny).log() - said_tail.log())
-    kl = (live_mass * (live_logprobs - said.logprobs)).sum(-1)
+    kl = (at_known * (live_logprobs - log_p)).sum(-1)
     if said.k < said.vocab_size:
         kl = kl + tail
+    if said.k:
+        top1, overlap = said.ids[:, 0] == live.ids[:, 0], same_id.any(-1).float().mean(-1)
+    else:
+        top1, overlap = p.argmax(-1) == at_known.argmax(-1), torch.ones_like(kl)
     return Agreement(
-        cosine=cosine,
-        kl=kl,
-        top1=(said.ids[:, 0] == live.ids[:, 0]).float(),
-        overlap=same_id.any(-1).float().mean(-1),
+        cosine=dot / (p.norm(dim=-1) * other_norm), kl=kl, top1=top1.float(), overlap=overlap
     )
+
+
+def said_ids(topk: TopK) -> Tensor:
+    """All ids whose probability is stored, int64 [..., K + M]; draws may repeat."""
+    return torch.cat((topk.ids, topk.draw_ids), -1)
+
+
+def _first_of_each(topk: TopK) -> Tensor:
+    """Bool [n, K + M], False where a draw repeats an earlier one."""
+    draws = topk.draw_ids
+    earlier = torch.ones(topk.draws, topk.draws, dtype=torch.bool).tril(-1)
+    repeated = ((draws[:, :, None] == draws[:, None, :]) & earlier).any(-1)
+    return torch.cat((torch.ones_like(topk.ids, dtype=torch.bool), ~repeated), -1)
 
 
 def run_gate(
@@ -145,7 +168,9 @@ def run_gate(
         real = torch.from_numpy(np.concatenate([block.doc_ids for block in blocks])) != PADDING
         stored = TopK.cat([reader.top_k(np.array([row])) for (_, reader), row in batch])
         shifted = stored.map(lambda t: t.roll(1, dims=1))
-        live, (at_stored, at_shifted) = _live(teacher, tokens, [stored.ids, shifted.ids])
+        live, (at_stored, at_shifted) = _live(
+            teacher, tokens, [said_ids(stored), said_ids(shifted)]
+        )
         cached.append(_compare(stored, live, at_stored, real))
         if number < params.noise_batches:
             control.append(_compare(shifted, live, at_shifted, real))

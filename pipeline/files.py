@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(file: Path, text: str) -> None:
+def write_bytes(file: Path, data: bytes) -> None:
     """Write a file atomically and durably; its folder is made if need be."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
+    partial = _partial(file)
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
@@ -38,6 +39,26 @@ def write_text(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync(file.parent)
+
+
+def create_bytes(file: Path, data: bytes) -> bool:
+    """`write_bytes`, unless the file exists: of several who try at once, one gets True."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(file)
+    write_bytes(partial, data)
+    try:
+        os.link(partial, file)  # unlike rename, fails where the name is taken
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+    fsync(file.parent)
+    return True
+
+
+def write_text(file: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(file, text.encode())
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -63,3 +84,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _partial(file: Path) -> Path:
+    """A name of its own beside the file: two processes may write the same file at once."""
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")

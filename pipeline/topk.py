@@ -3,16 +3,18 @@
 `prepare` makes it from logits, the store keeps it, the losses consume it, and the online teacher
 makes the very same thing, so that cached and online training differ in nothing but the source.
 
-Shapes: ... any leading axes, K kept ids, J stored temperatures, V valid vocabulary (the ids a
-tokenizer can produce; rows of the head beyond it are padding and are left out of every sum).
+Shapes: ... any leading axes, K kept ids, M drawn ids, J stored temperatures, V valid vocabulary
+(the ids a tokenizer can produce; rows of the head beyond it are padding and are left out of every
+sum).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from pipeline.errors import MismatchError, ParamsError
 
 _BLOCK = 64  # logits a block of `block_top_k`
 _ROWS_AT_ONCE_ON_CPU = 16  # so that the rows being reduced stay in the processor's cache
-_TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy")
+_TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy", "draw_ids", "draw_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class TopK:
     lse: Tensor  # float32 [...], logsumexp of the full row's logits
     lse_tau: Tensor  # float32 [..., J], log sum_v exp(logprob_v / tau_j)
     entropy: Tensor  # float32 [...], nats, of the full row at temperature 1
+    draw_ids: Tensor  # int64 [..., M], drawn with replacement from p outside `ids`, temperature 1
+    draw_logprobs: Tensor  # float32 [..., M], of the drawn ids, at temperature 1
     temperatures: tuple[float, ...]  # the J temperatures of lse_tau
     vocab_size: int  # V
 
@@ -39,6 +43,11 @@ class TopK:
     def k(self) -> int:
         """K, the number of kept ids."""
         return self.ids.shape[-1]
+
+    @property
+    def draws(self) -> int:
+        """M, the number of drawn ids."""
+        return self.draw_ids.shape[-1]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """Apply a tensor function to every tensor field (move, index, reshape leading axes)."""
@@ -80,17 +89,41 @@ class TopK:
         if temperature == 1.0:  # log sum_v exp(logprob_v) = 0 by definition
             log_p = self.logprobs
         else:
-            if temperature not in self.temperatures:
-                stored = ", ".join(f"{tau:g}" for tau in self.temperatures)
-                raise MismatchError(
-                    f"temperature={temperature:g} is not among the stored temperatures ({stored}):"
-                    " choose one of them, or add it to prepare.temperatures and capture again"
-                )
-            column = self.temperatures.index(temperature)
-            log_p = self.logprobs / temperature - self.lse_tau[..., column, None]
+            log_p = self.logprobs / temperature - self._normaliser(temperature)
         if self.k >= self.vocab_size:
             return log_p, torch.zeros_like(self.lse)
         return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)
+
+    def draw_target(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the draws at a temperature, and the mass each stands for.
+
+        A draw v stands for w_v = p_t / M times p_tau(v) / p(v), with p_t the mass outside the kept
+        ids and p the teacher at temperature 1, from which it was drawn: importance sampling, so
+        that E[sum of w_v over draws of v] = p_tau(v) for every v outside the kept ids, at any
+        temperature. At temperature 1 the weights are all p_t / M.
+
+        Returns:
+            log_p float32 [..., M] at the temperature, weight float32 [..., M].
+
+        Raises:
+            MismatchError: the normaliser of this temperature was not stored.
+        """
+        _, tail_mass = self.target(1.0)
+        share = (tail_mass / max(1, self.draws))[..., None].expand_as(self.draw_logprobs)
+        if temperature == 1.0:
+            return self.draw_logprobs, share
+        log_p = self.draw_logprobs / temperature - self._normaliser(temperature)
+        return log_p, share * (log_p - self.draw_logprobs).exp()
+
+    def _normaliser(self, temperature: float) -> Tensor:
+        """[..., 1], log sum_v exp(logprob_v / tau)."""
+        if temperature not in self.temperatures:
+            stored = ", ".join(f"{tau:g}" for tau in self.temperatures)
+            raise MismatchError(
+                f"temperature={temperature:g} is not among the stored temperatures ({stored}):"
+                " choose one of them, or add it to prepare.temperatures and capture again"
+            )
+        return self.lse_tau[..., self.temperatures.index(temperature), None]
 
 
 def _joined(parts: Sequence[TopK], join: Callable[[list[Tensor]], Tensor]) -> TopK:
@@ -101,13 +134,16 @@ def _joined(parts: Sequence[TopK], join: Callable[[list[Tensor]], Tensor]) -> To
 
 
 @torch.no_grad()
-def top_k_from_logits(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> TopK:
+def top_k_from_logits(
+    logits: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor | None = None
+) -> TopK:
     """Reduce full rows of logits to TopK; the single place where that happens.
 
     Args:
         logits: float32 [n, V], valid ids only. OVERWRITTEN: it is the work space.
-        k: ids to keep, 1..V.
+        k: ids to keep, 0..V.
         temperatures: the temperatures whose normalisers are kept.
+        uniforms: float [n, M] in [0, 1), what decides the M draws; None draws nothing.
 
     The row's maximum is subtracted first, in float32, so that no exponential overflows:
     rounding a raw logit later would cost 30 times more than rounding a log-probability.
@@ -117,36 +153,104 @@ def top_k_from_logits(logits: Tensor, k: int, temperatures: tuple[float, ...]) -
         raise ParamsError(f"k={k} exceeds the {vocab_size} ids of the vocabulary: lower prepare.k")
     at_once = _ROWS_AT_ONCE_ON_CPU if logits.device.type == "cpu" else len(logits)
     work = torch.empty(min(len(logits), at_once), vocab_size, device=logits.device)
+    if uniforms is None:
+        uniforms = logits.new_empty(len(logits), 0)
     return TopK.cat(
-        [_reduce(rows, work[: len(rows)], k, temperatures) for rows in torch.split(logits, at_once)]
+        [
+            _reduce(rows, work[: len(rows)], k, temperatures, chance)
+            for rows, chance in zip(
+                torch.split(logits, at_once), torch.split(uniforms, at_once), strict=True
+            )
+        ]
     )
 
 
-def _reduce(logits: Tensor, work: Tensor, k: int, temperatures: tuple[float, ...]) -> TopK:
+def _reduce(
+    logits: Tensor, work: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor
+) -> TopK:
     """One block of `top_k_from_logits`; overwrites logits and work, both [n, V]."""
     values, ids = block_top_k(logits, k)
-    peak = values[:, :1]
+    peak = values[:, :1] if k else logits.amax(-1, keepdim=True)
     shifted = logits.sub_(peak)
-    total = torch.exp(shifted, out=work).sum(-1)
-    log_total = total.log()
-    entropy = log_total - work.mul_(shifted).sum(-1) / total
-    lse_tau = torch.empty(len(logits), len(temperatures), device=logits.device)
-    for column, tau in enumerate(temperatures):
-        if tau == 1.0:  # log sum_v exp(logprob_v) = 0 by definition
-            lse_tau[:, column] = 0.0
-            continue
-        torch.mul(shifted, 1.0 / tau, out=work)
-        # sum_v exp(logprob_v / tau), with logprob_v = shifted_v - log_total
-        lse_tau[:, column] = work.exp_().sum(-1).log() - log_total / tau
+    # Hottest first: exp(x / 2) is the square of exp(x / 4), and a product costs a third of an exp.
+    sums: dict[float, Tensor] = {}
+    last = 0.0
+    for tau in sorted({1.0, *temperatures}, reverse=True):
+        if last == 2.0 * tau:
+            work.square_()
+        else:
+            torch.mul(shifted, 1.0 / tau, out=work).exp_()
+        sums[tau] = work.sum(-1)
+        last = tau
+        if tau == 1.0:
+            total = sums[tau]
+            log_total = total.log()
+            expected = torch.linalg.vecdot(work, shifted) / total
+            draw_ids = _draw(work, ids, uniforms)
+            draw_logprobs = shifted.gather(-1, draw_ids) - log_total[:, None]
+            last = 0.0 if uniforms.shape[-1] else last  # drawing cleared the kept ids
+    # sum_v exp(logprob_v / tau), with logprob_v = shifted_v - log_total; 0 at tau = 1
+    lse_tau = [sums[tau].log() - log_total / tau for tau in temperatures]
     return TopK(
         ids=ids,
         logprobs=values - peak - log_total[:, None],
         lse=peak[:, 0] + log_total,
-        lse_tau=lse_tau,
-        entropy=entropy.clamp_min(0.0),
+        lse_tau=torch.stack(lse_tau, -1) if lse_tau else logits.new_empty(len(logits), 0),
+        entropy=(log_total - expected).clamp_min(0.0),
+        draw_ids=draw_ids,
+        draw_logprobs=draw_logprobs,
         temperatures=temperatures,
         vocab_size=logits.shape[-1],
     )
+
+
+def row_uniforms(rows: Iterable[int], length: int, draws: int, seed: int) -> Tensor:
+    """What decides the draws: float32 [B, L, M] in [0, 1), a function of (seed, row) alone.
+
+    So a shard holds the same draws whoever captures it, and an online teacher draws the same.
+    """
+    return torch.from_numpy(
+        np.stack(
+            [
+                np.random.default_rng([seed, row]).random((length, draws), dtype=np.float32)
+                for row in rows
+            ]
+        )
+    )
+
+
+def _draw(weights: Tensor, kept: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids drawn in proportion to `weights` outside the kept ids, by inversion in two stages.
+
+    The block of `_BLOCK` ids is found in the running sum of block sums, then the id in the running
+    sum of its block: the same ids as inverting one running sum over V, at the cost of one pass.
+
+    Args:
+        weights: float32 [n, V], unnormalised; the kept ids' are set to 0.
+        kept: int64 [n, K]. uniforms: float [n, M] in [0, 1).
+
+    Returns:
+        int64 [n, M]; any ids where the weights outside the kept ids are all 0.
+    """
+    if not uniforms.shape[-1]:
+        return kept.new_empty(len(kept), 0)
+    weights.scatter_(-1, kept, 0.0)
+    size = weights.shape[-1]
+    whole = size // _BLOCK * _BLOCK
+    blocks = weights[:, :whole].view(len(weights), -1, _BLOCK).sum(-1).double()
+    if size > whole:
+        blocks = torch.cat((blocks, weights[:, whole:].sum(-1, keepdim=True).double()), -1)
+    running = blocks.cumsum(-1)
+    place = uniforms.double() * running[:, -1:]
+    block = torch.searchsorted(running, place, right=True).clamp_max(blocks.shape[-1] - 1)
+    within = (place - (running - blocks).gather(-1, block)) / blocks.gather(-1, block)
+    ids = block[..., None] * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    found = weights.gather(-1, ids.clamp_max(size - 1).flatten(1)).view(ids.shape)
+    inner = torch.where(ids < size, found, 0.0).double().cumsum(-1)
+    # Scaled to the block's own sum, so that rounding cannot step past its last possible id.
+    step = (inner <= (within.clamp(0.0, 1.0) * inner[..., -1])[..., None]).sum(-1)
+    last = (inner < inner[..., -1:]).sum(-1)  # the last id whose weight is not 0
+    return (block * _BLOCK + torch.minimum(step, last)).clamp_max(size - 1)
 
 
 def block_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -157,7 +261,7 @@ def block_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     size = values.shape[-1]
     blocks = size // _BLOCK
-    if blocks <= k:
+    if blocks <= k or not k:
         top = values.topk(k, dim=-1)
         return top.values, top.indices
     body = values[:, : blocks * _BLOCK].view(-1, blocks, _BLOCK)

@@ -13,29 +13,40 @@ from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.fidelity import run_gate
 from pipeline.files import write_json
 from pipeline.runtime import DTYPES, pick_device
+from pipeline.store.check import check_cache
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
 
 
 @stage
-def main(params: Params) -> None:
+@click.option(
+    "--structure",
+    is_flag=True,
+    help="Only read every shard against its checksums, marker and corpus; the teacher is not run.",
+)
+def main(params: Params, structure: bool) -> None:
     """Recompute sampled rows with the live teacher and compare them with the cache.
 
     Exit status 1 when a threshold of verify.* is missed, or when the negative control (targets
     shifted by one) passes. Reads paths.teacher, paths.corpus and paths.logits; writes
     paths.verify/metrics.json and histogram.json.
     """
+    if structure:
+        _check_structure(params)
+        return
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
     dtype = DTYPES[splits[0][1].fingerprint.dtype]
     for corpus, reader in splits:
         stored = reader.fingerprint
-        layout = params.prepare.model_copy(
-            update={"k": stored.k, "temperatures": stored.temperatures}
-        )
+        # How much was kept is the cache's own affair; what it was made from must be what is here.
+        kept = {"k": stored.k, "draws": stored.draws, "temperatures": stored.temperatures}
+        prepare = params.prepare.model_copy(update=kept)
+        seed = stored.draw_seed if stored.draws else params.seed
+        as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})
         stored.require_equal(
-            fingerprint_of(params.paths.teacher, corpus, layout, dtype),
-            str(reader.path),
+            fingerprint_of(as_stored, corpus, dtype),
+            str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
     teacher = HuggingFaceTeacher(
@@ -60,6 +71,22 @@ def main(params: Params) -> None:
     verdict = "passed" if report.passed else "FAILED: " + "; ".join(report.failures)
     click.echo(f"verify: {report.batches} batches, {report.tokens:,} tokens, gate {verdict}")
     sys.exit(0 if report.passed else 1)
+
+
+def _check_structure(params: Params) -> None:
+    whole, shards = True, 0
+    for split in SPLITS:
+        result = check_cache(params.paths.logits, CorpusSplit(params.paths.corpus, split))
+        for damage in result.damages:
+            place = split if damage.shard is None else f"{split} shard {damage.shard}"
+            click.echo(f"  {place}: {damage.what}")
+        if result.missing:
+            click.echo(f"  {split}: {result.missing} of {result.shards} shards are not captured")
+        whole = whole and not result.damages and not result.missing
+        shards += result.committed
+    verdict = "all whole" if whole else "NOT whole; run stages/prepare.py --repair"
+    click.echo(f"verify: {shards} committed shards read, {verdict}")
+    sys.exit(0 if whole else 1)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ TINY: dict[str, dict[str, Any]] = {
         "learning_rate": 0.003,
         "min_learning_rate": 0.0003,
         "head_chunk": 50,
-        "shuffle_chunks": 3,
+        "shuffle_shards": 2,
         "eval_every": 4,
         "eval_rows": 8,
         "checkpoint_every": 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.capture import CaptureResult, capture, fingerprint_of
+from pipeline.capture import Capture, CaptureResult, fingerprint_of
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.runtime import DTYPES
@@ -23,15 +23,19 @@ def live_teacher(params: Params) -> HuggingFaceTeacher:
     )
 
 
-def capture_all(params: Params) -> list[CaptureResult]:
+def make_capture(params: Params, split: str, *, repair: bool = False) -> Capture:
+    """The capture of one split as stages/prepare.py makes it."""
+    corpus = CorpusSplit(params.paths.corpus, split)
+    fingerprint = fingerprint_of(params, corpus, DTYPES[params.prepare.dtype])
+    return Capture(live_teacher(params), corpus, fingerprint, params, repair=repair)
+
+
+def capture_all(params: Params, *, repair: bool = False) -> list[CaptureResult]:
     """What stages/prepare.py does, as a call."""
-    teacher = live_teacher(params)
     results = []
     for split in SPLITS:
-        corpus = CorpusSplit(params.paths.corpus, split)
-        dtype = DTYPES[params.prepare.dtype]
-        fingerprint = fingerprint_of(params.paths.teacher, corpus, params.prepare, dtype)
-        results.append(capture(teacher, corpus, fingerprint, params.paths.logits, params.prepare))
+        capture = make_capture(params, split, repair=repair)
+        results.append(capture.run(capture.writer.missing()))
     return results
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import zarr
+from torch import Tensor
 
 from pipeline.config import Params
-from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.fidelity import GateReport, agreement, run_gate
 from pipeline.losses.reference import tail_bucket_kl
-from pipeline.store.writer import shard_path
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import top_k_from_logits
 from tests.conftest import change, make_teacher
-from tests.helpers import capture_all, live_teacher, open_cache
+from tests.helpers import capture_all, live_teacher, make_capture, open_cache
 
 
 def gate(params: Params, teacher: HuggingFaceTeacher | None = None) -> GateReport:
@@ -27,21 +27,14 @@ def gate(params: Params, teacher: HuggingFaceTeacher | None = None) -> GateRepor
     return run_gate(teacher or live_teacher(params), splits, params.verify, seed=0)
 
 
-def rewrite(params: Params, change_row: object) -> None:
-    """Change the stored arrays in place and make the markers agree, as an old bug would have."""
-    import json
-
-    path = params.paths.logits / "train"
-    group = zarr.open_group(path, mode="r+")
-    for name in ("ids", "logprobs", "lse", "lse_tau", "entropy"):
-        group[name][:] = change_row(np.asarray(group[name][:]))  # type: ignore[operator]
-    for marker in (path / "commits").glob("0*.json"):
-        values = json.loads(marker.read_text())
-        for name in values["sizes"]:
-            ndim = 2 if name in ("lse", "entropy") else 3
-            file = shard_path(path, name, values["shard"], ndim)
-            values["sizes"][name] = file.stat().st_size
-        marker.write_text(json.dumps(values))
+def rewrite(params: Params, change_rows: Callable[[Tensor], Tensor]) -> None:
+    """Commit other contents under good markers, as a defect of ours would have."""
+    reader = open_cache(params)
+    changed = reader.top_k(np.arange(len(reader.corpus))).map(change_rows)
+    writer = make_capture(params, "train").writer
+    for shard in range(writer.layout.num_shards):
+        start, stop = writer.layout.rows_of(shard)
+        writer.write(shard, changed[start:stop], hash_rows(reader.corpus.rows(start, stop)))
 
 
 def test_a_good_cache_passes(tiny_cache: Params) -> None:
@@ -57,16 +50,15 @@ def test_a_good_cache_passes(tiny_cache: Params) -> None:
 
 
 def test_shift_by_one_is_caught(tiny_cache: Params) -> None:
-    rewrite(tiny_cache, lambda array: np.roll(array, 1, axis=1))
+    rewrite(tiny_cache, lambda tensor: tensor.roll(1, dims=1))
     report = gate(tiny_cache)
     assert not report.passed
     assert any("mean cosine" in failure for failure in report.failures)
 
 
 def test_a_stale_shard_is_caught(tiny_cache: Params) -> None:
-    def stale(array: np.ndarray) -> np.ndarray:
-        array[16:32] = array[32:48]
-        return array
+    def stale(tensor: Tensor) -> Tensor:
+        return torch.cat((tensor[:16], tensor[32:48], tensor[32:]))
 
     rewrite(tiny_cache, stale)
     assert not gate(change(tiny_cache, verify={"batches": 100})).passed
@@ -105,6 +97,18 @@ def test_bfloat16_cache_passes_with_its_own_noise(tiny_corpus: Params) -> None:
     params = change(tiny_corpus, prepare={"dtype": "bfloat16"})
     capture_all(params)
     assert gate(params).passed
+
+
+@pytest.mark.parametrize(("k", "draws"), [(8, 8), (1, 20), (0, 50)])
+def test_caches_with_draws_pass_and_fail_as_others_do(
+    k: int, draws: int, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"k": k, "draws": draws})
+    capture_all(params)
+    report = gate(params)
+    assert report.passed, report.failures
+    rewrite(params, lambda tensor: tensor.roll(1, dims=1))
+    assert not gate(params).passed
 
 
 def test_agreement_worked_by_hand() -> None:

@@ -14,17 +14,17 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import CorpusParams
 from pipeline.data.packing import pack
-from pipeline.data.rows import SPLITS, SplitInfo, seal_split, write_split
+from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.weights import hash_tokenizer
 from pipeline.runtime import import_transformers, progress_bar
+from pipeline.storage import Address
 
 _DOCUMENTS_AT_ONCE = 32
 _ROWS_AT_ONCE = 256
@@ -32,8 +32,8 @@ _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "par
 _NOT_OURS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "_vendor"}
 
 
-def build_corpus(params: CorpusParams, teacher: Path, path: Path) -> dict[str, SplitInfo]:
-    """Tokenize, split and pack a corpus into the zarr group at `path`.
+def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[str, SplitInfo]:
+    """Tokenize, split and pack a corpus into the zarr group at `address`.
 
     Args:
         teacher: folder whose tokenizer is used.
@@ -46,31 +46,37 @@ def build_corpus(params: CorpusParams, teacher: Path, path: Path) -> dict[str, S
     """
     tokenizer = load_tokenizer(teacher)
     end_of_document = document_separator(tokenizer)
-    result = {}
-    for split in SPLITS:
-        counter = _Counter()
-        limit = params.train_tokens if split == "train" else params.validation_tokens
-        documents = _chosen(params, split)
+    tokenizer_sha256 = hash_tokenizer(teacher)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    limits = {"train": params.train_tokens, "validation": params.validation_tokens}
+    writers = {
+        split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
+        for split in SPLITS
+    }
+    counters = {split: _Counter() for split in SPLITS}
+    for split, writer in writers.items():
         token_lists = _tokenize(
-            tokenizer, documents, end_of_document, params.max_document_tokens, limit, split, counter
-        )
-        info = write_split(
-            path,
+            tokenizer,
+            _chosen(params, split),
+            end_of_document,
+            params.max_document_tokens,
+            limits[split],
             split,
-            pack(token_lists, params.row_length, end_of_document, _ROWS_AT_ONCE),
-            row_length=params.row_length,
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
-            tokenizer_sha256=hash_tokenizer(teacher),
+            counters[split],
         )
-        if not info.num_tokens:
+        for rows in pack(token_lists, params.row_length, end_of_document, _ROWS_AT_ONCE):
+            writer.add(rows)
+        if not writer.num_tokens:
             raise DecantError(
                 f"the {split} split of corpus.source={params.source} came out empty: give more or "
                 f"longer documents, or change validation_fraction={params.validation_fraction:g}"
             )
-        result[split] = replace(info, num_text_bytes=counter.text_bytes)
-    for split, info in result.items():  # sealed together: a corpus is whole or not there
-        seal_split(path, split, info)
-    return result
+    return {  # sealed together: a corpus is whole or not there
+        split: writer.seal(
+            num_text_bytes=counters[split].text_bytes, tokenizer_sha256=tokenizer_sha256
+        )
+        for split, writer in writers.items()
+    }
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,30 +1,39 @@
-"""The tokenized corpus on disk: `corpus.zarr` with the groups `train` and `validation`.
+"""The tokenized corpus on disk: `corpus.zarr` with the Zarr v3 groups `train` and `validation`.
 
 Each group holds `tokens` (uint16 when the vocabulary fits, else uint32) and `doc_ids` (int32), both
-[N, L], and attributes that describe them. The attributes, with the sha256 of all rows, are written
-last: a group without them was interrupted and is refused. The sha256 goes into the fingerprint of
-every cache made from the corpus, so a cache can not be paired with other tokens.
+[N, L], in shards of about 262,144 tokens (pipeline/sharding.py), and attributes that describe them.
+The group's zarr.json, with the sha256 of all rows, is written last: without it the split does not
+exist. The sha256 goes into the fingerprint of every cache made from the corpus, so a cache can not
+be paired with other tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterable
+import threading
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from numpy.typing import NDArray
 
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import DecantError
+from pipeline.sharding import (
+    ArraySpec,
+    DamagedError,
+    encode_shard,
+    read_group,
+    read_shard,
+    write_group,
+)
+from pipeline.storage import Address, open_folder
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
-_ROWS_PER_CHUNK = 64
+_TOKENS_PER_CHUNK = 65_536
+_CHUNKS_PER_SHARD = 4
+_SHARDS_KEPT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,103 +52,168 @@ class SplitInfo:
     sha256: str  # of tokens and doc_ids, row by row
 
 
-def hash_rows(rows: Rows) -> bytes:
+def hash_rows(rows: Rows) -> str:
     """sha256 over rows: each row's tokens as little-endian uint32, then its doc_ids as int32."""
-    digest = hashlib.sha256()
-    for tokens, doc_ids in zip(rows.tokens, rows.doc_ids, strict=True):
-        digest.update(tokens.astype("<u4").tobytes())
-        digest.update(doc_ids.astype("<i4").tobytes())
-    return digest.digest()
+    return hashlib.sha256(_row_bytes(rows)).hexdigest()
 
 
-def write_split(
-    path: Path,
-    split: str,
-    blocks: Iterable[Rows],
-    *,
-    row_length: int,
-    vocab_size: int,
-    tokenizer_sha256: str,
-) -> SplitInfo:
-    """Stream blocks of rows into the group `split`, replacing an older one.
+def _row_bytes(rows: Rows) -> bytes:
+    both = (rows.tokens.astype("<u4"), rows.doc_ids.astype("<i4").view("<u4"))
+    return np.stack(both, axis=1).tobytes()
 
-    Returns:
-        The attributes for `seal_split`; `num_text_bytes` is left 0, for the reader of documents.
+
+class SplitWriter:
+    """Streams blocks of rows into a split; the split exists once `seal` has been called.
+
+    Args:
+        address: of the corpus; an older split there is removed.
     """
-    shutil.rmtree(path / split, ignore_errors=True)
-    root = zarr.open_group(path, mode="a")
-    group = root.create_group(split)
-    common: dict[str, Any] = {
-        "shape": (0, row_length),
-        "chunks": (_ROWS_PER_CHUNK, row_length),
-        "shards": (_ROWS_PER_CHUNK * 64, row_length),
-    }
-    token_dtype = "uint16" if vocab_size <= 65_536 else "uint32"
-    arrays = {
-        "tokens": group.create_array("tokens", dtype=token_dtype, **common),
-        "doc_ids": group.create_array("doc_ids", dtype="int32", fill_value=PADDING, **common),
-    }
-    digest = hashlib.sha256()
-    used = np.zeros(vocab_size, dtype=bool)
-    num_rows = num_tokens = num_documents = 0
-    for rows in blocks:
-        end = num_rows + len(rows)
-        for name, array in arrays.items():
-            array.resize((end, row_length))
-            array[num_rows:end] = getattr(rows, name)
-        digest.update(hash_rows(rows))
+
+    def __init__(self, address: Address, split: str, *, row_length: int, vocab_size: int) -> None:
+        self._root = open_folder(address)
+        self._folder = open_folder(address / split)
+        self._folder.remove("zarr.json")  # first: what is being removed no longer exists
+        self._folder.remove()
+        self._row_length = row_length
+        self._used = np.zeros(vocab_size, dtype=bool)
+        self._digest = hashlib.sha256()
+        self._pending: list[Rows] = []
+        self._num_rows = self._num_tokens = self._num_documents = self._num_shards = 0
+
+    def add(self, rows: Rows) -> None:
+        """Append rows; full shards are written at once."""
+        self._digest.update(_row_bytes(rows))
         real = rows.doc_ids != PADDING
-        used[rows.tokens[real]] = True
-        num_tokens += int(real.sum())
-        num_documents = max(num_documents, int(rows.doc_ids.max()) + 1)
-        num_rows = end
-    return SplitInfo(
-        format_version=FORMAT_VERSION,
-        num_rows=num_rows,
-        row_length=row_length,
-        num_tokens=num_tokens,
-        num_documents=num_documents,
-        num_text_bytes=0,
-        num_used_ids=int(used.sum()),
-        vocab_size=vocab_size,
-        tokenizer_sha256=tokenizer_sha256,
-        sha256=digest.hexdigest(),
-    )
+        self._used[rows.tokens[real]] = True
+        self._num_tokens += int(real.sum())
+        self._num_documents = max(self._num_documents, int(rows.doc_ids.max()) + 1)
+        self._num_rows += len(rows)
+        self._pending.append(rows)
+        self._write_shards(final=False)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, without padding."""
+        return self._num_tokens
 
-def seal_split(path: Path, split: str, info: SplitInfo) -> None:
-    """Write the attributes that make a split count as complete."""
-    zarr.open_group(path, path=split, mode="r+").attrs.update(asdict(info))
+    def seal(self, *, num_text_bytes: int, tokenizer_sha256: str) -> SplitInfo:
+        """Write what is pending, and the metadata that makes the split exist."""
+        self._write_shards(final=True)
+        info = SplitInfo(
+            format_version=FORMAT_VERSION,
+            num_rows=self._num_rows,
+            row_length=self._row_length,
+            num_tokens=self._num_tokens,
+            num_documents=self._num_documents,
+            num_text_bytes=num_text_bytes,
+            num_used_ids=int(self._used.sum()),
+            vocab_size=len(self._used),
+            tokenizer_sha256=tokenizer_sha256,
+            sha256=self._digest.hexdigest(),
+        )
+        write_group(self._root, [], {})
+        write_group(self._folder, list(_specs(info).values()), asdict(info))
+        return info
+
+    def _write_shards(self, *, final: bool) -> None:
+        specs = self._open_specs()
+        size = specs["tokens"].shard_rows
+        while (waiting := sum(map(len, self._pending))) >= size or (final and waiting):
+            rows = Rows(
+                tokens=np.concatenate([part.tokens for part in self._pending]),
+                doc_ids=np.concatenate([part.doc_ids for part in self._pending]),
+            )
+            for name, spec in specs.items():
+                data = encode_shard(spec, getattr(rows, name)[:size])
+                self._folder.write(spec.key_of(self._num_shards), data)
+            self._pending = [Rows(rows.tokens[size:], rows.doc_ids[size:])]
+            self._num_shards += 1
+
+    def _open_specs(self) -> dict[str, ArraySpec]:
+        return _array_specs(self._num_rows, self._row_length, len(self._used))
 
 
 class CorpusSplit:
-    """Read access to one split; `info` describes it."""
+    """Read access to one split; `info` describes it.
 
-    def __init__(self, path: Path, split: str) -> None:
-        try:
-            group = zarr.open_group(path, path=split, mode="r")
-            attributes: dict[str, Any] = dict(group.attrs)
-        except (OSError, ValueError):
-            attributes = {}
-        if not attributes:
-            raise DecantError(
-                f"{path} holds no complete {split} split: run stages/corpus.py (or `dvc repro`)"
-            )
-        if attributes.get("format_version") != FORMAT_VERSION:
-            raise DecantError(
-                f"{path} has format version {attributes.get('format_version')}, this program reads"
-                f" {FORMAT_VERSION}: run stages/corpus.py again"
-            )
-        self.path = path
+    Raises:
+        DecantError: absent, of another format, or damaged.
+    """
+
+    def __init__(self, address: Address, split: str) -> None:
+        self.path = address
         self.split = split
-        self.info = SplitInfo(**attributes)
-        self._tokens: Any = group["tokens"]
-        self._doc_ids: Any = group["doc_ids"]
+        self._folder = open_folder(address / split)
+        try:
+            about = read_group(self._folder, str(address / split), FORMAT_VERSION)
+        except DamagedError as error:
+            raise DecantError(
+                f"{address / split} is damaged ({error}): run stages/corpus.py again"
+            ) from None
+        if about is None:
+            raise DecantError(
+                f"{address} holds no complete {split} split: run stages/corpus.py (or `dvc repro`)"
+            )
+        self.info = SplitInfo(**about)
+        self._specs = _specs(self.info)
+        self._shards: OrderedDict[int, Rows] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.info.num_rows
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows start..stop in corpus order."""
-        tokens: NDArray[Any] = self._tokens[start:stop]
-        return Rows(tokens=tokens.astype(np.int64), doc_ids=self._doc_ids[start:stop])
+        """Rows start..stop in corpus order; the last shards read are kept.
+
+        Raises:
+            DecantError: a shard is damaged.
+        """
+        size = self._specs["tokens"].shard_rows
+        parts = []
+        for shard in range(start // size, max(start, stop - 1) // size + 1):
+            rows, first = self._shard(shard), shard * size
+            place = slice(max(start - first, 0), max(stop - first, 0))
+            parts.append(Rows(rows.tokens[place].astype(np.int64), rows.doc_ids[place]))
+        if len(parts) == 1:
+            return parts[0]
+        return Rows(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            doc_ids=np.concatenate([part.doc_ids for part in parts]),
+        )
+
+    def _shard(self, shard: int) -> Rows:
+        """As stored: tokens in the narrow type."""
+        with self._lock:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+        try:
+            found = Rows(
+                tokens=read_shard(self._folder, self._specs["tokens"], shard),
+                doc_ids=read_shard(self._folder, self._specs["doc_ids"], shard),
+            )
+        except DamagedError as error:
+            raise DecantError(
+                f"shard {shard} of {self.path / self.split} is damaged ({error}): run "
+                "stages/corpus.py again"
+            ) from None
+        with self._lock:  # two threads may have read it at once; both hold the same rows
+            self._shards[shard] = found
+            while len(self._shards) > _SHARDS_KEPT:
+                self._shards.popitem(last=False)
+        return found
+
+
+def _specs(info: SplitInfo) -> dict[str, ArraySpec]:
+    return _array_specs(info.num_rows, info.row_length, info.vocab_size)
+
+
+def _array_specs(num_rows: int, row_length: int, vocab_size: int) -> dict[str, ArraySpec]:
+    chunk_rows = max(1, _TOKENS_PER_CHUNK // row_length)
+    dtypes = {"tokens": "uint16" if vocab_size <= 65_536 else "uint32", "doc_ids": "int32"}
+    common: dict[str, Any] = {
+        "shape": (num_rows, row_length),
+        "chunk_rows": chunk_rows,
+        "shard_rows": chunk_rows * _CHUNKS_PER_SHARD,
+    }
+    return {name: ArraySpec(name=name, dtype=dtype, **common) for name, dtype in dtypes.items()}

@@ -1,4 +1,4 @@
-"""lm_head, cross-entropy and tail-bucket KL in one pass, without tokens x vocabulary in memory.
+"""lm_head, cross-entropy and sparse KL in one pass, without tokens x vocabulary in memory.
 
 Rows of hidden states are taken a chunk at a time: logits, loss and the loss's gradient for hidden
 states and head weight are computed together in forward, in two [chunk, V] float32 buffers, and the
@@ -136,6 +136,8 @@ def _loss_and_grad(
             logits.scatter_add_(-1, label_column, logits.new_full(label_column.shape, -1.0))
         return ce.sum(), kl
 
+    if topk.draws:
+        return _sampled_loss_and_grad(shifted, work, labels, topk, share, temperature, need_grad)
     log_p, tail_mass = topk.target(temperature)
     p = log_p.exp()
     torch.mul(shifted, 1.0 / temperature, out=work).exp_()  # e_v = exp((z_v - peak) / tau)
@@ -174,4 +176,43 @@ def _loss_and_grad(
             shifted.scatter_add_(-1, topk.ids, on)
         label_grad = logits.new_full(label_column.shape, -(1.0 - share))
         logits.scatter_add_(-1, label_column, label_grad)
+    return ce.sum(), kl
+
+
+def _sampled_loss_and_grad(
+    shifted: Tensor,
+    work: Tensor,
+    labels: Tensor,
+    topk: TopK,
+    share: float,
+    temperature: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_loss_and_grad` for a target of kept ids and draws (`reference.sampled_kl`).
+
+    d (tau^2 KL) / dz = tau (m q - target), where m is the target's sum.
+    """
+    log_p, _ = topk.target(temperature)
+    draw_log_p, weight = topk.draw_target(temperature)
+    ids = torch.cat((topk.ids, topk.draw_ids), -1)
+    target = torch.cat((log_p.exp(), weight), -1)
+    torch.mul(shifted, 1.0 / temperature, out=work).exp_()
+    total_tau = work.sum(-1)
+    log_q = shifted.gather(-1, ids) / temperature - total_tau.log()[:, None]
+    kl = (target * (torch.cat((log_p, draw_log_p), -1) - log_q)).sum()
+    label_logit = shifted.gather(-1, labels[:, None])[:, 0]
+    total = total_tau if temperature == 1.0 else torch.exp(shifted).sum(-1)
+    ce = total.log() - label_logit
+    if need_grad:
+        scale = share * temperature
+        of_q = scale * target.sum(-1) / total_tau
+        if temperature == 1.0:
+            torch.mul(work, (of_q + (1.0 - share) / total)[:, None], out=shifted)
+        else:
+            shifted.exp_().mul_(((1.0 - share) / total)[:, None])
+            shifted.addcmul_(work, of_q[:, None])
+        shifted.scatter_add_(-1, ids, -scale * target)
+        shifted.scatter_add_(
+            -1, labels[:, None], shifted.new_full((len(labels), 1), -(1.0 - share))
+        )
     return ce.sum(), kl

@@ -59,6 +59,30 @@ def tail_bucket_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
     return kept + tail
 
 
+def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
+    """An unbiased estimate of the full KL(p || q) from the kept ids and the draws outside them.
+
+    L = sum_T p (log p - log q) + sum_draws w (log p - log q)
+
+    With w from `TopK.draw_target`, E[sum of w f(v) over draws] = sum of p(v) f(v) outside T for any
+    f, so value and gradient have the full divergence's as expectation (Anshumann et al. 2025,
+    section 3, for K = 0). The gradient for z / tau is m q - target, where the target holds p on T
+    and w on the draws and m is its sum: 1 at temperature 1, 1 in expectation elsewhere. An estimate
+    may be negative, where the bucket's value may not.
+
+    Args:
+        logits: [n, V]. topk: with draws, leading axis n.
+        temperature: 1 or one of topk.temperatures.
+    """
+    log_p, _ = topk.target(temperature)
+    draw_log_p, weight = topk.draw_target(temperature)
+    log_q = (logits / temperature).log_softmax(-1)
+    ids = torch.cat((topk.ids, topk.draw_ids), -1)
+    target = torch.cat((log_p.exp(), weight), -1).to(logits.dtype)
+    difference = torch.cat((log_p, draw_log_p), -1).to(logits.dtype) - log_q.gather(-1, ids)
+    return (target * difference).sum(-1)
+
+
 def distillation_loss(
     logits: Tensor, labels: Tensor, topk: TopK | None, *, alpha: float, temperature: float
 ) -> Tensor:
@@ -66,5 +90,6 @@ def distillation_loss(
     ce = cross_entropy(logits, labels)
     if topk is None:
         return ce
-    kl = tail_bucket_kl(logits, topk, temperature)
+    divergence = sampled_kl if topk.draws else tail_bucket_kl
+    kl = divergence(logits, topk, temperature)
     return alpha * temperature**2 * kl + (1.0 - alpha) * ce

@@ -7,6 +7,9 @@ with a tail to 1e-4. float16 holds a log-probability of -16 to +-0.008.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,43 +17,107 @@ from numpy.typing import NDArray
 from pipeline.store.schema import Fingerprint
 from pipeline.topk import TopK
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[Any]]
 
 
-def encode(topk: TopK) -> Arrays:
+class RankTable:
+    """The permutation between token ids and ranks.
+
+    Args:
+        rank_to_id: [V], the id at each rank.
+    """
+
+    def __init__(self, rank_to_id: NDArray[Any]) -> None:
+        self.rank_to_id = rank_to_id.astype(np.int64)  # what losses index with
+        dtype = np.uint16 if len(rank_to_id) <= 65_536 else np.uint32
+        self.id_to_rank = np.empty(len(rank_to_id), dtype)
+        self.id_to_rank[self.rank_to_id] = np.arange(len(rank_to_id), dtype=dtype)
+
+    def to_bytes(self) -> bytes:
+        """rank_to_id as little-endian uint32; its crc32c names the table."""
+        return self.rank_to_id.astype("<u4").tobytes()
+
+    @staticmethod
+    def counted(ids: NDArray[Any], vocab_size: int) -> RankTable:
+        """The ids by falling number of appearances, the smaller id first among equals."""
+        counts = np.bincount(ids.ravel(), minlength=vocab_size)
+        return RankTable(np.argsort(-counts, kind="stable"))
+
+
+def encode(topk: TopK, table: RankTable) -> Arrays:
     """TopK of any leading shape -> arrays by name, in the dtypes of the format."""
-    id_dtype = np.uint16 if topk.vocab_size <= 65_536 else np.uint32
-    return {
-        "ids": topk.ids.cpu().numpy().astype(id_dtype),
-        "logprobs": to_steps(topk.logprobs.cpu().numpy().astype(np.float16)),
+    arrays = {
+        "id_ranks": table.id_to_rank[topk.ids.cpu().numpy()],
+        "logprob_steps": to_steps(topk.logprobs.cpu().numpy().astype(np.float16).view(np.uint16)),
         "lse": topk.lse.cpu().numpy().astype(np.float32),
         "lse_tau": topk.lse_tau.cpu().numpy().astype(np.float32),
         "entropy": topk.entropy.cpu().numpy().astype(np.float16),
     }
+    if topk.draws:
+        ranks = table.id_to_rank[topk.draw_ids.cpu().numpy()]
+        order = np.argsort(ranks, axis=-1, kind="stable")
+        logprobs = topk.draw_logprobs.cpu().numpy().astype(np.float16)
+        arrays["draw_rank_steps"] = to_steps(np.take_along_axis(ranks, order, -1))
+        arrays["draw_logprobs"] = np.take_along_axis(logprobs, order, -1)
+    return {name: values for name, values in arrays.items() if values.shape[-1]}
 
 
-def decode(arrays: Arrays, fingerprint: Fingerprint) -> TopK:
-    """Arrays by name -> TopK on the CPU, in the dtypes that losses want."""
+def restore(name: str, chunks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The chunks of one stored array -> [rows, ...] in the same type, steps undone.
+
+    Args:
+        chunks: as `pipeline.sharding.decode_shard` gives them.
+
+    Returns:
+        Ranks for "id_ranks" and "draw_rank_steps", float16 for "logprob_steps", else as stored.
+    """
+    if name == "logprob_steps":  # rank by rank, as they lie: one vector addition each
+        return np.concatenate(
+            [np.moveaxis(from_steps(chunk, axis=0).view(np.float16), 0, -1) for chunk in chunks]
+        )
+    values = np.concatenate(chunks)
+    return from_steps(values) if name == "draw_rank_steps" else values
+
+
+def to_topk(arrays: Arrays, table: RankTable, fingerprint: Fingerprint) -> TopK:
+    """Arrays from `restore`, by name -> TopK on the CPU, in the dtypes that losses want."""
+    leading = arrays["lse"].shape
+
+    def tensor(name: str) -> torch.Tensor:
+        values = arrays.get(name)
+        return torch.zeros(*leading, 0) if values is None else torch.from_numpy(values).float()
+
+    def ids(name: str) -> torch.Tensor:
+        ranks = arrays.get(name)
+        if ranks is None:
+            return torch.zeros(*leading, 0, dtype=torch.int64)
+        return torch.from_numpy(np.take(table.rank_to_id, ranks))
+
     return TopK(
-        ids=torch.from_numpy(arrays["ids"].astype(np.int64)),
-        logprobs=torch.from_numpy(from_steps(arrays["logprobs"]).astype(np.float32)),
-        lse=torch.from_numpy(arrays["lse"].astype(np.float32)),
-        lse_tau=torch.from_numpy(arrays["lse_tau"].astype(np.float32)),
-        entropy=torch.from_numpy(arrays["entropy"].astype(np.float32)),
+        ids=ids("id_ranks"),
+        logprobs=tensor("logprob_steps"),
+        lse=tensor("lse"),
+        lse_tau=tensor("lse_tau"),
+        entropy=tensor("entropy"),
+        draw_ids=ids("draw_rank_steps"),
+        draw_logprobs=tensor("draw_logprobs"),
         temperatures=fingerprint.temperatures,
         vocab_size=fingerprint.vocab_size,
     )
 
 
-def to_steps(values: NDArray[np.float16]) -> NDArray[np.uint16]:
-    """float16 [..., K] -> differences of neighbouring bit patterns, modulo 2^16."""
-    bits = values.view(np.uint16)
-    steps = bits.copy()
-    np.subtract(bits[..., 1:], bits[..., :-1], out=steps[..., 1:])
+def to_steps(values: NDArray[Any]) -> NDArray[Any]:
+    """Unsigned integers [..., K] -> the first, then differences of neighbours; wraps around."""
+    steps = values.copy()
+    np.subtract(values[..., 1:], values[..., :-1], out=steps[..., 1:])
     return steps
 
 
-def from_steps(steps: NDArray[np.generic]) -> NDArray[np.float16]:
-    """The inverse of `to_steps`, bit for bit."""
-    bits = np.cumsum(steps, axis=-1, dtype=np.uint16)
-    return bits.view(np.float16)
+def from_steps(steps: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+    """The inverse of `to_steps`, bit for bit, along any axis."""
+    if axis != 0:
+        return np.cumsum(steps, axis=axis, dtype=steps.dtype)
+    values = steps.copy()
+    for k in range(1, len(values)):  # NumPy's cumsum along the first axis is six times slower
+        values[k] += values[k - 1]
+    return values

@@ -1,191 +1,282 @@
-"""Read a cache: committed rows as TopK, and the shuffled order in which training visits rows.
+"""Read a cache: whole shards, checked and decoded, and the shuffled order that training reads in.
 
-Opening checks the fingerprint against the corpus, that every shard is committed, and that each
-shard's files have the sizes their marker states. The first time rows of a shard are read, the
-corpus rows they belong to are hashed and compared with the marker: a cache never pairs with other
-tokens in silence. Decoding checks crc32c on every chunk.
+Opening checks the fingerprint against the corpus and that every shard is committed. Reading a shard
+checks each object against length and crc32c in the marker, every chunk against its own crc32c, and
+the corpus rows it belongs to against the marker's sha256: a cache never pairs with other tokens in
+silence. Nothing is read twice and nothing in part, so an object store sees one request an object.
 """
 
 from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
+from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, hash_rows
 from pipeline.errors import MismatchError
-from pipeline.store.codec import Arrays, decode
-from pipeline.store.schema import ARRAYS, Fingerprint, num_shards
-from pipeline.store.writer import marker_path, read_attributes, shard_path
+from pipeline.sharding import DamagedError, crc32c, decode_shard, is_sealed
+from pipeline.storage import Address, Folder, open_folder
+from pipeline.store.codec import Arrays, restore, to_topk
+from pipeline.store.layout import CacheLayout, load_layout, load_table
+from pipeline.store.schema import COMMITS, Fingerprint, marker_key
 from pipeline.topk import TopK
 
-_REPAIR = "run stages/prepare.py to capture what is missing"
+_REPAIR = "run stages/prepare.py --repair"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard in memory: the corpus rows from `first` on, and what the teacher said of them.
+
+    `arrays` is None where only tokens were asked for. At K = 64 a token takes 270 bytes.
+    """
+
+    first: int
+    rows: Rows
+    arrays: Arrays | None
 
 
 class CacheReader:
     """The complete cache of one split, bound to the corpus split it was made from.
 
     Args:
-        path: the cache, for example cache/logits.zarr; the split's group lies in it.
+        address: the cache, for example cache/logits.zarr; the split's group lies in it.
         corpus: the split whose rows the cache describes.
         k: use only the first k stored ids; None uses all.
-        keep_chunks: chunks held in memory, the least recently used dropped first.
 
     Raises:
         MismatchError: absent, incomplete, damaged, or made from another corpus.
     """
 
-    def __init__(
-        self, path: Path, corpus: CorpusSplit, *, k: int | None = None, keep_chunks: int = 2
-    ) -> None:
-        self.path = path / corpus.split
-        if not self.path.exists():
+    def __init__(self, address: Address, corpus: CorpusSplit, *, k: int | None = None) -> None:
+        self.address = address / corpus.split
+        self.corpus = corpus
+        self._folder = open_folder(self.address)
+        try:
+            layout = load_layout(self._folder, str(self.address))
+        except DamagedError as error:
+            raise MismatchError(f"{self.address} is damaged ({error}): {_REPAIR}") from None
+        if layout is None:
             raise MismatchError(
-                f"{self.path} does not exist: run stages/prepare.py (or `dvc repro`)"
+                f"{self.address} does not exist: run stages/prepare.py (or `dvc repro`)"
             )
-        attributes = read_attributes(self.path)
-        self.fingerprint = Fingerprint.from_json(attributes, str(self.path))
-        self.chunk_rows: int = attributes["chunk_rows"]
-        self._shard_rows: int = attributes["shard_rows"]
-        self._corpus = corpus
-        self._require_corpus()
-        self._markers = [self._marker(shard) for shard in range(self._num_shards())]
-        self._checked: set[int] = set()
-        group = zarr.open_group(self.path, mode="r")
-        self._arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
+        self.layout = layout
+        require_corpus(layout.fingerprint, corpus, str(self.address))
+        committed = self._folder.sizes(COMMITS)
+        for shard in range(layout.num_shards):
+            if marker_key(shard) not in committed:
+                raise MismatchError(
+                    f"shard {shard} of {layout.num_shards} in {self.address} is not captured: run "
+                    "stages/prepare.py to capture what is missing"
+                )
+        try:
+            self.table = load_table(self._folder, layout)
+        except DamagedError as error:
+            raise MismatchError(f"{self.address} is damaged ({error}): {_REPAIR}") from None
         self._k = k
-        self._keep_chunks = keep_chunks
-        self._chunks: OrderedDict[int, Arrays] = OrderedDict()
+        self._kept: OrderedDict[int, Shard] = OrderedDict()
         if k is not None and k > self.fingerprint.k:
             raise MismatchError(
-                f"k={k} ids are wanted, {self.path} stores {self.fingerprint.k}: lower train.k, or "
-                "capture with a larger prepare.k"
+                f"k={k} ids are wanted, {self.address} stores {self.fingerprint.k}: lower train.k, "
+                "or capture with a larger prepare.k"
             )
+        if k is not None and k < self.fingerprint.k and self.fingerprint.draws:
+            raise MismatchError(
+                f"k={k} ids are wanted, but the draws of {self.address} were taken outside its "
+                f"{self.fingerprint.k}: set train.k to null"
+            )
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the cache was made from."""
+        return self.layout.fingerprint
 
     def num_bytes(self) -> int:
-        """Bytes of all committed shards."""
-        return sum(sum(marker["sizes"].values()) for marker in self._markers)
+        """Bytes of all committed shards, from their markers."""
+        total = 0
+        for shard in range(self.layout.num_shards):
+            marker = self._checked(lambda shard=shard: read_marker(self._folder, shard), shard)
+            total += sum(size for size, _ in marker["objects"].values())
+        return total
+
+    def shard(self, number: int) -> Shard:
+        """Read, check and decode one shard. Safe to call from several threads.
+
+        Raises:
+            MismatchError: damaged, or the corpus rows are others than at capture.
+        """
+        layout = self.layout
+        rows, arrays = self._checked(
+            lambda: read_shard_arrays(self._folder, layout, self.corpus, number), number
+        )
+        for name in ("id_ranks", "logprob_steps"):  # a prefix of K
+            if name in arrays and self._k is not None:
+                arrays[name] = np.ascontiguousarray(arrays[name][..., : self._k])
+        return Shard(first=layout.rows_of(number)[0], rows=rows, arrays=arrays)
 
     def top_k(self, rows: NDArray[np.int64]) -> TopK:
-        """TopK [n, L, K] of any rows; neighbouring rows share the work of reading a chunk.
+        """TopK [n, L, K] of any rows; the last two shards read are kept."""
+        shards = [self._keep(int(row) // self.layout.shard_rows) for row in rows]
+        return self.gather([(shard, int(row)) for shard, row in zip(shards, rows, strict=True)])
 
-        Chunks are kept as stored, a quarter of their decoded size, and all work is NumPy's: this
-        runs beside training, and torch's worker threads would fight with those of the student.
-        """
-        chunks = [self._chunk(int(row) // self.chunk_rows) for row in rows]
-        offsets = [int(row) % self.chunk_rows for row in rows]
-        return decode(
-            {
-                name: np.stack([c[name][i] for c, i in zip(chunks, offsets, strict=True)])
-                for name in ARRAYS
-            },
-            self.fingerprint,
-        )
+    def gather(self, places: list[tuple[Shard, int]]) -> TopK:
+        """TopK [n, L, K] of corpus rows that lie in shards at hand."""
+        arrays: Arrays = {}
+        for name in self.layout.specs:
+            parts = []
+            for shard, row in places:
+                assert shard.arrays is not None
+                parts.append(shard.arrays[name][row - shard.first])
+            arrays[name] = np.stack(parts)
+        return to_topk(arrays, self.table, self.fingerprint)
 
-    def _chunk(self, chunk: int) -> Arrays:
-        if chunk in self._chunks:
-            self._chunks.move_to_end(chunk)
-            return self._chunks[chunk]
-        start = chunk * self.chunk_rows
-        stop = min(start + self.chunk_rows, self.fingerprint.num_rows)
-        self._check_tokens(start // self._shard_rows)
+    def _keep(self, number: int) -> Shard:
+        if number not in self._kept:
+            self._kept[number] = self.shard(number)
+            while len(self._kept) > 2:
+                self._kept.popitem(last=False)
+        return self._kept[number]
+
+    def _checked(self, read: Any, shard: int) -> Any:
         try:
-            arrays: Arrays = {name: array[start:stop] for name, array in self._arrays.items()}
-        except Exception as error:  # zarr, numcodecs and the OS each have their own
+            return read()
+        except DamagedError as error:
             raise MismatchError(
-                f"rows {start}..{stop} of {self.path} are damaged "
-                f"({' '.join(str(error).split())[:200]}): remove {self._marker_of(start)} and "
-                "run stages/prepare.py"
-            ) from error
-        for name in ("ids", "logprobs"):  # a prefix of K: steps add up from the first
-            arrays[name] = arrays[name][..., : self._k]
-        self._chunks[chunk] = arrays
-        while len(self._chunks) > self._keep_chunks:
-            self._chunks.popitem(last=False)
-        return arrays
-
-    def _num_shards(self) -> int:
-        return num_shards(self.fingerprint.num_rows, self._shard_rows)
-
-    def _marker_of(self, row: int) -> Path:
-        return marker_path(self.path, row // self._shard_rows)
-
-    def _require_corpus(self) -> None:
-        info = self._corpus.info
-        wanted = {
-            "corpus_sha256": info.sha256,
-            "tokenizer_sha256": info.tokenizer_sha256,
-            "num_rows": info.num_rows,
-            "row_length": info.row_length,
-        }
-        for name, value in wanted.items():
-            stored = getattr(self.fingerprint, name)
-            if stored != value:
-                raise MismatchError(
-                    f"{self.path} was captured with {name}={stored}, {self._corpus.path} has "
-                    f"{value}: they do not belong together, capture again with "
-                    "stages/prepare.py --overwrite"
-                )
-
-    def _marker(self, shard: int) -> dict[str, Any]:
-        file = marker_path(self.path, shard)
-        try:
-            marker: dict[str, Any] = json.loads(file.read_text())
-            sizes: dict[str, int] = marker["sizes"]
-        except (OSError, ValueError, KeyError):
-            raise MismatchError(
-                f"shard {shard} of {self._num_shards()} in {self.path} is not captured: {_REPAIR}"
+                f"shard {shard} of {self.address} is damaged ({error}): {_REPAIR}"
             ) from None
-        for name, size in sizes.items():
-            data = shard_path(self.path, name, shard, 2 if name in ("lse", "entropy") else 3)
-            actual = data.stat().st_size if data.exists() else -1
-            if actual != size:
-                raise MismatchError(
-                    f"{data} has {max(actual, 0)} bytes, its marker says {size}: remove {file} and "
-                    "run stages/prepare.py"
-                )
-        return marker
-
-    def _check_tokens(self, shard: int) -> None:
-        if shard in self._checked:
-            return
-        start, stop = self._markers[shard]["rows"]
-        if hash_rows(self._corpus.rows(start, stop)).hex() != self._markers[shard]["tokens_sha256"]:
-            raise MismatchError(
-                f"shard {shard} of {self.path} was captured from other tokens than rows "
-                f"{start}..{stop} of {self._corpus.path} hold now: remove {self._marker_of(start)} "
-                "and run stages/prepare.py"
-            )
-        self._checked.add(shard)
 
 
-def epoch_order(
-    num_rows: int, *, chunk_rows: int, window_chunks: int, seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """The order in which an epoch visits rows: every row once, a function of (seed, epoch) alone.
+def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) -> None:
+    """Refuse a cache that was made from another corpus.
 
-    Chunks are shuffled, then the rows of each window of `window_chunks` chunks are mixed, so a
-    reader needs just that window decoded and each chunk is decoded once an epoch.
-
-    Returns:
-        int64 [num_rows], a permutation of 0..num_rows-1.
+    Raises:
+        MismatchError: names the field that differs.
     """
-    generator = np.random.default_rng([seed, epoch])
-    starts = np.arange(0, num_rows, chunk_rows)
-    generator.shuffle(starts)
-    order = []
-    for first in range(0, len(starts), window_chunks):
-        window = np.concatenate(
+    info = corpus.info
+    wanted = {
+        "corpus_sha256": info.sha256,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "num_rows": info.num_rows,
+        "row_length": info.row_length,
+    }
+    for name, value in wanted.items():
+        stored = getattr(fingerprint, name)
+        if stored != value:
+            raise MismatchError(
+                f"{where} was captured with {name}={stored}, {corpus.path} has {value}: they do "
+                "not belong together, capture again with stages/prepare.py --overwrite"
+            )
+
+
+def read_marker(folder: Folder, shard: int) -> dict[str, Any]:
+    """The commit marker of a shard.
+
+    Raises:
+        DamagedError: absent, or not what was written.
+    """
+    try:
+        marker: Any = json.loads(folder.read(marker_key(shard)))
+    except FileNotFoundError:
+        raise DamagedError("its commit marker is missing") from None
+    except (ValueError, RecursionError):
+        raise DamagedError("its commit marker cannot be read") from None
+    if not isinstance(marker, dict) or not is_sealed(marker):
+        raise DamagedError("its commit marker does not match its crc32c")
+    return marker
+
+
+def read_shard_arrays(
+    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int
+) -> tuple[Rows, Arrays]:
+    """Corpus rows and decoded arrays of one shard, everything checked.
+
+    Raises:
+        DamagedError: any object, the marker, or the corpus rows are not what was committed.
+    """
+    marker = read_marker(folder, shard)
+    start, stop = layout.rows_of(shard)
+    if marker["shard"] != shard or marker["rows"] != [start, stop]:
+        raise DamagedError(f"its commit marker is that of shard {marker['shard']}")
+    rows = corpus.rows(start, stop)
+    if hash_rows(rows) != marker["tokens_sha256"]:
+        raise DamagedError(
+            f"it was captured from other tokens than rows {start}..{stop} of {corpus.path} hold now"
+        )
+    arrays: Arrays = {}
+    for name, spec in layout.specs.items():
+        key = spec.key_of(shard)
+        try:
+            data = folder.read(key)
+        except FileNotFoundError:
+            raise DamagedError(f"{key} is missing") from None
+        size, checksum = marker["objects"].get(name, (0, 0))
+        if len(data) != size:
+            raise DamagedError(f"{key} has {len(data)} bytes, its marker says {size}")
+        if crc32c(data) != checksum:
+            raise DamagedError(f"{key} does not match its marker's crc32c")
+        try:
+            arrays[name] = restore(name, decode_shard(spec, data, shard))
+        except DamagedError as error:
+            raise DamagedError(f"{key}: {error}") from None
+    return rows, arrays
+
+
+class ShuffledRows:
+    """The endless order in which training visits rows, a function of (seed, place) alone.
+
+    Every row once an epoch. Shards are shuffled, then the rows of each window of `window_shards`
+    shards are mixed, so a reader needs just that window in memory and reads each shard once an
+    epoch. Any place is found without walking to it: what is drawn for a window depends on (seed,
+    epoch, window) only.
+    """
+
+    def __init__(self, num_rows: int, *, shard_rows: int, window_shards: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._shard_rows = shard_rows
+        self._window_shards = window_shards
+        self._seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+    def at(self, first: int, count: int) -> NDArray[np.int64]:
+        """Rows at places first..first+count, int64 [count]; places go on through epochs."""
+        parts = []
+        while count:
+            epoch, place = divmod(first, self._num_rows)
+            _, ends = self._epoch(epoch)
+            window = int(np.searchsorted(ends, place, side="right"))
+            rows = self._window(epoch, window)
+            begin = place - (int(ends[window]) - len(rows))
+            part = rows[begin : begin + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards in the epoch's order, and the place at which each window ends."""
+        shards = np.arange(-(-self._num_rows // self._shard_rows))
+        np.random.default_rng([self._seed, epoch]).shuffle(shards)
+        first = shards * self._shard_rows
+        sizes = np.minimum(first + self._shard_rows, self._num_rows) - first
+        ends = np.cumsum(np.add.reduceat(sizes, np.arange(0, len(shards), self._window_shards)))
+        return shards, ends
+
+    def _make_window(self, epoch: int, window: int) -> NDArray[np.int64]:
+        shards, _ = self._epoch(epoch)
+        start = window * self._window_shards
+        rows = np.concatenate(
             [
-                np.arange(start, min(start + chunk_rows, num_rows))
-                for start in starts[first : first + window_chunks]
+                np.arange(
+                    shard * self._shard_rows, min((shard + 1) * self._shard_rows, self._num_rows)
+                )
+                for shard in shards[start : start + self._window_shards]
             ]
         )
-        generator.shuffle(window)
-        order.append(window)
-    return np.concatenate(order)
+        np.random.default_rng([self._seed, epoch, window]).shuffle(rows)
+        return rows

@@ -1,128 +1,117 @@
 """Write a cache in whole shards, each made durable and then committed by a marker.
 
-The order is what makes it crash-safe: data files, fsync, marker file, fsync, rename, fsync of the
-folder. Killed anywhere before the rename, the shard does not exist and is written again.
+The order is what makes it crash-safe: all objects of the shard, durable, then the marker. Killed
+anywhere before the marker's rename, the shard does not exist and is written again. Several writers,
+on one machine or many, may fill one cache as long as no two write the same shard.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-import zarr
+import json
+from collections.abc import Callable
 
 from pipeline.errors import MismatchError
-from pipeline.files import fsync, write_json
-from pipeline.store.codec import Arrays
-from pipeline.store.schema import (
-    ARRAYS,
-    COMMITS,
-    Fingerprint,
-    array_layout,
-    num_shards,
-)
-
-_OVERWRITE = "remove it, or run stages/prepare.py --overwrite to capture again"
+from pipeline.sharding import DamagedError, crc32c, encode_shard, seal, write_group
+from pipeline.storage import Address, open_folder
+from pipeline.store.codec import RankTable, encode
+from pipeline.store.layout import CacheLayout, load_layout, load_table, rank_table_name
+from pipeline.store.schema import COMMITS, Fingerprint, marker_key
+from pipeline.topk import TopK
 
 
 class CacheWriter:
     """The cache of one split, created when absent, continued when its fingerprint is the same.
 
     Args:
-        path: the split's group, for example cache/logits.zarr/train.
-        shard_rows: unit of writing; chunk_rows: unit of reading. An existing cache keeps its own.
+        address: the cache, for example cache/logits.zarr; the split's group lies in it.
+        chunk_rows: unit of compression; shard_rows: unit of writing and reading. An existing cache
+            keeps its own.
+        count: makes the rank table of a new cache.
 
     Raises:
-        MismatchError: the cache at `path` was made from something else, which is named.
+        MismatchError: the cache at `address` was made from something else, which is named.
     """
 
     def __init__(
-        self, path: Path, fingerprint: Fingerprint, *, chunk_rows: int, shard_rows: int
+        self,
+        address: Address,
+        split: str,
+        fingerprint: Fingerprint,
+        *,
+        chunk_rows: int,
+        shard_rows: int,
+        count: Callable[[], RankTable],
     ) -> None:
-        self.path = path
-        self.fingerprint = fingerprint
-        layout = {"chunk_rows": chunk_rows, "shard_rows": shard_rows}
-        if not path.exists():
-            _create(path, fingerprint, layout)
-        attributes = read_attributes(path)
-        Fingerprint.from_json(attributes, str(path)).require_equal(
-            fingerprint, str(path), _OVERWRITE
+        self.address = address / split
+        self._folder = open_folder(self.address)
+        where = str(self.address)
+        try:
+            self.layout, self._table = self._open_or_create(
+                address, fingerprint, chunk_rows, shard_rows, count
+            )
+        except DamagedError as error:
+            raise MismatchError(
+                f"{where} is damaged ({error}): run stages/prepare.py --repair"
+            ) from None
+        self.layout.fingerprint.require_equal(
+            fingerprint,
+            where,
+            "remove it, or run stages/prepare.py --overwrite to capture again",
         )
-        self.shard_rows: int = attributes["shard_rows"]
-        group = zarr.open_group(path, mode="r+")
-        self._arrays: dict[str, Any] = {name: group[name] for name in ARRAYS}
 
-    @property
-    def num_shards(self) -> int:
-        """Shards of the complete cache."""
-        return num_shards(self.fingerprint.num_rows, self.shard_rows)
-
-    def rows_of(self, shard: int) -> tuple[int, int]:
-        """First row and end of a shard."""
-        start = shard * self.shard_rows
-        return start, min(start + self.shard_rows, self.fingerprint.num_rows)
+    def _open_or_create(
+        self,
+        address: Address,
+        fingerprint: Fingerprint,
+        chunk_rows: int,
+        shard_rows: int,
+        count: Callable[[], RankTable],
+    ) -> tuple[CacheLayout, RankTable]:
+        where = str(self.address)
+        if load_layout(self._folder, where) is None:
+            table = count()
+            layout = CacheLayout(
+                fingerprint=fingerprint,
+                chunk_rows=chunk_rows,
+                shard_rows=shard_rows,
+                rank_table=rank_table_name(table),
+            )
+            # Named by its content, so that two who create the cache at once do not mix tables.
+            spec = layout.rank_spec
+            self._folder.write(spec.key_of(0), encode_shard(spec, table.rank_to_id))
+            specs = [*layout.specs.values(), spec]
+            write_group(open_folder(address), [], {})
+            write_group(self._folder, specs, layout.about())
+        found = load_layout(self._folder, where)
+        assert found is not None
+        return found, load_table(self._folder, found)
 
     def missing(self) -> list[int]:
         """Shards that have no marker yet, in order."""
-        return [i for i in range(self.num_shards) if not marker_path(self.path, i).exists()]
+        committed = self._folder.sizes(COMMITS)
+        return [i for i in range(self.layout.num_shards) if marker_key(i) not in committed]
 
-    def write(self, shard: int, arrays: Arrays, tokens_sha256: str) -> None:
-        """Write one whole shard and commit it. Not to be called for one shard from two places."""
-        start, stop = self.rows_of(shard)
-        files = {name: shard_path(self.path, name, shard, a.ndim) for name, a in arrays.items()}
-        # An all-zero chunk must be written too, else it can not be told from a lost one.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            for name, values in arrays.items():
-                assert len(values) == stop - start
-                self._arrays[name][start:stop] = values
-        for file in files.values():
-            fsync(file)
-            fsync(file.parent)
+    def write(self, shard: int, topk: TopK, tokens_sha256: str) -> None:
+        """Write one whole shard [rows, L, ...] and commit it.
+
+        Safe to call from a thread; not to be called for one shard from two places.
+        """
+        start, stop = self.layout.rows_of(shard)
+        arrays = encode(topk, self._table)
+        objects = {}
+        for name, spec in self.layout.specs.items():
+            assert len(arrays[name]) == stop - start
+            data = encode_shard(spec, arrays[name])
+            self._folder.write(spec.key_of(shard), data)
+            objects[name] = [len(data), crc32c(data)]
         marker = {
             "shard": shard,
             "rows": [start, stop],
             "tokens_sha256": tokens_sha256,
-            "sizes": {name: file.stat().st_size for name, file in files.items()},
+            "objects": objects,
         }
-        write_json(marker_path(self.path, shard), marker)
+        self._folder.write(marker_key(shard), json.dumps(seal(marker)).encode())
 
-
-def marker_path(path: Path, shard: int) -> Path:
-    """Where the commit marker of a shard lies."""
-    return path / COMMITS / f"{shard:06d}.json"
-
-
-def shard_path(path: Path, array: str, shard: int, ndim: int) -> Path:
-    """Where zarr puts one shard of one array: `<array>/c/<shard>/0/0`."""
-    return path.joinpath(array, "c", str(shard), *["0"] * (ndim - 1))
-
-
-def read_attributes(path: Path) -> dict[str, Any]:
-    """The group's "decant" attributes.
-
-    Raises:
-        MismatchError: the folder is not a cache.
-    """
-    try:
-        attributes: Any = dict(zarr.open_group(path, mode="r").attrs)["decant"]
-    except (OSError, ValueError, KeyError):
-        raise MismatchError(f"{path} is not a logit cache: {_OVERWRITE}") from None
-    assert isinstance(attributes, dict)
-    return attributes
-
-
-def _create(path: Path, fingerprint: Fingerprint, layout: dict[str, int]) -> None:
-    """A new, empty cache, made beside its place and renamed: never half-made under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    zarr.open_group(path.parent, mode="a")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    group = zarr.open_group(partial, mode="w")
-    for name, options in array_layout(fingerprint, **layout).items():
-        group.create_array(name, **options)
-    group.create_group(COMMITS)
-    group.attrs["decant"] = asdict(fingerprint) | layout
-    partial.rename(path)
-    fsync(path.parent)
+    def drop(self, shard: int) -> None:
+        """Take back the commit of a shard, which is then missing."""
+        self._folder.remove(marker_key(shard))

@@ -1,23 +1,58 @@
-"""What a teacher is to `train`: something that says TopK for rows of the corpus.
+"""What training rows come from: tokens shard by shard, with what a teacher says of them.
 
-Two of them are interchangeable: `teacher/cached.py` reads the store, `teacher/online.py` runs the
-live model. Nothing else in training knows which one it has.
+Three are interchangeable: `teacher/cached.py` reads the store, `teacher/online.py` runs the live
+model, and `NoTeacher` has tokens alone. Nothing else in training knows which one it has.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.data.rows import CorpusSplit
+from pipeline.store.reader import Shard
 from pipeline.topk import TopK
 
 
 class Teacher(Protocol):
-    """A source of targets."""
+    """A source of rows and targets."""
 
-    def top_k(self, rows: NDArray[np.int64], tokens: Tensor) -> TopK:
-        """TopK [B, L, K] of the corpus rows `rows`, whose tokens are `tokens` int64 [B, L]."""
+    @property
+    def corpus(self) -> CorpusSplit:
+        """The split whose rows it knows."""
         ...
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows a shard, the unit of reading and of shuffling."""
+        ...
+
+    def shard(self, number: int) -> Shard:
+        """Read one shard; called from several threads."""
+        ...
+
+    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK | None:
+        """TopK [B, L, ...] of corpus rows in shards at hand, whose tokens are int64 [B, L]."""
+        ...
+
+
+class NoTeacher:
+    """Tokens alone, for plain language modelling."""
+
+    def __init__(self, corpus: CorpusSplit, *, shard_rows: int) -> None:
+        self.corpus = corpus
+        self.shard_rows = shard_rows
+
+    def shard(self, number: int) -> Shard:
+        return corpus_shard(self.corpus, number, self.shard_rows)
+
+    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> None:
+        """No targets."""
+
+
+def corpus_shard(corpus: CorpusSplit, number: int, shard_rows: int) -> Shard:
+    """The tokens that a cache of so many rows a shard would hold as shard `number`."""
+    first = number * shard_rows
+    rows = corpus.rows(first, min(first + shard_rows, len(corpus)))
+    return Shard(first=first, rows=rows, arrays=None)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.store.reader import CacheReader
+from pipeline.data.rows import CorpusSplit
+from pipeline.store.reader import CacheReader, Shard
 from pipeline.topk import TopK
 
 
@@ -16,6 +15,17 @@ class CachedTeacher:
     def __init__(self, reader: CacheReader) -> None:
         self.reader = reader
 
-    def top_k(self, rows: NDArray[np.int64], tokens: Tensor) -> TopK:
-        """Stored targets; that they belong to these tokens is checked by the reader, per shard."""
-        return self.reader.top_k(rows)
+    @property
+    def corpus(self) -> CorpusSplit:
+        return self.reader.corpus
+
+    @property
+    def shard_rows(self) -> int:
+        return self.reader.layout.shard_rows
+
+    def shard(self, number: int) -> Shard:
+        return self.reader.shard(number)
+
+    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
+        """Stored targets; that they belong to these tokens was checked with the shard."""
+        return self.reader.gather(places)

@@ -96,14 +96,27 @@ class HuggingFaceTeacher:
                 logits += self._bias
             yield rows, logits
 
-    def top_k(self, tokens: Tensor, k: int, temperatures: tuple[float, ...]) -> TopK:
-        """Tokens int64 [B, L] -> TopK [B, L, K] on the teacher's device.
+    def top_k(
+        self,
+        tokens: Tensor,
+        k: int,
+        temperatures: tuple[float, ...],
+        uniforms: Tensor | None = None,
+    ) -> TopK:
+        """Tokens int64 [B, L] -> TopK [B, L, ...] on the teacher's device.
+
+        Args:
+            uniforms: [B, L, M] in [0, 1), what decides the M draws; None draws nothing.
 
         Raises:
             DecantError: the teacher produced a logit that is not finite.
         """
+        if uniforms is None:
+            uniforms = torch.empty(*tokens.shape, 0)
+        chances = uniforms.flatten(0, 1).to(self.device)
         parts = [
-            top_k_from_logits(logits, k, temperatures) for _, logits in self.logits_by_chunk(tokens)
+            top_k_from_logits(logits, k, temperatures, chances[rows])
+            for rows, logits in self.logits_by_chunk(tokens)
         ]
         topk = TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
         if not bool(torch.isfinite(topk.lse).all()):

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.data.rows import CorpusSplit
+from pipeline.store.reader import Shard
+from pipeline.teacher.base import corpus_shard
 from pipeline.teacher.hf import HuggingFaceTeacher
-from pipeline.topk import TopK
+from pipeline.topk import TopK, row_uniforms
 
 
 class OnlineTeacher:
     """Implements `pipeline.teacher.base.Teacher` over a live model.
 
     Args:
-        k: ids kept. temperatures: only those training asks for.
+        k: ids kept. draws, seed: ids drawn besides, as in prepare. temperatures: only those
+            training asks for.
+        shard_rows: rows a shard, for the same order of rows as a cache's.
     """
 
     def __init__(
-        self, teacher: HuggingFaceTeacher, *, k: int, temperatures: tuple[float, ...]
+        self,
+        teacher: HuggingFaceTeacher,
+        corpus: CorpusSplit,
+        *,
+        k: int,
+        draws: int,
+        seed: int,
+        temperatures: tuple[float, ...],
+        shard_rows: int,
     ) -> None:
         self.teacher = teacher
+        self.corpus = corpus
         self.k = k
+        self.draws = draws
+        self.seed = seed
         self.temperatures = temperatures
+        self.shard_rows = shard_rows
 
-    def top_k(self, rows: NDArray[np.int64], tokens: Tensor) -> TopK:
+    def shard(self, number: int) -> Shard:
+        return corpus_shard(self.corpus, number, self.shard_rows)
+
+    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
         """One teacher forward over `tokens`."""
-        return self.teacher.top_k(tokens, self.k, self.temperatures)
+        uniforms = row_uniforms((row for _, row in places), tokens.shape[1], self.draws, self.seed)
+        return self.teacher.top_k(tokens, self.k, self.temperatures, uniforms)

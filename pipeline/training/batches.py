@@ -1,15 +1,19 @@
 """The endless, seekable stream of training batches.
 
-Which rows batch number i holds follows from (seed, i) alone: a resumed run seeks in O(1), and a
-cached, an online and a teacherless run see the same rows in the same order.
+Which rows batch number i holds follows from (seed, i) alone: a resumed run seeks in O(1), a cached,
+an online and a teacherless run see the same rows in the same order, and so does a run on another
+number of ranks. Shards are read and decoded ahead in worker threads, batches are put together one
+ahead in another, in pinned memory where there is a GPU.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.data.rows import CorpusSplit
-from pipeline.store.reader import epoch_order
+from pipeline.store.reader import Shard, ShuffledRows
 from pipeline.teacher.base import Teacher
 from pipeline.topk import TopK
+
+_BATCHES_AHEAD = 16  # whose shards are being read while a batch is in use
+_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -36,61 +42,135 @@ class Batch:
         """Positions in the loss."""
         return int((self.labels != IGNORE).sum())
 
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a copy to the GPU does not block."""
+        topk = self.topk.map(Tensor.pin_memory) if self.topk is not None else None
+        return replace(
+            self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), topk=topk
+        )
 
-def load_batch(corpus: CorpusSplit, teacher: Teacher | None, rows: NDArray[np.int64]) -> Batch:
-    """The batch of the given corpus rows."""
-    blocks = [corpus.rows(int(row), int(row) + 1) for row in rows]
-    tokens = torch.from_numpy(np.concatenate([block.tokens for block in blocks]))
-    doc_ids = torch.from_numpy(np.concatenate([block.doc_ids for block in blocks]))
-    topk = teacher.top_k(rows, tokens) if teacher is not None else None
+
+def make_batch(teacher: Teacher, places: list[tuple[Shard, int]]) -> Batch:
+    """The batch of corpus rows that lie in shards at hand."""
+    tokens = torch.from_numpy(np.stack([s.rows.tokens[row - s.first] for s, row in places]))
+    doc_ids = torch.from_numpy(np.stack([s.rows.doc_ids[row - s.first] for s, row in places]))
+    topk = teacher.top_k(places, tokens)
     return Batch(tokens=tokens, labels=next_token_labels(tokens, doc_ids), topk=topk)
 
 
+def first_rows(teacher: Teacher, count: int, batch_rows: int) -> Iterator[Batch]:
+    """Batches of the first `count` rows in corpus order."""
+    count = min(count, len(teacher.corpus))
+    shard: Shard | None = None
+    places: list[tuple[Shard, int]] = []
+    for row in range(count):
+        if shard is None or row >= shard.first + len(shard.rows):
+            shard = teacher.shard(row // teacher.shard_rows)
+        places.append((shard, row))
+        if len(places) == batch_rows or row == count - 1:
+            yield make_batch(teacher, places)
+            places = []
+
+
 class BatchStream:
-    """Batches of shuffled rows, prepared one ahead in a background thread.
+    """Batches of shuffled rows.
 
     Rows flow through epochs without a gap: a batch may hold the end of one epoch and the start of
-    the next, so every row is seen exactly once an epoch whatever the batch size.
+    the next, so every row is seen exactly once an epoch whatever the batch size. With several
+    ranks, `batch_rows` is that of all together; each takes its share of the batch's rows ordered by
+    shard, so that it has to read as few shards as possible.
+
+    Args:
+        window_shards: shards whose rows are mixed with each other; two windows are in memory.
+        pin: put batches into page-locked memory.
     """
 
     def __init__(
         self,
-        corpus: CorpusSplit,
-        teacher: Teacher | None,
+        teacher: Teacher,
         *,
         batch_rows: int,
-        chunk_rows: int,
-        window_chunks: int,
+        window_shards: int,
         seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        pin: bool = False,
     ) -> None:
-        self._corpus = corpus
-        self._teacher = teacher
+        self.teacher = teacher
         self._batch_rows = batch_rows
-        self._epoch = lru_cache(maxsize=2)(
-            lambda epoch: epoch_order(
-                len(corpus),
-                chunk_rows=chunk_rows,
-                window_chunks=window_chunks,
-                seed=seed,
-                epoch=epoch,
-            )
+        self._rank = rank
+        self._ranks = ranks
+        self._pin = pin
+        self._order = ShuffledRows(
+            len(teacher.corpus),
+            shard_rows=teacher.shard_rows,
+            window_shards=window_shards,
+            seed=seed,
         )
 
     def rows_of(self, number: int) -> NDArray[np.int64]:
-        """The corpus rows of batch `number` (from 0)."""
-        size = len(self._corpus)
-        first = number * self._batch_rows
-        places = np.arange(first, first + self._batch_rows)
-        return np.array([self._epoch(place // size)[place % size] for place in places])
+        """Corpus rows, for this rank, of batch `number` (from 0)."""
+        rows = np.sort(self._order.at(number * self._batch_rows, self._batch_rows))
+        return np.array_split(rows, self._ranks)[self._rank]
 
     def starting_at(self, number: int) -> Iterator[Batch]:
         """Batches number, number + 1, ... without end."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
-            ahead = thread.submit(self._load, number)
+        with ExitStack() as stack:
+            readers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="shards")
+            maker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+            for pool in (readers, maker):  # one that is left early must not wait for what is queued
+                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            window = _ShardWindow(self.teacher, readers)
+            coming: deque[NDArray[np.int64]] = deque()
+            ready: Future[Batch] | None = None
             while True:
-                number += 1
-                batch, ahead = ahead.result(), thread.submit(self._load, number)
-                yield batch
+                while len(coming) < _BATCHES_AHEAD:
+                    coming.append(self.rows_of(number))
+                    window.want(coming[-1])
+                    number += 1
+                rows = coming.popleft()
+                making = maker.submit(self._make, window, rows)
+                if ready is not None:
+                    yield ready.result()
+                ready = making
 
-    def _load(self, number: int) -> Batch:
-        return load_batch(self._corpus, self._teacher, self.rows_of(number))
+    def _make(self, window: _ShardWindow, rows: NDArray[np.int64]) -> Batch:
+        batch = make_batch(self.teacher, window.places(rows))
+        window.done(rows)
+        return batch.pinned() if self._pin else batch
+
+
+class _ShardWindow:
+    """The shards that batches at hand or coming need, each read once, dropped after its last use.
+
+    `want` is called by the consumer's thread, `places` and `done` by the one that makes batches, in
+    the same order; a shard that is wanted again while in use is counted, not read again.
+    """
+
+    def __init__(self, teacher: Teacher, readers: ThreadPoolExecutor) -> None:
+        self._teacher = teacher
+        self._readers = readers
+        self._lock = threading.Lock()
+        self._uses: Counter[int] = Counter()
+        self._shards: dict[int, Future[Shard]] = {}
+
+    def want(self, rows: NDArray[np.int64]) -> None:
+        with self._lock:
+            for number in self._numbers(rows):
+                self._uses[number] += 1
+                if number not in self._shards:
+                    self._shards[number] = self._readers.submit(self._teacher.shard, number)
+
+    def places(self, rows: NDArray[np.int64]) -> list[tuple[Shard, int]]:
+        size = self._teacher.shard_rows
+        return [(self._shards[int(row) // size].result(), int(row)) for row in rows]
+
+    def done(self, rows: NDArray[np.int64]) -> None:
+        with self._lock:
+            for number in self._numbers(rows):
+                self._uses[number] -= 1
+                if not self._uses[number]:
+                    del self._uses[number], self._shards[number]
+
+    def _numbers(self, rows: NDArray[np.int64]) -> list[int]:
+        return [int(n) for n in np.unique(rows // self._teacher.shard_rows)]

@@ -24,11 +24,11 @@ from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.model.weights import hash_weights, load_student, save_student
 from pipeline.runtime import DTYPES, pick_device, pick_dtype, say, seed_everything
 from pipeline.store.reader import CacheReader
-from pipeline.teacher.base import Teacher
+from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.teacher.online import OnlineTeacher
-from pipeline.training.batches import BatchStream, load_batch
+from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.trainer import Validation, retained_mass, train
 
@@ -64,24 +64,19 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
     seed_everything(params.seed)
     student = build_student(params.student, params.paths.teacher)
     _require_vocabulary(student.config, corpus)
-    teachers = _teachers(params, device, corpus, held_out)
-    chunk_rows = params.prepare.chunk_rows
-    if isinstance(teachers[0], CachedTeacher):
-        chunk_rows = teachers[0].reader.chunk_rows
+    training, validation = _teachers(params, device, corpus, held_out)
     stream = BatchStream(
-        corpus,
-        teachers[0],
+        training,
         batch_rows=params.train.batch_rows,
-        chunk_rows=chunk_rows,
-        window_chunks=params.train.shuffle_chunks,
+        window_shards=params.train.shuffle_shards,
         seed=params.seed,
+        pin=device.type == "cuda",
     )
-    if teachers[0] is not None:
-        _warn_of_lost_mass(corpus, teachers[0], stream, params)
+    _warn_of_lost_mass(training, params)
     state = train(
         student.to(device),
         stream,
-        Validation(held_out, teachers[1], params.train.eval_rows),
+        Validation(validation, params.train.eval_rows),
         params.train,
         folder,
         DTYPES[params.train.dtype],
@@ -125,31 +120,37 @@ def _require_vocabulary(student: ModelConfig, corpus: CorpusSplit) -> None:
 
 def _teachers(
     params: Params, device: torch.device, corpus: CorpusSplit, held_out: CorpusSplit
-) -> tuple[Teacher | None, Teacher | None]:
+) -> tuple[Teacher, Teacher]:
     """The teacher of training and of validation rows."""
+    shard_rows = params.prepare.shard_rows
     if params.train.teacher == "none":
-        return None, None
+        return NoTeacher(corpus, shard_rows=shard_rows), NoTeacher(held_out, shard_rows=shard_rows)
     if params.train.teacher == "cached":
-        window = params.train.shuffle_chunks + 1
-        training, validation = (
-            CacheReader(params.paths.logits, split, k=params.train.k, keep_chunks=window)
-            for split in (corpus, held_out)
-        )
-        _require_same_teacher(training, params.paths.teacher)
-        return CachedTeacher(training), CachedTeacher(validation)
+        reader = CacheReader(params.paths.logits, corpus, k=params.train.k)
+        _require_same_teacher(reader, params.paths.teacher)
+        held_out_reader = CacheReader(params.paths.logits, held_out, k=params.train.k)
+        return CachedTeacher(reader), CachedTeacher(held_out_reader)
     temperature = params.train.temperature
-    online = OnlineTeacher(
-        HuggingFaceTeacher(
-            params.paths.teacher,
-            vocab_size=corpus.info.vocab_size,
-            dtype=pick_dtype(params.prepare.dtype, device),
-            device=device,
-            head_chunk=params.prepare.head_chunk,
-        ),
-        k=params.train.k or params.prepare.k,
-        temperatures=() if temperature == 1.0 else (temperature,),
+    live = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=corpus.info.vocab_size,
+        dtype=pick_dtype(params.prepare.dtype, device),
+        device=device,
+        head_chunk=params.prepare.head_chunk,
     )
-    return online, online
+    training, validation = (
+        OnlineTeacher(
+            live,
+            split,
+            k=params.prepare.k if params.train.k is None else params.train.k,
+            draws=params.prepare.draws,
+            seed=params.seed,
+            temperatures=() if temperature == 1.0 else (temperature,),
+            shard_rows=shard_rows,
+        )
+        for split in (corpus, held_out)
+    )
+    return training, validation
 
 
 def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
@@ -159,17 +160,18 @@ def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
     found = hash_weights(teacher)
     if found != reader.fingerprint.teacher_sha256:
         raise MismatchError(
-            f"{reader.path} was captured from teacher {reader.fingerprint.teacher_sha256[:12]}, "
+            f"{reader.address} was captured from teacher {reader.fingerprint.teacher_sha256[:12]}, "
             f"{teacher} holds {found[:12]}: capture again with stages/prepare.py --overwrite, or "
             "fetch the other teacher"
         )
 
 
-def _warn_of_lost_mass(
-    corpus: CorpusSplit, teacher: Teacher, stream: BatchStream, params: Params
-) -> None:
+def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
     temperature = params.train.temperature
-    mass = retained_mass(load_batch(corpus, teacher, stream.rows_of(0)), temperature)
+    batch = next(first_rows(teacher, params.train.batch_rows, params.train.batch_rows))
+    if batch.topk is None:
+        return
+    mass = retained_mass(batch, temperature)
     if mass < params.train.min_retained_mass:
         say(
             f"warning: at temperature {temperature:g} the kept ids hold {mass:.1%} of the "

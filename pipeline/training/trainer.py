@@ -13,21 +13,18 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from dvclive import Live
 from scmrepo.exceptions import SCMError
-from torch import Tensor
 
 from pipeline.config import TrainParams
 from pipeline.data.packing import IGNORE
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.losses.chunked import LossSums, distillation_loss_sums
 from pipeline.model.student import StudentModel
 from pipeline.runtime import StopRequest, progress, say
 from pipeline.teacher.base import Teacher
-from pipeline.training.batches import Batch, BatchStream, load_batch
+from pipeline.training.batches import Batch, BatchStream, first_rows
 from pipeline.training.checkpoint import (
     TrainState,
     list_checkpoints,
@@ -39,10 +36,9 @@ from pipeline.training.optim import build_optimizer, learning_rate
 
 @dataclass(frozen=True)
 class Validation:
-    """Where the student is validated: the split and, for KL, the teacher's view of it."""
+    """Where the student is validated: a split and, for KL, the teacher's view of it."""
 
-    corpus: CorpusSplit
-    teacher: Teacher | None
+    teacher: Teacher
     rows: int  # how many rows are looked at, from the first
 
 
@@ -187,27 +183,29 @@ def validate(
     at_one = params.model_copy(update={"temperature": 1.0})
     ce, kl, count = 0.0, 0.0, 0
     student.eval()
-    for first in range(0, min(validation.rows, len(validation.corpus)), params.batch_rows):
-        last = min(first + params.batch_rows, validation.rows, len(validation.corpus))
-        batch = load_batch(validation.corpus, validation.teacher, np.arange(first, last))
+    has_teacher = False
+    for batch in first_rows(validation.teacher, validation.rows, params.batch_rows):
         if not batch.num_labels:
             continue
+        has_teacher = batch.topk is not None
         sums = _losses(student, batch, at_one, dtype)
         ce, kl, count = ce + float(sums.ce), kl + float(sums.kl), count + batch.num_labels
     student.train()
     if not count:
         raise DecantError("the validation rows hold no position in the loss: enlarge the corpus")
     values = {"validation/loss": ce / count}
-    return values | ({"validation/kl": kl / count} if validation.teacher is not None else {})
+    return values | ({"validation/kl": kl / count} if has_teacher else {})
 
 
 def retained_mass(batch: Batch, temperature: float) -> float:
     """Mean probability the kept ids hold at a temperature, over unmasked positions."""
     assert batch.topk is not None
     wanted = batch.labels != IGNORE
-    _, tail = batch.topk[wanted.to(batch.topk.ids.device)].target(temperature)
-    mean: Tensor = 1.0 - tail.mean()
-    return float(mean)
+    topk = batch.topk[wanted.to(batch.topk.lse.device)]
+    if topk.draws:  # draws stand for the rest of the mass
+        return 1.0
+    _, tail = topk.target(temperature)
+    return 1.0 - float(tail.mean())
 
 
 def _open_log(folder: Path) -> Live:

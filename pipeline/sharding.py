@@ -1,0 +1,249 @@
+"""Whole shards of Zarr v3 arrays, encoded and decoded in one call each.
+
+Arrays are what any Zarr v3 reader opens: `<array>/zarr.json` by zarr itself, and one object a shard
+at `<array>/c/<shard>/0/0`. The bytes of a shard are made and read here rather than by zarr, since
+a shard is the unit of everything (writing, resuming, reading, checking), and going through zarr's
+general machinery costs more than the decompression. zarr is the plain twin
+(tests/test_sharding.py: both read what the other wrote).
+
+A shard is its chunks one after another, then the index: per chunk offset and length, uint64
+little-endian, and the crc32c of that table. A chunk is the array's values (the last axis moved to
+the front where the spec says `last_axis_first`), little-endian, through blosc (zstd level 1, byte
+shuffle, blocks of 262,144 bytes), then its crc32c.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import Blosc
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from pipeline.errors import MismatchError
+from pipeline.storage import Folder
+
+_BLOCK_BYTES = 262_144
+_BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, blocksize=_BLOCK_BYTES)
+_CRC_BYTES = 4
+
+
+class DamagedError(ValueError):
+    """Bytes that do not hold what their checksums or their form promise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of a group, cut along its first axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # NumPy's name; stored little-endian
+    chunk_rows: int  # rows a chunk, the unit of compression
+    shard_rows: int  # rows a shard, a multiple of chunk_rows; the unit of reading and writing
+    last_axis_first: bool = False  # in storage: puts values of the same rank side by side
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards hold all rows; the last may be short."""
+        return -(-self.shape[0] // self.shard_rows)
+
+    def rows_of(self, shard: int) -> tuple[int, int]:
+        """First row and end of a shard."""
+        start = shard * self.shard_rows
+        return start, min(start + self.shard_rows, self.shape[0])
+
+    def key_of(self, shard: int) -> str:
+        """The object that holds a shard, as zarr names it: `<array>/c/<shard>/0/0`."""
+        return "/".join([self.name, "c", str(shard), *["0"] * (len(self.shape) - 1)])
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli, RFC 3720) of bytes."""
+    return int(google_crc32c.value(data))
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add "crc32c", that of the values' JSON text: keys sorted, separators "," and ":"."""
+    return {**values, "crc32c": _crc_of(values)}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether the values are those that were sealed."""
+    return values.get("crc32c") == _crc_of({k: v for k, v in values.items() if k != "crc32c"})
+
+
+def _crc_of(values: Mapping[str, Any]) -> int:
+    return crc32c(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+
+
+def write_group(folder: Folder, specs: Sequence[ArraySpec], about: Mapping[str, Any]) -> bool:
+    """Write the metadata of a group and its arrays, the group's own last and only if absent.
+
+    A group without its zarr.json does not exist, so one that was killed half-way is begun again; of
+    several writers at once, one gets True and all find the same group.
+
+    Args:
+        about: what `read_group` returns; stored as the attribute "decant", beside the crc32c of
+            each array's metadata ("arrays") and that of both ("crc32c").
+    """
+    memory = MemoryStore()
+    group = zarr.create_group(memory)
+    for spec in specs:
+        axes = tuple(range(len(spec.shape)))
+        group.create_array(
+            spec.name,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            chunks=(spec.chunk_rows, *spec.shape[1:]),
+            shards=(spec.shard_rows, *spec.shape[1:]),
+            filters=[TransposeCodec(order=(axes[-1], *axes[:-1]))] if spec.last_axis_first else (),
+            compressors=[
+                BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=_BLOCK_BYTES),
+                Crc32cCodec(),
+            ],
+            dimension_names=("row", "position", "rank")[: len(spec.shape)],
+        )
+    checksums = {}
+    for spec in specs:
+        metadata = _object(memory, f"{spec.name}/zarr.json")
+        folder.write(f"{spec.name}/zarr.json", metadata)
+        checksums[spec.name] = crc32c(metadata)
+    group.attrs.put(seal({"decant": dict(about), "arrays": checksums}))
+    return folder.create("zarr.json", _object(memory, "zarr.json"))
+
+
+def _object(memory: MemoryStore, key: str) -> bytes:
+    buffer = sync(memory.get(key, default_buffer_prototype()))
+    assert buffer is not None
+    return buffer.to_bytes()
+
+
+def read_group(folder: Folder, where: str, format_version: int) -> dict[str, Any] | None:
+    """What `write_group` was told about the group; None where there is no group.
+
+    Raises:
+        MismatchError: somebody else's group, or another format version.
+        DamagedError: not what was written.
+    """
+    try:
+        values: Any = json.loads(folder.read("zarr.json"))
+        attributes = values["attributes"]
+        ours = {"zarr_format": 3, "node_type": "group"}.items() <= values.items()
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedError("its zarr.json cannot be read") from None
+    about = attributes.get("decant") if isinstance(attributes, dict) else None
+    if not isinstance(about, dict):
+        raise MismatchError(f"{where} was not written by Decant: remove it, or choose another path")
+    if about.get("format_version", format_version) != format_version:
+        raise MismatchError(
+            f"{where} has format version {about['format_version']}, this program reads "
+            f"{format_version}: use the version of Decant that wrote it, or make it again"
+        )
+    if not ours or not is_sealed(attributes):
+        raise DamagedError("its zarr.json does not match its crc32c")
+    return about
+
+
+def find_damaged_metadata(folder: Folder, specs: Sequence[ArraySpec]) -> list[str]:
+    """Which arrays' zarr.json are not what the group's says, in words."""
+    checksums = json.loads(folder.read("zarr.json"))["attributes"]["arrays"]
+    found = []
+    for spec in specs:
+        key = f"{spec.name}/zarr.json"
+        try:
+            if crc32c(folder.read(key)) != checksums.get(spec.name):
+                found.append(f"{key} does not match its crc32c")
+        except FileNotFoundError:
+            found.append(f"{key} is missing")
+    return found
+
+
+def encode_shard(spec: ArraySpec, values: NDArray[Any]) -> bytes:
+    """The object of one shard.
+
+    Args:
+        values: [rows, ...] with rows up to spec.shard_rows; only an array's last shard is short.
+    """
+    chunks: list[bytes] = []
+    for start in range(0, spec.shard_rows, spec.chunk_rows):
+        part = np.zeros((spec.chunk_rows, *spec.shape[1:]), dtype=spec.dtype)  # zeros fill the last
+        found = values[start : start + spec.chunk_rows]
+        part[: len(found)] = found
+        if spec.last_axis_first:
+            part = np.ascontiguousarray(np.moveaxis(part, -1, 0))
+        data = bytes(_BLOSC.encode(part))
+        chunks.append(data + crc32c(data).to_bytes(_CRC_BYTES, "little"))
+    lengths = np.array([len(chunk) for chunk in chunks], dtype="<u8")
+    index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8").tobytes()
+    return b"".join([*chunks, index, crc32c(index).to_bytes(_CRC_BYTES, "little")])
+
+
+def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]:
+    """The chunks of a shard, each [rows, ...], or [..., rows, ...] as stored.
+
+    With `last_axis_first` the last axis of the array is the first axis of each chunk.
+
+    Raises:
+        DamagedError: a checksum, a length or the compressed data is wrong.
+    """
+    start, stop = spec.rows_of(shard)
+    chunks = []
+    for number, (offset, length) in enumerate(_index(spec, data)):
+        first = number * spec.chunk_rows
+        if first >= stop - start:
+            break
+        chunk = memoryview(data)[offset : offset + length]
+        if len(chunk) != length or length <= _CRC_BYTES:
+            raise DamagedError(f"chunk {number} lies outside the {len(data)} bytes")
+        body = bytes(chunk[:-_CRC_BYTES])
+        if crc32c(body) != int.from_bytes(chunk[-_CRC_BYTES:], "little"):
+            raise DamagedError(f"the crc32c of chunk {number} is wrong")
+        try:
+            values = np.frombuffer(_BLOSC.decode(body), dtype=spec.dtype)
+            if spec.last_axis_first:
+                values = values.reshape(spec.shape[-1], spec.chunk_rows, *spec.shape[1:-1])
+                chunks.append(values[:, : stop - start - first])
+            else:
+                values = values.reshape(spec.chunk_rows, *spec.shape[1:])
+                chunks.append(values[: stop - start - first])
+        except (RuntimeError, ValueError) as error:
+            raise DamagedError(f"chunk {number} cannot be decompressed ({error})") from None
+    return chunks
+
+
+def _index(spec: ArraySpec, data: bytes) -> list[tuple[int, int]]:
+    size = spec.shard_rows // spec.chunk_rows * 16
+    if len(data) < size + _CRC_BYTES:
+        raise DamagedError(f"{len(data)} bytes are too few for a shard")
+    table = data[-size - _CRC_BYTES : -_CRC_BYTES]
+    if crc32c(table) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+        raise DamagedError("the crc32c of its index is wrong")
+    return [(int(a), int(b)) for a, b in np.frombuffer(table, dtype="<u8").reshape(-1, 2)]
+
+
+def read_shard(folder: Folder, spec: ArraySpec, shard: int) -> NDArray[Any]:
+    """One shard as the array shows it, [rows, ...].
+
+    Raises:
+        DamagedError: absent, or not what its checksums say.
+    """
+    try:
+        data = folder.read(spec.key_of(shard))
+    except FileNotFoundError:
+        raise DamagedError(f"{spec.key_of(shard)} is missing") from None
+    chunks = decode_shard(spec, data, shard)
+    if spec.last_axis_first:
+        chunks = [np.moveaxis(chunk, 0, -1) for chunk in chunks]
+    return np.concatenate(chunks)

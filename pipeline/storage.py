@@ -1,0 +1,209 @@
+"""Folders on a disk or in an object store, behind one small interface.
+
+Corpus, cache and checkpoints may lie at a path or at s3://bucket/prefix or gs://bucket/prefix.
+What they need of either is little: whole objects read and written at once, atomically; a listing
+with sizes; creation that only one of several writers wins. Object stores go through obstore (the
+extra `objects`), which takes credentials and endpoints from the environment as the vendors' own
+tools do (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...).
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pipeline.errors import DecantError
+from pipeline.files import create_bytes, write_bytes
+
+Result = TypeVar("Result")
+
+_SCHEMES = ("s3", "gs")
+_TRIES = 6
+_FIRST_PAUSE = 0.5  # seconds; doubled at each try, with jitter
+_REQUEST_TIMEOUT = timedelta(seconds=60)  # of a request with its body; a shard has some megabytes
+
+
+class Url(str):
+    """Address of a prefix in an object store, without a slash at its end."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.rpartition("/")[2]
+
+
+Address = Path | Url
+"""Where something lies: a path, or a prefix in an object store."""
+
+
+def parse_address(value: object) -> Address:
+    """A path, or a Url when it has a scheme.
+
+    Raises:
+        ValueError: a scheme other than s3 and gs.
+    """
+    text = str(value)
+    scheme, has_scheme, _ = text.partition("://")
+    if not has_scheme:
+        return Path(text)
+    if scheme not in _SCHEMES:
+        raise ValueError(f"the scheme {scheme}:// is not known: use a path, s3:// or gs://")
+    return Url(text.rstrip("/"))
+
+
+class Folder(Protocol):
+    """What is asked of a place; keys are relative, with slashes."""
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises FileNotFoundError where there is none."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Replace the object, atomically: readers see the older or the newer one, never a part."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless it exists; of several who try at once, one gets True."""
+        ...
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Keys below a prefix (a folder's name), with their sizes in bytes."""
+        ...
+
+    def remove(self, prefix: str = "") -> None:
+        """Delete the object `prefix`, or everything below it; nothing there is no error."""
+        ...
+
+
+def open_folder(address: Address) -> Folder:
+    """The folder at an address; it need not exist."""
+    return ObjectFolder(address) if isinstance(address, Url) else LocalFolder(address)
+
+
+class LocalFolder:
+    """A folder on a disk (or a shared file system); writes are fsynced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, key: str) -> bytes:
+        return (self._path / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        write_bytes(self._path / key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return create_bytes(self._path / key, data)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {
+            file.relative_to(self._path).as_posix(): file.stat().st_size
+            for file in (self._path / prefix).rglob("*")
+            if file.is_file() and file.suffix != ".partial"
+        }
+
+    def remove(self, prefix: str = "") -> None:
+        target = self._path / prefix
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+class ObjectFolder:
+    """A prefix in an object store; failed and stalled requests are repeated with back-off.
+
+    obstore repeats what a server refuses (5xx, throttling); a request that stalls, or breaks while
+    its body is under way, is repeated here.
+    """
+
+    def __init__(self, url: Url) -> None:
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise DecantError(
+                f"{url} needs the package obstore: install it by `pip install decant[objects]`"
+            ) from None
+        self._url = url
+        self._obstore = obstore
+        self._store: Any = from_url(
+            url,
+            client_options={"timeout": _REQUEST_TIMEOUT, "connect_timeout": timedelta(seconds=10)},
+            retry_config={
+                "max_retries": 6,
+                "retry_timeout": timedelta(minutes=3),
+                "backoff": {
+                    "base": 2,
+                    "init_backoff": timedelta(seconds=_FIRST_PAUSE),
+                    "max_backoff": timedelta(seconds=15),
+                },
+            },
+        )
+
+    def read(self, key: str) -> bytes:
+        try:
+            found = self._try("read", key, lambda: self._obstore.get(self._store, key).bytes())
+            return bytes(found)
+        except self._obstore.exceptions.NotFoundError:
+            raise FileNotFoundError(f"{self._url}/{key}") from None
+
+    def write(self, key: str, data: bytes) -> None:
+        self._try("write", key, lambda: self._obstore.put(self._store, key, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            self._try(
+                "write", key, lambda: self._obstore.put(self._store, key, data, mode="create")
+            )
+        except self._obstore.exceptions.AlreadyExistsError:
+            return False
+        return True
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        def collect() -> dict[str, int]:
+            pages = self._obstore.list(self._store, prefix=prefix or None)
+            return {meta["path"]: meta["size"] for page in pages for meta in page}
+
+        return self._try("list", prefix, collect)
+
+    def remove(self, prefix: str = "") -> None:
+        keys = list(self.sizes(prefix)) or ([prefix] if prefix else [])
+        try:
+            self._try("remove", prefix, lambda: self._obstore.delete(self._store, keys))
+        except self._obstore.exceptions.NotFoundError:
+            return
+
+    def _try(self, what: str, key: str, request: Callable[[], Result]) -> Result:
+        answers = (  # of the server, which asking again would not change
+            self._obstore.exceptions.NotFoundError,
+            self._obstore.exceptions.AlreadyExistsError,
+        )
+        refusals = (
+            self._obstore.exceptions.PermissionDeniedError,
+            self._obstore.exceptions.UnauthenticatedError,
+        )
+        for number in range(1, _TRIES + 1):
+            try:
+                return request()
+            except answers:
+                raise
+            except (self._obstore.exceptions.BaseError, OSError) as error:
+                if number == _TRIES or isinstance(error, refusals):
+                    reason = " ".join(str(error).split())[:200]
+                    raise DecantError(
+                        f"cannot {what} {self._url}/{key}, tried {number} times ({reason}): check "
+                        "the connection, the endpoint and the credentials in the environment"
+                    ) from error
+                time.sleep(_FIRST_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))
+        raise AssertionError

@@ -1,0 +1,187 @@
+"""Is a cache whole? Every object against its checksums, its marker and the corpus; and the repair.
+
+What is damaged is named and can be captured again alone: a damaged shard loses its commit marker,
+damaged metadata is written anew from the fingerprint. Nothing here asks the teacher, so a check
+runs at the disk's speed; whether the cache says what the teacher says is the gate's question
+(pipeline/fidelity.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.data.rows import CorpusSplit
+from pipeline.runtime import progress
+from pipeline.sharding import DamagedError, encode_shard, find_damaged_metadata, write_group
+from pipeline.storage import Address, Folder, open_folder
+from pipeline.store.codec import RankTable
+from pipeline.store.layout import CacheLayout, load_layout, load_table, rank_table_name
+from pipeline.store.reader import read_shard_arrays, require_corpus
+from pipeline.store.schema import COMMITS, Fingerprint, marker_key
+
+_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong, in words; `shard` is None when it is the group's own."""
+
+    shard: int | None
+    what: str
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found."""
+
+    shards: int  # in the complete cache; 0 when that cannot be known
+    committed: int
+    damages: tuple[Damage, ...]
+
+    @property
+    def missing(self) -> int:
+        """Shards without a marker."""
+        return self.shards - self.committed
+
+
+def check_cache(address: Address, corpus: CorpusSplit) -> CheckResult:
+    """Read every committed shard of a split, in parallel, and everything that describes them.
+
+    Raises:
+        MismatchError: not a cache, of a newer format, or made from another corpus.
+    """
+    where = address / corpus.split
+    folder = open_folder(where)
+    try:
+        layout = load_layout(folder, str(where))
+    except DamagedError as error:
+        return CheckResult(0, 0, (Damage(None, str(error)),))
+    if layout is None:
+        return CheckResult(0, 0, (Damage(None, "it does not exist"),))
+    require_corpus(layout.fingerprint, corpus, str(where))
+    damages = [Damage(None, what) for what in _metadata_damages(folder, layout)]
+    committed = _committed(folder, layout)
+    damages += _shard_damages(folder, layout, corpus, committed)
+    return CheckResult(layout.num_shards, len(committed), tuple(damages))
+
+
+def repair_cache(
+    address: Address,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    *,
+    chunk_rows: int,
+    shard_rows: int,
+    count: Callable[[], RankTable],
+) -> tuple[Damage, ...]:
+    """Mend metadata, and take back the commits of damaged shards, which are then missing.
+
+    Args:
+        fingerprint: what the cache is to hold; one made from something else is refused.
+        chunk_rows, shard_rows: used only where the cache's own are lost.
+        count: makes the rank table again where it is lost. Should it come out otherwise (another
+            kind of machine), no shard can be decoded, and all are taken back.
+
+    Returns:
+        What was damaged.
+
+    Raises:
+        MismatchError: the cache was made from something else, which is named.
+    """
+    where = address / corpus.split
+    folder = open_folder(where)
+    damages: list[Damage] = []
+    try:
+        layout = load_layout(folder, str(where))
+    except DamagedError as error:
+        damages.append(Damage(None, str(error)))
+        layout = CacheLayout(
+            fingerprint=fingerprint,
+            chunk_rows=chunk_rows,
+            shard_rows=shard_rows,
+            rank_table=_surviving_table(folder, fingerprint) or rank_table_name(count()),
+        )
+    if layout is None:
+        return ()
+    layout.fingerprint.require_equal(
+        fingerprint, str(where), "run stages/prepare.py --overwrite to capture again"
+    )
+    damages += [Damage(None, what) for what in _metadata_damages(folder, layout)]
+    if damages:
+        layout = _rewrite(folder, layout, count)
+    committed = _committed(folder, layout)
+    in_shards = _shard_damages(folder, layout, corpus, committed)
+    for damage in in_shards:
+        assert damage.shard is not None
+        folder.remove(marker_key(damage.shard))
+    return (*damages, *in_shards)
+
+
+def _metadata_damages(folder: Folder, layout: CacheLayout) -> list[str]:
+    found = find_damaged_metadata(folder, [*layout.specs.values(), layout.rank_spec])
+    try:
+        load_table(folder, layout)
+    except DamagedError as error:
+        found.append(f"{layout.rank_table}: {error}")
+    return found
+
+
+def _shard_damages(
+    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, committed: list[int]
+) -> list[Damage]:
+    def look(shard: int) -> Damage | None:
+        try:
+            read_shard_arrays(folder, layout, corpus, shard)
+        except DamagedError as error:
+            return Damage(shard, str(error))
+        return None
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        looks = pool.map(look, committed)
+        what = f"check {corpus.split}"
+        found = progress(looks, what=what, unit="shard", total=len(committed))
+        return [damage for damage in found if damage is not None]
+
+
+def _committed(folder: Folder, layout: CacheLayout) -> list[int]:
+    markers = folder.sizes(COMMITS)
+    return [shard for shard in range(layout.num_shards) if marker_key(shard) in markers]
+
+
+def _surviving_table(folder: Folder, fingerprint: Fingerprint) -> str | None:
+    """The name of a rank table in the folder that holds what its name promises."""
+    for key in sorted(folder.sizes()):
+        name = key.partition("/")[0]
+        if name.startswith("rank_to_id_"):
+            layout = CacheLayout(
+                fingerprint=fingerprint, chunk_rows=1, shard_rows=1, rank_table=name
+            )
+            try:
+                load_table(folder, layout)
+            except DamagedError:
+                continue
+            return name
+    return None
+
+
+def _rewrite(folder: Folder, layout: CacheLayout, count: Callable[[], RankTable]) -> CacheLayout:
+    """Write all metadata anew; shards survive only if the rank table does."""
+    try:
+        table = load_table(folder, layout)
+    except DamagedError:
+        table = count()
+        if rank_table_name(table) != layout.rank_table:
+            folder.remove(COMMITS)
+        layout = CacheLayout(
+            fingerprint=layout.fingerprint,
+            chunk_rows=layout.chunk_rows,
+            shard_rows=layout.shard_rows,
+            rank_table=rank_table_name(table),
+        )
+        spec = layout.rank_spec
+        folder.write(spec.key_of(0), encode_shard(spec, table.rank_to_id))
+    folder.remove("zarr.json")
+    write_group(folder, [*layout.specs.values(), layout.rank_spec], layout.about())
+    return layout

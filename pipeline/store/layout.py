@@ -1,0 +1,121 @@
+"""How a cache is cut into objects: the arrays of a fingerprint and the group about them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import MismatchError
+from pipeline.sharding import (
+    ArraySpec,
+    DamagedError,
+    crc32c,
+    read_group,
+    read_shard,
+)
+from pipeline.storage import Folder
+from pipeline.store.codec import RankTable
+from pipeline.store.schema import FORMAT_VERSION, Fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayout:
+    """How a cache of a fingerprint is cut into objects."""
+
+    fingerprint: Fingerprint
+    chunk_rows: int
+    shard_rows: int
+    rank_table: str  # the name of the array rank_to_id
+
+    @property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The arrays of N rows, by name."""
+        made_from = self.fingerprint
+        rows = (made_from.num_rows, made_from.row_length)
+        rank_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
+        arrays: dict[str, tuple[int | None, str]] = {
+            "id_ranks": (made_from.k, rank_dtype),
+            "logprob_steps": (made_from.k, "uint16"),
+            "lse": (None, "float32"),
+            "lse_tau": (len(made_from.temperatures), "float32"),
+            "entropy": (None, "float16"),
+            "draw_rank_steps": (made_from.draws, rank_dtype),
+            "draw_logprobs": (made_from.draws, "float16"),
+        }
+        return {
+            name: ArraySpec(
+                name=name,
+                shape=rows if last is None else (*rows, last),
+                dtype=dtype,
+                chunk_rows=self.chunk_rows,
+                shard_rows=self.shard_rows,
+                last_axis_first=name == "logprob_steps",
+            )
+            for name, (last, dtype) in arrays.items()
+            if last != 0
+        }
+
+    @property
+    def rank_spec(self) -> ArraySpec:
+        """The array rank_to_id."""
+        size = self.fingerprint.vocab_size
+        return ArraySpec(
+            name=self.rank_table, shape=(size,), dtype="uint32", chunk_rows=size, shard_rows=size
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete cache."""
+        return self.specs["lse"].num_shards
+
+    def rows_of(self, shard: int) -> tuple[int, int]:
+        """First row and end of a shard."""
+        return self.specs["lse"].rows_of(shard)
+
+    def about(self) -> dict[str, Any]:
+        """What the group says of itself."""
+        return asdict(self.fingerprint) | {
+            "chunk_rows": self.chunk_rows,
+            "shard_rows": self.shard_rows,
+            "rank_table": self.rank_table,
+        }
+
+
+def load_layout(folder: Folder, where: str) -> CacheLayout | None:
+    """The layout of the cache in a folder; None where there is none.
+
+    Raises:
+        MismatchError: not a cache, or a newer format.
+        DamagedError: not what was written.
+    """
+    about = read_group(folder, where, FORMAT_VERSION)
+    if about is None:
+        return None
+    try:
+        return CacheLayout(
+            fingerprint=Fingerprint.from_json(about),
+            chunk_rows=about["chunk_rows"],
+            shard_rows=about["shard_rows"],
+            rank_table=about["rank_table"],
+        )
+    except KeyError as error:
+        raise MismatchError(
+            f"{where} is not a logit cache, it lacks {error}: choose another paths.logits"
+        ) from None
+
+
+def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
+    """The rank table of a cache.
+
+    Raises:
+        DamagedError: absent, or not the one that its name promises.
+    """
+    table = RankTable(read_shard(folder, layout.rank_spec, 0))
+    if rank_table_name(table) != layout.rank_table:
+        raise DamagedError(f"{layout.rank_table} holds another table")
+    return table
+
+
+def rank_table_name(table: RankTable) -> str:
+    """The array's name: `rank_to_id_` and the crc32c of its bytes."""
+    return f"rank_to_id_{crc32c(table.to_bytes()):08x}"
