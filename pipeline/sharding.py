@@ -73,16 +73,17 @@ def crc32c(data: bytes) -> int:
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Add "crc32c", that of the values' JSON text: keys sorted, separators "," and ":"."""
-    return {**values, "crc32c": _crc_of(values)}
+    """Add "crc32c", that of the values' JSON text."""
+    return {**values, "crc32c": json_crc32c(values)}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
     """Whether the values are those that were sealed."""
-    return values.get("crc32c") == _crc_of({k: v for k, v in values.items() if k != "crc32c"})
+    return values.get("crc32c") == json_crc32c({k: v for k, v in values.items() if k != "crc32c"})
 
 
-def _crc_of(values: Mapping[str, Any]) -> int:
+def json_crc32c(values: Mapping[str, Any]) -> int:
+    """crc32c of the JSON text: keys sorted, separators "," and ":"."""
     return crc32c(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 

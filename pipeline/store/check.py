@@ -108,7 +108,8 @@ def repair_cache(
     layout.fingerprint.require_equal(
         fingerprint, str(where), "run stages/prepare.py --overwrite to capture again"
     )
-    damages += [Damage(None, what) for what in _metadata_damages(folder, layout)]
+    if not damages:
+        damages += [Damage(None, what) for what in _metadata_damages(folder, layout)]
     if damages:
         layout = _rewrite(folder, layout, count)
     committed = _committed(folder, layout)

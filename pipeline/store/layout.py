@@ -10,6 +10,7 @@ from pipeline.sharding import (
     ArraySpec,
     DamagedError,
     crc32c,
+    json_crc32c,
     read_group,
     read_shard,
 )
@@ -79,6 +80,10 @@ class CacheLayout:
             "shard_rows": self.shard_rows,
             "rank_table": self.rank_table,
         }
+
+    def checksum(self) -> int:
+        """crc32c of `about`, by which a shard's marker says which cache it belongs to."""
+        return json_crc32c(self.about())
 
 
 def load_layout(folder: Folder, where: str) -> CacheLayout | None:

@@ -203,6 +203,8 @@ def read_shard_arrays(
     start, stop = layout.rows_of(shard)
     if marker["shard"] != shard or marker["rows"] != [start, stop]:
         raise DamagedError(f"its commit marker is that of shard {marker['shard']}")
+    if marker["cache"] != layout.checksum():
+        raise DamagedError("it was captured for another cache in this place")
     rows = corpus.rows(start, stop)
     if hash_rows(rows) != marker["tokens_sha256"]:
         raise DamagedError(

@@ -45,12 +45,13 @@ rank_to_id, `rank_to_id_` and the crc32c of its little-endian bytes in hexadecim
 of the JSON text of the other attributes, keys sorted, with "," and ":" as separators.
 
 Commit markers: `commits/<shard, six digits>.json` in the group,
-    {"shard": i, "rows": [first, end), "tokens_sha256": hex,
+    {"shard": i, "rows": [first, end), "cache": crc32c, "tokens_sha256": hex,
      "objects": {array: [bytes, crc32c]}, "crc32c": of the JSON text of the rest, as above}
-where tokens_sha256 is `pipeline.data.rows.hash_rows` of the corpus rows, and objects says how long
-each array's shard is and its crc32c. A shard WITHOUT a marker does not exist, whatever its files
-hold: zarr reads a missing shard as zeros. One writer owns a whole shard; it writes all arrays'
-objects durably (on a disk: write, fsync, rename, fsync of the folder), then the marker likewise.
+where cache is the crc32c of the JSON text of the group's attribute "decant", tokens_sha256 is
+`pipeline.data.rows.hash_rows` of the corpus rows, and objects says how long each array's shard is
+and its crc32c. A shard WITHOUT a marker does not exist, whatever its files hold: zarr reads a
+missing shard as zeros. One writer owns a whole shard; it writes all arrays' objects durably (on a
+disk: write, fsync, rename, fsync of the folder), then the marker likewise.
 
 A reader refuses a format_version other than its own.
 """

@@ -91,6 +91,14 @@ class CacheWriter:
         committed = self._folder.sizes(COMMITS)
         return [i for i in range(self.layout.num_shards) if marker_key(i) not in committed]
 
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard has its marker."""
+        try:
+            self._folder.read(marker_key(shard))
+        except FileNotFoundError:
+            return False
+        return True
+
     def write(self, shard: int, topk: TopK, tokens_sha256: str) -> None:
         """Write one whole shard [rows, L, ...] and commit it.
 
@@ -107,6 +115,7 @@ class CacheWriter:
         marker = {
             "shard": shard,
             "rows": [start, stop],
+            "cache": self.layout.checksum(),
             "tokens_sha256": tokens_sha256,
             "objects": objects,
         }
