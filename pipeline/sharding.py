@@ -137,11 +137,13 @@ def read_group(folder: Folder, where: str, format_version: int) -> dict[str, Any
         DamagedError: not what was written.
     """
     try:
-        values: Any = json.loads(folder.read("zarr.json"))
-        attributes = values["attributes"]
-        ours = {"zarr_format": 3, "node_type": "group"}.items() <= values.items()
+        text = folder.read("zarr.json")
     except FileNotFoundError:
         return None
+    try:
+        values: Any = json.loads(text)
+        attributes = values["attributes"]
+        ours = {"zarr_format": 3, "node_type": "group"}.items() <= values.items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError("its zarr.json cannot be read") from None
     about = attributes.get("decant") if isinstance(attributes, dict) else None

@@ -139,7 +139,11 @@ class ObjectFolder:
         self._obstore = obstore
         self._store: Any = from_url(
             url,
-            client_options={"timeout": _REQUEST_TIMEOUT, "connect_timeout": timedelta(seconds=10)},
+            client_options={
+                "timeout": _REQUEST_TIMEOUT,
+                "connect_timeout": timedelta(seconds=10),
+                "allow_http": True,  # for those whose endpoint says http; the vendors' say https
+            },
             retry_config={
                 "max_retries": 6,
                 "retry_timeout": timedelta(minutes=3),
@@ -152,11 +156,7 @@ class ObjectFolder:
         )
 
     def read(self, key: str) -> bytes:
-        try:
-            found = self._try("read", key, lambda: self._obstore.get(self._store, key).bytes())
-            return bytes(found)
-        except self._obstore.exceptions.NotFoundError:
-            raise FileNotFoundError(f"{self._url}/{key}") from None
+        return bytes(self._try("read", key, lambda: self._obstore.get(self._store, key).bytes()))
 
     def write(self, key: str, data: bytes) -> None:
         self._try("write", key, lambda: self._obstore.put(self._store, key, data))
@@ -166,7 +166,7 @@ class ObjectFolder:
             self._try(
                 "write", key, lambda: self._obstore.put(self._store, key, data, mode="create")
             )
-        except self._obstore.exceptions.AlreadyExistsError:
+        except (FileExistsError, self._obstore.exceptions.AlreadyExistsError):
             return False
         return True
 
@@ -181,12 +181,13 @@ class ObjectFolder:
         keys = list(self.sizes(prefix)) or ([prefix] if prefix else [])
         try:
             self._try("remove", prefix, lambda: self._obstore.delete(self._store, keys))
-        except self._obstore.exceptions.NotFoundError:
+        except FileNotFoundError:
             return
 
     def _try(self, what: str, key: str, request: Callable[[], Result]) -> Result:
         answers = (  # of the server, which asking again would not change
-            self._obstore.exceptions.NotFoundError,
+            FileNotFoundError,  # what obstore raises for its NotFoundError
+            FileExistsError,
             self._obstore.exceptions.AlreadyExistsError,
         )
         refusals = (

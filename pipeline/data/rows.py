@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -156,7 +157,7 @@ class CorpusSplit:
             )
         self.info = SplitInfo(**about)
         self._specs = _specs(self.info)
-        self._shards: OrderedDict[int, Rows] = OrderedDict()
+        self._shards: OrderedDict[int, Future[Rows]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -184,11 +185,26 @@ class CorpusSplit:
     def _shard(self, shard: int) -> Rows:
         """As stored: tokens in the narrow type."""
         with self._lock:
-            if shard in self._shards:
+            ready = self._shards.get(shard)
+            if mine := ready is None:
+                ready = self._shards[shard] = Future()
+                while len(self._shards) > _SHARDS_KEPT:
+                    self._shards.popitem(last=False)
+            else:
                 self._shards.move_to_end(shard)
-                return self._shards[shard]
+        assert ready is not None
+        if mine:  # other threads wait for what this one reads
+            try:
+                ready.set_result(self._read(shard))
+            except BaseException as error:
+                with self._lock:
+                    self._shards.pop(shard, None)
+                ready.set_exception(error)
+        return ready.result()
+
+    def _read(self, shard: int) -> Rows:
         try:
-            found = Rows(
+            return Rows(
                 tokens=read_shard(self._folder, self._specs["tokens"], shard),
                 doc_ids=read_shard(self._folder, self._specs["doc_ids"], shard),
             )
@@ -197,11 +213,6 @@ class CorpusSplit:
                 f"shard {shard} of {self.path / self.split} is damaged ({error}): run "
                 "stages/corpus.py again"
             ) from None
-        with self._lock:  # two threads may have read it at once; both hold the same rows
-            self._shards[shard] = found
-            while len(self._shards) > _SHARDS_KEPT:
-                self._shards.popitem(last=False)
-        return found
 
 
 def _specs(info: SplitInfo) -> dict[str, ArraySpec]:

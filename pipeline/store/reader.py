@@ -181,9 +181,11 @@ def read_marker(folder: Folder, shard: int) -> dict[str, Any]:
         DamagedError: absent, or not what was written.
     """
     try:
-        marker: Any = json.loads(folder.read(marker_key(shard)))
+        text = folder.read(marker_key(shard))
     except FileNotFoundError:
         raise DamagedError("its commit marker is missing") from None
+    try:
+        marker: Any = json.loads(text)
     except (ValueError, RecursionError):
         raise DamagedError("its commit marker cannot be read") from None
     if not isinstance(marker, dict) or not is_sealed(marker):

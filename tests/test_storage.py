@@ -1,0 +1,224 @@
+"""Folders on a disk and in an object store behave alike; a bad server costs time, never data."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import storage
+from pipeline.config import Params
+from pipeline.data.corpus import build_corpus
+from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.errors import DecantError
+from pipeline.storage import Folder, Url, open_folder, parse_address
+from pipeline.store.check import check_cache
+from pipeline.training.run import run_training
+from tests.conftest import change
+from tests.helpers import capture_all, open_cache
+
+pytest.importorskip("obstore")
+moto_server = pytest.importorskip("moto.server")
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class Server:
+    """S3 on the loopback, which counts requests and can be told to misbehave."""
+
+    def __init__(self) -> None:
+        from werkzeug.serving import make_server
+
+        self._app: Application = moto_server.DomainDispatcherApplication(
+            moto_server.create_backend_app
+        )
+        self.requests: Counter[str] = Counter()
+        self.misbehave: Callable[[int], str | None] = lambda number: None
+        self._number = 0
+        self._lock = threading.Lock()
+        self._server = make_server("127.0.0.1", 0, self, threaded=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.port}"
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        with self._lock:
+            self._number += 1
+            number = self._number
+            self.requests[environ["REQUEST_METHOD"]] += 1
+        how = self.misbehave(number)
+        if how == "fail":
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return []
+        if how == "stall":
+            time.sleep(3.0)
+        if how == "stop":  # in the middle of a body: the length is promised, not kept
+            body = b"".join(self._app(environ, start_response))
+            return self._half(body)
+        return self._app(environ, start_response)
+
+    def _half(self, body: bytes) -> Iterator[bytes]:
+        yield body[: len(body) // 2]
+        time.sleep(3.0)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Url:
+    """An empty bucket; quick back-off, so that tests do not sleep."""
+    import boto3
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": server.url,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(storage, "_REQUEST_TIMEOUT", timedelta(seconds=1))
+    server.misbehave = lambda number: None
+    name = f"bucket{abs(hash(request.node.nodeid)) % 10**9}"
+    boto3.client("s3", endpoint_url=server.url, region_name="us-east-1").create_bucket(Bucket=name)
+    server.requests.clear()
+    return Url(f"s3://{name}/some/prefix")
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "disk":
+        return open_folder(tmp_path / "folder")
+    return open_folder(request.getfixturevalue("bucket"))
+
+
+def test_what_is_written_is_read_listed_and_removed(folder: Folder) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/b")
+    folder.write("a/b", b"one")
+    folder.write("a/b", b"three")
+    folder.write("a/c/d", bytes(10))
+    folder.write("e", b"")
+    assert folder.read("a/b") == b"three"
+    assert folder.sizes() == {"a/b": 5, "a/c/d": 10, "e": 0}
+    assert folder.sizes("a/c") == {"a/c/d": 10}
+    assert folder.sizes("nothing") == {}
+    folder.remove("a/b")
+    folder.remove("a/b")
+    assert folder.sizes("a") == {"a/c/d": 10}
+    folder.remove()
+    folder.remove()
+    assert folder.sizes() == {}
+
+
+def test_of_many_creators_one_wins(folder: Folder) -> None:
+    won: list[int] = []
+
+    def create(number: int) -> None:
+        if folder.create("group", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert folder.read("group") == str(won[0]).encode()
+
+
+@pytest.mark.parametrize("how", ["fail", "stall", "stop"])
+def test_a_bad_server_costs_time_not_data(how: str, server: Server, bucket: Url) -> None:
+    folder = open_folder(bucket)
+    content = {f"key{i}": np.random.default_rng(i).bytes(30_000) for i in range(12)}
+    every = 10 if how == "fail" else 9
+    server.misbehave = lambda number: how if number % every == 0 else None
+    for key, data in content.items():
+        folder.write(key, data)
+    for key, data in content.items():
+        assert folder.read(key) == data
+    assert folder.sizes() == dict.fromkeys(content, 30_000)
+
+
+def test_a_server_that_never_works_is_one_sentence(server: Server, bucket: Url) -> None:
+    server.misbehave = lambda number: "fail"
+    with pytest.raises(DecantError, match=r"cannot read s3://\S+/key, tried 6 times .*endpoint"):
+        open_folder(bucket).read("key")
+
+
+def test_wrong_credentials_are_not_tried_again(
+    bucket: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_TRIES", 3)
+    absent = Url(str(bucket).replace("bucket", "nobucket", 1))
+    with pytest.raises((DecantError, FileNotFoundError)):
+        open_folder(absent).read("key")
+
+
+def test_addresses() -> None:
+    assert parse_address("cache/x") == Path("cache/x")
+    url = parse_address("s3://bucket/a/")
+    assert isinstance(url, Url)
+    assert url / "b" == "s3://bucket/a/b"
+    assert (url / "b").name == "b"
+    with pytest.raises(ValueError, match="scheme https:// is not known"):
+        parse_address("https://host/x")
+
+
+@pytest.mark.parametrize("how", [None, "fail"])
+def test_capture_check_and_train_in_an_object_store(
+    how: str | None, server: Server, bucket: Url, tiny_params: Params
+) -> None:
+    """Corpus and cache at s3://: the same numbers as on a disk, one request an object."""
+    server.misbehave = lambda number: how if number % 10 == 0 else None
+    remote = change(
+        tiny_params, paths={"corpus": str(bucket / "corpus"), "logits": str(bucket / "logits")}
+    )
+    for params in (tiny_params, remote):
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+        capture_all(params)
+    for split in SPLITS:
+        corpus = CorpusSplit(remote.paths.corpus, split)
+        server.requests.clear()
+        result = check_cache(remote.paths.logits, corpus)
+        assert (result.damages, result.missing) == ((), 0)
+        if how is None:
+            # Group, 5 arrays' metadata, rank table, 2 corpus arrays, listing; and of each shard
+            # a marker and 5 arrays.
+            assert server.requests["GET"] <= 12 + 6 * result.shards
+        rows = np.arange(len(corpus))
+        stored = open_cache(remote, split).top_k(rows)
+        local = open_cache(tiny_params, split).top_k(rows)
+        for name, tensor in vars(local).items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, getattr(stored, name)), name
+    server.requests.clear()
+    there = run_training(remote, "there").state
+    reads = server.requests["GET"]
+    here = run_training(tiny_params, "here").state
+    assert here is not None
+    assert there is not None
+    for one, two in zip(here.history, there.history, strict=True):
+        for name in ("train/loss", "validation/loss"):
+            assert one.get(name) == two.get(name)
+    if how is None:  # 8 steps of 4 rows see 32 of 94 rows; no object is read twice in a window
+        assert reads <= 120
