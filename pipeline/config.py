@@ -50,9 +50,13 @@ class Paths(Section):
 
     teacher: Path = Field(description="Hugging Face folder of the teacher, with its tokenizer")
     corpus: Location = Field(description="zarr group of tokens and document ids")
+    advise: Path = Field(description="what each K would keep and cost, measured on a sample")
     logits: Location = Field(description="zarr group of the teacher's top-K: the cache")
     verify: Path = Field(description="the gate's metrics and histograms")
     runs: Path = Field(description="one folder a training run")
+    checkpoints: Location | None = Field(
+        description="where unfinished runs are saved; null: in the run's folder"
+    )
     evaluate: Path = Field(description="metrics, calibration and samples")
     report: Path = Field(description="the HTML page")
 
@@ -127,6 +131,16 @@ class CorpusParams(Section):
         description="share of documents set aside, chosen by a hash of their text"
     )
     row_length: Annotated[int, Field(ge=2)] = Field(description="L, tokens a row")
+
+
+class AdviseParams(Section):
+    """A look at a few rows, to choose prepare.k and prepare.temperatures by."""
+
+    sample: Fraction = Field(description="share of the training rows looked at")
+    min_rows: Count = Field(description="at least so many rows, or all there are")
+    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        description="the K compared; those beyond the vocabulary are left out"
+    )
 
 
 class PrepareParams(Section):
@@ -235,6 +249,7 @@ class Params(Section):
     paths: Paths
     teacher: TeacherParams
     corpus: CorpusParams
+    advise: AdviseParams
     prepare: PrepareParams
     verify: VerifyParams
     student: StudentParams

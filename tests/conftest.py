@@ -119,6 +119,7 @@ TINY: dict[str, dict[str, Any]] = {
         "row_length": 32,
         "max_document_tokens": None,
     },
+    "advise": {"ks": [4, 16, 64]},
     "prepare": {
         "k": 16,
         "dtype": "float32",
@@ -152,7 +153,8 @@ def tiny_values(teacher: Path, text: Path, work: Path) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["device"] = "cpu"
     values["paths"] = {
-        name: str(work / Path(path).relative_to("cache")) for name, path in values["paths"].items()
+        name: path and str(work / Path(path).relative_to("cache"))
+        for name, path in values["paths"].items()
     }
     values["teacher"]["source"] = "folder"
     values["teacher"]["folder"]["path"] = str(teacher)

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline import storage
 from pipeline.config import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.rows import SPLITS, CorpusSplit
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, MismatchError
 from pipeline.storage import Folder, Url, open_folder, parse_address
 from pipeline.store.check import check_cache
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
 from tests.conftest import change
 from tests.helpers import capture_all, open_cache
@@ -222,3 +224,33 @@ def test_capture_check_and_train_in_an_object_store(
             assert one.get(name) == two.get(name)
     if how is None:  # 8 steps of 4 rows see 32 of 94 rows; no object is read twice in a window
         assert reads <= 120
+
+
+def test_a_run_is_taken_over_by_another_machine(
+    server: Server, bucket: Url, tiny_cache: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints at s3://; the first machine and its disk are lost after the second one."""
+    server.misbehave = lambda number: "fail" if number % 10 == 0 else None
+    alone = run_training(tiny_cache, "student")
+    first = change(
+        tiny_cache, paths={"checkpoints": str(bucket / "runs"), "runs": str(tmp_path / "lost")}
+    )
+    save, saved = Checkpoints.save, []
+
+    def save_twice(self: Checkpoints, *what: Any) -> None:
+        save(self, *what)
+        saved.append(self.names()[-1])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", save_twice)
+        run_training(first, "student")
+    second = change(first, paths={"runs": str(tmp_path / "second")})
+    with pytest.raises(MismatchError, match=r"train\.alpha=0\.5, now 0\.25"):
+        run_training(change(second, train={"alpha": 0.25}), "student")
+    assert saved == ["step_00000002", "step_00000004"]
+    resumed = run_training(second, "student")
+    assert open_folder(bucket / "runs").sizes() == {}
+    one, two = (load_file(r.folder / "model" / "model.safetensors") for r in (alone, resumed))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

@@ -3,13 +3,14 @@
 <runs>/<name>/model/         the trained student, a Hugging Face folder with the tokenizer
 <runs>/<name>/run.json       what the run was made from; another run in its place is refused
 <runs>/<name>/dvclive/       metrics and curves
-<runs>/<name>/checkpoints/   only while the run is unfinished
+<runs>/<name>/checkpoints/   only while the run is unfinished; with paths.checkpoints, <name> there,
+                             and a copy of run.json, so that another machine can take over
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ import torch
 from pipeline.config import Params, StudentParams
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.files import write_json
 from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.model.weights import hash_weights, load_student, save_student
 from pipeline.runtime import DTYPES, pick_device, pick_dtype, say, seed_everything
+from pipeline.storage import Folder, open_folder
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.teacher.online import OnlineTeacher
 from pipeline.training.batches import BatchStream, first_rows
-from pipeline.training.checkpoint import TrainState
+from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.trainer import Validation, retained_mass, train
 
 _WITHOUT_EFFECT = {"checkpoint_every", "log_every", "min_retained_mass", "max_skipped_steps"}
@@ -58,7 +59,10 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
     corpus = CorpusSplit(params.paths.corpus, "train")
     held_out = CorpusSplit(params.paths.corpus, "validation")
     folder = params.paths.runs / name
-    if _claim(folder, _identity(params, corpus), overwrite):
+    checkpoints = Checkpoints(
+        params.paths.checkpoints / name if params.paths.checkpoints else folder / "checkpoints"
+    )
+    if _claim(folder, checkpoints, _identity(params, corpus), overwrite):
         return RunResult(folder, None, load_student(folder / "model").count_parameters())
     device = pick_device(params.device)
     seed_everything(params.seed)
@@ -79,10 +83,11 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
         Validation(validation, params.train.eval_rows),
         params.train,
         folder,
+        checkpoints,
         DTYPES[params.train.dtype],
     )
     save_student(student, folder / "model", tokenizer_from=params.paths.teacher)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    checkpoints.remove()
     return RunResult(folder, state, student.count_parameters())
 
 
@@ -188,23 +193,37 @@ def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
     return identity
 
 
-def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
+def _claim(
+    folder: Path, checkpoints: Checkpoints, identity: dict[str, Any], overwrite: bool
+) -> bool:
     """Take the folder for this run; returns whether the run is finished already."""
-    file = folder / "run.json"
-    begun = (folder / "model").exists() or (folder / "checkpoints").exists()
-    if begun:
-        before = json.loads(file.read_text()) if file.exists() else {}
-        if difference := _difference(before, identity):
+    finished = (folder / "model").exists()
+    places = [open_folder(folder), open_folder(checkpoints.address)]
+    if finished or checkpoints.names():
+        if difference := _difference(_first_json(places, "run.json"), identity):
             if not overwrite:
                 raise MismatchError(
                     f"{folder} holds a run with other parameters ({difference}): add --overwrite to"
                     " replace it, or choose another --run"
                 )
-            shutil.rmtree(folder)
-        elif (folder / "model").exists():
+            checkpoints.remove()
+            open_folder(folder).remove()
+        elif finished:
             return True
-    write_json(file, identity)
+    text = json.dumps(identity, indent=2) + "\n"
+    for place in places:
+        place.write("run.json", text.encode())
     return False
+
+
+def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any]:
+    """The JSON object under a key of the first place that has it; empty where none has."""
+    for place in places:
+        try:
+            return dict(json.loads(place.read(key)))
+        except FileNotFoundError:
+            continue
+    return {}
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:

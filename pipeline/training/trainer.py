@@ -25,12 +25,7 @@ from pipeline.model.student import StudentModel
 from pipeline.runtime import StopRequest, progress, say
 from pipeline.teacher.base import Teacher
 from pipeline.training.batches import Batch, BatchStream, first_rows
-from pipeline.training.checkpoint import (
-    TrainState,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.optim import build_optimizer, learning_rate
 
 
@@ -48,24 +43,25 @@ def train(
     validation: Validation,
     params: TrainParams,
     run: Path,
+    checkpoints: Checkpoints,
     dtype: torch.dtype,
 ) -> TrainState:
-    """Train to `params.steps`, continuing the newest checkpoint under `run` if there is one.
+    """Train to `params.steps`, continuing the newest checkpoint if there is one.
 
     A continued run logs and ends exactly as one that was never stopped. Ctrl-C (or SIGTERM) ends
     after the step under way, with a checkpoint.
 
     Args:
         student: on its device, float32 parameters; trained in place.
+        run: the run's folder, where curves are written.
         dtype: of autocast and of the head's factors; losses are float32.
 
     Raises:
         DecantError: more than `max_skipped_steps` steps had a non-finite loss or gradient.
     """
     optimizer = build_optimizer(student, params)
-    state = TrainState()
-    if checkpoints := list_checkpoints(run):
-        state = load_checkpoint(checkpoints[-1], student, optimizer)
+    state = checkpoints.load_newest(student, optimizer) or TrainState()
+    if state.step:
         say(f"continuing from step {state.step} of {params.steps}")
     batches = stream.starting_at(state.step * params.accumulation)
     with _open_log(run / "dvclive") as live, StopRequest() as stop:
@@ -86,7 +82,7 @@ def train(
             if due or state.step % params.log_every == 0:
                 _record(live, state, values)
             if state.step % params.checkpoint_every == 0 or stop.requested:
-                save_checkpoint(run, student, optimizer, state)
+                checkpoints.save(student, optimizer, state)
             if stop.requested:
                 raise KeyboardInterrupt
     return state

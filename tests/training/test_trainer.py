@@ -24,7 +24,7 @@ from pipeline.teacher.base import NoTeacher, corpus_shard
 from pipeline.teacher.cached import CachedTeacher
 from pipeline.training import trainer
 from pipeline.training.batches import BatchStream, make_batch
-from pipeline.training.checkpoint import list_checkpoints
+from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.run import build_student, run_training
 from tests.conftest import ROOT, change, make_teacher
@@ -86,7 +86,7 @@ def test_interrupted_run_continues_exactly(
         run_training(params, "broken")
     monkeypatch.undo()
     broken = params.paths.runs / "broken"
-    assert [folder.name for folder in list_checkpoints(broken)] == [
+    assert Checkpoints(broken / "checkpoints").names() == [
         "step_00000002",
         "step_00000004",
     ]
@@ -116,7 +116,7 @@ def test_killed_process_continues_exactly(tiny_cache: Params, tmp_path: Path) ->
     )
     killed = tiny_cache.paths.runs / "killed"
     deadline = time.monotonic() + 120
-    while not list_checkpoints(killed) and time.monotonic() < deadline:
+    while not Checkpoints(killed / "checkpoints").names() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -140,7 +140,7 @@ def test_ctrl_c_saves_and_continues(tiny_cache: Params, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors
-    assert list_checkpoints(tiny_cache.paths.runs / "student")
+    assert Checkpoints(tiny_cache.paths.runs / "student" / "checkpoints").names()
 
 
 def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
