@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.topk import TopK, block_top_k, top_k_from_logits
+from pipeline.topk import TopK, block_top_k, row_uniforms, top_k_from_logits
 
 TAUS = (1.0, 2.0, 4.0)
 
@@ -89,3 +89,55 @@ def test_index_stack_cat_round_trip() -> None:
         assert torch.equal(joined.ids, topk.ids)
         assert torch.equal(joined.lse_tau, topk.lse_tau)
         assert joined.temperatures == TAUS
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=st.integers(2, 300), k=st.integers(0, 20), seed=st.integers(0, 10**6))
+def test_draws_invert_the_running_sum(size: int, k: int, seed: int) -> None:
+    """In two stages the same ids as by one running sum over the vocabulary, in float64."""
+    k = min(k, size - 1)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, size, generator=generator) * 3
+    uniforms = torch.rand(4, 30, generator=generator)
+    topk = top_k_from_logits(logits.clone(), k, (), uniforms)
+    weights = (logits - logits.amax(-1, True)).double().exp().scatter(-1, topk.ids, 0.0)
+    running = weights.cumsum(-1) / weights.sum(-1, True)
+    plain = torch.searchsorted(running, uniforms.double(), right=True).clamp_max(size - 1)
+    near = (running.gather(-1, plain) - uniforms).abs() < 1e-5
+    near |= (running.gather(-1, (plain - 1).clamp_min(0)) - uniforms).abs() < 1e-5
+    assert bool(((topk.draw_ids == plain) | near).all())
+    assert not bool((topk.draw_ids[:, :, None] == topk.ids[:, None, :]).any())
+    log_p = logits.log_softmax(-1).gather(-1, topk.draw_ids)
+    torch.testing.assert_close(topk.draw_logprobs, log_p, atol=2e-5, rtol=1e-5)
+
+
+def test_draws_never_take_what_cannot_be() -> None:
+    """Ids of no mass at all, at the ends of blocks, and uniforms at the ends of their range."""
+    logits = torch.full((1, 200), -torch.inf)
+    logits[0, [3, 64, 130]] = torch.tensor([2.0, 0.0, 0.0])
+    uniforms = torch.tensor([[0.0, 1e-8, 0.4999, 0.5001, 1 - 2**-24]])
+    topk = top_k_from_logits(logits, 1, (), uniforms)
+    assert topk.ids.tolist() == [[3]]
+    assert topk.draw_ids.tolist() == [[64, 64, 64, 130, 130]]
+
+
+def test_draws_depend_on_seed_and_row_alone() -> None:
+    together = row_uniforms(range(4, 9), 6, 3, seed=1)
+    assert torch.equal(together[2:4], row_uniforms([6, 7], 6, 3, seed=1))
+    assert not torch.equal(together, row_uniforms(range(4, 9), 6, 3, seed=2))
+    assert together.shape == (5, 6, 3)
+    assert row_uniforms([0], 6, 0, seed=1).shape == (1, 6, 0)
+
+
+def test_weights_of_draws_at_a_temperature() -> None:
+    """w = p_t / M * p_tau / p: by hand, with p = (1/2, 1/4, 1/8, 1/8), T = {0}, two draws."""
+    probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    topk = top_k_from_logits(probabilities.log(), 1, (1.0, 2.0), torch.tensor([[0.1, 0.9]]))
+    assert topk.draw_ids.tolist() == [[1, 3]]
+    _, weight = topk.draw_target(1.0)
+    torch.testing.assert_close(weight, torch.tensor([[0.25, 0.25]]))
+    root = probabilities.sqrt()
+    log_p, weight = topk.draw_target(2.0)
+    p_tau = (root / root.sum())[:, [1, 3]]
+    torch.testing.assert_close(log_p.exp(), p_tau)
+    torch.testing.assert_close(weight, 0.25 * p_tau / probabilities[:, [1, 3]])

@@ -6,18 +6,23 @@ import pytest
 import torch
 
 from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.losses.reference import cross_entropy, distillation_loss, tail_bucket_kl
+from pipeline.losses.reference import cross_entropy, distillation_loss, sampled_kl, tail_bucket_kl
 from pipeline.topk import top_k_from_logits
 
 TAUS = (1.0, 2.0, 4.0)
 
 
 @pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize(("vocabulary", "k"), [(130, 7), (40, 40), (40, 1)])
+@pytest.mark.parametrize(
+    ("vocabulary", "k", "draws"),
+    [(130, 7, 0), (40, 40, 0), (40, 1, 0), (130, 7, 9), (130, 0, 20)],
+)
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
-def test_equals_the_plain_form(tau: float, vocabulary: int, k: int, alpha: float) -> None:
+def test_equals_the_plain_form(
+    tau: float, vocabulary: int, k: int, draws: int, alpha: float
+) -> None:
     n, size = 23, 12
-    topk = top_k_from_logits(torch.randn(n, vocabulary) * 3, k, TAUS)
+    topk = top_k_from_logits(torch.randn(n, vocabulary) * 3, k, TAUS, torch.rand(n, draws))
     hidden = torch.randn(n, size, requires_grad=True)
     weight = torch.randn(vocabulary + 5, size, requires_grad=True)  # more rows than valid ids
     labels = torch.randint(0, vocabulary, (n,))
@@ -28,7 +33,7 @@ def test_equals_the_plain_form(tau: float, vocabulary: int, k: int, alpha: float
     plain = distillation_loss(logits, labels, topk, alpha=alpha, temperature=tau).sum()
     torch.testing.assert_close(sums.total, plain, atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(sums.ce, cross_entropy(logits, labels).sum(), atol=1e-4, rtol=1e-6)
-    kl = tail_bucket_kl(logits, topk, tau).sum()
+    kl = (sampled_kl if draws else tail_bucket_kl)(logits, topk, tau).sum()
     torch.testing.assert_close(sums.kl, kl, atol=1e-4, rtol=1e-6)
     expected = torch.autograd.grad(plain / n, (hidden, weight))
     for found, wanted in zip(

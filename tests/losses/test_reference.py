@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.losses.reference import cross_entropy, distillation_loss, full_kl, tail_bucket_kl
+from pipeline.losses.reference import (
+    cross_entropy,
+    distillation_loss,
+    full_kl,
+    sampled_kl,
+    tail_bucket_kl,
+)
 from pipeline.topk import TopK, top_k_from_logits
 
 TAUS = (1.0, 2.0, 4.0)
@@ -102,3 +109,40 @@ def test_ids_the_teacher_lacks_count_as_tail() -> None:
     assert bool((value <= full + 1e-6).all())
     everything = top_k_from_logits(teacher.clone(), 10, TAUS)
     torch.testing.assert_close(tail_bucket_kl(wide, everything, 1.0), full)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("k", [0, 5])
+def test_sampled_loss_and_gradient_are_unbiased(tau: float, k: int) -> None:
+    """The expectation over one draw, summed over every id that can be drawn: no chance left."""
+    teacher = torch.randn(1, 40) * 2
+    topk = top_k_from_logits(teacher.clone(), k, TAUS)
+    outside = [v for v in range(40) if v not in topk.ids[0].tolist()]
+    log_p = teacher.log_softmax(-1)
+    chances = (log_p[0, outside] - log_p[0, outside].logsumexp(0)).exp()
+    draws = torch.tensor(outside)[:, None]  # one position for each possible draw
+    every = replace(
+        topk.map(lambda t: t.expand(len(outside), *t.shape[1:])),
+        draw_ids=draws,
+        draw_logprobs=log_p.expand(len(outside), -1).gather(-1, draws),
+    )
+    student = torch.randn(1, 40)
+    ours = student.expand(len(outside), -1).clone().requires_grad_()
+    (grad,) = torch.autograd.grad((chances * sampled_kl(ours, every, tau)).sum(), ours)
+    theirs = student.clone().requires_grad_()
+    full = full_kl(teacher, theirs, tau).sum()
+    (full_grad,) = torch.autograd.grad(full, theirs)
+    value = (chances * sampled_kl(ours, every, tau)).sum()
+    torch.testing.assert_close(value, full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad.sum(0, keepdim=True), full_grad, atol=1e-6, rtol=1e-4)
+
+
+def test_finite_differences_of_the_sampled_loss() -> None:
+    topk = top_k_from_logits(torch.randn(2, 12), 4, TAUS, torch.rand(2, 6))
+    labels = torch.tensor([3, 7])
+    logits = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+
+    def loss(z: Tensor) -> Tensor:
+        return distillation_loss(z, labels, topk, alpha=0.6, temperature=2.0)
+
+    assert torch.autograd.gradcheck(loss, (logits,))
