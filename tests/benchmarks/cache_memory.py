@@ -1,0 +1,124 @@
+"""Capture and training hold a bounded number of shards, whatever the corpus: peak memory by size.
+
+    python tests/benchmarks/cache_memory.py
+
+Corpora of 1, 4 and 16 times a base size, with a small random teacher, so that what is measured is
+the data path. Each capture and each epoch of batches runs in a process of its own; printed is how
+much memory each took at its peak beyond what it held before the first row, and its ratio to the
+smallest corpus's. A corpus held in memory would show 4 and 16.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from pipeline.capture import Capture, fingerprint_of
+from pipeline.config import Params, load_params
+from pipeline.data.packing import Rows
+from pipeline.data.rows import CorpusSplit, SplitWriter
+from pipeline.model.weights import hash_tokenizer
+from pipeline.runtime import DTYPES, pick_device
+from pipeline.store.reader import CacheReader
+from pipeline.teacher.cached import CachedTeacher
+from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.training.batches import BatchStream
+
+BASE_ROWS = 2048  # of 128 tokens: 70 MB of TopK in the formats that losses take
+SCALES = (1, 4, 16)
+
+
+def forget_peak() -> float:
+    """Let the kernel's high-water mark begin again (Linux); returns MiB in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mib()
+
+
+def peak_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
+
+
+def write_corpus(params: Params, rows: int) -> None:
+    """Random tokens, one document a row."""
+
+    generator = np.random.default_rng(0)
+    writer = SplitWriter(params.paths.corpus, "train", row_length=128, vocab_size=300)
+    for first in range(0, rows, 256):
+        tokens = generator.integers(0, 300, (256, 128))
+        doc_ids = np.repeat(np.arange(first, first + 256, dtype=np.int32)[:, None], 128, axis=1)
+        writer.add(Rows(tokens=tokens, doc_ids=doc_ids))
+    writer.seal(num_text_bytes=0, tokenizer_sha256=hash_tokenizer(params.paths.teacher))
+
+
+def capture(params: Params) -> float:
+    """MiB that a capture takes at its peak beyond the loaded teacher."""
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    teacher = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=300,
+        dtype=DTYPES[params.prepare.dtype],
+        device=pick_device("cpu"),
+    )
+    fingerprint = fingerprint_of(params, corpus, teacher.dtype)
+    before = forget_peak()
+    work = Capture(teacher, corpus, fingerprint, params)
+    work.run(work.writer.missing())
+    return peak_mib() - before
+
+
+def read(params: Params) -> float:
+    """MiB that one epoch of shuffled batches takes at its peak."""
+    reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
+    before = forget_peak()
+    stream = BatchStream(
+        CachedTeacher(reader), batch_rows=32, window_shards=params.train.shuffle_shards, seed=0
+    )
+    batches = stream.starting_at(0)
+    for _ in range(len(reader.corpus) // 32):
+        next(batches)
+    batches.close()
+    return peak_mib() - before
+
+
+def main() -> None:
+    """Print the table; with arguments, be one of the measured processes."""
+    if len(sys.argv) > 1:
+        params = load_params(Path(sys.argv[2]))
+        print(json.dumps({"capture": capture, "read": read}[sys.argv[1]](params)))
+        return
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.conftest import make_teacher, tiny_values
+
+    base: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher = make_teacher(folder / "teacher")
+        for scale in SCALES:
+            values = tiny_values(teacher, folder, folder / f"x{scale}")
+            values["paths"]["teacher"] = str(teacher)
+            values["prepare"] |= {"k": 64, "shard_rows": 64, "chunk_rows": 16, "batch_rows": 16}
+            values["train"]["shuffle_shards"] = 4
+            file = folder / f"x{scale}.yaml"
+            file.write_text(yaml.safe_dump(values))
+            write_corpus(load_params(file), BASE_ROWS * scale)
+            for what in ("capture", "read"):
+                done = subprocess.run(
+                    [sys.executable, __file__, what, str(file)],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                mib = float(done.stdout.splitlines()[-1])
+                ratio = mib / base.setdefault(what, mib)
+                print(f"corpus x{scale:<3} {what:8} {mib:7.1f} MiB, {ratio:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The cache's size and speed: bytes a token by array, reading, writing.
+
+    python tests/benchmarks/cache_speed.py      (after `dvc repro`)
+
+Reads and writes the demo's own cache, files in the page cache, everything checked as in training.
+Ratios are between variants that take turns in one run; tokens a second are this machine's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from pipeline.config import Params, load_params
+from pipeline.data.rows import CorpusSplit, hash_rows
+from pipeline.store.codec import RankTable
+from pipeline.store.reader import CacheReader, read_marker
+from pipeline.store.writer import CacheWriter
+from pipeline.teacher.cached import CachedTeacher
+from pipeline.training.batches import BatchStream
+
+ROUNDS = 5
+THREADS = 2
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def medians(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each variant; they take turns, after one round of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(ROUNDS + 1):
+        for name, call in variants.items():
+            spent = seconds(call)
+            if turn:
+                times[name].append(spent)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_sizes(reader: CacheReader) -> None:
+    """Bytes a token of each array, of the corpus beside it, and of simpler ways to store it."""
+    tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
+    sizes: dict[str, int] = {}
+    for shard in range(reader.layout.num_shards):
+        for name, (size, _) in read_marker(reader._folder, shard)["objects"].items():
+            sizes[name] = sizes.get(name, 0) + size
+    group = reader.corpus._folder.sizes()
+    for name in ("tokens", "doc_ids"):
+        sizes[name] = sum(size for key, size in group.items() if key.startswith(f"{name}/c/"))
+    for name, size in sizes.items():
+        print(f"  {name:16} {size / tokens:7.2f} bytes a token")
+    print(f"  {'all':16} {sum(sizes.values()) / tokens:7.2f} bytes a token")
+    k = reader.fingerprint.k
+    print(f"  int32 ids + float16 log-probabilities, plain: {6 * k} bytes a token")
+    print(f"  the same in parquet with zstd: {parquet_bytes(reader):.1f} bytes a token")
+
+
+def parquet_bytes(reader: CacheReader) -> float:
+    """Bytes a token of ids and log-probabilities alone, as lists in a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = np.arange(min(64, reader.fingerprint.num_rows))
+    topk = reader.top_k(rows)
+    k = topk.k
+    columns = {
+        "ids": pa.FixedSizeListArray.from_arrays(
+            pa.array(topk.ids.numpy().astype(np.int32).ravel()), k
+        ),
+        "logprobs": pa.FixedSizeListArray.from_arrays(
+            pa.array(topk.logprobs.numpy().astype(np.float16).ravel()), k
+        ),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "sample.parquet"
+        pq.write_table(pa.table(columns), file, compression="zstd")
+        return file.stat().st_size / topk.lse.numel()
+
+
+def print_reading(reader: CacheReader, params: Params) -> None:
+    """Whole shards, decoded and checked; shuffled batches as training gets them; zarr's own way."""
+    tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
+    shards = range(reader.layout.num_shards)
+    group = zarr.open_group(params.paths.logits, path="train", mode="r")
+
+    def by_threads(number: int) -> Callable[[], object]:
+        def call() -> None:
+            with ThreadPoolExecutor(number) as pool:
+                list(pool.map(reader.shard, shards))
+
+        return call
+
+    def by_zarr() -> None:
+        for name in reader.layout.specs:
+            np.asarray(group[name][:])
+
+    times = medians(
+        {"one thread": by_threads(1), "two threads": by_threads(THREADS), "zarr": by_zarr}
+    )
+    for name, spent in times.items():
+        print(f"  shards, {name:12} {tokens / spent / 1e6:6.2f} M tokens/s")
+    print(f"  ours on two threads against zarr: {times['zarr'] / times['two threads']:.2f}")
+    length = reader.fingerprint.row_length
+    stream = BatchStream(
+        CachedTeacher(reader),
+        batch_rows=max(1, 8192 // length),
+        window_shards=params.train.shuffle_shards,
+        seed=0,
+    )
+    waits = []
+    batches = stream.starting_at(0)
+    next(batches)
+    started = time.perf_counter()
+    for _ in range(200):
+        begun = time.perf_counter()
+        next(batches)
+        waits.append(time.perf_counter() - begun)
+    whole = time.perf_counter() - started
+    print(
+        f"  shuffled batches of 8,192 tokens: {200 * 8192 / whole / 1e6:.2f} M tokens/s, median "
+        f"{statistics.median(waits) * 1e3:.1f} ms, 90 % in {np.quantile(waits, 0.9) * 1e3:.1f} ms"
+    )
+
+
+def print_writing(reader: CacheReader, params: Params) -> None:
+    """Encode and write durably in background threads, as capture does."""
+    corpus, layout = reader.corpus, reader.layout
+    shards = [
+        (shard, reader.top_k(np.arange(*layout.rows_of(shard))))
+        for shard in range(layout.num_shards)
+    ]
+    hashes = [hash_rows(corpus.rows(*layout.rows_of(shard))) for shard, _ in shards]
+    tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
+    spent = []
+    for _ in range(ROUNDS):
+        folder = Path(tempfile.mkdtemp())
+        writer = CacheWriter(
+            folder,
+            "train",
+            reader.fingerprint,
+            chunk_rows=layout.chunk_rows,
+            shard_rows=layout.shard_rows,
+            count=lambda: RankTable(reader.table.rank_to_id),
+        )
+
+        def write() -> None:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(
+                    pool.map(
+                        lambda item: writer.write(item[0][0], item[0][1], item[1]),  # noqa: B023
+                        zip(shards, hashes, strict=True),
+                    )
+                )
+
+        spent.append(seconds(write))
+        shutil.rmtree(folder)
+    print(
+        f"  {THREADS} threads: {tokens / statistics.median(spent) / 1e3:.0f} k tokens/s, "
+        "compressed, synced, committed"
+    )
+
+
+def print_data_wait(params: Params) -> None:
+    """What share of its steps the demo's training waited for data."""
+    folder = params.paths.runs / "student" / "dvclive" / "plots" / "metrics" / "train"
+    lines = (folder / "data_wait.tsv").read_text().splitlines()
+    column = lines[0].split("\t").index("data_wait")
+    waits = [float(line.split("\t")[column]) for line in lines[1:]]
+    print(f"  share of a training step: median {statistics.median(waits):.3%}, mean over all but")
+    print(f"  the first, which starts the threads, {statistics.mean(waits[1:]):.3%}")
+
+
+def main() -> None:
+    """Print everything."""
+    params = load_params(Path("params.yaml"))
+    reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
+    for title, call in itertools.chain(
+        {
+            "size": lambda: print_sizes(reader),
+            "reading": lambda: print_reading(reader, params),
+            "writing": lambda: print_writing(reader, params),
+            "waiting for data": lambda: print_data_wait(params),
+        }.items()
+    ):
+        print(title)
+        call()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What capture costs on top of the teacher: bare forward (body and head) over capture, end to end.
+
+    python tests/benchmarks/capture_cost.py [--rows 64] [--shape demo|qwen-0.5b|7b]
+
+`demo` takes the teacher and corpus of `dvc repro`; the others are random weights of Qwen2.5-0.5B's
+and of a 7B model's shape over random tokens, for a GPU. Both variants take turns on the same rows
+in one run: the ratio is what counts. On a GPU also the share of the peak FLOP/s given by --peak.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline.capture import Capture, fingerprint_of
+from pipeline.config import Params, load_params
+from pipeline.data.rows import CorpusSplit
+from pipeline.runtime import pick_device, pick_dtype
+from pipeline.teacher.hf import HuggingFaceTeacher
+
+
+def bare(teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, batch: int) -> None:
+    """Hidden states and all logits, chunk by chunk, thrown away."""
+    for first in range(rows.start, rows.stop, batch):
+        tokens = torch.from_numpy(corpus.rows(first, min(first + batch, rows.stop)).tokens)
+        for _ in teacher.logits_by_chunk(tokens):
+            pass
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(
+    teacher: HuggingFaceTeacher, corpus: CorpusSplit, params: Params, rounds: int
+) -> tuple[float, float]:
+    """Median seconds of the bare forward and of capture over the same two shards."""
+    times: dict[str, list[float]] = {"bare": [], "capture": []}
+    shards = [0, 1]
+    for turn in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = params.paths.model_copy(update={"logits": Path(folder)})
+            here = params.model_copy(update={"paths": paths})
+            capture = Capture(teacher, corpus, fingerprint_of(here, corpus, teacher.dtype), here)
+            rows = range(capture.writer.layout.rows_of(shards[-1])[1])
+            started = time.perf_counter()
+            bare(teacher, corpus, rows, params.prepare.batch_rows)
+            middle = time.perf_counter()
+            capture.run(shards)
+            ended = time.perf_counter()
+        if turn:
+            times["bare"].append(middle - started)
+            times["capture"].append(ended - middle)
+            print(
+                f"  round {turn}: bare {middle - started:.1f} s, capture {ended - middle:.1f} s, "
+                f"{(middle - started) / (ended - middle):.3f}"
+            )
+    return statistics.median(times["bare"]), statistics.median(times["capture"])
+
+
+@click.command()
+@click.option("--rows", default=64, help="Rows a shard; two shards are captured.")
+@click.option("--rounds", default=3)
+@click.option("--set", "overrides", multiple=True, help="As the stages take it.")
+@click.option("--peak", default=0.0, help="Peak TFLOP/s of the machine in the teacher's format.")
+def main(rows: int, rounds: int, overrides: tuple[str, ...], peak: float) -> None:
+    """Print the ratio."""
+    sizes = [f"prepare.shard_rows={rows}", f"prepare.chunk_rows={min(32, rows)}"]
+    params = load_params(Path("params.yaml"), [*sizes, *overrides])
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    device = pick_device(params.device)
+    teacher = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=corpus.info.vocab_size,
+        dtype=pick_dtype(params.prepare.dtype, device),
+        device=device,
+        head_chunk=params.prepare.head_chunk,
+    )
+    bare_seconds, capture_seconds = measure(teacher, corpus, params, rounds)
+    tokens = 2 * rows * corpus.info.row_length
+    print(f"capture runs at {bare_seconds / capture_seconds:.3f} of the bare forward's speed")
+    print(f"{tokens / capture_seconds:.0f} tokens/s captured, K={params.prepare.k}")
+    if peak:
+        config = json.loads((params.paths.teacher / "config.json").read_text())
+        width, layers = config["hidden_size"], config["num_hidden_layers"]
+        body = sum(p.numel() for p in teacher.model.base_model.layers.parameters())
+        attention = 2 * layers * width * corpus.info.row_length  # scores and values, causal half
+        flops = 2 * (body + corpus.info.vocab_size * width) + attention
+        print(f"{flops * tokens / capture_seconds / 1e12 / peak:.1%} of the peak FLOP/s")
+
+
+if __name__ == "__main__":
+    main()
