@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Params
-from pipeline.data.rows import CorpusSplit, hash_rows
+from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.model.weights import hash_tokenizer, hash_weights
-from pipeline.runtime import dtype_name, progress_bar
+from pipeline.runtime import dtype_name, pick_device, pick_dtype, progress_bar, say
+from pipeline.storage import open_folder
 from pipeline.store.check import Damage, repair_cache
 from pipeline.store.codec import RankTable
 from pipeline.store.schema import FORMAT_VERSION, Fingerprint
@@ -29,7 +30,7 @@ from pipeline.store.writer import CacheWriter
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, row_uniforms
 
-_COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 bytes a token more
+COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 bytes a token more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +125,7 @@ class Capture:
         Raises:
             DecantError: the disk is full or not writable; says how many shards are safe.
         """
-        layout = self.writer.layout
-        sizes = [end - start for start, end in map(layout.rows_of, shards)]
-        tokens = sum(sizes) * self.fingerprint.row_length
+        tokens = self.tokens_of(shards)
         bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
         pending: Future[None] | None = None
         with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
@@ -138,11 +137,16 @@ class Capture:
             if pending is not None:
                 pending.result()
         return CaptureResult(
-            shards=layout.num_shards,
+            shards=self.writer.layout.num_shards,
             shards_done=len(shards),
             shards_missing=len(self.writer.missing()),
             tokens_done=tokens,
         )
+
+    def tokens_of(self, shards: list[int]) -> int:
+        """Tokens that these shards hold, padding included."""
+        bounds = map(self.writer.layout.rows_of, shards)
+        return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
 
     def compute(self, shard: int, bar: object | None = None) -> tuple[TopK, str]:
         """TopK [rows, L, ...] of a shard on the CPU, and the hash of the rows it belongs to."""
@@ -158,7 +162,7 @@ class Capture:
 
     def count_ranks(self) -> RankTable:
         """The rank table of a new cache: what the teacher says of a few rows spread evenly."""
-        number = min(_COUNTED_ROWS, len(self.corpus))
+        number = min(COUNTED_ROWS, len(self.corpus))
         places = np.arange(number) * len(self.corpus) // number
         ids = []
         for place in places.tolist():
@@ -171,6 +175,59 @@ class Capture:
         rows = range(first_row, first_row + len(tokens))
         uniforms = row_uniforms(rows, made_from.row_length, made_from.draws, made_from.draw_seed)
         return self.teacher.top_k(tokens, made_from.k, made_from.temperatures, uniforms)
+
+
+def open_captures(
+    params: Params, *, overwrite: bool = False, repair: bool = False
+) -> list[Capture]:
+    """The captures of all splits, with one teacher on this process's device.
+
+    Args:
+        overwrite: delete what is at paths.logits first, once the request is known to be sound.
+        repair: see Capture.
+
+    Raises:
+        DecantError: as fingerprint_of, HuggingFaceTeacher and Capture.
+    """
+    corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
+    device = pick_device(params.device)
+    dtype = pick_dtype(params.prepare.dtype, device)
+    fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
+    if overwrite:
+        open_folder(params.paths.logits).remove()
+    teacher = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=corpora[0].info.vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=params.prepare.head_chunk,
+    )
+    return [
+        Capture(teacher, corpus, fingerprint, params, repair=repair)
+        for corpus, fingerprint in zip(corpora, fingerprints, strict=True)
+    ]
+
+
+def capture_locally(
+    params: Params,
+    *,
+    part: int = 1,
+    parts: int = 1,
+    overwrite: bool = False,
+    repair: bool = False,
+) -> list[CaptureResult]:
+    """Capture what is missing of each split, or one part of it, in this process."""
+    captures = open_captures(params, overwrite=overwrite, repair=repair)
+    for capture in captures:
+        say_repaired(capture.corpus.split, capture.repaired)
+    return [capture.run(part_of(capture.writer.missing(), part, parts)) for capture in captures]
+
+
+def say_repaired(split: str, damages: tuple[Damage, ...]) -> None:
+    """Tell the user what was damaged, a line each."""
+    for damage in damages:
+        shard = "" if damage.shard is None else f"shard {damage.shard}: "
+        say(f"prepare: {split} {shard}{damage.what}; mended")
 
 
 def part_of(shards: list[int], part: int, parts: int) -> list[int]:

@@ -1,17 +1,16 @@
 """One self-contained HTML page about a pipeline's run: numbers, pictures, samples, provenance.
 
-Reads only what the other stages wrote. Pictures are SVG by matplotlib, embedded; text in them takes
-the page's colour, so they work on light and dark. The page's template is report.html beside this
-file. `markdown_table` makes the README's table from the same numbers.
+Reads only what the other stages wrote. Pictures are SVG (pipeline/figures.py), embedded; text in
+them takes the page's colour, so they work on light and dark. The page's template is report.html
+beside this file. `markdown_table` makes the README's table from the same numbers.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
+from pipeline.figures import INK, draw_svg
 from pipeline.files import write_text
 from pipeline.store.reader import CacheReader
 
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
 _COLOURS = {
     "teacher": "#8a8f98",
     "student": "#2f7de1",
@@ -151,7 +150,7 @@ def _curves(
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
 
-    return _figure(draw)
+    return draw_svg([draw])
 
 
 def _gate(histogram: list[dict[str, Any]]) -> str:
@@ -165,12 +164,12 @@ def _gate(histogram: list[dict[str, Any]]) -> str:
         axes.set_xlabel("log10(1 - cosine) of a position")
         axes.set_ylabel("share of positions")
 
-    return _figure(draw)
+    return draw_svg([draw])
 
 
 def _calibration(points: list[dict[str, Any]]) -> str:
     def draw(axes: Any) -> None:
-        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         for name in dict.fromkeys(point["model"] for point in points):
             mine = [point for point in points if point["model"] == name]
             confidence = [point["confidence"] for point in mine]
@@ -179,34 +178,4 @@ def _calibration(points: list[dict[str, Any]]) -> str:
         axes.set_xlabel("confidence")
         axes.set_ylabel("accuracy")
 
-    return _figure(draw)
-
-
-def _figure(draw: Callable[[Any], None]) -> str:
-    """An SVG element whose ink is the page's text colour."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "decant",  # the same input makes the same file
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
-        ),
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-        axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
-        axes.set_axisbelow(True)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = stream.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return draw_svg([draw])

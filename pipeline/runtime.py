@@ -1,10 +1,12 @@
 """Device, number formats, seeds, progress: what depends on the machine, in one place.
 
-The only file that may read environment variables (it reads none yet: libraries read their own).
+The only file that may read or set environment variables. It reads none yet (libraries read their
+own) and sets one, for Ray.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.errors import ParamsError
+from pipeline.errors import DecantError, ParamsError
 
 Item = TypeVar("Item")
 
@@ -156,6 +158,22 @@ def import_transformers() -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def import_ray() -> Any:
+    """Ray, an extra, with the usage statistics off that it would otherwise send to its makers.
+
+    Raises:
+        DecantError: it is not installed.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # for the clusters that this process starts
+    try:
+        import ray
+    except ImportError:
+        raise DecantError(
+            "--engine ray needs the package ray: install it by `pip install decant[ray]`"
+        ) from None
+    return ray
 
 
 def say(message: str) -> None:

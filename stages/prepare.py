@@ -6,15 +6,13 @@ import time
 
 import click
 
-from pipeline.capture import Capture, CaptureResult, fingerprint_of, part_of
+from pipeline.capture import capture_locally
+from pipeline.capture_ray import capture_on_ray
 from pipeline.cli import stage
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import ParamsError
-from pipeline.runtime import pick_device, pick_dtype, say
-from pipeline.storage import open_folder
 from pipeline.store.reader import CacheReader
-from pipeline.teacher.hf import HuggingFaceTeacher
 
 
 @stage
@@ -27,7 +25,22 @@ from pipeline.teacher.hf import HuggingFaceTeacher
     default="1/1",
     help="Be the I-th of N processes, on any machines, that fill one cache together.",
 )
-def main(params: Params, overwrite: bool, repair: bool, part: str) -> None:
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Capture in this process, or by actors on the Ray cluster that RAY_ADDRESS names (without "
+    "one: on this machine).",
+)
+@click.option(
+    "--actors",
+    type=click.IntRange(min=1),
+    show_default="one a GPU, or 1",
+    help="With --engine ray: how many processes capture.",
+)
+def main(
+    params: Params, overwrite: bool, repair: bool, part: str, engine: str, actors: int | None
+) -> None:
     """Run the teacher over the corpus and store each position's top-K logits.
 
     Continues at the first missing shard after a crash or Ctrl-C; refuses a cache made from another
@@ -36,26 +49,23 @@ def main(params: Params, overwrite: bool, repair: bool, part: str) -> None:
     """
     started = time.perf_counter()
     number, parts = _part(part)
-    corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
-    device = pick_device(params.device)
-    dtype = pick_dtype(params.prepare.dtype, device)
-    fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
-    if overwrite:
-        open_folder(params.paths.logits).remove()
-    teacher = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpora[0].info.vocab_size,
-        dtype=dtype,
-        device=device,
-        head_chunk=params.prepare.head_chunk,
-    )
-    results: list[CaptureResult] = []
-    for corpus, fingerprint in zip(corpora, fingerprints, strict=True):
-        capture = Capture(teacher, corpus, fingerprint, params, repair=repair)
-        for damage in capture.repaired:
-            shard = "" if damage.shard is None else f"shard {damage.shard}: "
-            say(f"prepare: {corpus.split} {shard}{damage.what}; mended")
-        results.append(capture.run(part_of(capture.writer.missing(), number, parts)))
+    if overwrite and parts > 1:
+        raise ParamsError(
+            f"--overwrite with --shards {part} would delete what the other processes wrote: delete "
+            f"{params.paths.logits} before they start"
+        )
+    if engine == "ray":
+        if parts > 1:
+            raise ParamsError(
+                f"--shards {part} and --engine ray both divide the work: leave out one of them"
+            )
+        results = capture_on_ray(params, actors=actors, overwrite=overwrite, repair=repair)
+    else:
+        if actors is not None:
+            raise ParamsError(f"--actors {actors} needs --engine ray: add that, or use --shards")
+        results = capture_locally(
+            params, part=number, parts=parts, overwrite=overwrite, repair=repair
+        )
     seconds = time.perf_counter() - started
     shards = sum(result.shards for result in results)
     summary = (
@@ -65,6 +75,7 @@ def main(params: Params, overwrite: bool, repair: bool, part: str) -> None:
     if missing := sum(result.shards_missing for result in results):
         click.echo(f"{summary}; {missing} are left to the other processes")
         return
+    corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     num_bytes = sum(CacheReader(params.paths.logits, corpus).num_bytes() for corpus in corpora)
     positions = sum(corpus.info.num_rows * corpus.info.row_length for corpus in corpora)
     draws = f" + {params.prepare.draws} draws" if params.prepare.draws else ""

@@ -17,7 +17,7 @@ import yaml
 from pipeline.config import Params
 from tests.conftest import ROOT, tiny_values
 
-STAGES = ("fetch", "corpus", "prepare", "verify", "train", "evaluate", "report")
+STAGES = ("fetch", "corpus", "advise", "prepare", "verify", "train", "evaluate", "report")
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,488 @@
+"""What each K would keep and cost, from a small sample: to choose prepare.k before a long capture.
+
+Rows spread evenly over the training split go through the teacher once, at the largest K; the
+smaller K are prefixes of it. For each K
+
+    retained mass    sum of the K kept probabilities at each temperature, mean over positions
+    nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
+                     (`nats_lost`): a student can not learn it from the cache
+    bytes a token    of what the store would write, without draws and the corpus's own tokens
+
+are measured, not modelled: the sample is encoded by the store's own codec in chunks of
+prepare.chunk_rows. Where it is smaller than a chunk, zeros fill the chunk up, as in a cache's last
+shard; they compress to almost nothing.
+
+How long a capture takes, and from how many passes on it is cheaper than an online teacher, is
+estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample (`PassCosts`).
+
+Shapes: B rows, L length, K kept ids, n positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.capture import COUNTED_ROWS
+from pipeline.config import AdviseParams, Params, PrepareParams
+from pipeline.data.packing import PADDING, Rows
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import ParamsError
+from pipeline.figures import draw_svg
+from pipeline.runtime import progress, progress_bar
+from pipeline.sharding import decode_shard, encode_shard
+from pipeline.store.codec import RankTable, encode, restore, to_topk
+from pipeline.store.layout import CacheLayout, rank_table_name
+from pipeline.store.schema import Fingerprint
+from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.topk import TopK, row_uniforms
+
+ENOUGH_MASS = 0.95  # the recommended K keeps at least so much
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptAtK:
+    """What one K keeps and costs; means over the sample's positions that are not padding."""
+
+    k: int
+    retained_mass: dict[float, float]  # by temperature
+    nats_lost: float  # at temperature 1
+    bytes_a_token: float
+    corpus_bytes: float  # the same for all positions of the training split
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCosts:
+    """Seconds of one pass over the training split at prepare.k, estimated from the sample."""
+
+    forward: float  # teacher and head alone, the logits dropped
+    top_k: float  # with the reduction to TopK: what an online teacher costs
+    encode: float  # compressing what top_k gave
+    decode: float  # from compressed bytes in memory to TopK: what a cached run does instead
+
+    @property
+    def capture(self) -> float:
+        """As if nothing overlapped: a thread encodes beside the teacher, but takes its cores."""
+        return self.top_k + self.encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What the sample says."""
+
+    rows: int  # looked at
+    positions: int  # of these rows, padding included
+    corpus_rows: int  # of the training split
+    corpus_positions: int
+    kept: tuple[KeptAtK, ...]  # by rising K
+    left_out: tuple[int, ...]  # K beyond the vocabulary
+    costs: PassCosts
+    prepare_k: int  # at which the costs were measured
+    passes_a_run: float  # over the training split, by a run of train.*
+    temperature: float  # the recommendation's: train.temperature if it is stored, else 1
+    break_even_passes: int | None  # None: an online teacher is never dearer
+
+    @property
+    def recommended(self) -> KeptAtK | None:
+        """The smallest K that keeps ENOUGH_MASS at `temperature`; None where no K does."""
+        enough = (k for k in self.kept if k.retained_mass[self.temperature] >= ENOUGH_MASS)
+        return next(enough, None)
+
+    @property
+    def break_even_runs(self) -> int | None:
+        """Training runs of train.* that make up the passes at which the cache is paid for."""
+        if self.break_even_passes is None:
+            return None
+        return math.ceil(self.break_even_passes / self.passes_a_run)
+
+    def metrics(self) -> dict[str, Any]:
+        """For metrics.json."""
+        best = self.recommended
+        by_k = [
+            asdict(kept)
+            | {"retained_mass": {f"{tau:g}": mass for tau, mass in kept.retained_mass.items()}}
+            for kept in self.kept
+        ]
+        return {
+            "sample": {"rows": self.rows, "positions": self.positions},
+            "corpus": {"rows": self.corpus_rows, "positions": self.corpus_positions},
+            "kept": by_k,
+            "left_out": self.left_out,
+            "pass_seconds": asdict(self.costs) | {"capture": self.costs.capture},
+            "break_even_passes": self.break_even_passes,
+            "break_even_runs": self.break_even_runs,
+            "recommended_k": None if best is None else best.k,
+        }
+
+
+def advise(
+    teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint, params: Params
+) -> Advice:
+    """Look at a sample of a split.
+
+    Args:
+        fingerprint: of the cache that `prepare` would make of the split.
+
+    Raises:
+        ParamsError: every K of advise.ks exceeds the vocabulary.
+    """
+    ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
+    blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
+    costs = _measure_costs(teacher, corpus, fingerprint, params.prepare, blocks[0])
+    kept = _measure_kept(teacher, corpus, fingerprint, params.prepare, blocks, ks)
+    rows, length = sum(map(len, blocks)), fingerprint.row_length
+    stored = {1.0, *fingerprint.temperatures}  # that of 1 needs no normaliser
+    wanted = params.train
+    return Advice(
+        rows=rows,
+        positions=rows * length,
+        corpus_rows=len(corpus),
+        corpus_positions=len(corpus) * length,
+        kept=kept,
+        left_out=left_out,
+        costs=costs,
+        prepare_k=fingerprint.k,
+        passes_a_run=wanted.steps * wanted.batch_rows * wanted.accumulation / len(corpus),
+        temperature=wanted.temperature if wanted.temperature in stored else 1.0,
+        break_even_passes=break_even_passes(costs.capture, costs.top_k, costs.decode),
+    )
+
+
+def usable_ks(ks: Iterable[int], vocab_size: int) -> tuple[list[int], tuple[int, ...]]:
+    """The K up to the vocabulary, rising, and those beyond it.
+
+    Raises:
+        ParamsError: all are beyond.
+    """
+    ordered = sorted(set(ks))
+    usable = [k for k in ordered if k <= vocab_size]
+    if not usable:
+        raise ParamsError(
+            f"advise.ks={ordered} all exceed the {vocab_size} ids of the vocabulary: lower one"
+        )
+    return usable, tuple(ordered[len(usable) :])
+
+
+def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[list[int]]:
+    """The rows to look at, spread evenly, in blocks of up to a shard, which bound the memory used.
+
+    The first block is itself spread evenly over the split, since rates and rank tables are taken
+    from it alone; the others go on in corpus order.
+    """
+    number = min(num_rows, max(params.min_rows, math.ceil(params.sample * num_rows)))
+    places = np.arange(number) * num_rows // number
+    num_blocks = -(-number // shard_rows)
+    blocks = [places[::num_blocks]]
+    if num_blocks > 1:
+        rest = np.delete(places, slice(None, None, num_blocks))
+        blocks += np.array_split(rest, num_blocks - 1)
+    return [block.tolist() for block in blocks]
+
+
+def nats_lost(topk: TopK) -> Tensor:
+    """The teacher's entropy inside the bucket of ids outside the K: float64 [...], nats.
+
+    By the chain rule of entropy (Cover & Thomas 2006, theorem 2.2.1) the entropy of p is that of p
+    with the tail merged into one bucket, plus what remains once the bucket is known:
+
+        H(p) = -sum_T p log p - p_t log p_t + p_t H(p | tail)
+
+    with T the kept ids and p_t the mass outside them, at temperature 1. The last term is returned:
+
+        p_t H(p | tail) = H(p) + sum_T p log p + p_t log p_t
+
+    H(p) is the exact entropy of the full row, which TopK holds, so no id outside T is needed.
+    """
+    p = topk.logprobs.double().exp()
+    tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
+    merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
+    return (topk.entropy.double() - merged).clamp_min(0.0)
+
+
+def break_even_passes(capture: float, online: float, read: float) -> int | None:
+    """Passes over the corpus (runs x epochs) from which on a cache costs no more than no cache.
+
+    The smallest whole R with capture + R read <= R online. The student's own steps cost the same
+    either way and drop out. None where reading takes as long as the teacher: it never pays.
+
+    Args:
+        capture: seconds to make the cache, once. online: of a pass of the online teacher.
+        read: of a pass of reading the cache.
+    """
+    if read >= online:
+        return None
+    return math.ceil(capture / (online - read))
+
+
+class _Meter:
+    """Sums for one K over the sample's blocks; the first one gives the rank table."""
+
+    def __init__(self, k: int, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
+        self._made_from = replace(fingerprint, k=k, draws=0)
+        self._prepare = prepare
+        self._mass = dict.fromkeys(sorted({1.0, *fingerprint.temperatures}), 0.0)
+        self._nats = 0.0
+        self._real = self._stored = self._bytes = 0
+        self._table: RankTable | None = None
+
+    def add(self, topk: TopK, real: Tensor) -> None:
+        """Take a block, TopK [B, L, ...] of any larger K; real: bool [B, L], not padding."""
+        kept = topk.prefix(self._made_from.k)
+        if self._table is None:
+            self._table = _count_ranks(kept)
+        layout = _layout_of(self._made_from, self._prepare, self._table, rows=len(real))
+        self._bytes += sum(map(len, _to_objects(kept, self._table, layout).values()))
+        self._stored += real.numel()
+        counted = kept[real]
+        self._real += len(counted.lse)
+        self._nats += float(nats_lost(counted).sum())
+        for temperature in self._mass:
+            _, tail_mass = counted.target(temperature)
+            self._mass[temperature] += float((1.0 - tail_mass.double()).sum())
+
+    def result(self, corpus_positions: int) -> KeptAtK:
+        """Means over all blocks, and the size of a cache of so many positions."""
+        bytes_a_token = self._bytes / self._stored
+        return KeptAtK(
+            k=self._made_from.k,
+            retained_mass={tau: mass / self._real for tau, mass in self._mass.items()},
+            nats_lost=self._nats / self._real,
+            bytes_a_token=bytes_a_token,
+            corpus_bytes=bytes_a_token * corpus_positions,
+        )
+
+
+def _measure_kept(
+    teacher: HuggingFaceTeacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    prepare: PrepareParams,
+    blocks: list[list[int]],
+    ks: list[int],
+) -> tuple[KeptAtK, ...]:
+    """One teacher pass over all blocks at the largest of the rising `ks`; a result for each."""
+    meters = [_Meter(k, fingerprint, prepare) for k in ks]
+    positions = sum(map(len, blocks)) * fingerprint.row_length
+    with progress_bar(what="advise", total=positions, unit="tok") as bar:
+        for block in blocks:
+            rows = _rows_at(corpus, block)
+            parts: list[TopK] = []
+            for tokens in _batches(rows, prepare.batch_rows):
+                topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures)
+                parts.append(topk.map(Tensor.cpu))
+                bar.update(tokens.numel())
+            topk, real = TopK.cat(parts), torch.from_numpy(rows.doc_ids != PADDING)
+            for meter in meters:
+                meter.add(topk, real)
+    return tuple(meter.result(len(corpus) * fingerprint.row_length) for meter in meters)
+
+
+def _measure_costs(
+    teacher: HuggingFaceTeacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    prepare: PrepareParams,
+    block: list[int],
+) -> PassCosts:
+    """Time the work of a capture, and of reading it back, on the rows of a block."""
+    rows = _rows_at(corpus, block)
+    length, draws = fingerprint.row_length, fingerprint.draws
+    uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
+    chances = torch.split(uniforms, prepare.batch_rows)
+
+    def top_k(tokens: Tensor, chance: Tensor) -> TopK:
+        topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance)
+        return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
+
+    batches = list(zip(_batches(rows, prepare.batch_rows), chances, strict=True))
+    top_k(batches[0][0][:1], batches[0][1][:1])  # the first call of all is slow
+    forward, reduced, parts = 0.0, 0.0, []
+    for tokens, chance in progress(batches, what="advise: rates", unit="batch"):
+        seconds, _ = _timed(partial(_forward, teacher, tokens))
+        forward += seconds
+        seconds, part = _timed(partial(top_k, tokens, chance))
+        reduced += seconds
+        parts.append(part)
+    topk = TopK.cat(parts)
+    table = _count_ranks(topk)
+    layout = _layout_of(fingerprint, prepare, table, rows=len(block))
+    encoded, objects = _timed(lambda: _to_objects(topk, table, layout))
+    decoded, _ = _timed(lambda: _from_objects(objects, table, layout))
+    passes = len(corpus) / len(block)
+    return PassCosts(
+        forward=forward * passes,
+        top_k=reduced * passes,
+        encode=encoded * passes,
+        decode=decoded * passes,
+    )
+
+
+def _forward(teacher: HuggingFaceTeacher, tokens: Tensor) -> float:
+    """Teacher and head over a batch; one logit is looked at, so that a GPU has done them all."""
+    seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens)]
+    return float(seen[-1])
+
+
+def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
+    parts = [corpus.rows(place, place + 1) for place in places]
+    return Rows(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        doc_ids=np.concatenate([part.doc_ids for part in parts]),
+    )
+
+
+def _batches(rows: Rows, batch_rows: int) -> tuple[Tensor, ...]:
+    """Tokens, int64 [up to batch_rows, L] each."""
+    return torch.split(torch.from_numpy(rows.tokens), batch_rows)
+
+
+def _count_ranks(topk: TopK) -> RankTable:
+    """The rank table of a block [B, L, ...], from a few rows of it, spread evenly.
+
+    From all rows it would fit the sample better than a capture's table fits a corpus: 150.4 bytes a
+    token, where the cache then took 153.7, and 152.5 from as many rows as a capture counts
+    (SmolLM2, K = 64, 16 of 782 rows).
+    """
+    number = min(COUNTED_ROWS, len(topk.ids))
+    counted = topk[torch.arange(number) * len(topk.ids) // number]
+    ids = torch.cat((counted.ids.flatten(), counted.draw_ids.flatten()))
+    return RankTable.counted(ids.numpy(), topk.vocab_size)
+
+
+def _layout_of(
+    fingerprint: Fingerprint, prepare: PrepareParams, table: RankTable, *, rows: int
+) -> CacheLayout:
+    """A cache of one shard for a block of rows, in chunks of the size that `prepare` makes."""
+    whole_chunks = -(-rows // prepare.chunk_rows) * prepare.chunk_rows
+    return CacheLayout(
+        fingerprint=replace(fingerprint, num_rows=rows),
+        chunk_rows=prepare.chunk_rows,
+        shard_rows=whole_chunks,
+        rank_table=rank_table_name(table),
+    )
+
+
+def _to_objects(topk: TopK, table: RankTable, layout: CacheLayout) -> dict[str, bytes]:
+    """What the store writes for a block, by array."""
+    arrays = encode(topk, table)
+    return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
+
+
+def _from_objects(objects: dict[str, bytes], table: RankTable, layout: CacheLayout) -> TopK:
+    """What a training run makes of it."""
+    arrays = {
+        name: restore(name, decode_shard(spec, objects[name], 0))
+        for name, spec in layout.specs.items()
+    }
+    return to_topk(arrays, table, layout.fingerprint)
+
+
+def table_lines(advice: Advice) -> list[str]:
+    """The numbers by K, a line each under a heading."""
+    temperatures = list(advice.kept[0].retained_mass)
+    mass_head = "".join(f"{f'mass at {tau:g}':>13}" for tau in temperatures)
+    lines = [f"{'K':>6}{mass_head}{'nats lost':>11}{'bytes a token':>15}{'corpus':>10}"]
+    for kept in advice.kept:
+        masses = "".join(f"{mass:>13.4f}" for mass in kept.retained_mass.values())
+        lines.append(
+            f"{kept.k:>6}{masses}{kept.nats_lost:>11.4f}{kept.bytes_a_token:>15.1f}"
+            f"{readable_bytes(kept.corpus_bytes):>10}"
+        )
+    return lines
+
+
+def cost_lines(advice: Advice) -> list[str]:
+    """Capture time and break-even, in sentences."""
+    costs, positions = advice.costs, advice.corpus_positions
+    lines = [
+        f"capture at prepare.k={advice.prepare_k}, an estimate: "
+        f"{readable_seconds(costs.capture)} for {positions:,} tokens "
+        f"({positions / costs.top_k:,.0f} tokens/s to the top K, "
+        f"{positions / costs.forward:,.0f} for the teacher's logits alone)"
+    ]
+    online = f"{readable_seconds(costs.top_k)} a pass with an online teacher"
+    decode = f"{readable_seconds(costs.decode)} a pass to decode the cache"
+    if advice.break_even_passes is None:
+        return [*lines, f"caching does not pay: {decode}, {online}"]
+    return [
+        *lines,
+        f"caching pays from pass {advice.break_even_passes:,} over the corpus on "
+        f"(training runs x epochs): {decode}, {online}",
+        f"runs of train.* that make so many passes, at {advice.passes_a_run:.2g} passes each: "
+        f"{advice.break_even_runs}",
+    ]
+
+
+def recommendation(advice: Advice) -> str:
+    """One sentence: the smallest K that keeps enough, and what it costs."""
+    best, tau = advice.recommended, f"temperature {advice.temperature:g}"
+    if best is None:
+        last = advice.kept[-1]
+        return (
+            f"no K up to {last.k} keeps {ENOUGH_MASS:.0%} of the mass at {tau} (the largest keeps "
+            f"{last.retained_mass[advice.temperature]:.1%}): lower the temperature or set "
+            "prepare.draws"
+        )
+    return (
+        f"prepare.k={best.k} is the smallest of advise.ks that keeps {ENOUGH_MASS:.0%} of the mass "
+        f"at {tau}: {best.bytes_a_token:.1f} bytes a token, "
+        f"{readable_bytes(best.corpus_bytes)} for the corpus"
+    )
+
+
+def plot(advice: Advice) -> str:
+    """An SVG of two panels by K: retained mass at each temperature, and bytes a token.
+
+    Raises:
+        DecantError: matplotlib is not installed.
+    """
+    ks = [kept.k for kept in advice.kept]
+
+    def mass(axes: Any) -> None:
+        for tau in advice.kept[0].retained_mass:
+            masses = [kept.retained_mass[tau] for kept in advice.kept]
+            axes.plot(ks, masses, "o-", ms=3, linewidth=1.6, label=f"temperature {tau:g}")
+        axes.set_xlabel("K")
+        axes.set_ylabel("retained mass")
+        axes.set_ylim(0.0, 1.02)
+
+    def size(axes: Any) -> None:
+        sizes = [kept.bytes_a_token for kept in advice.kept]
+        axes.plot(ks, sizes, "o-", ms=3, linewidth=1.6)
+        axes.set_xlabel("K")
+        axes.set_ylabel("bytes a token")
+        axes.set_ylim(bottom=0.0)
+
+    return draw_svg([mass, size], background="white")
+
+
+def readable_bytes(count: float) -> str:
+    """1.5e9 -> "1.5 GB"; powers of ten."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000.0
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """5400 -> "1.5 h"; in the largest unit that leaves at least one."""
+    for size, unit in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10.0 else f"{seconds:.0f} s"

@@ -1,0 +1,55 @@
+"""What each K would keep and cost, before the capture: `python stages/advise.py`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.advise import advise, cost_lines, plot, recommendation, table_lines
+from pipeline.capture import fingerprint_of
+from pipeline.cli import stage
+from pipeline.config import Params
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError
+from pipeline.files import write_json, write_text
+from pipeline.runtime import pick_device, pick_dtype
+from pipeline.teacher.hf import HuggingFaceTeacher
+
+
+@stage
+def main(params: Params) -> None:
+    """Look at a sample of the corpus and say what each K would keep and cost.
+
+    For each K: the mass it retains at each temperature, the nats it loses, bytes a token and size
+    of the cache; then how long a capture takes, and from how many passes over the corpus on it is
+    cheaper than an online teacher. Reads advise.*, prepare.*, train.*, paths.teacher and
+    paths.corpus; writes paths.advise/metrics.json and advice.svg.
+    """
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    device = pick_device(params.device)
+    dtype = pick_dtype(params.prepare.dtype, device)
+    fingerprint = fingerprint_of(params, corpus, dtype)
+    teacher = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=corpus.info.vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=params.prepare.head_chunk,
+    )
+    advice = advise(teacher, corpus, fingerprint, params)
+    write_json(params.paths.advise / "metrics.json", advice.metrics())
+    for line in [*table_lines(advice), *cost_lines(advice)]:
+        click.echo(f"  {line}")
+    if advice.left_out:
+        beyond = ", ".join(map(str, advice.left_out))
+        click.echo(f"  left out, beyond the {fingerprint.vocab_size} ids: K={beyond}")
+    try:
+        write_text(params.paths.advise / "advice.svg", plot(advice))
+    except DecantError as error:
+        click.echo(f"  the plot is left out: {error}")
+    click.echo(
+        f"advise: {advice.rows} of {advice.corpus_rows:,} rows looked at, {recommendation(advice)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
