@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -145,18 +146,28 @@ def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -
     open_cache(params).top_k(np.array([0]))
 
 
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "permission is denied"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
 def test_write_failure_says_what_is_safe(
-    tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
+    number: int, what: str, tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = CacheWriter.write
 
     def failing(self: CacheWriter, shard: int, *rest: object) -> None:
         if shard == 2:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
         write(self, shard, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CacheWriter, "write", failing)
-    with pytest.raises(DecantError, match="the disk is full: 2 of 6 shards are committed and safe"):
+    with pytest.raises(DecantError, match=f"{what}: 2 of 6 shards are committed and safe"):
         capture_all(tiny_corpus)
     monkeypatch.undo()
     assert capture_all(tiny_corpus)[0].shards_done == 4

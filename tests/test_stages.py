@@ -72,6 +72,27 @@ def test_gate_failure_is_status_1_and_says_which_threshold(
     assert not json.loads((tiny_cache.paths.verify / "metrics.json").read_text())["passed"]
 
 
+def test_damage_is_named_and_repaired_by_hand(tiny_cache: Params, tmp_path: Path) -> None:
+    params = ["--params", str(tmp_path / "params.yaml")]
+    file = tiny_cache.paths.logits / "train" / "lse" / "c" / "3" / "0"
+    file.write_bytes(file.read_bytes()[:-7])
+    done = run("stages/verify.py", *params, "--structure")
+    assert done.returncode == 1
+    assert "train shard 3: lse/c/3/0 has" in done.stdout
+    assert "NOT whole; run stages/prepare.py --repair" in done.stdout
+    done = run("stages/prepare.py", *params, "--repair", "--shards", "2/2")
+    assert done.returncode == 0
+    assert "train shard 3: lse/c/3/0 has" in done.stdout
+    assert "1 of 8 shards new" in done.stdout
+    done = run("stages/verify.py", *params, "--structure")
+    assert done.returncode == 0
+    assert "8 committed shards read, all whole" in done.stdout
+    sentence = fails(run("stages/prepare.py", *params, "--shards", "3/2"), 2)
+    assert "--shards 3/2 is not I/N" in sentence
+    sentence = fails(run("stages/prepare.py", *params, "--shards", "1/2", "--overwrite"), 2)
+    assert "would delete what the other processes wrote" in sentence
+
+
 @pytest.fixture(scope="module")
 def project(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text_folder: Path

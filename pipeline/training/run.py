@@ -176,6 +176,12 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
     batch = next(first_rows(teacher, params.train.batch_rows, params.train.batch_rows))
     if batch.topk is None:
         return
+    if batch.topk.draws and temperature != 1.0:
+        say(
+            f"warning: the cache's draws were taken at temperature 1; at temperature "
+            f"{temperature:g} they stand for it on average, but their weights vary widely: set "
+            "train.temperature to 1, or capture with prepare.draws=0"
+        )
     mass = retained_mass(batch, temperature)
     if mass < params.train.min_retained_mass:
         say(

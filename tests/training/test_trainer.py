@@ -28,7 +28,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.optim import build_optimizer, learning_rate
 from pipeline.training.run import build_student, run_training
 from tests.conftest import ROOT, change, make_teacher
-from tests.helpers import open_cache
+from tests.helpers import capture_all, open_cache
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -300,6 +300,26 @@ def test_low_retained_mass_is_warned_about(
     train = {"temperature": 4.0, "min_retained_mass": 0.9, "steps": 1}
     run_training(change(tiny_cache, train=train), "student")
     assert "warning: at temperature 4 the kept ids hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("k", "draws"), [(8, 8), (0, 30)])
+def test_training_on_draws(
+    k: int, draws: int, tiny_corpus: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cached and online teachers draw the same ids, so they train the same."""
+    params = change(tiny_corpus, prepare={"k": k, "draws": draws}, train={"steps": 4})
+    capture_all(params)
+    cached = run_training(params, "cached").state
+    online = run_training(change(params, train={"teacher": "online"}), "online").state
+    assert cached is not None
+    assert online is not None
+    for one, two in zip(cached.history, online.history, strict=True):
+        for name in ("validation/loss", "validation/kl"):
+            if name in one:
+                assert one[name] == pytest.approx(two[name], abs=5e-3)
+    assert "warning" not in capsys.readouterr().out
+    run_training(change(params, train={"temperature": 2.0, "steps": 1}), "warm")
+    assert "draws were taken at temperature 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
