@@ -141,7 +141,7 @@ def top_k_from_logits(
     """Reduce full rows of logits to TopK; the single place where that happens.
 
     Args:
-        logits: float32 [n, V], valid ids only. OVERWRITTEN: it is the work space.
+        logits: float32 [n, V], valid ids only.
         k: ids to keep, 0..V.
         temperatures: the temperatures whose normalisers are kept.
         uniforms: float [n, M] in [0, 1), what decides the M draws; None draws nothing.
@@ -163,19 +163,20 @@ def top_k_from_logits(
         rows = slice(first, first + at_once)
         part = {tau: total[rows] for tau, total in sums.items()}
         _reduce(logits[rows], work, maxima[rows], peak[rows], part, weighted[rows])
-    shifted, log_total = logits, sums[1.0].log()
-    values, ids = block_top_k(shifted, k, maxima - peak)
-    # sum_v exp(logprob_v / tau), with logprob_v = shifted_v - log_total; 0 at tau = 1
+    log_total = sums[1.0].log()
+    lse = peak + log_total[:, None]
+    values, ids = block_top_k(logits, k, maxima)
+    # sum_v exp(logprob_v / tau), with logprob_v = logit_v - peak - log_total; 0 at tau = 1
     lse_tau = [sums[tau].log() - log_total / tau for tau in temperatures]
-    draw_ids = _draw(shifted, ids, uniforms, work)
+    draw_ids = _draw(logits, lse, ids, uniforms, work)
     return TopK(
         ids=ids,
-        logprobs=values - log_total[:, None],
-        lse=peak[:, 0] + log_total,
+        logprobs=values - peak - log_total[:, None],  # not - lse, which is rounded already
+        lse=lse[:, 0],
         lse_tau=torch.stack(lse_tau, -1) if lse_tau else logits.new_empty(n, 0),
-        entropy=(log_total - weighted / sums[1.0]).clamp_min(0.0),
+        entropy=(lse[:, 0] - weighted / sums[1.0]).clamp_min(0.0),
         draw_ids=draw_ids,
-        draw_logprobs=shifted.gather(-1, draw_ids) - log_total[:, None],
+        draw_logprobs=logits.gather(-1, draw_ids) - peak - log_total[:, None],
         temperatures=temperatures,
         vocab_size=vocab_size,
     )
@@ -191,12 +192,14 @@ def _reduce(
 ) -> None:
     """All passes over full rows, on as many rows as the processor's cache holds.
 
+    The logits are only read: writing them would cost as much as two of the passes.
+
     Args:
-        logits: [r, V], from which the rows' peaks are subtracted in place. work: [>= r, V].
+        logits: [r, V]. work: [>= r, V], scratch.
         maxima: [r, blocks], filled with the maximum of each block of `_BLOCK` logits.
         peak: [r, 1], filled. sums: [r] by falling temperature, with 1 among them, filled with
             sum_v exp(x_v / tau), x_v = logit_v - peak.
-        weighted: [r], filled with sum_v x_v exp(x_v).
+        weighted: [r], filled with sum_v logit_v exp(x_v).
     """
     work = work[: len(logits)]
     whole = logits.shape[-1] // _BLOCK
@@ -206,18 +209,17 @@ def _reduce(
     if whole < maxima.shape[-1]:
         maxima[:, -1] = logits[:, whole * _BLOCK :].amax(-1)
     torch.amax(maxima, -1, keepdim=True, out=peak)
-    shifted = logits.sub_(peak)
     last = 0.0
     for tau, total in sums.items():
         # exp(x / 2) is the square of exp(x / 4), and a product costs a third of an exp.
         if last == 2.0 * tau:
             work.square_()
         else:
-            torch.mul(shifted, 1.0 / tau, out=work).exp_()
+            torch.add(peak * (-1.0 / tau), logits, alpha=1.0 / tau, out=work).exp_()
         torch.sum(work, -1, out=total)
         last = tau
         if tau == 1.0:
-            torch.sum(work.mul_(shifted), -1, out=weighted)
+            torch.sum(work.mul_(logits), -1, out=weighted)
             last = 0.0  # `work` holds something else now
 
 
@@ -236,14 +238,17 @@ def row_uniforms(rows: Iterable[int], length: int, draws: int, seed: int) -> Ten
     )
 
 
-def _draw(shifted: Tensor, kept: Tensor, uniforms: Tensor | None, work: Tensor) -> Tensor:
-    """Ids drawn in proportion to exp(shifted) outside the kept ids, by inversion in two stages.
+def _draw(
+    logits: Tensor, lse: Tensor, kept: Tensor, uniforms: Tensor | None, work: Tensor
+) -> Tensor:
+    """Ids drawn in proportion to exp(logits) outside the kept ids, by inversion in two stages.
 
     The block of `_BLOCK` ids is found in the running sum of block sums, then the id in the running
     sum of its block: the same ids as inverting one running sum over V, at the cost of one pass.
 
     Args:
-        shifted: float32 [n, V]. kept: int64 [n, K]. uniforms: float [n, M] in [0, 1), or None.
+        logits: float32 [n, V]. lse: [n, 1]. kept: int64 [n, K].
+        uniforms: float [n, M] in [0, 1), or None.
         work: float32 [r, V], as many rows as are worked on at once.
 
     Returns:
@@ -252,10 +257,10 @@ def _draw(shifted: Tensor, kept: Tensor, uniforms: Tensor | None, work: Tensor) 
     if uniforms is None or not uniforms.shape[-1]:
         return kept.new_empty(len(kept), 0)
     parts = []
-    for logits, ids, chances in zip(
-        *(torch.split(t, len(work)) for t in (shifted, kept, uniforms)), strict=True
+    for rows, shift, ids, chances in zip(
+        *(torch.split(t, len(work)) for t in (logits, lse, kept, uniforms)), strict=True
     ):
-        weights = torch.exp(logits, out=work[: len(logits)]).scatter_(-1, ids, 0.0)
+        weights = torch.sub(rows, shift, out=work[: len(rows)]).exp_().scatter_(-1, ids, 0.0)
         parts.append(_invert(weights, chances))
     return torch.cat(parts)
 
@@ -298,19 +303,22 @@ def block_top_k(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[T
         return top.values, top.indices
     body = values[:, : blocks * _BLOCK].view(-1, blocks, _BLOCK)
     largest = body.amax(-1) if maxima is None else maxima[:, :blocks]
-    ids = _members(largest.topk(k, dim=-1, sorted=False).indices, _BLOCK)  # [n, k * _BLOCK]
-    candidates = values.gather(-1, ids)
-    largest = candidates.view(len(values), -1, _SMALL_BLOCK).amax(-1)
-    places = _members(largest.topk(k, dim=-1, sorted=False).indices, _SMALL_BLOCK)
-    ids, candidates = ids.gather(-1, places), candidates.gather(-1, places)
-    if size > blocks * _BLOCK:
-        rest = torch.arange(blocks * _BLOCK, size, device=values.device)
-        ids = torch.cat((ids, rest.expand(len(values), -1)), dim=-1)
-        candidates = torch.cat((candidates, values[:, blocks * _BLOCK :]), dim=-1)
-    top = candidates.topk(k, dim=-1)
-    return top.values, ids.gather(-1, top.indices)
+    best = largest.topk(k, dim=-1, sorted=False).indices
+    candidates = _taken(body, best)  # [n, k * _BLOCK]
+    small = candidates.view(len(values), -1, _SMALL_BLOCK)
+    best_small = small.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = _taken(small, best_small)  # [n, k * _SMALL_BLOCK]
+    rest = values[:, blocks * _BLOCK :]
+    top = torch.cat((candidates, rest), dim=-1).topk(k, dim=-1)
+    # Back through the stages: place among candidates -> in the blocks taken -> in the row.
+    place = top.indices.clamp_max(k * _SMALL_BLOCK - 1)
+    place = best_small.gather(-1, place // _SMALL_BLOCK) * _SMALL_BLOCK + place % _SMALL_BLOCK
+    ids = best.gather(-1, place // _BLOCK) * _BLOCK + place % _BLOCK
+    in_rest = top.indices - k * _SMALL_BLOCK + blocks * _BLOCK
+    return top.values, torch.where(top.indices < k * _SMALL_BLOCK, ids, in_rest)
 
 
-def _members(blocks: Tensor, size: int) -> Tensor:
-    """Indices of blocks [n, k] -> indices of all their members [n, k * size]."""
-    return (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)
+def _taken(blocks: Tensor, which: Tensor) -> Tensor:
+    """Some blocks of each row side by side: [n, blocks, size] and [n, k] -> [n, k * size]."""
+    rows = torch.arange(len(blocks), device=blocks.device)[:, None]
+    return blocks[rows, which].flatten(1)
