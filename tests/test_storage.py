@@ -20,12 +20,13 @@ from pipeline.config import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, MismatchError
+from pipeline.fidelity import run_gate
 from pipeline.storage import Folder, Url, open_folder, parse_address
 from pipeline.store.check import check_cache
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
 from tests.conftest import change
-from tests.helpers import capture_all, open_cache
+from tests.helpers import capture_all, live_teacher, open_cache
 
 pytest.importorskip("obstore")
 moto_server = pytest.importorskip("moto.server")
@@ -213,6 +214,10 @@ def test_capture_check_and_train_in_an_object_store(
         for name, tensor in vars(local).items():
             if isinstance(tensor, torch.Tensor):
                 assert torch.equal(tensor, getattr(stored, name)), name
+    splits = [
+        (CorpusSplit(remote.paths.corpus, split), open_cache(remote, split)) for split in SPLITS
+    ]
+    assert run_gate(live_teacher(remote), splits, remote.verify, seed=0).passed
     server.requests.clear()
     there = run_training(remote, "there").state
     reads = server.requests["GET"]
