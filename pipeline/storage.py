@@ -9,6 +9,7 @@ tools do (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, .
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -106,11 +107,17 @@ class LocalFolder:
         return create_bytes(self._path / key, data)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        return {
-            file.relative_to(self._path).as_posix(): file.stat().st_size
-            for file in (self._path / prefix).rglob("*")
-            if file.is_file() and file.suffix != ".partial"
-        }
+        found = {}
+        for folder, _, names in os.walk(self._path / prefix):  # passes over folders that vanish
+            for name in names:
+                file = Path(folder, name)
+                if file.suffix == ".partial":
+                    continue
+                try:
+                    found[file.relative_to(self._path).as_posix()] = file.stat().st_size
+                except FileNotFoundError:
+                    continue  # another process took it away since
+        return found
 
     def remove(self, prefix: str = "") -> None:
         target = self._path / prefix

@@ -149,6 +149,29 @@ def test_of_many_creators_one_wins(folder: Folder) -> None:
     assert folder.read("group") == str(won[0]).encode()
 
 
+def test_a_listing_bears_with_what_others_write_and_remove(tmp_path: Path) -> None:
+    folder, stop = open_folder(tmp_path), threading.Event()
+    folder.write("stays/a", b"1")
+
+    def churn() -> None:
+        while not stop.is_set():
+            folder.write("comes/b/c", b"2")
+            folder.write("stays/d", b"3")
+            folder.remove("comes")
+            folder.remove("stays/d")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(2000):
+            found = folder.sizes()
+            assert found["stays/a"] == 1
+            assert set(found) <= {"stays/a", "stays/d", "comes/b/c"}
+    finally:
+        stop.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("how", ["fail", "stall", "stop"])
 def test_a_bad_server_costs_time_not_data(how: str, server: Server, bucket: Url) -> None:
     folder = open_folder(bucket)
