@@ -55,8 +55,8 @@ def stage(function: Callable[..., None]) -> click.Command:
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            where = f" ({error.filename})" if error.filename else ""
-            _stop(f"cannot write{where}: {error.strerror}; make room and run again", 1)
+            where = f"{error.filename}: " if error.filename else ""
+            _stop(f"{where}{error.strerror}; make room or give access, and run again", 1)
 
     return click.command(context_settings={"show_default": True, "max_content_width": 100})(run)
 
