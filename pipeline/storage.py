@@ -210,7 +210,7 @@ class ObjectFolder:
                 if number == _TRIES or isinstance(error, refusals):
                     reason = " ".join(str(error).split())[:200]
                     raise DecantError(
-                        f"cannot {what} {self._url}/{key}, tried {number} times ({reason}): check "
+                        f"cannot {what} {self._url}/{key}, at try {number} ({reason}): check "
                         "the connection, the endpoint and the credentials in the environment"
                     ) from error
                 time.sleep(_FIRST_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))

@@ -60,8 +60,9 @@ class Server:
             number = self._number
             self.requests[environ["REQUEST_METHOD"]] += 1
         how = self.misbehave(number)
-        if how == "fail":
-            start_response("503 Slow Down", [("Content-Length", "0")])
+        if how in ("fail", "refuse"):
+            status = "503 Slow Down" if how == "fail" else "403 Forbidden"
+            start_response(status, [("Content-Length", "0")])
             return []
         if how == "stall":
             time.sleep(3.0)
@@ -187,16 +188,20 @@ def test_a_bad_server_costs_time_not_data(how: str, server: Server, bucket: Url)
 
 def test_a_server_that_never_works_is_one_sentence(server: Server, bucket: Url) -> None:
     server.misbehave = lambda number: "fail"
-    with pytest.raises(DecantError, match=r"cannot read s3://\S+/key, tried 6 times .*endpoint"):
+    with pytest.raises(DecantError, match=r"cannot read s3://\S+/key, at try 6 .*endpoint"):
         open_folder(bucket).read("key")
 
 
-def test_wrong_credentials_are_not_tried_again(
-    bucket: Url, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "_TRIES", 3)
+def test_a_refusal_is_not_tried_again(server: Server, bucket: Url) -> None:
+    server.misbehave = lambda number: "refuse"
+    with pytest.raises(DecantError, match=r"cannot read .*, at try 1 .*credentials"):
+        open_folder(bucket).read("key")
+    assert server.requests["GET"] == 1
+
+
+def test_an_absent_bucket_holds_nothing(bucket: Url) -> None:
     absent = Url(str(bucket).replace("bucket", "nobucket", 1))
-    with pytest.raises((DecantError, FileNotFoundError)):
+    with pytest.raises(FileNotFoundError):
         open_folder(absent).read("key")
 
 
