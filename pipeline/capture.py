@@ -22,10 +22,12 @@ from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.model.weights import hash_tokenizer, hash_weights
 from pipeline.runtime import dtype_name, pick_device, pick_dtype, progress_bar, say
+from pipeline.sharding import DamagedError
 from pipeline.storage import open_folder
 from pipeline.store.check import Damage, repair_cache
 from pipeline.store.codec import RankTable
-from pipeline.store.schema import FORMAT_VERSION, Fingerprint
+from pipeline.store.layout import load_layout
+from pipeline.store.schema import COMMITS, FORMAT_VERSION, Fingerprint
 from pipeline.store.writer import CacheWriter
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, row_uniforms
@@ -183,7 +185,8 @@ def open_captures(
     """The captures of all splits, with one teacher on this process's device.
 
     Args:
-        overwrite: delete what is at paths.logits first, once the request is known to be sound.
+        overwrite: delete what is at paths.logits first if it was made from something else; the
+            same command again continues what the first one began.
         repair: see Capture.
 
     Raises:
@@ -193,7 +196,9 @@ def open_captures(
     device = pick_device(params.device)
     dtype = pick_dtype(params.prepare.dtype, device)
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
-    if overwrite:
+    if overwrite and _holds_something_else(params, dict(zip(SPLITS, fingerprints, strict=True))):
+        for split in SPLITS:  # commits first: a removal that is killed leaves nothing committed
+            open_folder(params.paths.logits / split).remove(COMMITS)
         open_folder(params.paths.logits).remove()
     teacher = HuggingFaceTeacher(
         params.paths.teacher,
@@ -206,6 +211,18 @@ def open_captures(
         Capture(teacher, corpus, fingerprint, params, repair=repair)
         for corpus, fingerprint in zip(corpora, fingerprints, strict=True)
     ]
+
+
+def _holds_something_else(params: Params, wanted: dict[str, Fingerprint]) -> bool:
+    for split, fingerprint in wanted.items():
+        address = params.paths.logits / split
+        try:
+            layout = load_layout(open_folder(address), str(address))
+        except (DamagedError, MismatchError):
+            return True
+        if layout is not None and layout.fingerprint != fingerprint:
+            return True
+    return False
 
 
 def capture_locally(

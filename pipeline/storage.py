@@ -108,7 +108,8 @@ class LocalFolder:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found = {}
-        for folder, _, names in os.walk(self._path / prefix):  # passes over folders that vanish
+        for folder, inner, names in os.walk(self._path / prefix):  # passes over what vanishes
+            inner[:] = [name for name in inner if not name.endswith(".partial")]
             for name in names:
                 file = Path(folder, name)
                 if file.suffix == ".partial":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -16,13 +17,13 @@ import pytest
 import torch
 import zarr
 
-from pipeline.capture import fingerprint_of
+from pipeline.capture import capture_locally, fingerprint_of
 from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.store.writer import CacheWriter
 from tests.conftest import ROOT, change, make_teacher
-from tests.helpers import capture_all, open_cache
+from tests.helpers import capture_all, make_capture, open_cache
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
@@ -121,6 +122,22 @@ def test_logits_that_overflow_are_named(tiny_corpus: Params, tmp_path: Path) -> 
         capture_all(hot)
 
 
+def test_overwrite_deletes_once_and_then_continues(tiny_cache: Params) -> None:
+    other = change(tiny_cache, prepare={"k": 8})
+    assert [r.shards_done for r in capture_locally(other, overwrite=True)] == [6, 2]
+    make_capture(other, "train").writer.drop(3)
+    assert [r.shards_done for r in capture_locally(other, overwrite=True)] == [1, 0]
+    assert open_cache(other).fingerprint.k == 8
+
+
+def test_a_teacher_that_scales_its_logits_is_refused(tiny_corpus: Params, tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logits_scaling": 8.0}))
+    with pytest.raises(DecantError, match=r"after the head \(logits_scaling=8\.0\)"):
+        capture_all(change(tiny_corpus, paths={"teacher": str(folder)}))
+
+
 def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -> None:
     """A file size limit below one shard's ids stands in for a disk that is full."""
     params = change(tiny_corpus, prepare={"shard_rows": 4, "k": 128})
@@ -177,7 +194,7 @@ def test_write_failure_says_what_is_safe(
 def test_read_only_folder(tiny_corpus: Params) -> None:
     tiny_corpus.paths.logits.mkdir()
     tiny_corpus.paths.logits.chmod(0o500)
-    with pytest.raises(OSError, match="denied"):
+    with pytest.raises(DecantError, match="permission is denied"):
         capture_all(tiny_corpus)
 
 

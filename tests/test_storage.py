@@ -134,6 +134,13 @@ def test_what_is_written_is_read_listed_and_removed(folder: Folder) -> None:
     assert folder.sizes() == {}
 
 
+def test_folders_that_are_being_made_are_not_listed(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    folder.write("step_1/state.json", b"{}")
+    folder.write("step_2.partial/state.json", b"{}")
+    assert folder.sizes() == {"step_1/state.json": 2}
+
+
 def test_of_many_creators_one_wins(folder: Folder) -> None:
     won: list[int] = []
 

@@ -54,6 +54,7 @@ class HuggingFaceTeacher:
             raise DecantError(
                 f"{folder} is no usable teacher ({reason}): run stages/fetch.py"
             ) from None
+        _require_plain_head(folder, model.config)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.dtype = dtype
@@ -119,9 +120,26 @@ class HuggingFaceTeacher:
             for rows, logits in self.logits_by_chunk(tokens)
         ]
         topk = TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
-        if not bool(torch.isfinite(topk.lse).all()):
+        sums = (topk.lse[..., None], topk.entropy[..., None], topk.lse_tau)
+        if not bool(torch.isfinite(torch.cat(sums, -1)).all()):
             raise DecantError(
                 f"the teacher's logits overflow in {dtype_name(self.dtype)}: set prepare.dtype to "
                 "bfloat16 or float32"
             )
         return topk
+
+
+def _require_plain_head(folder: Path, config: Any) -> None:
+    """Refuse models that change their logits after the head, which is applied here without them.
+
+    Cohere scales by `logit_scale`, Granite by `logits_scaling`, Falcon-H1 by `lm_head_multiplier`,
+    Gemma 2 caps by `final_logit_softcapping`.
+    """
+    names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
+    for name in names:
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise DecantError(
+                f"{folder} changes its logits after the head ({name}={value}), which capture does "
+                "not follow: choose a teacher without that"
+            )

@@ -44,7 +44,9 @@ class Batch:
 
     def pinned(self) -> Batch:
         """In page-locked memory, from which a copy to the GPU does not block."""
-        topk = self.topk.map(Tensor.pin_memory) if self.topk is not None else None
+        topk = self.topk  # an online teacher's is on the GPU already
+        if topk is not None and topk.lse.device.type == "cpu":
+            topk = topk.map(Tensor.pin_memory)
         return replace(
             self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), topk=topk
         )

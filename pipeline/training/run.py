@@ -196,7 +196,19 @@ def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student"})
     identity["train"] = params.train.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     identity["corpus_sha256"] = corpus.info.sha256
-    return identity
+    identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled
+    if params.train.teacher == "cached":
+        reader = CacheReader(params.paths.logits, corpus)
+        identity["cache"] = reader.layout.about()
+        identity["shard_rows"] = reader.layout.shard_rows
+    if params.train.teacher == "online":
+        kept = params.prepare.model_dump(mode="json", include={"k", "draws", "dtype"})
+        identity |= {"online": kept, "teacher_sha256": hash_weights(params.paths.teacher)}
+    if params.student.init == "layers":
+        identity["start_sha256"] = hash_weights(params.paths.teacher)
+    if params.student.init == "checkpoint" and params.student.checkpoint is not None:
+        identity["start_sha256"] = hash_weights(params.student.checkpoint)
+    return dict(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
 
 
 def _claim(

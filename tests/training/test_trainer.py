@@ -19,6 +19,7 @@ from pipeline.config import Params, TrainParams
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.report import read_curves
+from pipeline.storage import open_folder
 from pipeline.store.reader import Shard
 from pipeline.teacher.base import NoTeacher, corpus_shard
 from pipeline.teacher.cached import CachedTeacher
@@ -281,6 +282,15 @@ def test_another_run_in_its_place_is_refused_by_name(tiny_cache: Params) -> None
     with pytest.raises(MismatchError, match=r"train\.temperature=1\.0, now 2\.0.*--overwrite"):
         run_training(warmer, "student")
     assert run_training(warmer, "student", overwrite=True).state is not None
+
+
+def test_a_run_is_not_continued_from_another_cache(tiny_cache: Params) -> None:
+    run_training(tiny_cache, "student")
+    open_folder(tiny_cache.paths.logits).remove()
+    other = change(tiny_cache, prepare={"k": 4})
+    capture_all(other)
+    with pytest.raises(MismatchError, match=r"cache\.k=16, now 4"):
+        run_training(other, "student")
 
 
 def test_cache_of_another_teacher_is_refused(tiny_cache: Params, tmp_path: Path) -> None:
