@@ -339,11 +339,7 @@ def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
-    parts = [corpus.rows(place, place + 1) for place in places]
-    return Rows(
-        tokens=np.concatenate([part.tokens for part in parts]),
-        doc_ids=np.concatenate([part.doc_ids for part in parts]),
-    )
+    return Rows.cat([corpus.rows(place, place + 1) for place in places])
 
 
 def _batches(rows: Rows, batch_rows: int) -> tuple[Tensor, ...]:

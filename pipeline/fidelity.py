@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import VerifyParams
-from pipeline.data.packing import PADDING
+from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import CorpusSplit
 from pipeline.runtime import progress
 from pipeline.store.reader import CacheReader
@@ -163,9 +163,9 @@ def run_gate(
     noise: list[Agreement] = []
     control: list[Agreement] = []
     for number, batch in enumerate(progress(batches, what="verify", unit="batch")):
-        blocks = [corpus.rows(row, row + 1) for (corpus, _), row in batch]
-        tokens = torch.from_numpy(np.concatenate([block.tokens for block in blocks]))
-        real = torch.from_numpy(np.concatenate([block.doc_ids for block in blocks])) != PADDING
+        rows = Rows.cat([corpus.rows(row, row + 1) for (corpus, _), row in batch])
+        tokens = torch.from_numpy(rows.tokens)
+        real = torch.from_numpy(rows.doc_ids) != PADDING
         stored = TopK.cat([reader.top_k(np.array([row])) for (_, reader), row in batch])
         shifted = stored.map(lambda t: t.roll(1, dims=1))
         live, (at_stored, at_shifted) = _live(

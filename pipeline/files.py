@@ -27,31 +27,18 @@ def fsync(path: Path) -> None:
 
 def write_bytes(file: Path, data: bytes) -> None:
     """Write a file atomically and durably; its folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(file)
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with _written_beside(file, data) as partial:
         partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     fsync(file.parent)
 
 
 def create_bytes(file: Path, data: bytes) -> bool:
     """`write_bytes`, unless the file exists: of several who try at once, one gets True."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(file)
-    write_bytes(partial, data)
-    try:
-        os.link(partial, file)  # unlike rename, fails where the name is taken
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink()
+    with _written_beside(file, data) as partial:
+        try:
+            os.link(partial, file)  # unlike rename, fails where the name is taken
+        except FileExistsError:
+            return False
     fsync(file.parent)
     return True
 
@@ -86,6 +73,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _partial(file: Path) -> Path:
-    """A name of its own beside the file: two processes may write the same file at once."""
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
+@contextmanager
+def _written_beside(file: Path, data: bytes) -> Iterator[Path]:
+    """The data, synced, in a file beside `file`; gone after the block unless moved.
+
+    It has a name of its own, since two processes may write the same file at once.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ Shapes: n rows, B batch, L row length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """Parts joined along their rows."""
+        return Rows(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            doc_ids=np.concatenate([part.doc_ids for part in parts]),
+        )
 
 
 def pack(

@@ -120,10 +120,7 @@ class SplitWriter:
         specs = self._open_specs()
         size = specs["tokens"].shard_rows
         while (waiting := sum(map(len, self._pending))) >= size or (final and waiting):
-            rows = Rows(
-                tokens=np.concatenate([part.tokens for part in self._pending]),
-                doc_ids=np.concatenate([part.doc_ids for part in self._pending]),
-            )
+            rows = Rows.cat(self._pending)
             for name, spec in specs.items():
                 data = encode_shard(spec, getattr(rows, name)[:size])
                 self._folder.write(spec.key_of(self._num_shards), data)
@@ -175,12 +172,7 @@ class CorpusSplit:
             rows, first = self._shard(shard), shard * size
             place = slice(max(start - first, 0), max(stop - first, 0))
             parts.append(Rows(rows.tokens[place].astype(np.int64), rows.doc_ids[place]))
-        if len(parts) == 1:
-            return parts[0]
-        return Rows(
-            tokens=np.concatenate([part.tokens for part in parts]),
-            doc_ids=np.concatenate([part.doc_ids for part in parts]),
-        )
+        return parts[0] if len(parts) == 1 else Rows.cat(parts)
 
     def _shard(self, shard: int) -> Rows:
         """As stored: tokens in the narrow type."""

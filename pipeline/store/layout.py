@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pipeline.errors import MismatchError
@@ -28,7 +29,7 @@ class CacheLayout:
     shard_rows: int
     rank_table: str  # the name of the array rank_to_id
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, ArraySpec]:
         """The arrays of N rows, by name."""
         made_from = self.fingerprint
