@@ -28,6 +28,11 @@ class Teacher(Protocol):
         """Rows a shard, the unit of reading and of shuffling."""
         ...
 
+    @property
+    def in_background(self) -> bool:
+        """Whether `top_k` may run in another thread, beside the student."""
+        ...
+
     def shard(self, number: int) -> Shard:
         """Read one shard; called from several threads."""
         ...
@@ -39,6 +44,8 @@ class Teacher(Protocol):
 
 class NoTeacher:
     """Tokens alone, for plain language modelling."""
+
+    in_background = True
 
     def __init__(self, corpus: CorpusSplit, *, shard_rows: int) -> None:
         self.corpus = corpus
