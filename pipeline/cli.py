@@ -17,7 +17,9 @@ from typing import Any
 import click
 
 from pipeline.config import load_params
-from pipeline.errors import DecantError, accident
+from pipeline.errors import DecantError, OtherRankError, accident
+
+_INTERRUPTED = 130
 
 
 def stage(function: Callable[..., None]) -> click.Command:
@@ -45,10 +47,12 @@ def stage(function: Callable[..., None]) -> click.Command:
     def run(file: Path, overrides: tuple[str, ...], **options: Any) -> None:
         try:
             function(load_params(file, overrides), **options)
+        except OtherRankError as error:
+            sys.exit(error.exit_code)
         except DecantError as error:
             _stop(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _stop("interrupted: run the same command to continue", 130)
+            _stop("interrupted: run the same command to continue", _INTERRUPTED)
         except OSError as error:
             what = accident(error)
             if what is None:
@@ -60,6 +64,11 @@ def stage(function: Callable[..., None]) -> click.Command:
 
 
 def _stop(sentence: str, code: int) -> None:
-    click.echo(f"error: {sentence}", err=True)
+    from pipeline.runtime import launch  # here, since it takes PyTorch, and --help need not wait
+
+    here = launch()
+    who = f"rank {here.rank}: " if here and here.ranks > 1 else ""
+    if not (who and code == _INTERRUPTED and here and here.rank):  # ranks stop together
+        click.echo(f"error: {who}{sentence}", err=True)
     sys.stdout.flush()
     sys.exit(code)

@@ -214,19 +214,36 @@ class TrainParams(Section):
 
     teacher: Literal["cached", "online", "none"]
     alpha: Fraction = Field(description="weight of KL against cross-entropy")
+    alpha_end: Fraction | None = Field(
+        description="alpha moves to this, linearly over the steps; null keeps it constant"
+    )
     temperature: Temperature
     k: Count | None = Field(description="use only the first k stored ids; null uses all")
     steps: Count = Field(description="optimizer steps")
-    batch_rows: Count = Field(description="rows a forward pass")
+    batch_rows: Count = Field(description="rows a forward pass, of all ranks together")
     accumulation: Count = Field(description="forward passes an optimizer step")
     learning_rate: Positive
+    schedule: Literal["cosine", "wsd"] = Field(
+        description="of the learning rate, after warm-up; wsd: constant, then a short decay"
+    )
     warmup_steps: Annotated[int, Field(ge=0)]
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="wsd: share of the steps, the last ones, over which the rate decays"
+    )
+    decay_shape: Literal["linear", "one_minus_sqrt"] = Field(description="wsd: of that decay")
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(description="at the last step")
     weight_decay: Annotated[float, Field(ge=0.0)]
     betas: tuple[Fraction, Fraction]
     clip_norm: Positive
     dtype: Literal["bfloat16", "float32"] = Field(description="autocast's format")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        description="under torchrun: a whole student on each rank, or one sharded over them"
+    )
+    activation_checkpointing: bool = Field(
+        description="compute each block again in backward instead of keeping what it computed"
+    )
+    compile: bool = Field(description="compile the blocks by torch.compile; needs a compiler")
     shuffle_shards: Count = Field(description="shards whose rows are mixed with each other")
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         description="steps with a non-finite loss or gradient tolerated before the run fails"
@@ -236,6 +253,16 @@ class TrainParams(Section):
     eval_every: Count = Field(description="steps between validations")
     eval_rows: Count = Field(description="validation rows looked at during training")
     checkpoint_every: Count = Field(description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        decay = round(self.decay_share * self.steps)
+        if self.schedule == "wsd" and self.warmup_steps + decay > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and decay_share={self.decay_share:g} of "
+                f"steps={self.steps}, {decay}, overlap: lower one of them"
+            )
+        return self
 
 
 class EvaluateParams(Section):

@@ -48,5 +48,13 @@ class ParamsError(DecantError):
     exit_code = 2
 
 
+class OtherRankError(DecantError):
+    """Another rank failed and says why; this one ends with its status, without words."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank failed")
+        self.exit_code = exit_code
+
+
 class MismatchError(DecantError):
     """Two artefacts that must belong together do not (cache and corpus, cache and teacher)."""

@@ -1,18 +1,20 @@
-"""Device, number formats, seeds, progress: what depends on the machine, in one place.
+"""Device, ranks, number formats, seeds, progress: what depends on the machine, in one place.
 
-The only file that may read or set environment variables. It reads none yet (libraries read their
-own) and sets one, for Ray.
+The only file that may read or set environment variables. It reads what torchrun sets and where
+compilers are (libraries read their own), and sets one, for Ray.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -27,6 +29,30 @@ Item = TypeVar("Item")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A process among those that torchrun started together."""
+
+    rank: int  # 0 to ranks - 1
+    ranks: int
+    local_rank: int  # among those on this machine: the number of its GPU
+
+
+def launch() -> Launch | None:
+    """What torchrun says of this process; None where it was started by hand."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        return None
+    rank, ranks, local_rank = (int(os.environ[name]) for name in names[:3])
+    return Launch(rank=rank, ranks=ranks, local_rank=local_rank)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that talks: rank 0, or the only one."""
+    here = launch()
+    return here is None or here.rank == 0
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` takes the GPU where there is one; `cpu` and `cuda` are taken at their word."""
     if name == "auto":
@@ -34,6 +60,22 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ParamsError("device=cuda, but PyTorch sees no CUDA GPU: set device to auto or cpu")
     return torch.device(name)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Check that there is what torch.compile needs: a C++ compiler on a CPU, C for Triton on CUDA.
+
+    Raises:
+        ParamsError: there is none.
+    """
+    variable, usual = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", "g++ clang++")
+    wanted = os.environ.get(variable, usual).split()
+    if not any(shutil.which(name) for name in wanted):
+        raise ParamsError(
+            f"train.compile=true needs a compiler on this machine, and {' or '.join(wanted)} is "
+            f"not found: install one, name another in the variable {variable}, or set "
+            "train.compile=false"
+        )
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -102,7 +144,10 @@ def _cpu_matmul_precision(precision: str) -> Iterator[None]:
 def progress(
     items: Iterable[Item], *, what: str, unit: str, total: int | None = None
 ) -> tqdm[Item]:
-    """Iterate with a progress bar: rate and time left; on a log file a line every ten seconds."""
+    """Iterate with a progress bar: rate and time left; on a log file a line every ten seconds.
+
+    Only rank 0 shows it.
+    """
     interactive = sys.stderr.isatty()
     return tqdm(
         items,
@@ -114,6 +159,7 @@ def progress(
         mininterval=0.2 if interactive else 10.0,
         maxinterval=10.0,
         leave=interactive,
+        disable=not is_first_rank(),
     )
 
 
@@ -177,6 +223,8 @@ def import_ray() -> Any:
 
 
 def say(message: str) -> None:
-    """Print a line for the user above any progress bar."""
+    """Print a line for the user above any progress bar; of several ranks only the first does."""
+    if not is_first_rank():
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()

@@ -1,4 +1,7 @@
-"""Train a student from the cache, a live teacher, or none: `python stages/train.py`."""
+"""Train a student from the cache, a live teacher, or none: `python stages/train.py`.
+
+On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with train.parallel=ddp or fsdp.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import click
 
 from pipeline.cli import stage
 from pipeline.config import Params
+from pipeline.runtime import say
 from pipeline.training.run import run_training
 
 
@@ -17,19 +21,20 @@ from pipeline.training.run import run_training
 def main(params: Params, run: str, overwrite: bool) -> None:
     """Train a student with alpha tau^2 KL + (1 - alpha) CE.
 
-    Continues exactly after a crash or Ctrl-C. train.teacher chooses the cache (`cached`), the live
+    Continues exactly after a crash or Ctrl-C. Started by torchrun, several processes share the
+    work, with the same losses as one. train.teacher chooses the cache (`cached`), the live
     teacher (`online`) or plain language modelling (`none`). Reads train.*, student.*, seed,
     paths.corpus and paths.logits; writes paths.runs/RUN.
     """
     result = run_training(params, run, overwrite=overwrite)
     if result.state is None:
-        click.echo(f"train: {result.folder} was finished already; --overwrite does not repeat it")
+        say(f"train: {result.folder} was finished already; --overwrite does not repeat it")
         return
     first, last = (
         next(r["validation/loss"] for r in records if "validation/loss" in r)
         for records in (result.state.history, result.state.history[::-1])
     )
-    click.echo(
+    say(
         f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters, "
         f"validation loss {first:.4f} -> {last:.4f} in {result.state.step} steps, "
         f"{result.state.skipped} skipped"

@@ -1,15 +1,29 @@
-"""Steps that several tests take."""
+"""Steps and shapes that several tests share."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 
 from pipeline.capture import Capture, CaptureResult, fingerprint_of
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.report import read_curves
 from pipeline.runtime import DTYPES
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
+
+SMALL = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 304,
+}
+"""A student that starts at random, for the tiny corpus."""
 
 
 def live_teacher(params: Params) -> HuggingFaceTeacher:
@@ -42,3 +56,22 @@ def capture_all(params: Params, *, repair: bool = False) -> list[CaptureResult]:
 def open_cache(params: Params, split: str = "train", k: int | None = None) -> CacheReader:
     """A reader of the cache bound to its corpus."""
     return CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, split), k=k)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def losses(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    curves = read_curves(folder / "dvclive" / "plots" / "metrics")
+    return {
+        name: curve for name, curve in curves.items() if "second" not in name and "wait" not in name
+    }
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

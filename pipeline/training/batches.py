@@ -60,18 +60,28 @@ def make_batch(teacher: Teacher, places: list[tuple[Shard, int]]) -> Batch:
     return Batch(tokens=tokens, labels=next_token_labels(tokens, doc_ids), topk=topk)
 
 
-def first_rows(teacher: Teacher, count: int, batch_rows: int) -> Iterator[Batch]:
-    """Batches of the first `count` rows in corpus order."""
+def first_rows(
+    teacher: Teacher, count: int, batch_rows: int, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Batches of the first `count` rows in corpus order: this rank's share of each.
+
+    All ranks get the same number of batches, since a sharded student runs on all or on none: a rank
+    without a share of the last, short one gets a row whose labels are all IGNORE.
+    """
     count = min(count, len(teacher.corpus))
     shard: Shard | None = None
-    places: list[tuple[Shard, int]] = []
-    for row in range(count):
-        if shard is None or row >= shard.first + len(shard.rows):
-            shard = teacher.shard(row // teacher.shard_rows)
-        places.append((shard, row))
-        if len(places) == batch_rows or row == count - 1:
-            yield make_batch(teacher, places)
-            places = []
+    for first in range(0, count, batch_rows):
+        whole = np.arange(first, min(first + batch_rows, count))
+        share = np.array_split(whole, ranks)[rank]
+        places: list[tuple[Shard, int]] = []
+        for row in share if len(share) else whole[:1]:
+            if shard is None or row >= shard.first + len(shard.rows):
+                shard = teacher.shard(int(row) // teacher.shard_rows)
+            places.append((shard, int(row)))
+        batch = make_batch(teacher, places)
+        yield (
+            batch if len(share) else replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+        )
 
 
 class BatchStream:

@@ -1,30 +1,54 @@
-"""Checkpoints: everything a run needs to continue exactly, written atomically.
+"""Checkpoints: everything a run needs to continue exactly, written atomically, checked when read.
 
-A checkpoint `step_<n>` holds the student (safetensors), the optimizer's state and the random state
-(torch, read back with weights_only=True), and state.json (step, skipped steps, history). The place
-in the data needs no storing: it follows from the step. On a disk, the folder takes its name only
-when complete; in an object store, state.json is written last and its absence means that there is
-no checkpoint. The newest two are kept.
+A checkpoint `step_<n>` is a folder of
+
+    __<rank>_<i>.distcp, .metadata   tensors, sharded, in the format of torch.distributed.checkpoint
+    state.json                       step, skipped steps, history, number of ranks
+    complete.json                    length and crc32c of each of the above; written last
+
+Tensors are what is trained, the optimizer's state and each rank's random state, under names that
+know nothing of ranks, parameter order or engine: so a run resumes on another number of ranks, and
+under ddp what fsdp saved. Frozen parameters are where the run took them from. The optimizer's state
+is addressed here directly, not through torch.distributed.checkpoint.state_dict, which makes an
+optimizer that has not stepped take a step to have a state, and saves a tied matrix twice. The place
+in the data needs no storing: it follows from the step.
+
+On a disk (which all ranks share), the folder takes its name only when complete. In an object store,
+each rank copies the files it wrote there, in parts that fit a request, and complete.json comes
+last: without it there is no checkpoint. The newest two are kept. One that does not match its
+checksums is named and passed over.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from pipeline.files import atomic_folder
+from pipeline.errors import DecantError
+from pipeline.files import fsync
+from pipeline.runtime import say
 from pipeline.storage import Address, Url, open_folder
+from pipeline.training.parallel import ALONE, Ranks
 
 _KEEP = 2
-_TENSORS = ("student.safetensors", "optimizer.pt")
 _STATE = "state.json"
+_COMPLETE = "complete.json"
+_PART = 64 * 2**20  # bytes an object: a request has to end within storage.py's time limit
 
 
 @dataclass
@@ -37,76 +61,265 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder or under a prefix of an object store."""
+    """The checkpoints of one run, in a folder or under a prefix of an object store.
 
-    def __init__(self, address: Address) -> None:
+    `save` and `load_newest` are called by all ranks together.
+
+    Args:
+        start_again: where there are checkpoints and none is whole, begin at step 0 instead of
+            refusing.
+    """
+
+    def __init__(
+        self, address: Address, ranks: Ranks = ALONE, *, start_again: bool = False
+    ) -> None:
         self.address = address
+        self._ranks = ranks
+        self._start_again = start_again
         self._folder = open_folder(address)
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest first."""
         return sorted(
-            key.partition("/")[0] for key in self._folder.sizes() if key.endswith(f"/{_STATE}")
+            key.partition("/")[0] for key in self._folder.sizes() if key.endswith(f"/{_COMPLETE}")
         )
 
     def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-        """Write the checkpoint of `state.step` and drop all but the newest two."""
+        """Write the checkpoint of `state.step` and drop all but the newest two.
+
+        Raises:
+            OSError: a disk is full, and the like.
+        """
         name = f"step_{state.step:08d}"
-        if isinstance(self.address, Url):
-            with tempfile.TemporaryDirectory() as scratch:
-                _write(Path(scratch), student, optimizer, state)
-                for file in (*_TENSORS, _STATE):  # what says that it exists comes last
-                    self._folder.write(f"{name}/{file}", (Path(scratch) / file).read_bytes())
-        else:
-            with atomic_folder(self.address / name) as partial:
-                _write(partial, student, optimizer, state)
-        for old in self.names()[:-_KEEP]:
-            self._folder.remove(f"{old}/{_STATE}")
-            self._folder.remove(old)
+        with self._new(name) as folder:
+            _write_tensors(folder, student, optimizer, self._ranks)
+            own = sorted(folder.glob(f"__{self._ranks.rank}_*"))
+            self._upload(name, own)
+            sums = self._ranks.gather({file.name: _sum(file) for file in own})
+            self._ranks.on_first(lambda: self._complete(name, folder, sums, state))
 
     def load_newest(
         self, student: nn.Module, optimizer: torch.optim.Optimizer
     ) -> TrainState | None:
-        """Restore student, optimizer and random state in place; None where there is nothing."""
-        names = self.names()
-        if not names:
-            return None
-        if not isinstance(self.address, Url):
-            return _read(self.address / names[-1], student, optimizer)
-        with tempfile.TemporaryDirectory() as scratch:
-            for file in (*_TENSORS, _STATE):
-                data = self._folder.read(f"{names[-1]}/{file}")
-                (Path(scratch) / file).write_bytes(data)
-            return _read(Path(scratch), student, optimizer)
+        """Restore student, optimizer and random state in place; None where there is nothing.
+
+        Raises:
+            DecantError: there are checkpoints, and none is whole.
+        """
+        for name in reversed(self._ranks.on_first(self._begun)):
+            with self._local(name) as folder:
+                damage = next(filter(None, self._ranks.gather(self._damage(folder))), "")
+                if not damage:
+                    return _read(folder, student, optimizer, self._ranks)
+                say(f"checkpoint {self.address / name} is damaged ({damage}): it is passed over")
+        if (names := self._ranks.on_first(self.names)) and not self._start_again:
+            raise DecantError(
+                f"none of the checkpoints {', '.join(names)} in {self.address} is whole: put back "
+                "a copy of one, or start again with --overwrite"
+            )
+        return None
 
     def remove(self) -> None:
         """Delete all of them."""
         self._folder.remove()
 
+    def _begun(self) -> list[str]:
+        """Checkpoints of which there is anything, complete or not, oldest first."""
+        found = {key.partition("/")[0] for key in self._folder.sizes() if "/" in key}
+        return sorted(name for name in found if name.startswith("step_"))
 
-def _write(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
+    def _drop(self, name: str) -> None:
+        self._folder.remove(f"{name}/{_COMPLETE}")  # first: what is half-deleted is not there
+        self._folder.remove(name)
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[Path]:
+        """An empty folder to write into: of all ranks on a disk, each one's own for a store."""
+        if isinstance(self.address, Url):
+            self._ranks.on_first(lambda: self._drop(name))
+            with tempfile.TemporaryDirectory() as scratch:
+                yield Path(scratch)
+            return
+        folder = self.address / f"{name}.partial"
+        self._ranks.on_first(lambda: _make_empty(folder))
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _upload(self, name: str, files: list[Path]) -> None:
+        if not isinstance(self.address, Url):
+            return
+        for file in files:
+            with file.open("rb") as stream:
+                for number, part in enumerate(iter(lambda: stream.read(_PART), b"")):
+                    self._folder.write(f"{name}/{file.name}/{number:05d}", part)
+
+    def _complete(
+        self, name: str, folder: Path, sums: list[dict[str, Any]], state: TrainState
+    ) -> None:
+        """On rank 0, when all tensors are written: the rest, the marker, the name."""
+        rest = [folder / ".metadata", folder / _STATE]
+        rest[1].write_text(json.dumps(asdict(state) | {"ranks": self._ranks.count}))
+        listed = {name: entry for part in sums for name, entry in part.items()}
+        listed |= {file.name: _sum(file) for file in rest}
+        marker = json.dumps({"files": listed}, separators=(",", ":"))
+        if isinstance(self.address, Url):
+            self._upload(name, rest)
+            self._folder.write(f"{name}/{_COMPLETE}", marker.encode())
+        else:
+            (folder / _COMPLETE).write_text(marker)
+            for file in folder.iterdir():
+                fsync(file)
+            fsync(folder)
+            self._drop(name)  # a damaged one of the same step
+            folder.rename(self.address / name)
+            fsync(self.address)
+        kept = [other for other in self.names() if other <= name][-_KEEP:]
+        for other in self._begun():  # what is newer was passed over
+            if other not in kept:
+                self._drop(other)
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Path]:
+        """The checkpoint as a folder; from an object store, a copy for each rank."""
+        if not isinstance(self.address, Url):
+            yield self.address / name
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            for key in sorted(self._folder.sizes(name)):  # parts of a file in order
+                with (Path(scratch) / key.split("/")[1]).open("ab") as stream:
+                    stream.write(self._folder.read(key))
+            yield Path(scratch)
+
+    def _damage(self, folder: Path) -> str:
+        """What is wrong, in words; on a shared disk each rank looks at its share of the files."""
+        shared = not isinstance(self.address, Url)
+        return _damage(folder, self._ranks.rank, self._ranks.count) if shared else _damage(folder)
+
+
+def _make_empty(folder: Path) -> None:
+    for left_over in folder.parent.glob("*.partial"):
+        shutil.rmtree(left_over)
+    folder.mkdir(parents=True)
+
+
+def _sum(file: Path) -> list[Any]:
+    """Length in bytes and crc32c in hexadecimal."""
+    total, length = 0, 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            total = google_crc32c.extend(total, block)
+            length += len(block)
+    return [length, f"{total:08x}"]
+
+
+def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
+    """The first of this rank's share of files that differs from the marker; empty if none does."""
+    try:
+        listed = json.loads((folder / _COMPLETE).read_text())["files"]
+        entries = sorted(listed.items())
+    except FileNotFoundError:
+        return f"{_COMPLETE} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{_COMPLETE} cannot be read"
+    for file, entry in entries[rank::ranks]:
+        try:
+            found = _sum(folder / file)
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except (OSError, ValueError):
+            return f"{file} cannot be read"
+        if found != entry:
+            return f"{file}, {found[0]} bytes, does not match its checksum"
+    return ""
+
+
+def _write_tensors(
+    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> None:
-    tensors = {name: p.detach().contiguous() for name, p in student.named_parameters()}
-    save_file(tensors, folder / "student.safetensors")
-    random = {"cpu": torch.get_rng_state()}
+    tensors = _tensors(student, optimizer) | _random_state(ranks.rank)
+    writer = FileSystemWriter(folder, sync_files=True)
+    try:
+        with _one_process_is_meant():
+            save(tensors, storage_writer=writer, no_dist=not ranks.grouped)
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, OSError):
+                raise failure from None
+        raise
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """PyTorch warns that there is no process group even where it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _read(
+    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> TrainState:
+    reader = FileSystemReader(folder)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    _make_optimizer_state(student, optimizer, saved)
+    random = _random_state(ranks.rank)
+    wanted = _tensors(student, optimizer) | random
+    wanted = {name: t for name, t in wanted.items() if name in saved or name not in random}
+    with _one_process_is_meant():
+        load(wanted, storage_reader=reader, no_dist=not ranks.grouped)
+    _restore_random_state(random)
+    values = json.loads((folder / _STATE).read_text())
+    if (before := values.pop("ranks")) != ranks.count:
+        say(
+            f"{before} ranks saved what {ranks.count} continue: losses stay the same within "
+            "rounding where student.dropout is 0; dropped units follow the rank"
+        )
+    return TrainState(**values)
+
+
+def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is trained and the optimizer's state, by name; written to in place when loaded."""
+    tensors = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"student/{name}"] = parameter.detach()
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{name}"] = value
+    return tensors
+
+
+def _make_optimizer_state(
+    student: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
+    """Give a new optimizer tensors to load into, sharded as the weights that they belong to."""
+    parameters = dict(student.named_parameters())
+    for full_name, about in saved.items():
+        part, _, rest = full_name.partition("/")
+        key, _, name = rest.partition("/")
+        if part == "optimizer":
+            like = parameters[name].detach()
+            optimizer.state[parameters[name]][key] = (
+                torch.zeros_like(like, dtype=about.properties.dtype)
+                if about.size == like.shape
+                else torch.zeros(about.size, dtype=about.properties.dtype, device=like.device)
+            )
+
+
+def _random_state(rank: int) -> dict[str, Tensor]:
+    """Of this rank, by names of its own."""
+    state = {f"random/cpu/{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"optimizer": optimizer.state_dict(), "random": random}, folder / "optimizer.pt")
-    (folder / _STATE).write_text(json.dumps(asdict(state)))
+        state[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
+    return state
 
 
-def _read(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    device = next(student.parameters()).device
-    tensors = load_file(folder / "student.safetensors")
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(tensors[name])
-    saved: dict[str, Any] = torch.load(
-        folder / "optimizer.pt", map_location=device, weights_only=True
-    )
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"]["cpu"].cpu())
-    if "cuda" in saved["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["random"]["cuda"].cpu())
-    return TrainState(**json.loads((folder / _STATE).read_text()))
+def _restore_random_state(state: dict[str, Tensor]) -> None:
+    """Set what `_random_state` returned, as it was when saved; unchanged where nothing was."""
+    for name, values in state.items():
+        if name.startswith("random/cpu"):
+            torch.set_rng_state(values)
+        else:
+            torch.cuda.set_rng_state(values)

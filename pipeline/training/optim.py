@@ -1,4 +1,4 @@
-"""AdamW with decoupled decay on matrices only, and the learning-rate schedule."""
+"""AdamW with decoupled decay on matrices only, and what changes from step to step."""
 
 from __future__ import annotations
 
@@ -11,25 +11,44 @@ from pipeline.config import TrainParams
 
 
 def build_optimizer(student: nn.Module, params: TrainParams) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); norms and biases are not decayed."""
-    matrices = [p for p in student.parameters() if p.ndim >= 2]
-    vectors = [p for p in student.parameters() if p.ndim < 2]
+    """AdamW (Loshchilov & Hutter 2019) of what is trained; norms and biases are not decayed."""
+    trained = [p for p in student.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": params.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": params.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, fused=True)
 
 
 def learning_rate(step: int, params: TrainParams) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then cosine.
+    """Learning rate of optimizer step `step` (from 0).
 
-    Rises to `learning_rate` over `warmup_steps`, then falls along half a cosine to
-    `min_learning_rate` at the last step (Loshchilov & Hutter 2017, eq. 5, without restarts).
+    Rises linearly to `learning_rate` over `warmup_steps` and ends at `min_learning_rate` at the
+    last step. Between the two, of the difference there is left, x in [0, 1] being the part of the
+    decay that is done,
+
+    cosine: (1 + cos(pi x)) / 2, decaying from the end of warm-up on (Loshchilov & Hutter 2017,
+    eq. 5, without restarts).
+    wsd: 1 - x or 1 - sqrt(x), decaying over the last `decay_share` of the steps, constant before
+    (warm-up, stable, decay: Hu et al. 2024, MiniCPM; 1 - sqrt: Haegele et al. 2024).
     """
     if step < params.warmup_steps:
         return params.learning_rate * (step + 1) / params.warmup_steps
-    span = max(1, params.steps - 1 - params.warmup_steps)
-    share = min(1.0, (step - params.warmup_steps) / span)
+    cosine = params.schedule == "cosine"
+    last = params.steps - 1
+    decay = last - params.warmup_steps if cosine else round(params.decay_share * params.steps)
+    decay = max(1, decay)
+    done = min(1.0, max(0.0, (step - last + decay) / decay))
+    if cosine:
+        left = 0.5 * (1.0 + math.cos(math.pi * done))
+    else:
+        left = 1.0 - (done if params.decay_shape == "linear" else math.sqrt(done))
     low, high = params.min_learning_rate, params.learning_rate
-    return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * share))
+    return low + (high - low) * left
+
+
+def alpha_at(step: int, params: TrainParams) -> float:
+    """Weight of KL at a step (from 0): from `alpha`, linearly, to `alpha_end` at the last one."""
+    if params.alpha_end is None:
+        return params.alpha
+    return params.alpha + (params.alpha_end - params.alpha) * step / max(1, params.steps - 1)

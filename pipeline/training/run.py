@@ -22,7 +22,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.model.weights import hash_weights, load_student, save_student
-from pipeline.runtime import DTYPES, pick_device, pick_dtype, say, seed_everything
+from pipeline.runtime import DTYPES, pick_dtype, say, seed_everything
 from pipeline.storage import Folder, open_folder
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
@@ -31,9 +31,20 @@ from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.teacher.online import OnlineTeacher
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
-from pipeline.training.trainer import Validation, retained_mass, train
+from pipeline.training.distillation import DistillationStep
+from pipeline.training.parallel import Ranks, gather_parameters, join_ranks, parallelise
+from pipeline.training.trainer import train
+from pipeline.training.validation import Validation, retained_mass
 
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "min_retained_mass", "max_skipped_steps"}
+_WITHOUT_EFFECT = {
+    "activation_checkpointing",
+    "checkpoint_every",
+    "compile",
+    "log_every",
+    "max_skipped_steps",
+    "min_retained_mass",
+    "parallel",
+}
 """Parameters of `train` that may change when a run is continued."""
 
 
@@ -49,46 +60,79 @@ class RunResult:
 def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunResult:
     """Train the student that `params` describe as run `name`, or continue it.
 
+    Started by torchrun, this process is one of several that do it together.
+
     Args:
-        overwrite: discard a run of that name made from other parameters instead of refusing.
+        overwrite: discard a run of that name made from other parameters, or without a whole
+            checkpoint, instead of refusing.
 
     Raises:
         MismatchError: cache, corpus, teacher or an earlier run of that name do not belong together.
         ParamsError: the student cannot express the teacher's vocabulary, and the like.
     """
+    with join_ranks(params.device) as ranks:
+        return _run(params, name, overwrite, ranks)
+
+
+def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
+    _require_rows(params, ranks)
     corpus = CorpusSplit(params.paths.corpus, "train")
     held_out = CorpusSplit(params.paths.corpus, "validation")
     folder = params.paths.runs / name
     checkpoints = Checkpoints(
-        params.paths.checkpoints / name if params.paths.checkpoints else folder / "checkpoints"
+        params.paths.checkpoints / name if params.paths.checkpoints else folder / "checkpoints",
+        ranks,
+        start_again=overwrite,
     )
-    if _claim(folder, checkpoints, _identity(params, corpus), overwrite):
+    identity = _identity(params, corpus)
+    if ranks.on_first(lambda: _claim(folder, checkpoints, identity, overwrite)):
         return RunResult(folder, None, load_student(folder / "model").count_parameters())
-    device = pick_device(params.device)
     seed_everything(params.seed)
     student = build_student(params.student, params.paths.teacher)
+    if ranks.rank:  # the same student everywhere, dropped units of each rank's own
+        seed_everything(params.seed + ranks.rank)
+    size = student.count_parameters()
     _require_vocabulary(student.config, corpus)
-    training, validation = _teachers(params, device, corpus, held_out)
+    training, validation = _teachers(params, ranks.device, corpus, held_out)
     stream = BatchStream(
         training,
         batch_rows=params.train.batch_rows,
         window_shards=params.train.shuffle_shards,
         seed=params.seed,
-        pin=device.type == "cuda",
+        rank=ranks.rank,
+        ranks=ranks.count,
+        pin=ranks.device.type == "cuda",
     )
     _warn_of_lost_mass(training, params)
+    dtype = DTYPES[params.train.dtype]
+    step = DistillationStep(student, dtype=dtype, head_chunk=params.train.head_chunk)
     state = train(
-        student.to(device),
+        parallelise(step, ranks, params.train),
+        student,
         stream,
         Validation(validation, params.train.eval_rows),
         params.train,
         folder,
         checkpoints,
-        DTYPES[params.train.dtype],
+        ranks,
     )
-    save_student(student, folder / "model", tokenizer_from=params.paths.teacher)
+    gather_parameters(student, ranks)
+    ranks.on_first(lambda: _finish(student, folder, checkpoints, params.paths.teacher))
+    return RunResult(folder, state, size)
+
+
+def _require_rows(params: Params, ranks: Ranks) -> None:
+    if params.train.batch_rows < ranks.count:
+        raise ParamsError(
+            f"train.batch_rows={params.train.batch_rows} rows cannot be shared among {ranks.count} "
+            f"ranks: set it to a multiple of {ranks.count}, or start fewer processes"
+        )
+
+
+def _finish(student: StudentModel, folder: Path, checkpoints: Checkpoints, teacher: Path) -> None:
+    """Save what was trained; the checkpoints are not needed any more."""
+    save_student(student, folder / "model", tokenizer_from=teacher)
     checkpoints.remove()
-    return RunResult(folder, state, student.count_parameters())
 
 
 def build_student(params: StudentParams, teacher: Path) -> StudentModel:

@@ -1,0 +1,63 @@
+"""What is measured on held-out rows, while training and before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.config import TrainParams
+from pipeline.data.packing import IGNORE
+from pipeline.errors import DecantError
+from pipeline.teacher.base import Teacher
+from pipeline.training.batches import Batch, first_rows
+from pipeline.training.parallel import Ranks, evaluating
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Where the student is validated: a split and, for KL, the teacher's view of it."""
+
+    teacher: Teacher
+    rows: int  # how many rows are looked at, from the first
+
+
+def validate(
+    model: nn.Module, validation: Validation, params: TrainParams, ranks: Ranks
+) -> dict[str, float]:
+    """Mean cross-entropy and, with a teacher, tail-bucket KL at temperature 1, nats a token.
+
+    Each rank takes its share of each batch; the result is the same on all.
+
+    Args:
+        model: a DistillationStep, as `parallelise` returns it.
+    """
+    ce, kl, count = 0.0, 0.0, 0
+    has_teacher = False
+    with evaluating(model):
+        for batch in first_rows(
+            validation.teacher,
+            validation.rows,
+            params.batch_rows,
+            rank=ranks.rank,
+            ranks=ranks.count,
+        ):
+            has_teacher = batch.topk is not None
+            _, batch_ce, batch_kl = model(batch, alpha=params.alpha, temperature=1.0)
+            ce, kl, count = ce + float(batch_ce), kl + float(batch_kl), count + batch.num_labels
+    ce, kl, total = ranks.sum(ce, kl, count)
+    if not total:
+        raise DecantError("the validation rows hold no position in the loss: enlarge the corpus")
+    values = {"validation/loss": ce / total}
+    return values | ({"validation/kl": kl / total} if has_teacher else {})
+
+
+def retained_mass(batch: Batch, temperature: float) -> float:
+    """Mean probability the kept ids hold at a temperature, over unmasked positions."""
+    assert batch.topk is not None
+    wanted = batch.labels != IGNORE
+    topk = batch.topk[wanted.to(batch.topk.lse.device)]
+    if topk.draws:  # draws stand for the rest of the mass
+        return 1.0
+    _, tail = topk.target(temperature)
+    return 1.0 - float(tail.mean())

@@ -1,0 +1,91 @@
+"""The stream of batches: order, shares of ranks, what is read, labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Params
+from pipeline.data.packing import IGNORE, PADDING
+from pipeline.data.rows import CorpusSplit
+from pipeline.store.reader import Shard
+from pipeline.teacher.base import NoTeacher, corpus_shard
+from pipeline.teacher.cached import CachedTeacher
+from pipeline.training.batches import BatchStream, make_batch
+from tests.helpers import open_cache
+
+
+def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> None:
+    corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
+    last = len(corpus) - 1
+    whole = corpus_shard(corpus, 0, len(corpus))
+    batch = make_batch(
+        NoTeacher(corpus, shard_rows=len(corpus)), [(whole, 0), (whole, 1), (whole, last)]
+    )
+    rows = [corpus.rows(row, row + 1) for row in (0, 1, last)]
+    doc_ids = np.concatenate([row.doc_ids for row in rows])
+    tokens = np.concatenate([row.tokens for row in rows])
+    assert (doc_ids[-1] == PADDING).any()
+    for r in range(3):
+        for t in range(32):
+            label = int(batch.labels[r, t])
+            if t == 31 or doc_ids[r, t + 1] != doc_ids[r, t] or doc_ids[r, t] == PADDING:
+                assert label == IGNORE
+            else:
+                assert label == tokens[r, t + 1]
+
+
+def test_stream_sees_every_row_and_seeks(tiny_corpus: Params) -> None:
+    corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    teacher = NoTeacher(corpus, shard_rows=16)
+    stream = BatchStream(teacher, batch_rows=5, window_shards=3, seed=7)
+    counted = stream.starting_at(0)
+    batches = [next(counted).tokens for _ in range(2 * len(corpus))]
+    seen = [tuple(row.tolist()) for batch in batches for row in batch]
+    whole = sorted(tuple(row.tolist()) for row in corpus.rows(0, len(corpus)).tokens)
+    # Batches of 5 end with an epoch after every 5 epochs (each epoch alone: test_reader.py).
+    for first in (0, 5 * len(corpus)):
+        assert sorted(seen[first : first + 5 * len(corpus)]) == sorted(5 * whole)
+    for number in (1, 9, 19, 57):
+        assert torch.equal(next(stream.starting_at(number)).tokens, batches[number])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_the_same_batches(ranks: int, tiny_cache: Params) -> None:
+    teacher = CachedTeacher(open_cache(tiny_cache))
+    options = {"batch_rows": 9, "window_shards": 2, "seed": 3}
+    alone = BatchStream(teacher, **options).starting_at(4)
+    together = [
+        BatchStream(teacher, rank=rank, ranks=ranks, **options).starting_at(4)
+        for rank in range(ranks)
+    ]
+    for _ in range(15):
+        one, parts = next(alone), [next(stream) for stream in together]
+        assert torch.equal(one.tokens, torch.cat([part.tokens for part in parts]))
+        assert one.topk is not None
+        ids = [part.topk.ids for part in parts if part.topk is not None]
+        assert torch.equal(one.topk.ids, torch.cat(ids))
+
+
+def test_shards_are_read_once_an_epoch_and_dropped(tiny_cache: Params) -> None:
+    read: list[int] = []
+
+    class Counting(CachedTeacher):
+        def shard(self, number: int) -> Shard:
+            read.append(number)
+            return super().shard(number)
+
+    teacher = Counting(open_cache(tiny_cache))
+    stream = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0)
+    rows = len(teacher.corpus)
+    batches = stream.starting_at(0)
+    for _ in range(3 * rows // 4 - 16):  # up to where the look-ahead ends the third epoch
+        next(batches)
+    batches.close()
+    counts = Counter(read)
+    assert set(counts) == set(range(6))
+    assert max(counts.values()) <= 4
+    assert sum(counts.values()) <= 3 * 6 + 2

@@ -1,0 +1,96 @@
+"""A run: what it is made from, what is refused, what is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Params
+from pipeline.errors import MismatchError, ParamsError
+from pipeline.storage import open_folder
+from pipeline.training.run import run_training
+from tests.conftest import change, make_teacher
+from tests.helpers import SMALL, capture_all
+
+
+def test_the_model_folder_is_complete_and_a_finished_run_is_left_alone(tiny_cache: Params) -> None:
+    result = run_training(tiny_cache, "student")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {
+        file.name for file in (result.folder / "model").iterdir()
+    }
+    assert not (result.folder / "checkpoints").exists()
+    assert run_training(tiny_cache, "student").state is None
+
+
+def test_another_run_in_its_place_is_refused_by_name(tiny_cache: Params) -> None:
+    run_training(tiny_cache, "student")
+    warmer = change(tiny_cache, train={"temperature": 2.0})
+    with pytest.raises(MismatchError, match=r"train\.temperature=1\.0, now 2\.0.*--overwrite"):
+        run_training(warmer, "student")
+    assert run_training(warmer, "student", overwrite=True).state is not None
+
+
+def test_a_run_is_not_continued_from_another_cache(tiny_cache: Params) -> None:
+    run_training(tiny_cache, "student")
+    open_folder(tiny_cache.paths.logits).remove()
+    other = change(tiny_cache, prepare={"k": 4})
+    capture_all(other)
+    with pytest.raises(MismatchError, match=r"cache\.k=16, now 4"):
+        run_training(other, "student")
+
+
+def test_cache_of_another_teacher_is_refused(tiny_cache: Params, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "other", seed=3)
+    with pytest.raises(MismatchError, match="was captured from teacher"):
+        run_training(change(tiny_cache, paths={"teacher": str(tmp_path / "other")}), "student")
+
+
+def test_temperature_not_stored_is_refused(tiny_cache: Params) -> None:
+    with pytest.raises(MismatchError, match=r"temperature=3 is not among the stored .*1, 2, 4"):
+        run_training(change(tiny_cache, train={"temperature": 3.0}), "student")
+
+
+def test_low_retained_mass_is_warned_about(
+    tiny_cache: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"temperature": 4.0, "min_retained_mass": 0.9, "steps": 1}
+    run_training(change(tiny_cache, train=train), "student")
+    assert "warning: at temperature 4 the kept ids hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 299}, "299 vocabulary rows, the corpus uses a tokenizer of 300 ids"),
+        ({"max_seq_len": 16}, r"max_seq_len=16 is less than the corpus's row length 32"),
+        ({"num_heads": 5}, "hidden_size=32 must be divisible by num_heads=5"),
+        ({"init": "checkpoint"}, r"needs student\.checkpoint"),
+        ({"init": "layers", "layers": [9]}, r"student\.layers=\[9\] must name different layers"),
+    ],
+)
+def test_students_that_cannot_be_are_refused(
+    changes: dict[str, object], message: str, tiny_cache: Params
+) -> None:
+    student = {"init": "random"} | SMALL | changes
+    with pytest.raises(ParamsError, match=message):
+        run_training(change(tiny_cache, student=student), "student")
+
+
+def test_student_with_more_rows_than_the_teacher_learns(tiny_cache: Params) -> None:
+    """Shared ids: tokenizer 300, teacher 320 rows, student 340 rows."""
+    student = {"init": "random"} | SMALL | {"vocab_size": 340}
+    state = run_training(change(tiny_cache, student=student), "wide").state
+    assert state is not None
+    assert state.history[-1]["validation/loss"] < state.history[0]["validation/loss"]
+
+
+def test_student_from_a_checkpoint_starts_where_it_ended(tiny_cache: Params) -> None:
+    first = run_training(tiny_cache, "first")
+    student = {"init": "checkpoint", "checkpoint": str(first.folder / "model")}
+    second = run_training(change(tiny_cache, student=student), "second").state
+    assert first.state is not None
+    assert second is not None
+    assert second.history[0]["validation/loss"] == pytest.approx(
+        first.state.history[-1]["validation/loss"], abs=1e-5
+    )
