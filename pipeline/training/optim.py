@@ -11,9 +11,10 @@ from pipeline.config import TrainParams
 
 
 def build_optimizer(student: nn.Module, params: TrainParams) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); norms and biases are not decayed."""
-    matrices = [p for p in student.parameters() if p.ndim >= 2]
-    vectors = [p for p in student.parameters() if p.ndim < 2]
+    """AdamW (Loshchilov & Hutter 2019) of what is trained; norms and biases are not decayed."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": params.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

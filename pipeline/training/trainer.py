@@ -21,7 +21,7 @@ from pipeline.config import TrainParams
 from pipeline.data.packing import IGNORE
 from pipeline.errors import DecantError
 from pipeline.losses.chunked import LossSums, distillation_loss_sums
-from pipeline.model.student import StudentModel
+from pipeline.model.base import Student
 from pipeline.runtime import StopRequest, progress, say
 from pipeline.teacher.base import Teacher
 from pipeline.training.batches import Batch, BatchStream, first_rows
@@ -38,7 +38,7 @@ class Validation:
 
 
 def train(
-    student: StudentModel,
+    student: Student,
     stream: BatchStream,
     validation: Validation,
     params: TrainParams,
@@ -89,7 +89,7 @@ def train(
 
 
 def _train_step(
-    student: StudentModel,
+    student: Student,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     step: int,
@@ -139,7 +139,7 @@ def _train_step(
 
 
 def _forward_backward(
-    student: StudentModel, batch: Batch, num_labels: int, params: TrainParams, dtype: torch.dtype
+    student: Student, batch: Batch, num_labels: int, params: TrainParams, dtype: torch.dtype
 ) -> LossSums:
     """Gradients of this micro-batch's share of the mean loss are added to the parameters."""
     sums = _losses(student, batch, params, dtype)
@@ -147,9 +147,7 @@ def _forward_backward(
     return LossSums(total=sums.total.detach(), ce=sums.ce, kl=sums.kl)
 
 
-def _losses(
-    student: StudentModel, batch: Batch, params: TrainParams, dtype: torch.dtype
-) -> LossSums:
+def _losses(student: Student, batch: Batch, params: TrainParams, dtype: torch.dtype) -> LossSums:
     """Loss sums over the batch's unmasked positions."""
     device = student.head_weight.device
     labels = batch.labels.to(device, non_blocking=True)
@@ -173,7 +171,7 @@ def _losses(
 
 @torch.no_grad()
 def validate(
-    student: StudentModel, validation: Validation, params: TrainParams, dtype: torch.dtype
+    student: Student, validation: Validation, params: TrainParams, dtype: torch.dtype
 ) -> dict[str, float]:
     """Mean cross-entropy and, with a teacher, tail-bucket KL at temperature 1, nats a token."""
     at_one = params.model_copy(update={"temperature": 1.0})

@@ -27,7 +27,8 @@ from pipeline.training import trainer
 from pipeline.training.batches import BatchStream, make_batch
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.optim import build_optimizer, learning_rate
-from pipeline.training.run import build_student, run_training
+from pipeline.training.run import run_training
+from pipeline.training.students import build_student
 from tests.conftest import ROOT, change, make_teacher
 from tests.helpers import capture_all, open_cache
 
