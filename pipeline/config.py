@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -189,12 +189,26 @@ class VerifyParams(Section):
     )
 
 
+class LoraParams(Section):
+    """Adapters of low rank beside frozen matrices (Hu et al. 2021), merged when the run ends."""
+
+    rank: Count = Field(description="r, columns of the matrix A and rows of B")
+    alpha: Positive = Field(description="the product B A is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(description="on an adapter's input")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="names of the linear layers that get one, for example q_proj"
+    )
+
+
 class StudentParams(Section):
-    """The student: its start, and its shape where it starts at random."""
+    """The student: its start, what is trained, and its shape where it starts at random."""
 
     init: Literal["random", "checkpoint", "layers"]
-    checkpoint: Path | None = Field(description="model folder, for init=checkpoint")
+    checkpoint: Path | None = Field(
+        description="folder of any causal language model, for init=checkpoint"
+    )
     layers: tuple[int, ...] = Field(description="decoder layers of the teacher, for init=layers")
+    lora: LoraParams | None = Field(description="train adapters alone; null trains all weights")
     hidden_size: Count
     num_layers: Count
     num_heads: Count
@@ -207,6 +221,15 @@ class StudentParams(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     attention_bias: bool
     tie_embeddings: bool
+
+    @model_validator(mode="after")
+    def _adapters_need_a_start(self) -> Self:
+        if self.lora and self.init == "random":
+            raise ValueError(
+                "lora trains adapters beside frozen weights, which init=random leaves untrained: "
+                "set init to checkpoint or layers, or lora to null"
+            )
+        return self
 
 
 class TrainParams(Section):
@@ -361,6 +384,7 @@ def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # Section, or Section | None
+            if isinstance(kind, type) and issubclass(kind, Section):
+                keys += _all_keys(kind, f"{prefix}{name}.")
     return keys

@@ -222,6 +222,21 @@ def import_ray() -> Any:
     return ray
 
 
+def import_peft() -> Any:
+    """PEFT, an extra, for adapters of low rank.
+
+    Raises:
+        DecantError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise DecantError(
+            "student.lora needs the package peft: install it by `pip install decant[lora]`"
+        ) from None
+    return peft
+
+
 def say(message: str) -> None:
     """Print a line for the user above any progress bar; of several ranks only the first does."""
     if not is_first_rank():

@@ -34,8 +34,12 @@ def main(params: Params, run: str, overwrite: bool) -> None:
         next(r["validation/loss"] for r in records if "validation/loss" in r)
         for records in (result.state.history, result.state.history[::-1])
     )
+    trained = ""
+    if result.trained_parameters < result.parameters:
+        trained = f" ({result.trained_parameters / 1e6:.2f} M in merged adapters)"
     say(
-        f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters, "
+        f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters"
+        f"{trained}, "
         f"validation loss {first:.4f} -> {last:.4f} in {result.state.step} steps, "
         f"{result.state.skipped} skipped"
     )

@@ -14,7 +14,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.metrics import Scores, ScoreSums
-from pipeline.model.weights import load_student
+from pipeline.model.weights import open_student
 from pipeline.runtime import import_transformers, mm_float32, progress
 from pipeline.teacher.hf import HuggingFaceTeacher
 
@@ -40,7 +40,7 @@ def compare(
     Students run in the teacher's number format under autocast, as they were trained; logits are
     float32 for all.
     """
-    models = {name: load_student(path).to(teacher.device).eval() for name, path in students.items()}
+    models = {name: open_student(path).to(teacher.device).eval() for name, path in students.items()}
     heads = {name: model.head_weight.detach() for name, model in models.items()}
     if teacher.device.type == "cpu":  # see mm_float32
         heads = {name: head.float() for name, head in heads.items()}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ParamsError
+from pipeline.model.base import Student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +210,7 @@ class Decoder(nn.Module):
         return out
 
 
-class StudentModel(nn.Module):
+class StudentModel(Student):
     """The causal language model: tokens [B, L] -> logits [B, L, V].
 
     Training calls `hidden_states` and hands the result with `head_weight` to
@@ -230,7 +231,15 @@ class StudentModel(nn.Module):
         """[V, D]: the output matrix, which is the embedding when `tie_embeddings`."""
         return self.lm_head.weight
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    @property
+    def max_seq_len(self) -> int:
+        return self.config.max_seq_len
+
+    @property
+    def body(self) -> nn.Module:
+        return self
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens [B, L] integers -> final normalised hidden states [B, L, D]."""
         if tokens.shape[1] > self.config.max_seq_len:
             raise ParamsError(
@@ -243,10 +252,6 @@ class StudentModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.lm_head(self.hidden_states(tokens))
         return out
-
-    def count_parameters(self) -> int:
-        """Number of parameters, a tied matrix counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def _init_weights(module: nn.Module) -> None:

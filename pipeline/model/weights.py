@@ -2,6 +2,11 @@
 
 Parameter names are Hugging Face's, so loading is a copy by name and a saved student opens with
 `AutoModelForCausalLM` (as `qwen2` when q/k/v carry a bias, as `llama` when not).
+
+Which engine runs a folder follows from its config.json, not from a parameter: our own model where
+it implements that architecture, transformers for all others. The two agree number by number where
+both apply (tests/model/test_student.py), so there is nothing to choose, and whoever opens a trained
+student needs not know how it was trained.
 """
 
 from __future__ import annotations
@@ -21,8 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError
 from pipeline.files import atomic_folder
+from pipeline.model.base import Student
+from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
 from pipeline.model.student import ModelConfig, StudentModel
 
 TOKENIZER_FILES = (
@@ -36,16 +43,37 @@ TOKENIZER_FILES = (
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
+class VariantError(DecantError):
+    """The folder's architecture is not one that `StudentModel` implements; the message names it."""
+
+
+def open_student(folder: Path, layers: Sequence[int] | None = None) -> Student:
+    """The student of any Hugging Face folder in float32, run by the engine that fits.
+
+    Args:
+        layers: indices of decoder layers to keep (0-based, may not repeat); None keeps all.
+
+    Raises:
+        DecantError: neither engine can run it.
+        ParamsError: `layers` names what is not there.
+    """
+    try:
+        return load_student(folder, layers)
+    except VariantError:
+        return HuggingFaceStudent(folder, layers)
+
+
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of a Hugging Face `qwen2` or `llama` folder.
 
     Raises:
-        DecantError: no readable config.json, or a variant this model does not implement, named.
+        VariantError: a variant this model does not implement, named.
+        DecantError: no readable config.json.
     """
     raw = _read_json(folder / "config.json")
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
-        raise DecantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
+        raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     head_size = raw["hidden_size"] // raw["num_attention_heads"]
     unsupported = {
@@ -58,7 +86,7 @@ def read_config(folder: Path) -> ModelConfig:
     }
     for name, (value, supported) in unsupported.items():
         if value != supported:
-            raise DecantError(f"{folder} has {name}={value!r}: the student supports {supported!r}")
+            raise VariantError(f"{folder} has {name}={value!r}: the student supports {supported!r}")
     return ModelConfig(
         hidden_size=raw["hidden_size"],
         num_layers=raw["num_hidden_layers"],
@@ -83,12 +111,7 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
     """
     config = read_config(folder)
     if layers is not None:
-        outside = [i for i in layers if not 0 <= i < config.num_layers]
-        if outside or not layers or len(set(layers)) != len(layers):
-            raise ParamsError(
-                f"student.layers={list(layers)} must name different layers within "
-                f"0..{config.num_layers - 1} of {folder}"
-            )
+        require_layers(layers, config.num_layers, folder)
         config = ModelConfig(**{**vars(config), "num_layers": len(layers)})
     student = StudentModel(config)
     position = {source: i for i, source in enumerate(layers or range(config.num_layers))}
@@ -115,20 +138,27 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
     return student
 
 
-def save_student(student: StudentModel, folder: Path, *, tokenizer_from: Path | None) -> None:
+def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None) -> None:
     """Write a Hugging Face folder atomically: complete under `folder`, or not there at all."""
     with atomic_folder(folder) as partial:
-        tensors = {
-            name: parameter.detach().to("cpu").contiguous()
-            for name, parameter in student.named_parameters()
-        }
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(_hugging_face_config(student.config), indent=2)
-        (partial / "config.json").write_text(text + "\n")
+        if isinstance(student, HuggingFaceStudent):
+            student.model.save_pretrained(partial)
+        elif isinstance(student, StudentModel):
+            _write_model(student, partial)
         for name in TOKENIZER_FILES if tokenizer_from else ():
             assert tokenizer_from is not None
             if (tokenizer_from / name).exists():
                 shutil.copy(tokenizer_from / name, partial / name)
+
+
+def _write_model(student: StudentModel, folder: Path) -> None:
+    tensors = {
+        name: parameter.detach().to("cpu").contiguous()
+        for name, parameter in student.named_parameters()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(_hugging_face_config(student.config), indent=2)
+    (folder / "config.json").write_text(text + "\n")
 
 
 def hash_weights(folder: Path) -> str:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.runtime import dtype_name, import_transformers, mm_float32
+from pipeline.model.hugging_face import load_causal_lm
+from pipeline.runtime import dtype_name, mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
 
@@ -45,16 +45,7 @@ class HuggingFaceTeacher:
         device: torch.device,
         head_chunk: int = 64,
     ) -> None:
-        try:
-            model: Any = import_transformers().AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DecantError(
-                f"{folder} is no usable teacher ({reason}): run stages/fetch.py"
-            ) from None
-        _require_plain_head(folder, model.config)
+        model = load_causal_lm(folder, dtype, what="teacher")
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.dtype = dtype
@@ -127,19 +118,3 @@ class HuggingFaceTeacher:
                 "bfloat16 or float32"
             )
         return topk
-
-
-def _require_plain_head(folder: Path, config: Any) -> None:
-    """Refuse models that change their logits after the head, which is applied here without them.
-
-    Cohere scales by `logit_scale`, Granite by `logits_scaling`, Falcon-H1 by `lm_head_multiplier`,
-    Gemma 2 caps by `final_logit_softcapping`.
-    """
-    names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
-    for name in names:
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise DecantError(
-                f"{folder} changes its logits after the head ({name}={value}), which capture does "
-                "not follow: choose a teacher without that"
-            )

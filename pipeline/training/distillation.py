@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.data.packing import IGNORE
 from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.model.student import StudentModel
+from pipeline.model.base import Student
 from pipeline.training.batches import Batch
 
 
@@ -24,7 +24,7 @@ class DistillationStep(nn.Module):
         head_chunk: positions whose logits are in memory at once.
     """
 
-    def __init__(self, student: StudentModel, *, dtype: torch.dtype, head_chunk: int) -> None:
+    def __init__(self, student: Student, *, dtype: torch.dtype, head_chunk: int) -> None:
         super().__init__()
         self.student = student
         self.dtype = dtype

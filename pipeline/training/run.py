@@ -1,6 +1,7 @@
 """One training run: build the student, choose the teacher, train, save; a folder under runs/.
 
 <runs>/<name>/model/         the trained student, a Hugging Face folder with the tokenizer
+<runs>/<name>/adapter/       with student.lora: the adapter alone, over student.checkpoint
 <runs>/<name>/run.json       what the run was made from; another run in its place is refused
 <runs>/<name>/dvclive/       metrics and curves
 <runs>/<name>/checkpoints/   only while the run is unfinished; with paths.checkpoints, <name> there,
@@ -17,11 +18,10 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Params, StudentParams
+from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.model.student import ModelConfig, StudentModel
-from pipeline.model.weights import hash_weights, load_student, save_student
+from pipeline.model.weights import hash_weights
 from pipeline.runtime import DTYPES, pick_dtype, say, seed_everything
 from pipeline.storage import Folder, open_folder
 from pipeline.store.reader import CacheReader
@@ -33,6 +33,7 @@ from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.parallel import Ranks, gather_parameters, join_ranks, parallelise
+from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass
 
@@ -50,11 +51,12 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended; `state` is None when it had been finished before."""
+    """How a run ended; `state` is None, and nothing counted, when it had been finished before."""
 
     folder: Path
     state: TrainState | None
-    parameters: int
+    parameters: int = 0
+    trained_parameters: int = 0  # fewer with adapters
 
 
 def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunResult:
@@ -86,13 +88,12 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
     )
     identity = _identity(params, corpus)
     if ranks.on_first(lambda: _claim(folder, checkpoints, identity, overwrite)):
-        return RunResult(folder, None, load_student(folder / "model").count_parameters())
+        return RunResult(folder, None)
     seed_everything(params.seed)
-    student = build_student(params.student, params.paths.teacher)
+    student = RunStudent(params, corpus, held_out)
     if ranks.rank:  # the same student everywhere, dropped units of each rank's own
         seed_everything(params.seed + ranks.rank)
-    size = student.count_parameters()
-    _require_vocabulary(student.config, corpus)
+    trained = student.model.count_parameters(trained_only=True)
     training, validation = _teachers(params, ranks.device, corpus, held_out)
     stream = BatchStream(
         training,
@@ -105,10 +106,10 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
     )
     _warn_of_lost_mass(training, params)
     dtype = DTYPES[params.train.dtype]
-    step = DistillationStep(student, dtype=dtype, head_chunk=params.train.head_chunk)
+    step = DistillationStep(student.model, dtype=dtype, head_chunk=params.train.head_chunk)
     state = train(
         parallelise(step, ranks, params.train),
-        student,
+        student.model,
         stream,
         Validation(validation, params.train.eval_rows),
         params.train,
@@ -116,9 +117,10 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
         checkpoints,
         ranks,
     )
-    gather_parameters(student, ranks)
-    ranks.on_first(lambda: _finish(student, folder, checkpoints, params.paths.teacher))
-    return RunResult(folder, state, size)
+    gather_parameters(student.model, ranks)
+    ranks.on_first(lambda: student.save(folder))
+    ranks.on_first(checkpoints.remove)
+    return RunResult(folder, state, student.model.count_parameters(), trained)
 
 
 def _require_rows(params: Params, ranks: Ranks) -> None:
@@ -126,44 +128,6 @@ def _require_rows(params: Params, ranks: Ranks) -> None:
         raise ParamsError(
             f"train.batch_rows={params.train.batch_rows} rows cannot be shared among {ranks.count} "
             f"ranks: set it to a multiple of {ranks.count}, or start fewer processes"
-        )
-
-
-def _finish(student: StudentModel, folder: Path, checkpoints: Checkpoints, teacher: Path) -> None:
-    """Save what was trained; the checkpoints are not needed any more."""
-    save_student(student, folder / "model", tokenizer_from=teacher)
-    checkpoints.remove()
-
-
-def build_student(params: StudentParams, teacher: Path) -> StudentModel:
-    """A student at random, from a checkpoint, or from chosen layers of the teacher."""
-    if params.init == "layers":
-        return load_student(teacher, params.layers)
-    if params.init == "checkpoint":
-        if params.checkpoint is None:
-            raise ParamsError("student.init=checkpoint needs student.checkpoint, a model folder")
-        return load_student(params.checkpoint)
-    shape = params.model_dump(exclude={"init", "checkpoint", "layers"})
-    return StudentModel(ModelConfig(**shape))
-
-
-def _require_vocabulary(student: ModelConfig, corpus: CorpusSplit) -> None:
-    """Vocabularies are matched by shared ids, from 0 to the tokenizer's largest.
-
-    The number of embedding rows may differ between teacher and student (Qwen2.5: 151,936 or
-    152,064 rows, 151,665 tokenizer ids): rows beyond the tokenizer never occur, are left out of the
-    teacher's sums, and count as ids without teacher mass for the student. A student with fewer rows
-    than the tokenizer has ids cannot even embed the text.
-    """
-    if student.vocab_size < corpus.info.vocab_size:
-        raise ParamsError(
-            f"the student has {student.vocab_size} vocabulary rows, the corpus uses a tokenizer of "
-            f"{corpus.info.vocab_size} ids: set student.vocab_size to at least that"
-        )
-    if student.max_seq_len < corpus.info.row_length:
-        raise ParamsError(
-            f"student.max_seq_len={student.max_seq_len} is less than the corpus's row length "
-            f"{corpus.info.row_length}: enlarge it, or shorten corpus.row_length"
         )
 
 
@@ -251,10 +215,8 @@ def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
     if params.train.teacher == "online":
         kept = params.prepare.model_dump(mode="json", include={"k", "draws", "dtype"})
         identity |= {"online": kept, "teacher_sha256": hash_weights(params.paths.teacher)}
-    if params.student.init == "layers":
-        identity["start_sha256"] = hash_weights(params.paths.teacher)
-    if params.student.init == "checkpoint" and params.student.checkpoint is not None:
-        identity["start_sha256"] = hash_weights(params.student.checkpoint)
+    if start := start_folder(params.student, params.paths.teacher):
+        identity["start_sha256"] = hash_weights(start)
     return dict(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
 
 

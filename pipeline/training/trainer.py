@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.config import TrainParams
 from pipeline.errors import DecantError
+from pipeline.model.base import Student
 from pipeline.runtime import StopRequest, progress, say
 from pipeline.training.batches import Batch, BatchStream
 from pipeline.training.checkpoint import Checkpoints, TrainState
@@ -29,7 +30,7 @@ from pipeline.training.validation import Validation, validate
 
 def train(
     model: nn.Module,
-    student: nn.Module,
+    student: Student,
     stream: BatchStream,
     validation: Validation,
     params: TrainParams,

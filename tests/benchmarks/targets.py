@@ -33,7 +33,7 @@ from pipeline.store.codec import RankTable, encode
 from pipeline.store.layout import CacheLayout
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, row_uniforms, top_k_from_logits
-from pipeline.training.run import build_student
+from pipeline.training.students import build_student
 
 Loss = Callable[[Tensor, TopK, float], Tensor]
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import Params, TrainParams, load_params
 from pipeline.errors import ParamsError
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
-from pipeline.training.run import build_student
+from pipeline.training.students import build_student
 from tests.conftest import ROOT, change
 
 

@@ -1,0 +1,143 @@
+"""Whether a student's tokens are the corpus's: the same ids for the same pieces of text.
+
+Teacher, corpus and student must share ids, not files. Qwen2.5 of 0.5B and of 7B, base and chat
+models of one family, differ in the bytes of tokenizer.json (templates, padding, how merges are
+written) and in the number of embedding rows, and still mean the same by every id. So vocabularies
+and merge rules are compared:
+
+    ordinary ids    must be the same tokens, and merge rules the same, or it is another tokenizer
+    control tokens  (added tokens, such as <|im_start|>) may differ or be missing on one side as
+                    long as the corpus does not hold them
+    further ids     of the student never occur in the corpus, and are ids without teacher mass
+
+How text is normalised and split before merging is not compared: it changes which of the shared ids
+a text becomes, not what they mean, and the trained student gets the corpus's tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError, MismatchError
+from pipeline.model.weights import hash_tokenizer
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer.json says of ids."""
+
+    tokens: dict[int, str]  # id -> token, control tokens included
+    control: frozenset[int]  # ids of added tokens
+    merges: tuple[str, ...]  # of BPE, in order; empty for other kinds
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of a folder's tokenizer.json.
+
+    Raises:
+        DecantError: there is none, or it cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        content = json.loads(file.read_text())
+        model = content["model"]
+        added = {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
+        tokens = _ids(model["vocab"]) | added
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DecantError(
+            f"{file} cannot be read as a tokenizer ({type(error).__name__}: {error}): write it by "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        ) from None
+    merges = tuple(
+        rule if isinstance(rule, str) else " ".join(rule) for rule in model.get("merges") or ()
+    )
+    return Vocabulary(tokens=tokens, control=frozenset(added), merges=merges)
+
+
+def require_shared_ids(start: Path, corpora: Sequence[CorpusSplit], tokenizer: Path) -> None:
+    """Refuse a student whose ids mean something else than the corpus's.
+
+    Args:
+        start: folder of the model that the student starts from.
+        corpora: splits made by one tokenizer.
+        tokenizer: folder that should hold that tokenizer; read only where hashes differ.
+
+    Raises:
+        MismatchError: the first id that differs is named.
+        DecantError: nothing to compare with.
+    """
+    if not (start / "tokenizer.json").exists():
+        raise DecantError(
+            f"{start} holds no tokenizer.json, so nothing says that its ids are the corpus's: put "
+            "the model's own there"
+        )
+    wanted = corpora[0].info.tokenizer_sha256
+    found = hash_tokenizer(start)
+    if found == wanted:
+        return
+    if not (tokenizer / "tokenizer.json").exists() or hash_tokenizer(tokenizer) != wanted:
+        raise MismatchError(
+            f"{start} has tokenizer {found[:12]}, the corpus was made by {wanted[:12]}, which "
+            f"{tokenizer} does not hold for a comparison of their ids: bring that teacher back, or "
+            "make the corpus again with stages/corpus.py"
+        )
+    ours, theirs = read_vocabulary(start), read_vocabulary(tokenizer)
+    differing = [
+        number
+        for number in range(corpora[0].info.vocab_size)
+        if ours.tokens.get(number) != theirs.tokens.get(number)
+    ]
+    control = ours.control | theirs.control
+    wrong = [number for number in differing if number not in control]
+    if not wrong and differing:
+        wrong = sorted(_occurring(corpora, differing))
+    if wrong:
+        raise MismatchError(_sentence(start, wrong, ours, theirs))
+    if ours.merges != theirs.merges:
+        raise MismatchError(
+            f"{start} has the corpus's token ids, but its tokenizer merges by other rules from "
+            f"rule {_first_difference(ours.merges, theirs.merges):,} on: choose a student of the "
+            "teacher's family"
+        )
+
+
+def _sentence(start: Path, wrong: list[int], ours: Vocabulary, theirs: Vocabulary) -> str:
+    first = wrong[0]
+    return (
+        f"{start} has another vocabulary than the corpus: id {first} is "
+        f"{ours.tokens.get(first)!r} there and {theirs.tokens.get(first)!r} in the corpus, and "
+        f"{len(wrong) - 1:,} more differ: choose a student of the teacher's family, or a teacher "
+        "with the student's tokenizer"
+    )
+
+
+def _ids(vocab: Any) -> dict[int, str]:
+    """BPE, WordPiece and WordLevel map tokens to ids; Unigram lists [token, score] by id."""
+    if isinstance(vocab, dict):
+        return {number: token for token, number in vocab.items()}
+    return {number: token for number, (token, _) in enumerate(vocab)}
+
+
+def _occurring(corpora: Iterable[CorpusSplit], numbers: list[int]) -> set[int]:
+    """Which of these ids some row holds."""
+    wanted = np.array(numbers)
+    found: set[int] = set()
+    for corpus in corpora:
+        for start in range(0, len(corpus), _ROWS_AT_ONCE):
+            rows = corpus.rows(start, min(start + _ROWS_AT_ONCE, len(corpus)))
+            found.update(wanted[np.isin(wanted, rows.tokens)].tolist())
+    return found
+
+
+def _first_difference(one: Sequence[str], two: Sequence[str]) -> int:
+    pairs = zip(one, two, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))

@@ -1,0 +1,224 @@
+"""Any causal language model of transformers as student; and what teachers share with it.
+
+Only the library's own classes are used, from a local folder of safetensors: no code of a folder is
+run. Training takes hidden states and the head's matrix apart, so a model that does something to its
+logits after the head is refused: by name where the config says so, and for all others by a probe of
+a few tokens. Document masks are asked of transformers by positions that start again at 0, from
+which it builds the block-diagonal mask of each layer, sliding windows included; a 4D mask of our
+own would replace those. Models whose layers do not follow (recurrent ones, ALiBi) are found by a
+probe too.
+
+Shapes: B batch, L length, D hidden, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import DecantError, ParamsError
+from pipeline.model.base import Student
+from pipeline.runtime import import_transformers
+
+_PROBE_TOKENS = 6
+_TOLERANCE = 1e-3  # of the largest value; float32 differs by 1e-6 between shapes of a product
+_LOGIT_CHANGES = (
+    "logit_scale",  # Cohere
+    "logits_scaling",  # Granite
+    "lm_head_multiplier",  # Falcon-H1
+    "final_logit_softcapping",  # Gemma 2
+)
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
+    """The model of a local folder, in evaluation mode, its weights complete.
+
+    Args:
+        what: the model's part in the pipeline, for the error's sentence.
+
+    Raises:
+        DecantError: no model, an unknown architecture, missing tensors, or logits changed after
+            the head.
+    """
+    try:
+        model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DecantError(
+            f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a folder with "
+            "safetensors of an architecture that transformers knows"
+        ) from None
+    if missing := loading["missing_keys"]:  # transformers would start these at random
+        raise DecantError(
+            f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: bring the whole "
+            "model by stages/fetch.py"
+        )
+    require_plain_head(folder, model.config)
+    return model.eval()
+
+
+def require_plain_head(folder: Path, config: Any) -> None:
+    """Refuse models whose config says that logits are scaled or capped after the head."""
+    for name in _LOGIT_CHANGES:
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise DecantError(
+                f"{folder} changes its logits after the head ({name}={value}), which Decant does "
+                "not follow: choose a model without that"
+            )
+
+
+class HuggingFaceStudent(Student):
+    """A causal language model of transformers, in float32, in training mode.
+
+    Args:
+        folder: Hugging Face folder with safetensors.
+        layers: decoder layers to keep, in order (0-based, may not repeat); None keeps all.
+
+    Raises:
+        DecantError: no model, or its logits are not hidden states times the head's matrix.
+        ParamsError: `layers` names what is not there.
+    """
+
+    def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        model = load_causal_lm(folder, torch.float32, what="student")
+        if layers is not None:
+            model = _keep_layers(model, layers, folder)
+        self.model = model
+        self._require_product(folder)
+        self._masks_documents = self._probe_document_masks()
+        self.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
+
+    @property
+    def head_weight(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def max_seq_len(self) -> int | None:
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def body(self) -> nn.Module:
+        body: nn.Module = self.model
+        return body
+
+    def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        """As in `Student`. Raises DecantError for document masks that the model ignores."""
+        if doc_ids is None:
+            return self._hidden_states(tokens)
+        if not self._masks_documents:
+            raise DecantError(
+                f"a {self.model.config.model_type!r} student attends across documents whatever it "
+                "is told: train it without document masks, or choose another architecture"
+            )
+        return self._hidden_states(tokens, position_ids=positions_in_documents(doc_ids))
+
+    def _hidden_states(self, tokens: Tensor, **options: Tensor) -> Tensor:
+        hidden: Tensor = self.model.base_model(
+            input_ids=tokens, use_cache=False, **options
+        ).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def _require_product(self, folder: Path) -> None:
+        tokens = torch.arange(_PROBE_TOKENS)[None]
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        if not _close(self._hidden_states(tokens) @ self.head_weight.T, logits):
+            raise DecantError(
+                f"the logits of {folder} are not its hidden states times its head's matrix (a "
+                "bias, a scale or a cap follows), which training relies on: choose a model without"
+            )
+
+    @torch.no_grad()
+    def _probe_document_masks(self) -> bool:
+        """Whether a document's hidden states are the same behind another and alone."""
+        if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
+            return False
+        tokens = torch.arange(2 * _PROBE_TOKENS)[None]
+        doc_ids = tokens // _PROBE_TOKENS
+        behind = self._hidden_states(tokens, position_ids=positions_in_documents(doc_ids))
+        alone = self._hidden_states(tokens[:, _PROBE_TOKENS:])
+        return _close(behind[:, _PROBE_TOKENS:], alone)
+
+
+def positions_in_documents(doc_ids: Tensor) -> Tensor:
+    """Document ids [B, L] -> int64 [B, L]: each position counted from its document's start.
+
+    Padding (negative ids) continues the document before it: [[7, 7, 9, 9, -1]] ->
+    [[0, 1, 0, 1, 2]].
+    """
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand(doc_ids.shape)
+    starts = torch.zeros_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = (doc_ids[:, 1:] != doc_ids[:, :-1]) & (doc_ids[:, 1:] >= 0)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).abs().max() <= _TOLERANCE * two.abs().max())
+
+
+def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
+    """The same model with chosen decoder layers only; lists a layer in the config are cut alike."""
+    count = model.config.num_hidden_layers
+    stacks = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    )
+    stack = next(stacks, None)
+    if stack is None:
+        raise DecantError(
+            f"{folder} has no list of {count} decoder layers to choose from: set student.init to "
+            "checkpoint"
+        )
+    require_layers(layers, count, folder)
+    config = copy.deepcopy(model.config)
+    for name, value in vars(model.config).items():  # layer_types and the like
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)
+    smaller = type(model)(config)
+    smaller.load_state_dict(_renumbered(model.state_dict(), stack, layers))
+    smaller.generation_config = model.generation_config
+    return smaller.eval()
+
+
+def require_layers(layers: Sequence[int], count: int, folder: Path) -> None:
+    """Refuse an empty choice of layers, one that repeats, or one beyond the model's."""
+    outside = [i for i in layers if not 0 <= i < count]
+    if outside or not layers or len(set(layers)) != len(layers):
+        raise ParamsError(
+            f"student.layers={list(layers)} must name different layers within 0..{count - 1} of "
+            f"{folder}"
+        )
+
+
+def _renumbered(tensors: dict[str, Tensor], stack: str, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Tensors outside the stack of layers, and those of chosen layers under their new numbers."""
+    place = {source: i for i, source in enumerate(layers)}
+    pattern = re.compile(rf"^{re.escape(stack)}\.(\d+)\.(.+)$")
+    kept = {}
+    for name, tensor in tensors.items():
+        match = pattern.match(name)
+        if match is None:
+            kept[name] = tensor
+        elif int(match[1]) in place:
+            kept[f"{stack}.{place[int(match[1])]}.{match[2]}"] = tensor
+    return kept

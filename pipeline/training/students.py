@@ -1,0 +1,114 @@
+"""What a run trains: the student's start, its vocabulary, its adapters; and what is left of it.
+
+    random       the shape in params.yaml, weights drawn
+    layers       chosen decoder layers of the teacher
+    checkpoint   a folder of any causal language model
+
+The saved model is plain in each case (adapters merged), so that nothing later needs to know.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Params, StudentParams
+from pipeline.data.rows import CorpusSplit
+from pipeline.data.vocabulary import require_shared_ids
+from pipeline.errors import ParamsError
+from pipeline.model.base import Student
+from pipeline.model.hugging_face import HuggingFaceStudent
+from pipeline.model.lora import add_adapters, merge_adapters, save_adapters
+from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.weights import open_student, save_student
+from pipeline.runtime import say
+
+
+def start_folder(params: StudentParams, teacher: Path) -> Path | None:
+    """The folder whose weights the student starts with; None for random ones.
+
+    Raises:
+        ParamsError: init=checkpoint without a folder.
+    """
+    if params.init == "random":
+        return None
+    if params.init == "layers":
+        return teacher
+    if params.checkpoint is None:
+        raise ParamsError("student.init=checkpoint needs student.checkpoint, a model folder")
+    if not params.checkpoint.is_dir():
+        raise ParamsError(
+            f"student.checkpoint={params.checkpoint} is no folder here: if it is a model's name on "
+            f"the hub, bring it by `hf download {params.checkpoint} --local-dir FOLDER`, and name "
+            "that folder"
+        )
+    return params.checkpoint
+
+
+def build_student(params: StudentParams, teacher: Path) -> Student:
+    """The student at its start, all its weights trained (adapters are added by `RunStudent`)."""
+    start = start_folder(params, teacher)
+    if start is None:
+        shape = params.model_dump(exclude={"init", "checkpoint", "layers", "lora"})
+        return StudentModel(ModelConfig(**shape))
+    student = open_student(start, params.layers if params.init == "layers" else None)
+    if isinstance(student, HuggingFaceStudent):
+        kind = student.model.config.model_type
+        say(f"student: transformers runs {start}, a {kind} model")
+    return student
+
+
+class RunStudent:
+    """The student of one run, from its start to the saved model.
+
+    Args:
+        corpora: the splits it will see, training first.
+
+    Raises:
+        ParamsError, MismatchError: it cannot take the corpus's rows or does not share its ids.
+    """
+
+    def __init__(self, params: Params, *corpora: CorpusSplit) -> None:
+        self._params = params.student
+        self._teacher = params.paths.teacher
+        self._start = start_folder(params.student, self._teacher)
+        if self._start is not None:
+            require_shared_ids(self._start, corpora, self._teacher)
+        self.model = build_student(params.student, self._teacher)
+        require_room(self.model, corpora[0])
+        self._adapters: Any = None
+        if params.student.lora is not None:
+            self._adapters = add_adapters(self.model, params.student.lora)
+
+    def save(self, run: Path) -> None:
+        """Write <run>/model, and before it <run>/adapter where there is a folder to put it over.
+
+        Adapters are merged by this: the student has no more of them afterwards.
+        """
+        if self._adapters is not None:
+            if self._params.init == "checkpoint" and self._start is not None:
+                save_adapters(self._adapters, run / "adapter", start=self._start)
+            merge_adapters(self._adapters)
+        save_student(self.model, run / "model", tokenizer_from=self._teacher)
+
+
+def require_room(student: Student, corpus: CorpusSplit) -> None:
+    """Refuse a student with fewer rows than ids, or whose context is shorter than a row.
+
+    Vocabularies are matched by shared ids, from 0 to the tokenizer's largest. The number of
+    embedding rows may differ between teacher and student (Qwen2.5: 151,936 or 152,064 rows, 151,665
+    tokenizer ids): rows beyond the tokenizer never occur, are left out of the teacher's sums, and
+    count as ids without teacher mass for the student. A student with fewer rows than the tokenizer
+    has ids cannot even embed the text.
+    """
+    if student.vocab_size < corpus.info.vocab_size:
+        raise ParamsError(
+            f"the student has {student.vocab_size} vocabulary rows, the corpus uses a tokenizer of "
+            f"{corpus.info.vocab_size} ids: set student.vocab_size to at least that, or start from "
+            "a model of the teacher's family"
+        )
+    if student.max_seq_len is not None and student.max_seq_len < corpus.info.row_length:
+        raise ParamsError(
+            f"the student's max_seq_len={student.max_seq_len} is less than the corpus's row length "
+            f"{corpus.info.row_length}: enlarge it, or shorten corpus.row_length"
+        )
