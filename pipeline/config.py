@@ -37,6 +37,16 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Divergence = Literal[
+    "forward_kl",
+    "renormalised_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+"""How far the student is from the teacher; `pipeline/losses/reference.py` has the mathematics."""
 
 
 class Section(BaseModel):
@@ -207,7 +217,10 @@ class TrainParams(Section):
     """Optimisation of the student."""
 
     teacher: Literal["cached", "online", "none"]
-    alpha: Fraction = Field(description="weight of KL against cross-entropy")
+    alpha: Fraction = Field(description="weight of the divergence against cross-entropy")
+    divergence: Divergence = Field(
+        description="from teacher to student; with a cache of draws only forward_kl"
+    )
     temperature: Positive
     k: Count | None = Field(description="use only the first k stored ids; null uses all")
     steps: Count = Field(description="optimizer steps")

@@ -6,6 +6,7 @@ own) and sets one, for Ray.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -174,6 +176,12 @@ def import_ray() -> Any:
             "--engine ray needs the package ray: install it by `pip install decant[ray]`"
         ) from None
     return ray
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; PyTorch's CUDA builds for Linux bring it along."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def say(message: str) -> None:

@@ -110,9 +110,9 @@ def _train_step(
         for batch in micro_batches
         if batch.num_labels
     ]
-    total, ce, kl = (
+    total, ce, divergence = (
         float(sum(getattr(part, name) for part in sums)) / max(1, num_labels)
-        for name in ("total", "ce", "kl")
+        for name in ("total", "ce", "divergence")
     )
     norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), params.clip_norm))
     if math.isfinite(total) and math.isfinite(norm):
@@ -129,7 +129,7 @@ def _train_step(
     return {
         "train/loss": total,
         "train/ce": ce,
-        **({"train/kl": kl} if params.teacher != "none" else {}),
+        **({"train/divergence": divergence} if params.teacher != "none" else {}),
         "train/learning_rate": rate,
         "train/gradient_norm": norm,
         "train/skipped_steps": float(state.skipped),
@@ -144,7 +144,7 @@ def _forward_backward(
     """Gradients of this micro-batch's share of the mean loss are added to the parameters."""
     sums = _losses(student, batch, params, dtype)
     (sums.total / num_labels).backward()  # type: ignore[no-untyped-call]
-    return LossSums(total=sums.total.detach(), ce=sums.ce, kl=sums.kl)
+    return LossSums(total=sums.total.detach(), ce=sums.ce, divergence=sums.divergence)
 
 
 def _losses(
@@ -166,6 +166,7 @@ def _losses(
         topk,
         alpha=params.alpha,
         temperature=params.temperature,
+        divergence=params.divergence,
         dtype=dtype,
         chunk=params.head_chunk,
     )
@@ -175,8 +176,11 @@ def _losses(
 def validate(
     student: StudentModel, validation: Validation, params: TrainParams, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Mean cross-entropy and, with a teacher, tail-bucket KL at temperature 1, nats a token."""
-    at_one = params.model_copy(update={"temperature": 1.0})
+    """Mean cross-entropy and, with a teacher, tail-bucket KL at temperature 1, nats a token.
+
+    Whatever is trained for, so that runs can be compared.
+    """
+    as_kl = params.model_copy(update={"temperature": 1.0, "divergence": "forward_kl"})
     ce, kl, count = 0.0, 0.0, 0
     student.eval()
     has_teacher = False
@@ -184,8 +188,8 @@ def validate(
         if not batch.num_labels:
             continue
         has_teacher = batch.topk is not None
-        sums = _losses(student, batch, at_one, dtype)
-        ce, kl, count = ce + float(sums.ce), kl + float(sums.kl), count + batch.num_labels
+        sums = _losses(student, batch, as_kl, dtype)
+        ce, kl, count = ce + float(sums.ce), kl + float(sums.divergence), count + batch.num_labels
     student.train()
     if not count:
         raise DecantError("the validation rows hold no position in the loss: enlarge the corpus")
