@@ -39,6 +39,16 @@ Positive = Annotated[float, Field(gt=0.0)]
 Temperature = Annotated[float, Field(ge=0.01, le=1000.0)]
 """Below 0.01, logit / tau leaves the range in which float32 normalisers mean anything."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Divergence = Literal[
+    "forward_kl",
+    "renormalised_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+"""How far the student is from the teacher; `pipeline/losses/reference.py` has the mathematics."""
 
 
 class Section(BaseModel):
@@ -236,9 +246,12 @@ class TrainParams(Section):
     """Optimisation of the student."""
 
     teacher: Literal["cached", "online", "none"]
-    alpha: Fraction = Field(description="weight of KL against cross-entropy")
+    alpha: Fraction = Field(description="weight of the divergence against cross-entropy")
     alpha_end: Fraction | None = Field(
         description="alpha moves to this, linearly over the steps; null keeps it constant"
+    )
+    divergence: Divergence = Field(
+        description="from teacher to student; with a cache of draws only forward_kl"
     )
     temperature: Temperature
     k: Count | None = Field(description="use only the first k stored ids; null uses all")

@@ -6,6 +6,7 @@ compilers are (libraries read their own), and sets one, for Ray.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -235,6 +237,12 @@ def import_peft() -> Any:
             "student.lora needs the package peft: install it by `pip install decant[lora]`"
         ) from None
     return peft
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; PyTorch's CUDA builds for Linux bring it along."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def say(message: str) -> None:

@@ -1,11 +1,18 @@
-"""lm_head, cross-entropy and sparse KL in one pass, without tokens x vocabulary in memory.
+"""lm_head, cross-entropy and a sparse divergence in one pass, never tokens x vocabulary in memory.
 
 Rows of hidden states are taken a chunk at a time: logits, loss and the loss's gradient for hidden
-states and head weight are computed together in forward, in two [chunk, V] float32 buffers, and the
+states and head weight are computed together in forward, in one [chunk, V] float32 buffer, and the
 logits are forgotten. backward only scales what forward left. The plain twin is
 `pipeline.losses.reference.distillation_loss` (tests/losses/test_chunked.py: value and gradient).
 
-Shapes: n positions, D hidden, V vocabulary rows, K kept ids.
+All ids that the teacher did not keep act as one, whose logit is s = log sum exp(z_v / tau) over
+them: log_softmax of (z_T / tau, s) are the K + 1 log-probabilities that a divergence sees, and the
+loss is a function of K + 2 numbers a position, which autograd differentiates at next to no cost.
+What arrives at s is handed on by ds / dz_v = exp(z_v / tau - s) / tau. So every divergence makes
+the same passes over the vocabulary as cross-entropy alone: maximum, exponentials, their sum, and
+one product; and a tail of little mass loses no digits, since its sum has a maximum of its own.
+
+Shapes: n positions, D hidden, V vocabulary rows, K kept ids (and drawn ones).
 """
 
 from __future__ import annotations
@@ -16,7 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.runtime import mm_float32
+from pipeline.config import Divergence
+from pipeline.losses import passes
+from pipeline.losses.passes import Passes
+from pipeline.losses.reference import (
+    DIVERGENCES,
+    LOG_ZERO,
+    bucketed_target,
+    require_expressible,
+    sampled_target,
+)
+from pipeline.runtime import has_triton, mm_float32
 from pipeline.topk import TopK
 
 
@@ -24,9 +41,18 @@ from pipeline.topk import TopK
 class LossSums:
     """Sums over positions, to be divided once by the GLOBAL token count."""
 
-    total: Tensor  # float32 scalar with gradient: alpha tau^2 KL + (1 - alpha) CE
+    total: Tensor  # float32 scalar with gradient: alpha tau^2 divergence + (1 - alpha) CE
     ce: Tensor  # float32 scalar, nats
-    kl: Tensor  # float32 scalar, nats at the temperature, without tau^2; 0 without a teacher
+    divergence: Tensor  # float32 scalar, nats at tau, without tau^2; 0 without a teacher
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """Alpha tau^2 divergence + (1 - alpha) CE."""
+
+    alpha: float
+    temperature: float
+    divergence: Divergence
 
 
 def distillation_loss_sums(
@@ -37,21 +63,29 @@ def distillation_loss_sums(
     *,
     alpha: float,
     temperature: float,
+    divergence: Divergence = "forward_kl",
     dtype: torch.dtype = torch.float32,
     chunk: int = 256,
 ) -> LossSums:
-    """Alpha tau^2 KL + (1 - alpha) CE, summed over positions; CE alone without `topk`.
+    """Alpha tau^2 divergence + (1 - alpha) CE, summed over positions; CE alone without `topk`.
 
     Args:
         hidden: [n, D], unmasked positions only. weight: [V, D]. labels: int64 [n].
-        topk: the teacher at those positions (leading axis n), or None.
+        topk: the teacher at those positions (leading axis n), or None. V may exceed its valid ids.
         dtype: factors of the matrix products; sums are always float32.
-        chunk: rows at a time; memory is 2 x chunk x V x 4 bytes.
+        chunk: rows at a time; memory is chunk x V x 4 bytes.
+
+    Raises:
+        MismatchError: the temperature was not stored, or draws cannot express the divergence.
     """
-    total, ce, kl = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, topk, alpha, temperature, dtype, chunk
+    if topk is None:
+        alpha, temperature = 0.0, 1.0
+    else:
+        require_expressible(divergence, topk)
+    total, ce, value = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, topk, _Objective(alpha, temperature, divergence), dtype, chunk
     )
-    return LossSums(total=total, ce=ce, kl=kl)
+    return LossSums(total=total, ce=ce, divergence=value)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -62,157 +96,134 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         topk: TopK | None,
-        alpha: float,
-        temperature: float,
+        objective: _Objective,
         dtype: torch.dtype,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_grad = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if need_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
-        ce_sum = torch.zeros((), device=hidden.device)
-        kl_sum = torch.zeros((), device=hidden.device)
+        hidden, weight = hidden.detach(), weight.detach()
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if of_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        divergence_sum, ce_sum = (torch.zeros((), device=hidden.device) for _ in range(2))
+        on_cpu = hidden.device.type == "cpu"
+        # Where it does not multiply into `out` itself, mm_float32 would have to copy.
         size = min(chunk, len(hidden))
-        buffers = torch.empty(2, size, len(weight), device=hidden.device)
+        buffer = torch.empty(size, len(weight), device=hidden.device) if on_cpu else None
         # On CPU mm_float32 takes float32 factors: convert once, not once a chunk.
-        head = weight.detach().float() if hidden.device.type == "cpu" else weight.detach().to(dtype)
+        factor_dtype = torch.float32 if on_cpu else dtype
+        head = weight.to(factor_dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
-            h = hidden.detach()[rows]
-            logits, work = buffers[:, : len(h)]
-            mm_float32(h, head.T, dtype, out=logits)
-            target = topk[rows] if topk is not None else None
-            ce, kl = _loss_and_grad(
-                logits, work, labels[rows], target, alpha, temperature, need_grad
+            h = hidden[rows].to(factor_dtype)
+            out = buffer[: len(h)] if buffer is not None else None
+            logits = mm_float32(h, head.T, dtype, out=out)
+            divergence, ce = _loss_and_grad(
+                logits,
+                labels[rows],
+                topk[rows] if topk is not None else None,
+                objective,
+                need_grad=of_hidden or of_weight,
             )
+            divergence_sum += divergence
             ce_sum += ce
-            kl_sum += kl
-            if grad_hidden is not None and grad_weight is not None:
-                grad_hidden[rows] = mm_float32(logits, head, dtype)
-                mm_float32(logits.T, h, dtype, add_to=grad_weight)
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(ce_sum, kl_sum)
-        share = alpha if topk is not None else 0.0
-        return share * temperature**2 * kl_sum + (1.0 - share) * ce_sum, ce_sum, kl_sum
+            grad = logits.to(factor_dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = mm_float32(grad, head, dtype)
+            if grad_weight is not None:
+                mm_float32(grad.T, h, dtype, add_to=grad_weight)
+        ctx.save_for_backward(
+            grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+        )
+        ctx.mark_non_differentiable(ce_sum, divergence_sum)
+        return _total(divergence_sum, ce_sum, objective), ce_sum, divergence_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since a copy of the head's gradient costs as much as a pass over the logits;
         # so the graph can be walked once only, which torch itself enforces for saved tensors.
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        grads_in = grad_hidden.mul_(scale), grad_weight.mul_(scale)
-        return *grads_in, None, None, None, None, None, None
+        scaled = (grad if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
+        return *scaled, None, None, None, None, None
+
+
+def _total(divergence: Tensor, ce: Tensor, objective: _Objective) -> Tensor:
+    share = objective.alpha
+    return share * objective.temperature**2 * divergence + (1.0 - share) * ce
 
 
 def _loss_and_grad(
     logits: Tensor,
-    work: Tensor,
     labels: Tensor,
     topk: TopK | None,
-    alpha: float,
-    temperature: float,
+    objective: _Objective,
+    *,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss sums of one chunk; `logits` is overwritten by its gradient, `work` is scratch.
+    """Sums of divergence and CE over one chunk; `logits` [n, V] is overwritten by its gradient."""
+    tau = objective.temperature
+    columns = _columns(labels, topk)
+    picked = logits.gather(-1, columns)
+    if topk is not None and not topk.draws:
+        logits.scatter_(-1, topk.ids, -torch.inf)  # what is left is the bucket
+    over = passes_for(logits.device)
+    sums = over.exp_sums(logits, tau)
+    rest = sums.peak / tau + sums.at_tau.log()
+    rest_at_one = rest if tau == 1.0 else sums.peak + sums.at_one.log()
+    with torch.set_grad_enabled(need_grad):
+        for leaf in (picked, rest, rest_at_one):
+            leaf.requires_grad_(need_grad)
+        divergence, ce = _losses(picked, rest, rest_at_one, topk, objective)
+        total = _total(divergence, ce, objective)
+    if need_grad:
+        leaves = (picked, rest) if tau == 1.0 else (picked, rest, rest_at_one)
+        on, *off = torch.autograd.grad(total, leaves, materialize_grads=True)
+        of_tau = off[0] / tau / sums.at_tau.clamp_min(1.0)
+        of_one = None if tau == 1.0 else off[1] / sums.at_one.clamp_min(1.0)
+        over.weigh_exps(logits, sums, tau, of_tau, of_one)
+        # The bucket's columns on T hold 0 by now; under draws they hold q's share.
+        logits.scatter_add_(-1, columns, on)
+    return divergence.detach(), ce.detach()
 
-    d CE / dz = softmax(z) - onehot. d (tau^2 KL) / dz = tau (m q - p) on T and
-    tau (m q - p_t q / q_t) off T, where m = sum_T p + p_t is 1 up to the rounding of stored
-    log-probabilities; keeping m makes this the exact derivative of the value returned.
-    """
-    share = alpha if topk is not None else 0.0
-    peak = logits.amax(-1, keepdim=True)
-    label_column = labels[:, None]
-    shifted = logits.sub_(peak)
-    label_logit = shifted.gather(-1, label_column)[:, 0]
-    kl = logits.new_zeros(())
 
+def _columns(labels: Tensor, topk: TopK | None) -> Tensor:
+    """Ids whose logits the loss looks at: kept, drawn, and last the label; int64 [n, ...]."""
     if topk is None:
-        total = torch.exp(shifted, out=work).sum(-1)
-        ce = total.log() - label_logit
-        if need_grad:
-            torch.mul(work, total.reciprocal()[:, None], out=logits)
-            logits.scatter_add_(-1, label_column, logits.new_full(label_column.shape, -1.0))
-        return ce.sum(), kl
-
-    if topk.draws:
-        return _sampled_loss_and_grad(shifted, work, labels, topk, share, temperature, need_grad)
-    log_p, tail_mass = topk.target(temperature)
-    p = log_p.exp()
-    torch.mul(shifted, 1.0 / temperature, out=work).exp_()  # e_v = exp((z_v - peak) / tau)
-    kept_logit = shifted.gather(-1, topk.ids) / temperature
-    kept_e = kept_logit.exp()
-    work.scatter_(-1, topk.ids, 0.0)
-    tail_total = work.sum(-1)  # q_t before normalising, summed rather than 1 - sum_T q
-    total_tau = tail_total + kept_e.sum(-1)
-    log_total = total_tau.log()
-    log_q = kept_logit - log_total[:, None]
-    has_tail = tail_mass > 0
-    tiny = torch.finfo(torch.float32).tiny
-    log_q_tail = tail_total.clamp_min(tiny).log() - log_total
-    tail = tail_mass * (tail_mass.clamp_min(tiny).log() - log_q_tail)
-    kl = ((p * (log_p - log_q)).sum(-1) + torch.where(has_tail, tail, 0.0)).sum()
-
-    if temperature == 1.0:
-        total = total_tau
-    else:
-        total = torch.exp(shifted).sum(-1) if not need_grad else shifted.exp_().sum(-1)
-    ce = total.log() - label_logit
-    if need_grad:
-        scale = share * temperature
-        mass = p.sum(-1) + tail_mass
-        # off T: scale * e_v * (m / S - p_t / S_t); `work` holds e_v there and 0 on T
-        off = mass / total_tau - torch.where(has_tail, tail_mass / tail_total.clamp_min(tiny), 0.0)
-        on = scale * (mass[:, None] * kept_e / total_tau[:, None] - p)
-        if temperature == 1.0:
-            # softmax(z) is work / S off T and kept_e / S on T: no second exponential is needed.
-            torch.mul(work, (scale * off + (1.0 - share) / total)[:, None], out=logits)
-            on = on + (1.0 - share) * kept_e / total[:, None]
-            logits.scatter_(-1, topk.ids, on)
-        else:
-            shifted.mul_(((1.0 - share) / total)[:, None])
-            shifted.addcmul_(work, (scale * off)[:, None])
-            shifted.scatter_add_(-1, topk.ids, on)
-        label_grad = logits.new_full(label_column.shape, -(1.0 - share))
-        logits.scatter_add_(-1, label_column, label_grad)
-    return ce.sum(), kl
+        return labels[:, None]
+    return torch.cat((topk.ids, topk.draw_ids, labels[:, None]), -1)
 
 
-def _sampled_loss_and_grad(
-    shifted: Tensor,
-    work: Tensor,
-    labels: Tensor,
-    topk: TopK,
-    share: float,
-    temperature: float,
-    need_grad: bool,
+def _losses(
+    picked: Tensor,
+    rest: Tensor,
+    rest_at_one: Tensor,
+    topk: TopK | None,
+    objective: _Objective,
 ) -> tuple[Tensor, Tensor]:
-    """`_loss_and_grad` for a target of kept ids and draws (`reference.sampled_kl`).
+    """Sums of divergence and CE, from what decides them.
 
-    d (tau^2 KL) / dz = tau (m q - target), where m is the target's sum.
+    Args:
+        picked: [n, K + 1], logits of the kept (and drawn) ids and of the label.
+        rest: [n, 1], log sum exp(z / tau) over the ids outside T; over all ids if topk has draws or
+            is None. rest_at_one: the same at tau = 1.
     """
-    log_p, _ = topk.target(temperature)
-    draw_log_p, weight = topk.draw_target(temperature)
-    ids = torch.cat((topk.ids, topk.draw_ids), -1)
-    target = torch.cat((log_p.exp(), weight), -1)
-    torch.mul(shifted, 1.0 / temperature, out=work).exp_()
-    total_tau = work.sum(-1)
-    log_q = shifted.gather(-1, ids) / temperature - total_tau.log()[:, None]
-    kl = (target * (torch.cat((log_p, draw_log_p), -1) - log_q)).sum()
-    label_logit = shifted.gather(-1, labels[:, None])[:, 0]
-    total = total_tau if temperature == 1.0 else torch.exp(shifted).sum(-1)
-    ce = total.log() - label_logit
-    if need_grad:
-        scale = share * temperature
-        of_q = scale * target.sum(-1) / total_tau
-        if temperature == 1.0:
-            torch.mul(work, (of_q + (1.0 - share) / total)[:, None], out=shifted)
-        else:
-            shifted.exp_().mul_(((1.0 - share) / total)[:, None])
-            shifted.addcmul_(work, of_q[:, None])
-        shifted.scatter_add_(-1, ids, -scale * target)
-        shifted.scatter_add_(
-            -1, labels[:, None], shifted.new_full((len(labels), 1), -(1.0 - share))
-        )
-    return ce.sum(), kl
+    kept, label = picked[:, :-1], picked[:, -1:]
+    tau = objective.temperature
+    if topk is None:
+        return rest.new_zeros(()), (rest_at_one - label).sum()
+    if topk.draws:
+        _, target, log_p = sampled_target(topk, tau)
+        divergence = target * (log_p - (kept / tau - rest))
+        return divergence.sum(), (rest_at_one - label).sum()
+    log_q = torch.cat((kept / tau, rest), -1).log_softmax(-1).clamp_min(LOG_ZERO)
+    divergence = DIVERGENCES[objective.divergence](bucketed_target(topk, tau), log_q)
+    lse = torch.cat((kept, rest_at_one), -1).logsumexp(-1, keepdim=True)
+    return divergence.sum(), (lse - label).sum()
+
+
+def passes_for(device: torch.device) -> Passes:
+    """The passes over the vocabulary: Triton's on a GPU where it is installed, else PyTorch's."""
+    if device.type == "cuda" and has_triton():
+        from pipeline.losses import fused  # it imports triton
+
+        return fused
+    return passes

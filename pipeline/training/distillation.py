@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import Divergence
 from pipeline.data.packing import IGNORE
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.model.base import Student
@@ -12,7 +13,7 @@ from pipeline.training.batches import Batch
 
 
 class DistillationStep(nn.Module):
-    """A batch to its loss sums: alpha tau^2 KL + (1 - alpha) CE over unmasked positions.
+    """A batch to its loss sums: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
 
     The loss reads the head's weight itself, outside any layer. Being in this module's forward, it
     does so while FSDP2 has the weight gathered, as a plain tensor, and the gradient that it returns
@@ -31,9 +32,9 @@ class DistillationStep(nn.Module):
         self.head_chunk = head_chunk
 
     def forward(
-        self, batch: Batch, *, alpha: float, temperature: float
+        self, batch: Batch, *, alpha: float, temperature: float, divergence: Divergence
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of total (with gradient), CE and KL, float32 scalars; 0 where nothing is labelled.
+        """Sums of total (with gradient), CE and D, float32 scalars; 0 where nothing is labelled.
 
         A tuple, since FSDP2 looks for tensors that take gradients in tuples, not in dataclasses.
         """
@@ -55,7 +56,8 @@ class DistillationStep(nn.Module):
             topk,
             alpha=alpha,
             temperature=temperature,
+            divergence=divergence,
             dtype=self.dtype,
             chunk=self.head_chunk,
         )
-        return sums.total, sums.ce, sums.kl
+        return sums.total, sums.ce, sums.divergence

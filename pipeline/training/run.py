@@ -21,6 +21,7 @@ import torch
 from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
+from pipeline.losses.reference import require_expressible
 from pipeline.model.weights import hash_weights
 from pipeline.runtime import DTYPES, pick_dtype, say, seed_everything
 from pipeline.storage import Folder, open_folder
@@ -187,6 +188,7 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
     batch = next(first_rows(teacher, params.train.batch_rows, params.train.batch_rows))
     if batch.topk is None:
         return
+    require_expressible(params.train.divergence, batch.topk)
     if batch.topk.draws and temperature != 1.0:
         say(
             f"warning: the cache's draws were taken at temperature 1; at temperature "

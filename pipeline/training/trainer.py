@@ -131,13 +131,15 @@ def _forward_backward(
     sums = [0.0, 0.0, 0.0]
     for number, batch in enumerate(micro_batches, 1):
         with local_gradients(model, last=number == len(micro_batches)):
-            losses = model(batch, alpha=alpha, temperature=params.temperature)
+            losses = model(
+                batch, alpha=alpha, temperature=params.temperature, divergence=params.divergence
+            )
             # Both engines divide gradients by the number of ranks: see parallel.py.
             (losses[0] * ranks.count / num_labels).backward()
         sums = [total + loss.detach() for total, loss in zip(sums, losses, strict=True)]
-    total, ce, kl = (value / num_labels for value in ranks.sum(*map(float, sums)))
+    total, ce, divergence = (value / num_labels for value in ranks.sum(*map(float, sums)))
     means = {"train/loss": total, "train/ce": ce}
-    return means | ({"train/kl": kl} if params.teacher != "none" else {})
+    return means | ({"train/divergence": divergence} if params.teacher != "none" else {})
 
 
 def _count_skipped(state: TrainState, params: TrainParams) -> None:

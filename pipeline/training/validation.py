@@ -27,7 +27,8 @@ def validate(
 ) -> dict[str, float]:
     """Mean cross-entropy and, with a teacher, tail-bucket KL at temperature 1, nats a token.
 
-    Each rank takes its share of each batch; the result is the same on all.
+    Whatever is trained for, so that runs can be compared. Each rank takes its share of each batch;
+    the result is the same on all.
 
     Args:
         model: a DistillationStep, as `parallelise` returns it.
@@ -43,7 +44,9 @@ def validate(
             ranks=ranks.count,
         ):
             has_teacher = batch.topk is not None
-            _, batch_ce, batch_kl = model(batch, alpha=params.alpha, temperature=1.0)
+            _, batch_ce, batch_kl = model(
+                batch, alpha=params.alpha, temperature=1.0, divergence="forward_kl"
+            )
             ce, kl, count = ce + float(batch_ce), kl + float(batch_kl), count + batch.num_labels
     ce, kl, total = ranks.sum(ce, kl, count)
     if not total:

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
+from torch import Tensor
 
-from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.losses.reference import cross_entropy, distillation_loss, sampled_kl, tail_bucket_kl
-from pipeline.topk import top_k_from_logits
+from pipeline.config import Divergence
+from pipeline.data.packing import IGNORE
+from pipeline.errors import MismatchError
+from pipeline.losses import chunked, passes
+from pipeline.losses.chunked import LossSums, distillation_loss_sums
+from pipeline.losses.reference import (
+    DIVERGENCES,
+    bucketed,
+    cross_entropy,
+    distillation_loss,
+    sampled_kl,
+)
+from pipeline.topk import TopK, top_k_from_logits
 
 TAUS = (1.0, 2.0, 4.0)
+NAMES = get_args(Divergence)
+
+
+def assert_equals_plain(
+    sums: LossSums,
+    parameters: tuple[Tensor, ...],
+    logits: Tensor,
+    labels: Tensor,
+    topk: TopK | None,
+    alpha: float,
+    tau: float,
+    divergence: Divergence = "forward_kl",
+) -> None:
+    plain = distillation_loss(
+        logits, labels, topk, alpha=alpha, temperature=tau, divergence=divergence
+    ).sum()
+    torch.testing.assert_close(sums.total, plain, atol=1e-4, rtol=2e-6)
+    torch.testing.assert_close(sums.ce, cross_entropy(logits, labels).sum(), atol=1e-4, rtol=1e-6)
+    if topk is not None:
+        value = (
+            sampled_kl(logits, topk, tau)
+            if topk.draws
+            else DIVERGENCES[divergence](*bucketed(logits, topk, tau))
+        )
+        torch.testing.assert_close(sums.divergence, value.sum(), atol=1e-4, rtol=2e-6)
+    n = len(labels)
+    expected = torch.autograd.grad(plain / n, parameters)
+    found = torch.autograd.grad(sums.total / n, parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -29,17 +72,37 @@ def test_equals_the_plain_form(
     sums = distillation_loss_sums(
         hidden, weight, labels, topk, alpha=alpha, temperature=tau, chunk=10
     )
+    assert_equals_plain(sums, (hidden, weight), hidden @ weight.T, labels, topk, alpha, tau)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0, 0.4, 1.5])
+@pytest.mark.parametrize(("vocabulary", "k", "more"), [(130, 7, 5), (40, 40, 5), (40, 40, 0)])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_divergence_equals_its_plain_form(
+    name: Divergence, vocabulary: int, k: int, more: int, tau: float
+) -> None:
+    n, size = 23, 12
+    topk = top_k_from_logits(torch.randn(n, vocabulary) * 3, k, (2.0, 0.4, 1.5))
+    hidden = torch.randn(n, size, requires_grad=True)
+    weight = torch.randn(vocabulary + more, size, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (n,))
+    sums = distillation_loss_sums(
+        hidden, weight, labels, topk, alpha=0.6, temperature=tau, divergence=name, chunk=10
+    )
     logits = hidden @ weight.T
-    plain = distillation_loss(logits, labels, topk, alpha=alpha, temperature=tau).sum()
-    torch.testing.assert_close(sums.total, plain, atol=1e-4, rtol=1e-6)
-    torch.testing.assert_close(sums.ce, cross_entropy(logits, labels).sum(), atol=1e-4, rtol=1e-6)
-    kl = (sampled_kl if draws else tail_bucket_kl)(logits, topk, tau).sum()
-    torch.testing.assert_close(sums.kl, kl, atol=1e-4, rtol=1e-6)
-    expected = torch.autograd.grad(plain / n, (hidden, weight))
-    for found, wanted in zip(
-        torch.autograd.grad(sums.total / n, (hidden, weight)), expected, strict=True
-    ):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    assert_equals_plain(sums, (hidden, weight), logits, labels, topk, 0.6, tau, name)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_rows_in_several_blocks(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two rows that divide neither the chunk nor the last one."""
+    monkeypatch.setattr(passes, "_BYTES_AT_ONCE_ON_CPU", 2 * 4 * 50)
+    topk = top_k_from_logits(torch.randn(17, 50) * 3, 7, TAUS)
+    hidden = torch.randn(17, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(0, 50, (17,))
+    sums = distillation_loss_sums(hidden, weight, labels, topk, alpha=0.6, temperature=tau, chunk=7)
+    assert_equals_plain(sums, (hidden, weight), hidden @ weight.T, labels, topk, 0.6, tau)
 
 
 def test_without_a_teacher_it_is_cross_entropy() -> None:
@@ -49,7 +112,7 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
     sums = distillation_loss_sums(hidden, weight, labels, None, alpha=0.9, temperature=2.0, chunk=4)
     plain = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(sums.total, plain)
-    assert float(sums.kl) == 0.0
+    assert float(sums.divergence) == 0.0
     expected = torch.autograd.grad(plain, (hidden, weight))
     for found, wanted in zip(
         torch.autograd.grad(sums.total, (hidden, weight)), expected, strict=True
@@ -57,18 +120,40 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_extreme_logits_stay_finite() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits_stay_finite(name: Divergence) -> None:
     """A student so sure of the kept ids that its tail underflows, and one so sure of the tail."""
     topk = top_k_from_logits(torch.randn(2, 30), 4, TAUS)
     for direction in (200.0, -200.0):
         logits = torch.zeros(2, 30).scatter(-1, topk.ids, direction)
         hidden = logits.clone().requires_grad_()
         sums = distillation_loss_sums(
-            hidden, torch.eye(30), torch.tensor([0, 1]), topk, alpha=1.0, temperature=1.0
+            hidden,
+            torch.eye(30),
+            torch.tensor([0, 1]),
+            topk,
+            alpha=1.0,
+            temperature=1.0,
+            divergence=name,
         )
         (grad,) = torch.autograd.grad(sums.total, hidden)
         assert bool(torch.isfinite(sums.total))
         assert bool(torch.isfinite(grad).all())
+
+
+def test_a_tail_that_underflows_keeps_its_digits() -> None:
+    """q_t = 26 exp(-200) is 0 in float32, log q_t is not: the value is that of float64."""
+    topk = top_k_from_logits(torch.randn(2, 30), 4, TAUS)
+    logits = torch.zeros(2, 30).scatter(-1, topk.ids, 200.0)
+    hidden = logits.clone().requires_grad_()
+    labels = torch.tensor([0, 1])
+    sums = distillation_loss_sums(hidden, torch.eye(30), labels, topk, alpha=1.0, temperature=1.0)
+    (grad,) = torch.autograd.grad(sums.total, hidden)
+    exact = logits.double().requires_grad_()
+    plain = distillation_loss(exact, labels, topk, alpha=1.0, temperature=1.0).sum()
+    (exact_grad,) = torch.autograd.grad(plain, exact)
+    torch.testing.assert_close(sums.total.double(), plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-7)
 
 
 def test_bfloat16_factors_accumulate_in_float32() -> None:
@@ -85,3 +170,90 @@ def test_bfloat16_factors_accumulate_in_float32() -> None:
     )
     # The factors are exact in bfloat16, so only a rounded PRODUCT could make a difference.
     torch.testing.assert_close(half, full, rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_inputs_get_bfloat16_gradients_of_a_float32_loss() -> None:
+    topk = top_k_from_logits(torch.randn(16, 500) * 3, 16, TAUS)
+    hidden = torch.randn(16, 64).bfloat16().requires_grad_()
+    weight = torch.randn(500, 64).bfloat16().requires_grad_()
+    labels = torch.randint(0, 500, (16,))
+    sums = distillation_loss_sums(
+        hidden, weight, labels, topk, alpha=0.5, temperature=2.0, dtype=torch.bfloat16, chunk=5
+    )
+    wide = tuple(t.detach().float().requires_grad_() for t in (hidden, weight))
+    logits = wide[0] @ wide[1].T
+    plain = distillation_loss(logits, labels, topk, alpha=0.5, temperature=2.0).sum()
+    assert sums.total.dtype == torch.float32
+    torch.testing.assert_close(sums.total, plain, rtol=1e-5, atol=1e-3)
+    for found, exact in zip(
+        torch.autograd.grad(sums.total, (hidden, weight)),
+        torch.autograd.grad(plain, wide),
+        strict=True,
+    ):
+        assert found.dtype == torch.bfloat16
+        assert float((found.float() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_a_tied_matrix_gets_both_gradients() -> None:
+    """The embedding is the head: what flows through the body and what the head itself asks for."""
+    topk = top_k_from_logits(torch.randn(11, 60) * 3, 6, TAUS)
+    embedding = torch.randn(60, 8, requires_grad=True)
+    tokens, labels = torch.randint(0, 60, (2, 11))
+    hidden = embedding[tokens].tanh()
+    sums = distillation_loss_sums(
+        hidden, embedding, labels, topk, alpha=0.5, temperature=2.0, chunk=4
+    )
+    logits = embedding[tokens].tanh() @ embedding.T
+    assert_equals_plain(sums, (embedding,), logits, labels, topk, 0.5, 2.0)
+
+
+def test_masked_positions_get_no_gradient_and_change_nothing() -> None:
+    topk = top_k_from_logits(torch.randn(3, 9, 60).flatten(0, 1) * 3, 6, TAUS)
+    hidden = torch.randn(27, 8, requires_grad=True)
+    weight = torch.randn(60, 8, requires_grad=True)
+    labels = torch.randint(0, 60, (27,)).masked_fill(torch.rand(27) < 0.4, IGNORE)
+    wanted = labels != IGNORE
+    sums = distillation_loss_sums(
+        hidden[wanted], weight, labels[wanted], topk[wanted], alpha=0.5, temperature=1.0, chunk=4
+    )
+    logits = hidden @ weight.T
+    ce = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(sums.ce, ce, atol=1e-4, rtol=1e-6)
+    (grad,) = torch.autograd.grad(sums.total, hidden)
+    assert not bool(grad[~wanted].any())
+    assert bool(grad[wanted].any(-1).all())
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_costs_no_product(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    multiply = chunked.mm_float32
+
+    def counted(*args, **options):  # type: ignore[no-untyped-def]
+        products.append(args)
+        return multiply(*args, **options)
+
+    monkeypatch.setattr(chunked, "mm_float32", counted)
+    tensors = {"hidden": torch.randn(5, 8), "weight": torch.randn(60, 8)}
+    (learned,) = (tensors[name].requires_grad_() for name in tensors if name != frozen)
+    labels = torch.randint(0, 60, (5,))
+    sums = distillation_loss_sums(
+        tensors["hidden"], tensors["weight"], labels, None, alpha=0.5, temperature=1.0
+    )
+    assert len(products) == 2
+    logits = tensors["hidden"] @ tensors["weight"].T
+    assert_equals_plain(sums, (learned,), logits, labels, None, 0.5, 1.0)
+
+
+def test_draws_serve_forward_kl_alone() -> None:
+    topk = top_k_from_logits(torch.randn(2, 12), 4, TAUS, torch.rand(2, 6))
+    with pytest.raises(MismatchError, match=r"divergence=skew_kl .* 6 draws"):
+        distillation_loss_sums(
+            torch.randn(2, 3),
+            torch.randn(12, 3),
+            torch.tensor([3, 7]),
+            topk,
+            alpha=0.5,
+            temperature=1.0,
+            divergence="skew_kl",
+        )

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config import Divergence
+from pipeline.errors import MismatchError
 from pipeline.losses.reference import (
+    DIVERGENCES,
+    LOG_ZERO,
+    SKEW,
+    bucketed,
     cross_entropy,
     distillation_loss,
     full_kl,
@@ -17,6 +25,8 @@ from pipeline.losses.reference import (
 from pipeline.topk import TopK, top_k_from_logits
 
 TAUS = (1.0, 2.0, 4.0)
+NAMES = get_args(Divergence)
+BOUNDS = [name for name in NAMES if name != "renormalised_kl"]
 
 
 def topk_of(probabilities: list[list[float]], k: int) -> TopK:
@@ -146,3 +156,154 @@ def test_finite_differences_of_the_sampled_loss() -> None:
         return distillation_loss(z, labels, topk, alpha=0.6, temperature=2.0)
 
     assert torch.autograd.gradcheck(loss, (logits,))
+
+
+def test_every_divergence_has_a_name_in_the_params() -> None:
+    assert tuple(DIVERGENCES) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # p = (1/2, 1/4, 1/8, 1/8), q = (1/8, 1/8, 3/8, 3/8), T = {0, 1}: bucket 1/4 against 3/4
+        ("forward_kl", math.log(4) / 2 + math.log(2) / 4 + math.log(1 / 3) / 4),
+        ("renormalised_kl", 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)),
+        ("reverse_kl", math.log(1 / 4) / 8 + math.log(1 / 2) / 8 + 3 / 4 * math.log(3)),
+        (
+            "jensen_shannon",  # m = (5/16, 3/16, 1/2)
+            (math.log(8 / 5) / 2 + math.log(4 / 3) / 4 + math.log(1 / 2) / 4) / 2
+            + (math.log(2 / 5) / 8 + math.log(2 / 3) / 8 + 3 / 4 * math.log(3 / 2)) / 2,
+        ),
+        (
+            "skew_kl",  # m = p / 10 + 9 q / 10
+            math.log(0.5 / 0.1625) / 2 + math.log(0.25 / 0.1375) / 4 + math.log(0.25 / 0.7) / 4,
+        ),
+        (
+            "skew_reverse_kl",  # m = q / 10 + 9 p / 10
+            math.log(0.125 / 0.4625) / 8
+            + math.log(0.125 / 0.2375) / 8
+            + math.log(0.75 / 0.3) * 3 / 4,
+        ),
+        ("total_variation", (3 / 8 + 1 / 8 + 1 / 2) / 2),
+    ],
+)
+def test_divergences_worked_by_hand(name: Divergence, expected: float) -> None:
+    topk = topk_of([[0.5, 0.25, 0.125, 0.125]], k=2)
+    logits = torch.tensor([[0.125, 0.125, 0.375, 0.375]]).log()
+    value = DIVERGENCES[name](*bucketed(logits, topk, 1.0))
+    torch.testing.assert_close(value, torch.tensor([expected]))
+
+
+def over_whole_vocabulary(name: Divergence, teacher: Tensor, student: Tensor, tau: float) -> Tensor:
+    empty = torch.full((len(teacher), 1), LOG_ZERO)
+    return DIVERGENCES[name](
+        *(torch.cat(((z / tau).log_softmax(-1), empty), -1) for z in (teacher, student))
+    )
+
+
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_bucket_never_raises_a_divergence(name: Divergence, tau: float) -> None:
+    teacher, student = torch.randn(200, 120) * 4, torch.randn(200, 120) * 4
+    topk = top_k_from_logits(teacher.clone(), 6, TAUS)
+    value = DIVERGENCES[name](*bucketed(student, topk, tau))
+    full = over_whole_vocabulary(name, teacher, student, tau)
+    assert bool((value >= -2e-6).all())
+    assert bool((value <= full + 1e-5).all())
+    assert bool((value < 0.99 * full).any())  # a bound, not the thing itself
+    # Spread alike outside T, nothing is lost.
+    outside = torch.ones_like(student).scatter(-1, topk.ids, 0.0)
+    alike = torch.where(outside > 0, teacher + 2.0, student)
+    value = DIVERGENCES[name](*bucketed(alike, topk, tau))
+    full = over_whole_vocabulary(name, teacher, alike, tau)
+    torch.testing.assert_close(value, full, atol=2e-5, rtol=1e-4)
+
+
+def test_renormalising_sees_no_mass_outside_the_kept_ids() -> None:
+    teacher = torch.randn(50, 30) * 2
+    topk = top_k_from_logits(teacher.clone(), 5, TAUS)
+    outside = torch.ones_like(teacher).scatter(-1, topk.ids, 0.0)
+    lost = teacher + 5.0 * outside  # nearly all of q outside T
+    log_p, log_q = bucketed(lost, topk, 1.0)
+    zero = DIVERGENCES["renormalised_kl"](log_p, log_q)
+    torch.testing.assert_close(zero, torch.zeros(50), atol=1e-6, rtol=0)
+    assert bool((DIVERGENCES["forward_kl"](log_p, log_q) > 0.1).all())
+
+
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": lambda p, q: -p / q,
+    "reverse_kl": lambda p, q: (q / p).log() + 1,
+    "jensen_shannon": lambda p, q: (2 * q / (p + q)).log() / 2,
+    "skew_kl": lambda p, q: -(1 - SKEW) * p / (SKEW * p + (1 - SKEW) * q),
+    "skew_reverse_kl": lambda p, q: (
+        (q / (SKEW * q + (1 - SKEW) * p)).log() + 1 - SKEW * q / (SKEW * q + (1 - SKEW) * p)
+    ),
+    "total_variation": lambda p, q: (q - p).sign() / 2,
+}
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_gradients_are_those_the_docstrings_give(name: Divergence, tau: float) -> None:
+    topk = top_k_from_logits(torch.randn(6, 30) * 2, 5, TAUS)
+    student = (torch.randn(6, 30, dtype=torch.float64) * 2).requires_grad_()
+    log_p, log_q = bucketed(student, topk, tau)
+    (grad,) = torch.autograd.grad(DIVERGENCES[name](log_p, log_q).sum(), student)
+    p, q = log_p.exp(), log_q.detach().exp()
+    pull = SLOPES[name](p, q)
+    pull = pull - (q * pull).sum(-1, keepdim=True)
+    whole_q = (student.detach() / tau).softmax(-1)
+    expected = whole_q * pull[:, -1:].expand(-1, 30).scatter(-1, topk.ids, pull[:, :-1])
+    torch.testing.assert_close(grad * tau, expected)
+
+
+def test_gradient_of_the_renormalised_kl() -> None:
+    topk = top_k_from_logits(torch.randn(6, 30) * 2, 5, TAUS)
+    student = (torch.randn(6, 30, dtype=torch.float64) * 2).requires_grad_()
+    value = DIVERGENCES["renormalised_kl"](*bucketed(student, topk, 2.0))
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    log_p, _ = topk.target(2.0)
+    q = (student.detach() / 2.0).gather(-1, topk.ids).softmax(-1)
+    expected = torch.zeros_like(grad).scatter(-1, topk.ids, q - log_p.double().softmax(-1))
+    torch.testing.assert_close(grad * 2.0, expected)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("k", [4, 12])
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_differences_of_every_divergence(name: Divergence, k: int, tau: float) -> None:
+    """K = 12 keeps all the teacher's ids; the student has two more."""
+    topk = top_k_from_logits(torch.randn(2, 12), k, TAUS)
+    logits = torch.randn(2, 14, dtype=torch.float64, requires_grad=True)
+
+    def loss(z: Tensor) -> Tensor:
+        return DIVERGENCES[name](*bucketed(z, topk, tau))
+
+    assert torch.autograd.gradcheck(loss, (logits,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_bucket_on_both_sides_leaves_the_full_divergence(name: Divergence) -> None:
+    teacher = torch.randn(20, 15) * 3
+    student = (torch.randn(20, 15) * 3).requires_grad_()
+    topk = top_k_from_logits(teacher.clone(), 15, TAUS)
+    value = DIVERGENCES[name](*bucketed(student, topk, 2.0))
+    (grad,) = torch.autograd.grad(value.sum(), student, retain_graph=True)
+    full = over_whole_vocabulary(name, teacher, student, 2.0)
+    (full_grad,) = torch.autograd.grad(full.sum(), student)
+    torch.testing.assert_close(value, full, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grad, full_grad, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "forward_kl"])
+def test_draws_serve_forward_kl_alone(name: Divergence) -> None:
+    topk = top_k_from_logits(torch.randn(2, 12), 4, TAUS, torch.rand(2, 6))
+    with pytest.raises(MismatchError, match=rf"divergence={name} .* 6 draws .* forward_kl"):
+        distillation_loss(
+            torch.randn(2, 12),
+            torch.tensor([3, 7]),
+            topk,
+            alpha=0.5,
+            temperature=1.0,
+            divergence=name,
+        )

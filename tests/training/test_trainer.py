@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.config import Params
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, MismatchError
 from pipeline.training import trainer
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
@@ -104,7 +104,7 @@ def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
     assert whole is not None
     assert parts is not None
     for one, two in zip(whole.history, parts.history, strict=True):
-        for key in one.keys() & {"train/loss", "train/kl", "validation/loss"}:
+        for key in one.keys() & {"train/loss", "train/divergence", "validation/loss"}:
             assert one[key] == pytest.approx(two[key], abs=1e-5)
 
 
@@ -118,14 +118,14 @@ def test_online_and_cached_teacher_give_the_same_losses(tiny_cache: Params) -> N
         assert cached is not None
         assert online is not None
         for one, two in zip(cached.history, online.history, strict=True):
-            for key in one.keys() & {"train/loss", "train/kl", "validation/kl"}:
+            for key in one.keys() & {"train/loss", "train/divergence", "validation/kl"}:
                 assert one[key] == pytest.approx(two[key], abs=1e-3)
 
 
 def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:
     state = run_training(change(tiny_corpus, train={"teacher": "none"}), "plain").state
     assert state is not None
-    assert "train/kl" not in state.history[-1]
+    assert "train/divergence" not in state.history[-1]
     assert state.history[-1]["train/loss"] == pytest.approx(state.history[-1]["train/ce"])
 
 
@@ -169,3 +169,29 @@ def test_training_on_draws(
     assert "warning" not in capsys.readouterr().out
     run_training(change(params, train={"temperature": 2.0, "steps": 1}), "warm")
     assert "draws were taken at temperature 1" in capsys.readouterr().out
+
+
+def test_the_divergence_is_what_is_trained_and_kl_what_is_validated(tiny_cache: Params) -> None:
+    train = {"steps": 2, "eval_every": 2, "alpha": 1.0}
+    histories = {}
+    for name in ("forward_kl", "total_variation"):
+        state = run_training(change(tiny_cache, train=train | {"divergence": name}), name).state
+        assert state is not None
+        histories[name] = state.history
+    kl, variation = (history[1]["train/divergence"] for history in histories.values())
+    assert variation != pytest.approx(kl, rel=0.1)
+    # Pinsker's inequality holds between the two sides of each position, so between their means.
+    assert variation <= (kl / 2.0) ** 0.5
+    assert histories["total_variation"][1]["train/loss"] == pytest.approx(variation)
+    first = [history[0]["validation/kl"] for history in histories.values()]
+    assert first[0] == first[1]
+
+
+def test_draws_with_another_divergence_are_refused_before_the_first_step(
+    tiny_corpus: Params,
+) -> None:
+    params = change(tiny_corpus, prepare={"k": 8, "draws": 8}, train={"divergence": "skew_kl"})
+    capture_all(params)
+    with pytest.raises(MismatchError, match=r"divergence=skew_kl .* prepare\.draws=0"):
+        run_training(params, "student")
+    assert not (params.paths.runs / "student" / "dvclive").exists()

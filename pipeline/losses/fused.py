@@ -1,0 +1,116 @@
+"""The passes over a chunk of logits as Triton kernels: one read, then one read and one write.
+
+The twin of `pipeline.losses.passes`, for a GPU; the same numbers by the same formulas, so that
+everything a divergence needs stays in the small tensors of `pipeline.losses.chunked` and one pair
+of kernels serves them all (tests/losses/test_fused.py: under Triton's interpreter, and on a GPU).
+PyTorch's own passes read or write the chunk eight times, since each is a kernel of its own.
+
+Maximum and sum are found together, the sum being scaled whenever the maximum rises (Milakov &
+Gimelshein 2018, algorithm 3). Imported only where Triton is: see `pipeline.losses.chunked`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.losses.passes import ExpSums
+
+_BLOCK = 4096  # ids a step of a program
+
+
+def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
+    """`passes.exp_sums`, which leaves `logits` as they are."""
+    n, vocab_size = logits.shape
+    peak, at_tau, at_one = logits.new_empty(3, n, 1)
+    _exp_sums[(n,)](
+        logits,
+        peak,
+        at_tau,
+        at_one,
+        logits.stride(0),
+        vocab_size,
+        1.0 / temperature,
+        two=temperature != 1.0,
+        block=_BLOCK,
+        num_warps=8,
+    )
+    return ExpSums(peak=peak, at_tau=at_tau, at_one=at_tau if temperature == 1.0 else at_one)
+
+
+def weigh_exps(
+    logits: Tensor, sums: ExpSums, temperature: float, of_tau: Tensor, of_one: Tensor | None
+) -> None:
+    """`passes.weigh_exps`."""
+    n, vocab_size = logits.shape
+    _weigh_exps[(n, triton.cdiv(vocab_size, _BLOCK))](
+        logits,
+        sums.peak,
+        of_tau.contiguous(),
+        of_tau if of_one is None else of_one.contiguous(),
+        logits.stride(0),
+        vocab_size,
+        1.0 / temperature,
+        two=of_one is not None,
+        block=_BLOCK,
+        num_warps=8,
+    )
+
+
+# Triton compiles the source, annotations too: only constexpr may stand there.
+@triton.jit  # type: ignore[untyped-decorator]
+def _exp_sums(  # type: ignore[no-untyped-def]
+    logits,
+    peak,
+    at_tau,
+    at_one,
+    stride,
+    vocab_size,
+    inverse_tau,
+    two: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A program takes a row."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride may exceed 32 bits
+    start = logits + row * stride
+    # The least float, not -inf: where all logits are -inf, -inf - -inf would be no number.
+    highest = -3.4028234663852886e38
+    sum_tau = 0.0
+    sum_one = 0.0
+    for first in range(0, vocab_size, block):
+        ids = first + tl.arange(0, block)
+        z = tl.load(start + ids, mask=ids < vocab_size, other=float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, 0))
+        sum_tau = sum_tau * tl.exp((highest - higher) * inverse_tau)
+        sum_tau += tl.sum(tl.exp((z - higher) * inverse_tau), 0)
+        if two:
+            sum_one = sum_one * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), 0)
+        highest = higher
+    tl.store(peak + row, highest)
+    tl.store(at_tau + row, sum_tau)
+    if two:
+        tl.store(at_one + row, sum_one)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weigh_exps(  # type: ignore[no-untyped-def]
+    logits,
+    peak,
+    of_tau,
+    of_one,
+    stride,
+    vocab_size,
+    inverse_tau,
+    two: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A program takes a block of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * block + tl.arange(0, block)
+    places = logits + row * stride + ids
+    x = tl.load(places, mask=ids < vocab_size, other=float("-inf")) - tl.load(peak + row)
+    weighed = tl.load(of_tau + row) * tl.exp(x * inverse_tau)
+    if two:
+        weighed += tl.load(of_one + row) * tl.exp(x)
+    tl.store(places, weighed, mask=ids < vocab_size)

@@ -1,0 +1,116 @@
+"""The passes over a chunk of logits that any softmax loss needs, written with PyTorch alone.
+
+`exp_sums` reads what the loss is made of, `weigh_exps` turns the logits into their gradient; what
+`logits` holds between the two is theirs. `pipeline.losses.fused` is the twin for a GPU.
+
+On a CPU rows are taken a few at a time, so that they stay in the processor's cache from the first
+pass to the last: over a whole chunk each pass would read and write main memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_BYTES_AT_ONCE_ON_CPU = 3 << 19  # of logits; with as much scratch they fit two cores' caches
+
+
+@dataclass(frozen=True)
+class ExpSums:
+    """Sums of exponentials of rows of logits z, all float32 [n, 1]."""
+
+    peak: Tensor  # max_v z_v; the least float where every logit is -inf
+    at_tau: Tensor  # sum_v exp((z_v - peak) / tau), at least 1, or 0 where every logit is -inf
+    at_one: Tensor  # the same at tau = 1; the same tensor where tau is 1
+
+
+class Passes(Protocol):
+    """What `pipeline.losses.passes` and `pipeline.losses.fused` both are."""
+
+    def exp_sums(self, logits: Tensor, temperature: float) -> ExpSums: ...
+
+    def weigh_exps(
+        self,
+        logits: Tensor,
+        sums: ExpSums,
+        temperature: float,
+        of_tau: Tensor,
+        of_one: Tensor | None,
+    ) -> None: ...
+
+
+def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
+    """Maximum and sums of exponentials of each row.
+
+    Args:
+        logits: float32 [n, V], -inf where an id is to be left out; overwritten.
+        temperature: tau.
+    """
+    # Kept in `logits` are the exponentials at the higher of tau and 1. The others are a power of
+    # these, which costs less than a second exp, and underflow sooner.
+    flat, power = max(temperature, 1.0), _power_of(temperature)
+    peak, flat_sum, sharp_sum = logits.new_empty(3, len(logits), 1)
+    for rows, work in _blocks(logits):
+        block = logits[rows]
+        torch.amax(block, -1, keepdim=True, out=peak[rows])
+        peak[rows].clamp_min_(torch.finfo(logits.dtype).min)
+        torch.add(peak[rows] * (-1.0 / flat), block, alpha=1.0 / flat, out=block).exp_()
+        torch.sum(block, -1, keepdim=True, out=flat_sum[rows])
+        if power == 2.0:  # without writing the squares
+            norm = torch.linalg.vector_norm(block, 2, -1, keepdim=True)
+            torch.square(norm, out=sharp_sum[rows])
+        elif power != 1.0:
+            torch.sum(_raised(block, power, work), -1, keepdim=True, out=sharp_sum[rows])
+    if power == 1.0:
+        return ExpSums(peak=peak, at_tau=flat_sum, at_one=flat_sum)
+    at_tau, at_one = (flat_sum, sharp_sum) if temperature > 1.0 else (sharp_sum, flat_sum)
+    return ExpSums(peak=peak, at_tau=at_tau, at_one=at_one)
+
+
+def weigh_exps(
+    logits: Tensor, sums: ExpSums, temperature: float, of_tau: Tensor, of_one: Tensor | None
+) -> None:
+    """Overwrite row i by of_tau_i exp((z - peak_i) / tau) + of_one_i exp(z - peak_i).
+
+    Args:
+        logits: as `exp_sums` left it. sums: what that returned. temperature: as given there.
+        of_tau, of_one: float32 [n, 1]; of_one is None where tau is 1.
+    """
+    if of_one is None:
+        logits.mul_(of_tau)
+        return
+    power = _power_of(temperature)
+    of_flat, of_sharp = (of_tau, of_one) if temperature > 1.0 else (of_one, of_tau)
+    for rows, work in _blocks(logits):
+        block = logits[rows]
+        sharp = _raised(block, power, work)
+        block.mul_(of_flat[rows]).addcmul_(sharp, of_sharp[rows])
+
+
+def _power_of(temperature: float) -> float:
+    """The sharper exponentials are the flatter ones raised to this."""
+    return max(temperature, 1.0) / min(temperature, 1.0)
+
+
+def _raised(base: Tensor, power: float, out: Tensor) -> Tensor:
+    """Base ** power; torch.pow takes five times as long."""
+    if power in (2.0, 4.0):
+        torch.square(base, out=out)
+        return out if power == 2.0 else out.square_()
+    return torch.log(base, out=out).mul_(power).exp_()
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows to work on at once, with scratch of their shape."""
+    n, vocab_size = logits.shape
+    at_once = n
+    if logits.device.type == "cpu":
+        at_once = max(1, _BYTES_AT_ONCE_ON_CPU // (vocab_size * logits.element_size()))
+    work = logits.new_empty(min(n, at_once), vocab_size)
+    for first in range(0, n, at_once):
+        rows = slice(first, min(first + at_once, n))
+        yield rows, work[: rows.stop - rows.start]
