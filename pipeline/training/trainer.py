@@ -154,8 +154,11 @@ def _losses(
     device = student.head_weight.device
     labels = batch.labels.to(device, non_blocking=True)
     wanted = labels != IGNORE
+    doc_ids = batch.doc_ids
+    if doc_ids is not None:
+        doc_ids = doc_ids.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        hidden = student.hidden_states(batch.tokens.to(device, non_blocking=True))
+        hidden = student.hidden_states(batch.tokens.to(device, non_blocking=True), doc_ids)
     topk = None
     if batch.topk is not None:
         topk = batch.topk.map(lambda t: t.to(device, non_blocking=True))[wanted]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import Params, TrainParams
+from pipeline.data.packing import IGNORE, PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.report import read_curves
@@ -157,18 +158,56 @@ def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
             assert one[key] == pytest.approx(two[key], abs=1e-5)
 
 
-def test_online_and_cached_teacher_give_the_same_losses(tiny_cache: Params) -> None:
+@pytest.mark.parametrize("attention", ["documents", "packed"])
+def test_online_and_cached_teacher_give_the_same_losses(
+    attention: str, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"attention": attention})
+    capture_all(params)
     for temperature in (1.0, 2.0):
         train = {"temperature": temperature, "k": 8}
-        cached = run_training(change(tiny_cache, train=train), f"cached{temperature}").state
+        cached = run_training(change(params, train=train), f"cached{temperature}").state
         online = run_training(
-            change(tiny_cache, train=train | {"teacher": "online"}), f"online{temperature}"
+            change(params, train=train | {"teacher": "online"}), f"online{temperature}"
         ).state
         assert cached is not None
         assert online is not None
         for one, two in zip(cached.history, online.history, strict=True):
             for key in one.keys() & {"train/loss", "train/kl", "validation/kl"}:
                 assert one[key] == pytest.approx(two[key], abs=1e-3)
+
+
+def test_a_cached_run_attends_as_its_cache_did(tiny_corpus: Params) -> None:
+    """Whatever prepare.attention says now; a run without a cache does as it says."""
+    packed = change(tiny_corpus, prepare={"attention": "packed"}, train={"steps": 2})
+    capture_all(packed)
+    now_apart = change(packed, prepare={"attention": "documents"})
+    states = [
+        run_training(params, name, overwrite=True).state
+        for name, params in (("one", packed), ("two", now_apart))
+    ]
+    assert losses(packed.paths.runs / "one") == losses(packed.paths.runs / "two")
+    alone = {"train": {"steps": 2, "teacher": "none"}}
+    other = [
+        run_training(change(p, **alone), "alone", overwrite=True).state for p in (packed, now_apart)
+    ]
+    assert all(state is not None for state in [*states, *other])
+    assert other[0].history[0] != other[1].history[0]  # type: ignore[union-attr]
+
+
+def test_batches_name_documents_only_where_rows_hold_several(tiny_corpus: Params) -> None:
+    corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    whole = corpus_shard(corpus, 0, len(corpus))
+    several = [len(np.unique(row[row != PADDING])) > 1 for row in whole.rows.doc_ids]
+    assert {True, False} == set(several)
+    for attention in ("documents", "packed"):
+        teacher = NoTeacher(corpus, shard_rows=len(corpus), attention=attention)  # type: ignore[arg-type]
+        for row, mixed in enumerate(several):
+            batch = make_batch(teacher, [(whole, row)])
+            assert (batch.doc_ids is not None) == (mixed and attention == "documents")
+        batch = make_batch(teacher, [(whole, row) for row in range(len(corpus))])
+        if attention == "documents":
+            assert np.array_equal(batch.doc_ids, whole.rows.doc_ids)  # type: ignore[arg-type]
 
 
 def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:
@@ -202,13 +241,12 @@ def test_bad_steps_are_skipped_counted_and_fatal_in_the_end(
 
 
 def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> None:
-    from pipeline.data.packing import IGNORE, PADDING
-
     corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
     last = len(corpus) - 1
     whole = corpus_shard(corpus, 0, len(corpus))
     batch = make_batch(
-        NoTeacher(corpus, shard_rows=len(corpus)), [(whole, 0), (whole, 1), (whole, last)]
+        NoTeacher(corpus, shard_rows=len(corpus), attention="documents"),
+        [(whole, 0), (whole, 1), (whole, last)],
     )
     rows = [corpus.rows(row, row + 1) for row in (0, 1, last)]
     doc_ids = np.concatenate([row.doc_ids for row in rows])
@@ -225,7 +263,7 @@ def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> N
 
 def test_stream_sees_every_row_and_seeks(tiny_corpus: Params) -> None:
     corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
-    teacher = NoTeacher(corpus, shard_rows=16)
+    teacher = NoTeacher(corpus, shard_rows=16, attention="packed")
     stream = BatchStream(teacher, batch_rows=5, window_shards=3, seed=7)
     counted = stream.starting_at(0)
     batches = [next(counted).tokens for _ in range(2 * len(corpus))]
