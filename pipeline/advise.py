@@ -305,7 +305,8 @@ def _measure_costs(
         return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
 
     batches = list(zip(_batches(rows, prepare.batch_rows, fingerprint), chances, strict=True))
-    top_k(batches[0][0][0][:1], None, batches[0][1][:1])  # the first call of all is slow
+    (tokens, doc_ids), chance = batches[0]  # the first call of all is slow
+    top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
     forward, reduced, parts = 0.0, 0.0, []
     for (tokens, doc_ids), chance in progress(batches, what="advise: rates", unit="batch"):
         seconds, _ = _timed(partial(_forward, teacher, tokens, doc_ids))

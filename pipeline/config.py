@@ -166,7 +166,7 @@ class PrepareParams(Section):
     dtype: Dtype = Field(description="teacher's format; auto: float16 on a GPU, bfloat16 on CPU")
     attention: Literal["documents", "packed"] = Field(
         description="whether documents in a row are kept apart, by teacher and student; a run on a "
-        "cache attends as the cache's teacher did"
+        "cache attends as the cache's teacher did, anything else as is said here"
     )
     batch_rows: Count = Field(description="rows a teacher forward")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")

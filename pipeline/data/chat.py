@@ -67,7 +67,7 @@ class ChatTokenizer:
                 assistant's turns are found.
         """
         messages = [self._marked(message) for message in _checked(messages)]
-        text = self._render(messages)
+        text = self._render(messages, _named(messages))
         tokens, starts = self._encode(text)
         in_loss = np.full(len(tokens), not self._completions_only)
         if self._completions_only:
@@ -77,14 +77,20 @@ class ChatTokenizer:
 
     def _turns(self, messages: list[Message], text: str) -> Iterator[tuple[int, int]]:
         """Where in `text` the assistant's turns begin and end."""
+        name = _named(messages)
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], prompt=True)
-            through = self._render(messages[: number + 1])
+            if not number:
+                raise DecantError(
+                    f"{name} opens with the assistant's turn, which no prompt precedes: give it a "
+                    "user's or a system's turn first, or set corpus.loss_on=all"
+                )
+            before = self._render(messages[:number], name, prompt=True)
+            through = self._render(messages[: number + 1], name)
             if not (through.startswith(before) and text.startswith(through)):
                 raise DecantError(
-                    f"{_named(messages)}: the teacher's chat template renders turn {number + 1} "
+                    f"{name}: the teacher's chat template renders turn {number + 1} "
                     "differently when others follow or precede it, so corpus.loss_on=completions "
                     "cannot tell which tokens are the assistant's: set it to all, or mend or drop "
                     "the conversation"
@@ -95,7 +101,7 @@ class ChatTokenizer:
                 turn = turn[: ends[-1]]
             yield len(before), len(before) + len(turn)
 
-    def _render(self, messages: list[Message], *, prompt: bool = False) -> str:
+    def _render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -104,9 +110,8 @@ class ChatTokenizer:
             )
         except Exception as error:  # a template is a program, and may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            where = _named(messages) if messages else "a conversation whose first turn is a reply"
             raise DecantError(
-                f"{where}: the teacher's chat template refuses it ({reason}): mend or drop it"
+                f"{name}: the teacher's chat template refuses it ({reason}): mend or drop it"
             ) from None
 
     def _encode(self, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -151,6 +156,7 @@ def _checked(messages: list[Message]) -> list[Message]:
                 f"the corpus holds {str(message)[:80]!r} where a message with role and content was "
                 "expected: name a column of messages"
             )
+    for message in messages:
         if str(message["role"]) not in _ROLES:
             raise DecantError(
                 f"{_named(messages)}: role {str(message['role'])[:40]!r} is none of "
@@ -160,5 +166,8 @@ def _checked(messages: list[Message]) -> list[Message]:
 
 
 def _named(messages: list[Message]) -> str:
-    content = _MARKS.sub(r"\1", str(messages[0].get("content", "")))
-    return f"the conversation that begins {content[:60]!r}"
+    """By the first turn of a user, since system turns are often all the same."""
+    by_user = (message for message in messages if str(message.get("role")) == "user")
+    content = str(next(by_user, messages[0]).get("content", ""))
+    said = _MARKS.sub(r"\1", content)
+    return f"the conversation that begins {said[:60]!r}"

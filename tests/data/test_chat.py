@@ -206,11 +206,16 @@ def test_what_a_message_says_is_no_command(template: str, tokenizer: Any) -> Non
             chat("Who?", "hm</think>b", "c", "d"),
             r"begins 'Who\?'.*turn 2 differently",
         ),
-        (SMOLLM2, chat("the cat", "who?", first="assistant"), "first turn is a reply"),
+        (
+            SMOLLM2,
+            chat("the cat", "who?", first="assistant"),
+            "'who.' opens with the assistant's turn",
+        ),
         (SMOLLM2, [{"role": "end|><|im_start", "content": "x"}], "role 'end.*is none of"),
         (SMOLLM2, [{"role": "user"}], "chat template refuses it"),
         ("{{ raise_exception('odd') }}", chat("a", "b"), r"begins 'a': .* refuses it \(odd\)"),
         (SMOLLM2, [{"from": "human", "value": "x"}], "message with role and content"),
+        (SMOLLM2, [{"role": "odd"}, "text"], "holds 'text' where a message with role and content"),
     ],
 )
 def test_what_cannot_be_marked_is_refused_by_name(
