@@ -37,6 +37,7 @@ from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.figures import draw_svg
+from pipeline.model.attention import documents_apart
 from pipeline.runtime import progress, progress_bar
 from pipeline.sharding import decode_shard, encode_shard
 from pipeline.store.codec import RankTable, encode, restore, to_topk
@@ -276,8 +277,8 @@ def _measure_kept(
         for block in blocks:
             rows = _rows_at(corpus, block)
             parts: list[TopK] = []
-            for tokens in _batches(rows, prepare.batch_rows):
-                topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures)
+            for tokens, doc_ids in _batches(rows, prepare.batch_rows, fingerprint):
+                topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures, doc_ids=doc_ids)
                 parts.append(topk.map(Tensor.cpu))
                 bar.update(tokens.numel())
             topk, real = TopK.cat(parts), torch.from_numpy(rows.doc_ids != PADDING)
@@ -299,17 +300,18 @@ def _measure_costs(
     uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
     chances = torch.split(uniforms, prepare.batch_rows)
 
-    def top_k(tokens: Tensor, chance: Tensor) -> TopK:
-        topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance)
+    def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
+        topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance, doc_ids)
         return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
 
-    batches = list(zip(_batches(rows, prepare.batch_rows), chances, strict=True))
-    top_k(batches[0][0][:1], batches[0][1][:1])  # the first call of all is slow
+    batches = list(zip(_batches(rows, prepare.batch_rows, fingerprint), chances, strict=True))
+    (tokens, doc_ids), chance = batches[0]  # the first call of all is slow
+    top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
     forward, reduced, parts = 0.0, 0.0, []
-    for tokens, chance in progress(batches, what="advise: rates", unit="batch"):
-        seconds, _ = _timed(partial(_forward, teacher, tokens))
+    for (tokens, doc_ids), chance in progress(batches, what="advise: rates", unit="batch"):
+        seconds, _ = _timed(partial(_forward, teacher, tokens, doc_ids))
         forward += seconds
-        seconds, part = _timed(partial(top_k, tokens, chance))
+        seconds, part = _timed(partial(top_k, tokens, doc_ids, chance))
         reduced += seconds
         parts.append(part)
     topk = TopK.cat(parts)
@@ -326,9 +328,9 @@ def _measure_costs(
     )
 
 
-def _forward(teacher: HuggingFaceTeacher, tokens: Tensor) -> float:
+def _forward(teacher: HuggingFaceTeacher, tokens: Tensor, doc_ids: Tensor | None) -> float:
     """Teacher and head over a batch; one logit is looked at, so that a GPU has done them all."""
-    seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens)]
+    seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens, doc_ids)]
     return float(seen[-1])
 
 
@@ -342,9 +344,14 @@ def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
     return Rows.cat([corpus.rows(place, place + 1) for place in places])
 
 
-def _batches(rows: Rows, batch_rows: int) -> tuple[Tensor, ...]:
-    """Tokens, int64 [up to batch_rows, L] each."""
-    return torch.split(torch.from_numpy(rows.tokens), batch_rows)
+def _batches(
+    rows: Rows, batch_rows: int, fingerprint: Fingerprint
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Tokens, int64 [up to batch_rows, L], and the documents to be kept apart, of each batch."""
+    tokens = torch.split(torch.from_numpy(rows.tokens), batch_rows)
+    doc_ids = torch.split(torch.from_numpy(rows.doc_ids), batch_rows)
+    apart = [documents_apart(ids, fingerprint.attention) for ids in doc_ids]
+    return list(zip(tokens, apart, strict=True))
 
 
 def _count_ranks(topk: TopK) -> RankTable:

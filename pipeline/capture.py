@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.config import Params
+from pipeline.data.packing import Rows
 from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
+from pipeline.model.attention import documents_apart
 from pipeline.model.weights import hash_tokenizer, hash_weights
 from pipeline.runtime import dtype_name, pick_device, pick_dtype, progress_bar, say
 from pipeline.sharding import DamagedError
@@ -70,7 +71,7 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
         tokenizer_sha256=tokenizer_sha256,
         corpus_sha256=info.sha256,
         dtype=dtype_name(dtype),
-        attention="packed",
+        attention=wanted.attention,
         k=wanted.k,
         draws=wanted.draws,
         draw_seed=params.seed if wanted.draws else 0,
@@ -156,10 +157,10 @@ class Capture:
         rows = self.corpus.rows(start, stop)
         parts: list[TopK] = []
         for first in range(0, stop - start, self._batch_rows):
-            tokens = torch.from_numpy(rows.tokens[first : first + self._batch_rows])
-            parts.append(self._top_k(tokens, start + first).map(torch.Tensor.cpu))
+            batch = rows[first : first + self._batch_rows]
+            parts.append(self._top_k(batch, start + first).map(torch.Tensor.cpu))
             if bar is not None:
-                bar.update(tokens.numel())  # type: ignore[attr-defined]
+                bar.update(batch.tokens.size)  # type: ignore[attr-defined]
         return TopK.cat(parts), hash_rows(rows)
 
     def count_ranks(self) -> RankTable:
@@ -168,15 +169,17 @@ class Capture:
         places = np.arange(number) * len(self.corpus) // number
         ids = []
         for place in places.tolist():
-            topk = self._top_k(torch.from_numpy(self.corpus.rows(place, place + 1).tokens), place)
+            topk = self._top_k(self.corpus.rows(place, place + 1), place)
             ids += [topk.ids.cpu().numpy().ravel(), topk.draw_ids.cpu().numpy().ravel()]
         return RankTable.counted(np.concatenate(ids), self.fingerprint.vocab_size)
 
-    def _top_k(self, tokens: Tensor, first_row: int) -> TopK:
+    def _top_k(self, rows: Rows, first_row: int) -> TopK:
         made_from = self.fingerprint
-        rows = range(first_row, first_row + len(tokens))
-        uniforms = row_uniforms(rows, made_from.row_length, made_from.draws, made_from.draw_seed)
-        return self.teacher.top_k(tokens, made_from.k, made_from.temperatures, uniforms)
+        numbers = range(first_row, first_row + len(rows))
+        uniforms = row_uniforms(numbers, made_from.row_length, made_from.draws, made_from.draw_seed)
+        tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+        apart = documents_apart(doc_ids, made_from.attention)
+        return self.teacher.top_k(tokens, made_from.k, made_from.temperatures, uniforms, apart)
 
 
 def open_captures(

@@ -112,14 +112,20 @@ class TeacherParams(Section):
 
 
 class FilesCorpus(Section):
-    """Local txt (a document a file), jsonl or parquet (a document a row)."""
+    """Local txt (a document a file), jsonl or parquet (a document a row).
+
+    A document is a text, or, in jsonl and parquet, a list of messages {role, content}: then the
+    teacher's chat template makes the text.
+    """
 
     paths: tuple[str, ...] = Field(description="files or glob patterns, all of one kind")
-    column: str = Field(description="the column that holds the text, in jsonl and parquet")
+    column: str = Field(
+        description="the column that holds the text or the messages, in jsonl and parquet"
+    )
 
 
 class HubCorpus(Section):
-    """A dataset on the Hugging Face hub, streamed."""
+    """A dataset on the Hugging Face hub, streamed; texts or lists of messages, as in files."""
 
     id: str
     name: str | None
@@ -143,6 +149,12 @@ class CorpusParams(Section):
         description="share of documents set aside, chosen by a hash of their text"
     )
     row_length: Annotated[int, Field(ge=2)] = Field(description="L, tokens a row")
+    packing: Literal["cut", "fit"] = Field(
+        description="documents run on and are cut at row ends, or lie whole in rows, padded"
+    )
+    loss_on: Literal["all", "completions"] = Field(
+        description="the tokens in the loss: all, or of conversations the assistant's turns alone"
+    )
 
 
 class AdviseParams(Section):
@@ -164,6 +176,10 @@ class PrepareParams(Section):
     )
     temperatures: tuple[Temperature, ...] = Field(description="whose normalisers are stored")
     dtype: Dtype = Field(description="teacher's format; auto: float16 on a GPU, bfloat16 on CPU")
+    attention: Literal["documents", "packed"] = Field(
+        description="whether documents in a row are kept apart, by teacher and student; a run on a "
+        "cache attends as the cache's teacher did, anything else as is said here"
+    )
     batch_rows: Count = Field(description="rows a teacher forward")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
     chunk_rows: Count = Field(description="rows a zarr chunk, the unit of reading")

@@ -28,6 +28,7 @@ from torch import Tensor
 from pipeline.config import VerifyParams
 from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import CorpusSplit
+from pipeline.model.attention import documents_apart
 from pipeline.runtime import progress
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
@@ -184,18 +185,21 @@ def run_gate(
     control: list[Agreement] = []
     for number, batch in enumerate(progress(batches, what="verify", unit="batch")):
         rows = Rows.cat([corpus.rows(row, row + 1) for (corpus, _), row in batch])
-        tokens = torch.from_numpy(rows.tokens)
-        real = torch.from_numpy(rows.doc_ids) != PADDING
+        tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+        real = doc_ids != PADDING
+        apart = documents_apart(doc_ids, batch[0][0][1].fingerprint.attention)
         stored = TopK.cat([reader.top_k(np.array([row])) for (_, reader), row in batch])
         shifted = stored.map(lambda t: t.roll(1, dims=1))
         wanted = [said_ids(stored), said_ids(shifted)]
-        live, (at_stored, at_shifted) = _live(teacher, tokens, wanted, stored.temperatures)
+        live, (at_stored, at_shifted) = _live(teacher, tokens, apart, wanted, stored.temperatures)
         cached.append(_compare(stored, live, at_stored, real))
         if number < params.noise_batches:
             control.append(_compare(shifted, live, at_shifted, real))
             # Another batch shape makes other matrix shapes, hence another order of rounding.
+            thrice = None if apart is None else apart.repeat(3, 1)
+            wanted = [live.ids.repeat(3, 1, 1)]
             again, (at_live,) = _live(
-                teacher, tokens.repeat(3, 1), [live.ids.repeat(3, 1, 1)], stored.temperatures
+                teacher, tokens.repeat(3, 1), thrice, wanted, stored.temperatures
             )
             again, at_live = again[: len(tokens)], at_live[: len(tokens)]
             noise.append(_compare(live, again, at_live, real))
@@ -217,19 +221,21 @@ def run_gate(
 def _live(
     teacher: HuggingFaceTeacher,
     tokens: Tensor,
+    doc_ids: Tensor | None,
     id_sets: Sequence[Tensor],
     temperatures: tuple[float, ...],
 ) -> tuple[TopK, list[Tensor]]:
     """One forward: the teacher's TopK [B, L, K] and its log-probabilities at each set of ids.
 
     Args:
-        tokens: int64 [B, L]. id_sets: int64 [B, L, K] each.
+        tokens: int64 [B, L]. doc_ids: of documents to be kept apart, or None.
+        id_sets: int64 [B, L, K] each.
     """
     flat_ids = [ids.flatten(0, 1).to(teacher.device) for ids in id_sets]
     k = min(id_sets[0].shape[-1], teacher.vocab_size)
     parts: list[TopK] = []
     gathered: list[list[Tensor]] = [[] for _ in id_sets]
-    for rows, logits in teacher.logits_by_chunk(tokens):
+    for rows, logits in teacher.logits_by_chunk(tokens, doc_ids):
         for ids, found in zip(flat_ids, gathered, strict=True):
             found.append(logits.gather(-1, ids[rows]))
         topk = top_k_from_logits(logits, k, temperatures)

@@ -43,7 +43,7 @@ def main(params: Params, runs: tuple[str, ...]) -> None:
         dtype=pick_dtype(params.prepare.dtype, device),
         device=device,
     )
-    comparison = compare(teacher, folders, corpus, params.evaluate)
+    comparison = compare(teacher, folders, corpus, params.evaluate, params.prepare.attention)
     metrics = {
         name: asdict(scores) | {"parameters": comparison.parameters[name]}
         for name, scores in comparison.scores.items()

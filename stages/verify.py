@@ -39,8 +39,9 @@ def main(params: Params, structure: bool) -> None:
     dtype = DTYPES[splits[0][1].fingerprint.dtype]
     for corpus, reader in splits:
         stored = reader.fingerprint
-        # How much was kept is the cache's own affair; what it was made from must be what is here.
-        kept = {"k": stored.k, "draws": stored.draws, "temperatures": stored.temperatures}
+        # What was kept, and how, is the cache's own affair; what it was made from must be here.
+        names = ("k", "draws", "temperatures", "attention")
+        kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)
         seed = stored.draw_seed if stored.draws else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})

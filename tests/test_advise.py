@@ -37,6 +37,7 @@ from pipeline.config import AdviseParams, Params
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.attention import document_positions
 from pipeline.runtime import DTYPES
 from pipeline.topk import top_k_from_logits
 from tests.conftest import ROOT, change
@@ -59,7 +60,9 @@ def true_logits(params: Params) -> Tensor:
     real = torch.from_numpy(rows.doc_ids != PADDING)
     assert not bool(real.all())  # the last row is padded, or leaving padding out is not tested
     model = live_teacher(params).model.double()
-    logits: Tensor = model(input_ids=torch.from_numpy(rows.tokens)).logits
+    positions = document_positions(torch.from_numpy(rows.doc_ids))
+    tokens = torch.from_numpy(rows.tokens)
+    logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
     return logits[real][:, : corpus.info.vocab_size]
 
 

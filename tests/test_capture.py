@@ -23,7 +23,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.store.writer import CacheWriter
 from tests.conftest import ROOT, change, make_teacher
-from tests.helpers import capture_all, make_capture, open_cache
+from tests.helpers import capture_all, live_teacher, make_capture, open_cache
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
@@ -71,6 +71,7 @@ def test_killed_capture_resumes_to_the_same_store(tiny_corpus: Params, tmp_path:
         ({"k": 8}, "k=16"),
         ({"temperatures": [1.0]}, "temperatures="),
         ({"dtype": "bfloat16"}, "dtype"),
+        ({"attention": "packed"}, "attention=documents"),
     ],
 )
 def test_other_parameters_are_refused_by_name(
@@ -197,6 +198,28 @@ def test_read_only_folder(tiny_corpus: Params) -> None:
     tiny_corpus.paths.logits.chmod(0o500)
     with pytest.raises(DecantError, match="permission is denied"):
         capture_all(tiny_corpus)
+
+
+def test_each_document_is_captured_as_if_alone(tiny_corpus: Params) -> None:
+    """Under documents; under packed it is so for a row's first document only."""
+    rows = CorpusSplit(tiny_corpus.paths.corpus, "train").rows(0, 20)
+    row = next(i for i, ids in enumerate(rows.doc_ids) if ids[0] != ids[-1])
+    first = rows.doc_ids[row] == rows.doc_ids[row, 0]
+    second = rows.doc_ids[row] == rows.doc_ids[row, first.sum()]
+    teacher = live_teacher(tiny_corpus)
+    for attention in ("documents", "packed"):
+        params = change(
+            tiny_corpus,
+            prepare={"attention": attention},
+            paths={"logits": f"{tiny_corpus.paths.logits}_{attention}"},
+        )
+        capture_all(params)
+        stored = open_cache(params).top_k(np.array([row]))
+        for place, as_if_alone in ((first, True), (second, attention == "documents")):
+            tokens = torch.from_numpy(rows.tokens[row][place])[None]
+            alone = teacher.top_k(tokens, 16, (1.0, 2.0, 4.0))
+            same = torch.allclose(stored[:, place].lse_tau, alone.lse_tau, atol=1e-5)
+            assert same == as_if_alone
 
 
 def test_fingerprint_names_all_that_matters(tiny_corpus: Params) -> None:

@@ -124,6 +124,21 @@ def test_bfloat16_cache_passes_with_its_own_noise(tiny_corpus: Params) -> None:
     assert gate(params).passed
 
 
+def test_the_gate_attends_as_the_cache_did(tiny_cache: Params) -> None:
+    """And catches a cache of packed rows that claims to be one of documents kept apart."""
+    elsewhere = {"logits": f"{tiny_cache.paths.logits}_packed"}
+    packed = change(tiny_cache, prepare={"attention": "packed"}, paths=elsewhere)
+    capture_all(packed)
+    assert gate(change(packed, prepare={"attention": "documents"})).passed
+    reader = open_cache(packed)
+    said = reader.top_k(np.arange(len(reader.corpus)))
+    writer = make_capture(tiny_cache, "train").writer
+    for shard in range(writer.layout.num_shards):
+        start, stop = writer.layout.rows_of(shard)
+        writer.write(shard, said[start:stop], hash_rows(reader.corpus.rows(start, stop)))
+    assert not gate(tiny_cache).passed
+
+
 @pytest.mark.parametrize(("k", "draws"), [(8, 8), (1, 20), (0, 50)])
 def test_caches_with_draws_pass_and_fail_as_others_do(
     k: int, draws: int, tiny_corpus: Params

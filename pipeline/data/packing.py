@@ -1,15 +1,19 @@
-"""Documents to rows of L tokens by concatenate-then-chunk, with document boundaries kept.
+"""Documents to rows of L tokens, with document boundaries and the tokens in the loss kept.
 
-Nothing is lost and nothing is padded but the end of the last row. A row may hold the end of one
-document and the start of others; `doc_ids` says which token belongs to which, so that the loss at
-document ends (and, where wanted, attention across documents) can be masked.
+Two ways. `cut` concatenates all documents and cuts at row ends: nothing is padded but the end of
+the last row, and a document that crosses a row's end continues in the next row without its
+beginning. `fit` keeps every document of up to L tokens whole, by best-fit-decreasing bin packing
+(Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3): what room is left in a
+row is padding, which costs the teacher's time and the cache's bytes. Long plain text is for `cut`;
+conversations, whose answers mean little without their questions, are for `fit`.
 
 Shapes: n rows, B batch, L row length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,14 +29,32 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Packed rows: tokens int64 [n, L] and doc_ids int32 [n, L], PADDING where there is none."""
+class Document:
+    """A tokenized document: tokens int64 [m], and in_loss bool [m], whether each is a target."""
 
     tokens: NDArray[np.int64]
-    doc_ids: NDArray[np.int32]
+    in_loss: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __getitem__(self, place: slice) -> Document:
+        return Document(self.tokens[place], self.in_loss[place])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows; padding is out of the loss."""
+
+    tokens: NDArray[np.int64]  # [n, L]
+    doc_ids: NDArray[np.int32]  # [n, L], PADDING where there is no document
+    in_loss: NDArray[np.bool_]  # [n, L], whether the TOKEN is a target, of the position before it
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, place: slice) -> Rows:
+        return Rows(self.tokens[place], self.doc_ids[place], self.in_loss[place])
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
@@ -40,56 +62,155 @@ class Rows:
         return Rows(
             tokens=np.concatenate([part.tokens for part in parts]),
             doc_ids=np.concatenate([part.doc_ids for part in parts]),
+            in_loss=np.concatenate([part.in_loss for part in parts]),
         )
 
 
-def pack(
-    documents: Iterable[list[int]], row_length: int, pad_id: int, rows_at_once: int
+@dataclass(frozen=True)
+class _Piece:
+    """A part of document `number` that lies in one stretch of a row."""
+
+    number: int
+    part: Document
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+
+def cut(
+    documents: Iterable[Document], row_length: int, pad_id: int, rows_at_once: int
 ) -> Iterator[Rows]:
-    """Concatenate tokenized documents and cut into rows, `rows_at_once` at a time.
+    """Concatenate documents and cut into rows, `rows_at_once` at a time.
 
     Only the last row can carry padding (token `pad_id`, document PADDING). Documents are numbered
     from 0 in order; empty ones take no number.
     """
-    tokens: list[int] = []
-    doc_ids: list[int] = []
     size = row_length * rows_at_once
-    number = 0
-    for document in documents:
-        if not document:
-            continue
-        tokens += document
-        doc_ids += [number] * len(document)
-        number += 1
-        while len(tokens) >= size:
-            yield _rows(tokens[:size], doc_ids[:size], row_length)
-            del tokens[:size], doc_ids[:size]
-    if tokens:
-        missing = -len(tokens) % row_length
-        yield _rows(tokens + [pad_id] * missing, doc_ids + [PADDING] * missing, row_length)
+    waiting: list[_Piece] = []
+    waits = 0
+    for piece in _pieces(documents, size):
+        waiting.append(piece)
+        waits += len(piece)
+        if waits >= size:
+            last = waiting.pop()
+            room = len(last) - (waits - size)
+            waiting.append(_Piece(last.number, last.part[:room]))
+            yield _rows(_in_a_line(waiting, row_length), row_length, pad_id)
+            waiting, waits = [_Piece(last.number, last.part[room:])], waits - size
+    if waits:
+        yield _rows(_in_a_line(waiting, row_length), row_length, pad_id)
 
 
-def _rows(tokens: list[int], doc_ids: list[int], row_length: int) -> Rows:
-    return Rows(
-        tokens=np.array(tokens, dtype=np.int64).reshape(-1, row_length),
-        doc_ids=np.array(doc_ids, dtype=np.int32).reshape(-1, row_length),
+def fit(
+    documents: Iterable[Document], row_length: int, pad_id: int, rows_at_once: int
+) -> Iterator[Rows]:
+    """Put whole documents into rows, best fit first, from a buffer of `rows_at_once` rows' tokens.
+
+    A document longer than a row is cut into pieces of a row's length and a rest. Of the buffer, the
+    longest piece comes first and goes to the row with the least room that holds it. Rows leave in
+    the order of their last document, so the rest of a long one comes after its other pieces, and
+    documents lie in a row in order, numbered as in `cut`.
+    """
+    waiting: list[_Piece] = []
+    waits = 0
+    for piece in _pieces(documents, row_length):
+        waiting.append(piece)
+        waits += len(piece)
+        if waits >= row_length * rows_at_once:
+            filled = _best_fit_decreasing(waiting, row_length)
+            emptiest = min(filled, key=_length)  # alone may be less than half full: it waits
+            waiting = emptiest if _length(emptiest) < row_length else []
+            waits = _length(waiting)
+            yield _rows([row for row in filled if row is not waiting], row_length, pad_id)
+    if waiting:
+        yield _rows(_best_fit_decreasing(waiting, row_length), row_length, pad_id)
+
+
+PACKERS: dict[str, Callable[[Iterable[Document], int, int, int], Iterator[Rows]]] = {
+    "cut": cut,
+    "fit": fit,
+}
+
+
+def _pieces(documents: Iterable[Document], longest: int) -> Iterator[_Piece]:
+    """Pieces of at most `longest` tokens; documents are numbered, empty ones left out."""
+    full = (document for document in documents if len(document))
+    for number, document in enumerate(full):
+        for start in range(0, len(document), longest):
+            yield _Piece(number, document[start : start + longest])
+
+
+def _best_fit_decreasing(pieces: list[_Piece], row_length: int) -> list[list[_Piece]]:
+    """Pieces by row; rows by their last piece's number, and pieces in a row by theirs."""
+    rows: list[list[_Piece]] = []
+    rooms: list[tuple[int, int]] = []  # room left and index of each row that is not full, rising
+    for piece in sorted(pieces, key=len, reverse=True):  # stable: equal lengths keep their order
+        place = bisect_left(rooms, (len(piece), -1))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+            rows[row].append(piece)
+        else:
+            room, row = row_length, len(rows)
+            rows.append([piece])
+        if room > len(piece):
+            insort(rooms, (room - len(piece), row))
+    ordered = [sorted(row, key=lambda piece: piece.number) for row in rows]
+    return sorted(ordered, key=lambda row: row[-1].number)
+
+
+def _length(row: list[_Piece]) -> int:
+    return sum(map(len, row))
+
+
+def _in_a_line(pieces: list[_Piece], row_length: int) -> list[list[_Piece]]:
+    """Pieces cut at row ends."""
+    rows: list[list[_Piece]] = []
+    room = 0
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            if not room:
+                rows.append([])
+                room = row_length
+            part = piece.part[start : start + room]
+            rows[-1].append(_Piece(piece.number, part))
+            start, room = start + len(part), room - len(part)
+    return rows
+
+
+def _rows(filled: list[list[_Piece]], row_length: int, pad_id: int) -> Rows:
+    shape = (len(filled), row_length)
+    rows = Rows(
+        tokens=np.full(shape, pad_id, dtype=np.int64),
+        doc_ids=np.full(shape, PADDING, dtype=np.int32),
+        in_loss=np.zeros(shape, dtype=np.bool_),
     )
+    for row, pieces in enumerate(filled):
+        start = 0
+        for piece in pieces:
+            place = (row, slice(start, start + len(piece)))
+            rows.tokens[place] = piece.part.tokens
+            rows.doc_ids[place] = piece.number
+            rows.in_loss[place] = piece.part.in_loss
+            start += len(piece)
+    return rows
 
 
-def next_token_labels(tokens: Tensor, doc_ids: Tensor) -> Tensor:
-    """labels[t] = tokens[t + 1], IGNORE where that is not the same document's next token.
+def next_token_labels(tokens: Tensor, doc_ids: Tensor, in_loss: Tensor) -> Tensor:
+    """labels[t] = tokens[t + 1], IGNORE where that is not a target of the same document.
 
     Out of the loss: the last position of a row (its successor is in another row), the last token
-    of a document (its successor belongs to another), and padding. Shifting the other way would
-    train the student to copy its input.
+    of a document (its successor belongs to another), padding, and positions whose next token is not
+    in the loss, such as a user's words. Shifting the other way would train the student to copy its
+    input.
 
     Args:
-        tokens: int64 [B, L]. doc_ids: integer [B, L], PADDING for padding.
+        tokens: int64 [B, L]. doc_ids: integer [B, L], PADDING for padding. in_loss: bool [B, L].
 
     Returns:
         int64 [B, L].
     """
     labels = torch.full_like(tokens, IGNORE)
     follows = (doc_ids[:, 1:] == doc_ids[:, :-1]) & (doc_ids[:, 1:] != PADDING)
-    labels[:, :-1] = torch.where(follows, tokens[:, 1:], IGNORE)
+    labels[:, :-1] = torch.where(follows & in_loss[:, 1:], tokens[:, 1:], IGNORE)
     return labels

@@ -1,25 +1,27 @@
 """The tokenized corpus on disk: `corpus.zarr` with the Zarr v3 groups `train` and `validation`.
 
-Each group holds `tokens` (uint16 when the vocabulary fits, else uint32) and `doc_ids` (int32), both
-[N, L], in shards of about 262,144 tokens (pipeline/sharding.py), and attributes that describe them.
-The group's zarr.json, with the sha256 of all rows, is written last: without it the split does not
+Each group holds three arrays [N, L]: `tokens` (uint16 when the vocabulary fits, else uint32),
+`doc_ids` (int32, -1 for padding) and `in_loss` (uint8, 1 where the token is a target of training),
+in shards of about 262,144 tokens (pipeline/sharding.py), and attributes that describe them. The
+group's zarr.json, with the sha256 of all rows, is written last: without it the split does not
 exist. The sha256 goes into the fingerprint of every cache made from the corpus, so a cache can not
-be paired with other tokens.
+be paired with other tokens, documents or targets.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.packing import PADDING, Rows
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, MismatchError
 from pipeline.sharding import (
     ArraySpec,
     DamagedError,
@@ -28,7 +30,7 @@ from pipeline.sharding import (
     read_shard,
     write_group,
 )
-from pipeline.storage import Address, open_folder
+from pipeline.storage import Address, Folder, open_folder
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -45,48 +47,70 @@ class SplitInfo:
     num_rows: int  # N
     row_length: int  # L
     num_tokens: int  # without padding
+    num_in_loss: int  # of these, tokens that are targets
     num_documents: int
-    num_text_bytes: int  # UTF-8 bytes of the documents taken
+    num_dropped: int  # documents left out since none of their tokens is a target
+    num_text_bytes: int  # UTF-8 bytes of the documents taken; of chats, as the template writes them
     num_used_ids: int  # different token ids that occur
     vocab_size: int  # ids a tokenizer can produce: largest id + 1
     tokenizer_sha256: str
-    sha256: str  # of tokens and doc_ids, row by row
+    sha256: str  # of all arrays, row by row (`hash_rows`)
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens and padding."""
+        return self.num_rows * self.row_length
+
+    @property
+    def num_padding(self) -> int:
+        """Positions that hold no token."""
+        return self.num_positions - self.num_tokens
 
 
 def hash_rows(rows: Rows) -> str:
-    """sha256 over rows: each row's tokens as little-endian uint32, then its doc_ids as int32."""
+    """sha256 over rows: of each its tokens as little-endian uint32, doc_ids as int32, in_loss as
+    uint8 (0 or 1).
+    """
     return hashlib.sha256(_row_bytes(rows)).hexdigest()
 
 
 def _row_bytes(rows: Rows) -> bytes:
-    both = (rows.tokens.astype("<u4"), rows.doc_ids.astype("<i4").view("<u4"))
-    return np.stack(both, axis=1).tobytes()
+    arrays = (rows.tokens.astype("<u4"), rows.doc_ids.astype("<i4"), rows.in_loss.astype("u1"))
+    return np.hstack([np.ascontiguousarray(array).view(np.uint8) for array in arrays]).tobytes()
 
 
 class SplitWriter:
     """Streams blocks of rows into a split; the split exists once `seal` has been called.
 
     Args:
-        address: of the corpus; an older split there is removed.
+        address: of the corpus; an older split there is removed once the first rows of the new one
+            come, so a source that cannot be read costs nothing.
+
+    Raises:
+        MismatchError: something else lies there, for example a logit cache.
     """
 
     def __init__(self, address: Address, split: str, *, row_length: int, vocab_size: int) -> None:
         self._root = open_folder(address)
         self._folder = open_folder(address / split)
-        self._folder.remove("zarr.json")  # first: what is being removed no longer exists
-        self._folder.remove()
+        _require_replaceable(self._folder, str(address / split))
         self._row_length = row_length
         self._used = np.zeros(vocab_size, dtype=bool)
         self._digest = hashlib.sha256()
         self._pending: list[Rows] = []
         self._num_rows = self._num_tokens = self._num_documents = self._num_shards = 0
+        self._num_in_loss = 0
 
     def add(self, rows: Rows) -> None:
-        """Append rows; full shards are written at once."""
+        """Append rows, of which there is one at least; full shards are written at once."""
+        if not self._num_rows:
+            self._folder.remove("zarr.json")  # first: what is being removed no longer exists
+            self._folder.remove()
         self._digest.update(_row_bytes(rows))
         real = rows.doc_ids != PADDING
         self._used[rows.tokens[real]] = True
         self._num_tokens += int(real.sum())
+        self._num_in_loss += int(rows.in_loss.sum())
         self._num_documents = max(self._num_documents, int(rows.doc_ids.max()) + 1)
         self._num_rows += len(rows)
         self._pending.append(rows)
@@ -97,7 +121,9 @@ class SplitWriter:
         """Tokens so far, without padding."""
         return self._num_tokens
 
-    def seal(self, *, num_text_bytes: int, tokenizer_sha256: str) -> SplitInfo:
+    def seal(
+        self, *, num_text_bytes: int, tokenizer_sha256: str, num_dropped: int = 0
+    ) -> SplitInfo:
         """Write what is pending, and the metadata that makes the split exist."""
         self._write_shards(final=True)
         info = SplitInfo(
@@ -105,7 +131,9 @@ class SplitWriter:
             num_rows=self._num_rows,
             row_length=self._row_length,
             num_tokens=self._num_tokens,
+            num_in_loss=self._num_in_loss,
             num_documents=self._num_documents,
+            num_dropped=num_dropped,
             num_text_bytes=num_text_bytes,
             num_used_ids=int(self._used.sum()),
             vocab_size=len(self._used),
@@ -124,18 +152,33 @@ class SplitWriter:
             for name, spec in specs.items():
                 data = encode_shard(spec, getattr(rows, name)[:size])
                 self._folder.write(spec.key_of(self._num_shards), data)
-            self._pending = [Rows(rows.tokens[size:], rows.doc_ids[size:])]
+            self._pending = [rows[size:]]
             self._num_shards += 1
 
     def _open_specs(self) -> dict[str, ArraySpec]:
         return _array_specs(self._num_rows, self._row_length, len(self._used))
 
 
+def _require_replaceable(folder: Folder, where: str) -> None:
+    """Nothing, or a corpus of any version and in any state, may be written over."""
+    try:
+        about = json.loads(folder.read("zarr.json"))["attributes"].get("decant", {})
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # damaged: making the corpus again is the remedy
+    if "num_documents" not in about:
+        raise MismatchError(
+            f"{where} holds something else than a corpus: set paths.corpus to another place, or "
+            "remove it"
+        )
+
+
 class CorpusSplit:
     """Read access to one split; `info` describes it.
 
     Raises:
-        DecantError: absent, of another format, or damaged.
+        DecantError: absent, damaged, of another format, or something else than a corpus.
     """
 
     def __init__(self, address: Address, split: str) -> None:
@@ -151,6 +194,11 @@ class CorpusSplit:
         if about is None:
             raise DecantError(
                 f"{address} holds no complete {split} split: run stages/corpus.py (or `dvc repro`)"
+            )
+        if about.keys() != {field.name for field in fields(SplitInfo)}:
+            raise MismatchError(
+                f"{address / split} is not a corpus of this version of Decant: set paths.corpus to "
+                "one, or make it there by stages/corpus.py"
             )
         self.info = SplitInfo(**about)
         self._specs = _specs(self.info)
@@ -170,12 +218,14 @@ class CorpusSplit:
         parts = []
         for shard in range(start // size, max(start, stop - 1) // size + 1):
             rows, first = self._shard(shard), shard * size
-            place = slice(max(start - first, 0), max(stop - first, 0))
-            parts.append(Rows(rows.tokens[place].astype(np.int64), rows.doc_ids[place]))
+            found = rows[max(start - first, 0) : max(stop - first, 0)]
+            parts.append(
+                Rows(found.tokens.astype(np.int64), found.doc_ids, found.in_loss.astype(np.bool_))
+            )
         return parts[0] if len(parts) == 1 else Rows.cat(parts)
 
     def _shard(self, shard: int) -> Rows:
-        """As stored: tokens in the narrow type."""
+        """As stored: in the narrow types."""
         with self._lock:
             ready = self._shards.get(shard)
             if mine := ready is None:
@@ -199,6 +249,7 @@ class CorpusSplit:
             return Rows(
                 tokens=read_shard(self._folder, self._specs["tokens"], shard),
                 doc_ids=read_shard(self._folder, self._specs["doc_ids"], shard),
+                in_loss=read_shard(self._folder, self._specs["in_loss"], shard),
             )
         except DamagedError as error:
             raise DecantError(
@@ -213,7 +264,8 @@ def _specs(info: SplitInfo) -> dict[str, ArraySpec]:
 
 def _array_specs(num_rows: int, row_length: int, vocab_size: int) -> dict[str, ArraySpec]:
     chunk_rows = max(1, _TOKENS_PER_CHUNK // row_length)
-    dtypes = {"tokens": "uint16" if vocab_size <= 65_536 else "uint32", "doc_ids": "int32"}
+    token_dtype = "uint16" if vocab_size <= 65_536 else "uint32"
+    dtypes = {"tokens": token_dtype, "doc_ids": "int32", "in_loss": "uint8"}
     common: dict[str, Any] = {
         "shape": (num_rows, row_length),
         "chunk_rows": chunk_rows,

@@ -14,6 +14,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.metrics import Scores, ScoreSums
+from pipeline.model.attention import Attention, documents_apart
 from pipeline.model.weights import open_student
 from pipeline.runtime import import_transformers, mm_float32, progress
 from pipeline.teacher.hf import HuggingFaceTeacher
@@ -34,6 +35,7 @@ def compare(
     students: Mapping[str, Path],
     corpus: CorpusSplit,
     params: EvaluateParams,
+    attention: Attention,
 ) -> Comparison:
     """Scores of the teacher and of each student folder on all rows of a split.
 
@@ -50,11 +52,17 @@ def compare(
     for first in progress(starts, what="evaluate", unit="batch"):
         rows = corpus.rows(first, min(first + params.batch_rows, len(corpus)))
         tokens = torch.from_numpy(rows.tokens).to(teacher.device)
-        doc_ids = torch.from_numpy(rows.doc_ids).to(teacher.device)
-        labels = next_token_labels(tokens, doc_ids).flatten()
+        doc_ids, in_loss = torch.from_numpy(rows.doc_ids), torch.from_numpy(rows.in_loss)
+        labels = next_token_labels(torch.from_numpy(rows.tokens), doc_ids, in_loss).flatten()
+        labels = labels.to(teacher.device)
+        apart = documents_apart(doc_ids, attention)
+        if apart is not None:
+            apart = apart.to(teacher.device)
         with torch.autocast(teacher.device.type, dtype=teacher.dtype, enabled=half):
-            hidden = {name: m.hidden_states(tokens).flatten(0, 1) for name, m in models.items()}
-        for chunk, teacher_logits in teacher.logits_by_chunk(tokens):
+            hidden = {
+                name: m.hidden_states(tokens, apart).flatten(0, 1) for name, m in models.items()
+            }
+        for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart):
             wanted = labels[chunk] != IGNORE
             target = labels[chunk][wanted]
             log_p = teacher_logits[wanted].log_softmax(-1)

@@ -64,6 +64,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pipeline.errors import MismatchError
+from pipeline.model.attention import Attention
 
 FORMAT_VERSION = 1
 COMMITS = "commits"
@@ -78,7 +79,7 @@ class Fingerprint:
     tokenizer_sha256: str
     corpus_sha256: str  # of the split
     dtype: str  # the teacher's number format
-    attention: str  # "packed": plain causal attention over the whole row
+    attention: Attention  # of the teacher over a row (pipeline/model/attention.py)
     k: int
     draws: int  # M
     draw_seed: int  # 0 without draws

@@ -10,7 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit
+from pipeline.model.attention import Attention
 from pipeline.store.reader import Shard
 from pipeline.topk import TopK
 
@@ -26,6 +28,11 @@ class Teacher(Protocol):
     @property
     def shard_rows(self) -> int:
         """Rows a shard, the unit of reading and of shuffling."""
+        ...
+
+    @property
+    def attention(self) -> Attention:
+        """How it attends within a row, and so its student."""
         ...
 
     @property
@@ -47,15 +54,21 @@ class NoTeacher:
 
     in_background = True
 
-    def __init__(self, corpus: CorpusSplit, *, shard_rows: int) -> None:
+    def __init__(self, corpus: CorpusSplit, *, shard_rows: int, attention: Attention) -> None:
         self.corpus = corpus
         self.shard_rows = shard_rows
+        self.attention = attention
 
     def shard(self, number: int) -> Shard:
         return corpus_shard(self.corpus, number, self.shard_rows)
 
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> None:
         """No targets."""
+
+
+def rows_at(places: list[tuple[Shard, int]]) -> Rows:
+    """Corpus rows that lie in shards at hand, in the order given."""
+    return Rows.cat([shard.rows[row - shard.first :][:1] for shard, row in places])
 
 
 def corpus_shard(corpus: CorpusSplit, number: int, shard_rows: int) -> Shard:

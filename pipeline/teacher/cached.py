@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.data.rows import CorpusSplit
+from pipeline.model.attention import Attention
 from pipeline.store.reader import CacheReader, Shard
 from pipeline.topk import TopK
 
@@ -24,6 +25,10 @@ class CachedTeacher:
     @property
     def shard_rows(self) -> int:
         return self.reader.layout.shard_rows
+
+    @property
+    def attention(self) -> Attention:
+        return self.reader.fingerprint.attention
 
     def shard(self, number: int) -> Shard:
         return self.reader.shard(number)

@@ -5,6 +5,11 @@ few positions at a time, with products accumulated in float32, and each chunk of
 at once. Rows of the head that no tokenizer id points to are left out (Qwen2.5 has 151,936 rows for
 151,665 ids).
 
+Documents packed into one row are kept apart by their positions alone: where a position is not the
+one before it plus one, transformers sees a new sequence, and masks attention accordingly for
+whatever kernel and layers a model has, sliding windows included, which a mask of ours would switch
+off. Whether an architecture follows is tried out before it is relied on.
+
 Shapes: B batch, L length, D hidden, V valid vocabulary, K kept ids.
 """
 
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DecantError
+from pipeline.model.attention import document_positions
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.runtime import dtype_name, mm_float32
 from pipeline.topk import TopK, top_k_from_logits
@@ -51,6 +57,7 @@ class HuggingFaceTeacher:
         self.dtype = dtype
         self.vocab_size = vocab_size
         self.head_chunk = head_chunk
+        self._keeps_apart: bool | None = None  # unknown yet
         head = self.model.get_output_embeddings()
         if len(head.weight) < vocab_size:
             raise DecantError(
@@ -65,20 +72,58 @@ class HuggingFaceTeacher:
         )
 
     @torch.no_grad()
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B, L] -> final hidden states [B, L, D] in the teacher's dtype."""
+    def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        """Tokens int64 [B, L] -> final hidden states [B, L, D] in the teacher's dtype.
+
+        Args:
+            doc_ids: integers [B, L], of documents to be kept apart (pipeline/model/attention.py);
+                None for plain causal attention over the row.
+
+        Raises:
+            DecantError: this architecture can not keep documents apart.
+        """
+        if doc_ids is None:
+            return self._body(tokens)
+        if self._keeps_apart is None:
+            self._keeps_apart = self._try_documents()
+        if not self._keeps_apart:
+            raise DecantError(
+                f"the teacher, a {self.model.config.model_type} model, does not keep documents "
+                "apart that are packed into one row: set prepare.attention=packed, or choose "
+                "another teacher"
+            )
+        return self._body(tokens, position_ids=document_positions(doc_ids).to(self.device))
+
+    def _body(self, tokens: Tensor, **options: Tensor) -> Tensor:
         hidden: Tensor = self.model.base_model(
-            input_ids=tokens.to(self.device), use_cache=False
+            input_ids=tokens.to(self.device), use_cache=False, **options
         ).last_hidden_state
         return hidden
 
+    def _try_documents(self) -> bool:
+        """Whether a document comes out the same alone and behind another, but for rounding.
+
+        Recurrent models, whose state flows on, and models without position ids fail this.
+        """
+        tokens = torch.linspace(0, self.vocab_size - 1, 16).long()[None]
+        positions = torch.arange(16, device=self.device)[None] % 8
+        alone, behind = self._body(tokens[:, 8:]), self._body(tokens)[:, 8:]
+        try:
+            apart = self._body(tokens, position_ids=positions)[:, 8:]
+        except (TypeError, ValueError):  # takes no position ids
+            return False
+        far, near = (float((other - alone).float().norm()) for other in (behind, apart))
+        return near <= 0.25 * far
+
     @torch.no_grad()
-    def logits_by_chunk(self, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def logits_by_chunk(
+        self, tokens: Tensor, doc_ids: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Positions of the flattened batch and their logits, float32 [chunk, V], chunk by chunk.
 
-        The tensor is a work space: the next chunk overwrites it.
+        The tensor is a work space: the next chunk overwrites it. For doc_ids see `hidden_states`.
         """
-        hidden = self.hidden_states(tokens).flatten(0, 1)
+        hidden = self.hidden_states(tokens, doc_ids).flatten(0, 1)
         work = torch.empty(min(self.head_chunk, len(hidden)), self.vocab_size, device=self.device)
         for start in range(0, len(hidden), self.head_chunk):
             rows = slice(start, min(start + self.head_chunk, len(hidden)))
@@ -94,11 +139,13 @@ class HuggingFaceTeacher:
         k: int,
         temperatures: tuple[float, ...],
         uniforms: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> TopK:
         """Tokens int64 [B, L] -> TopK [B, L, ...] on the teacher's device.
 
         Args:
             uniforms: [B, L, M] in [0, 1), what decides the M draws; None draws nothing.
+            doc_ids: see `hidden_states`.
 
         Raises:
             DecantError: the teacher produced a logit that is not finite.
@@ -108,7 +155,7 @@ class HuggingFaceTeacher:
         chances = uniforms.flatten(0, 1).to(self.device)
         parts = [
             top_k_from_logits(logits, k, temperatures, chances[rows])
-            for rows, logits in self.logits_by_chunk(tokens)
+            for rows, logits in self.logits_by_chunk(tokens, doc_ids)
         ]
         topk = TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
         sums = (topk.lse[..., None], topk.entropy[..., None], topk.lse_tau)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pipeline.data.rows import CorpusSplit
+from pipeline.model.attention import Attention, documents_apart
 from pipeline.store.reader import Shard
-from pipeline.teacher.base import corpus_shard
+from pipeline.teacher.base import corpus_shard, rows_at
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, row_uniforms
 
@@ -17,6 +19,7 @@ class OnlineTeacher:
     Args:
         k: ids kept. draws, seed: ids drawn besides, as in prepare. temperatures: only those
             training asks for.
+        attention: how it attends within a row, and so its student.
         shard_rows: rows a shard, for the same order of rows as a cache's.
     """
 
@@ -30,6 +33,7 @@ class OnlineTeacher:
         seed: int,
         temperatures: tuple[float, ...],
         shard_rows: int,
+        attention: Attention,
     ) -> None:
         self.teacher = teacher
         self.corpus = corpus
@@ -38,6 +42,7 @@ class OnlineTeacher:
         self.seed = seed
         self.temperatures = temperatures
         self.shard_rows = shard_rows
+        self.attention = attention
 
     @property
     def in_background(self) -> bool:
@@ -54,4 +59,5 @@ class OnlineTeacher:
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
         """One teacher forward over `tokens`."""
         uniforms = row_uniforms((row for _, row in places), tokens.shape[1], self.draws, self.seed)
-        return self.teacher.top_k(tokens, self.k, self.temperatures, uniforms)
+        doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.attention)
+        return self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)

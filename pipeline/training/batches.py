@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.model.attention import documents_apart
 from pipeline.store.reader import Shard, ShuffledRows
-from pipeline.teacher.base import Teacher
+from pipeline.teacher.base import Teacher, rows_at
 from pipeline.topk import TopK
 
 _BATCHES_AHEAD = 16  # whose shards are being read while a batch is in use
@@ -31,11 +32,16 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens and labels int64 [B, L] (IGNORE where out of the loss); the teacher's TopK or None."""
+    """tokens and labels int64 [B, L] (IGNORE where out of the loss); the teacher's TopK or None.
+
+    doc_ids, int32 [B, L], tells the model which documents to keep apart; None where plain causal
+    attention over the rows does the same, or is wanted (pipeline/model/attention.py).
+    """
 
     tokens: Tensor
     labels: Tensor
     topk: TopK | None
+    doc_ids: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -47,17 +53,26 @@ class Batch:
         topk = self.topk  # an online teacher's is on the GPU already
         if topk is not None and topk.lse.device.type == "cpu":
             topk = topk.map(Tensor.pin_memory)
+        doc_ids = self.doc_ids.pin_memory() if self.doc_ids is not None else None
         return replace(
-            self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), topk=topk
+            self,
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            topk=topk,
+            doc_ids=doc_ids,
         )
 
 
 def make_batch(teacher: Teacher, places: list[tuple[Shard, int]]) -> Batch:
     """The batch of corpus rows that lie in shards at hand."""
-    tokens = torch.from_numpy(np.stack([s.rows.tokens[row - s.first] for s, row in places]))
-    doc_ids = torch.from_numpy(np.stack([s.rows.doc_ids[row - s.first] for s, row in places]))
-    topk = teacher.top_k(places, tokens)
-    return Batch(tokens=tokens, labels=next_token_labels(tokens, doc_ids), topk=topk)
+    rows = rows_at(places)
+    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+    return Batch(
+        tokens=tokens,
+        labels=next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss)),
+        topk=teacher.top_k(places, tokens),
+        doc_ids=documents_apart(doc_ids, teacher.attention),
+    )
 
 
 def first_rows(

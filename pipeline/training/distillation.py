@@ -41,11 +41,14 @@ class DistillationStep(nn.Module):
         device = self.student.head_weight.device
         labels = batch.labels.to(device, non_blocking=True)
         wanted = labels != IGNORE
+        doc_ids = batch.doc_ids
+        if doc_ids is not None:
+            doc_ids = doc_ids.to(device, non_blocking=True)
         # No weight is used twice in a forward: autocast's cache would only hold on to its copies.
         with torch.autocast(
             device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):
-            hidden = self.student.hidden_states(batch.tokens.to(device, non_blocking=True))
+            hidden = self.student.hidden_states(batch.tokens.to(device, non_blocking=True), doc_ids)
         topk = None
         if batch.topk is not None:
             topk = batch.topk.map(lambda t: t.to(device, non_blocking=True))[wanted]

@@ -136,9 +136,13 @@ def _teachers(
     params: Params, device: torch.device, corpus: CorpusSplit, held_out: CorpusSplit
 ) -> tuple[Teacher, Teacher]:
     """The teacher of training and of validation rows."""
-    shard_rows = params.prepare.shard_rows
+    shard_rows, attention = params.prepare.shard_rows, params.prepare.attention
     if params.train.teacher == "none":
-        return NoTeacher(corpus, shard_rows=shard_rows), NoTeacher(held_out, shard_rows=shard_rows)
+        plain, held_out_plain = (
+            NoTeacher(split, shard_rows=shard_rows, attention=attention)
+            for split in (corpus, held_out)
+        )
+        return plain, held_out_plain
     if params.train.teacher == "cached":
         readers = [
             CacheReader(params.paths.logits, split, k=params.train.k)
@@ -164,6 +168,7 @@ def _teachers(
             seed=params.seed,
             temperatures=() if temperature == 1.0 else (temperature,),
             shard_rows=shard_rows,
+            attention=attention,
         )
         for split in (corpus, held_out)
     )
@@ -214,6 +219,8 @@ def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
         reader = CacheReader(params.paths.logits, corpus)
         identity["cache"] = reader.layout.about()
         identity["shard_rows"] = reader.layout.shard_rows
+    else:
+        identity["attention"] = params.prepare.attention
     if params.train.teacher == "online":
         kept = params.prepare.model_dump(mode="json", include={"k", "draws", "dtype"})
         identity |= {"online": kept, "teacher_sha256": hash_weights(params.paths.teacher)}

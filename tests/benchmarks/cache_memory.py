@@ -53,7 +53,7 @@ def write_corpus(params: Params, rows: int) -> None:
     for first in range(0, rows, 256):
         tokens = generator.integers(0, 300, (256, 128))
         doc_ids = np.repeat(np.arange(first, first + 256, dtype=np.int32)[:, None], 128, axis=1)
-        writer.add(Rows(tokens=tokens, doc_ids=doc_ids))
+        writer.add(Rows(tokens=tokens, doc_ids=doc_ids, in_loss=np.ones_like(tokens, dtype=bool)))
     writer.seal(num_text_bytes=0, tokenizer_sha256=hash_tokenizer(params.paths.teacher))
 
 

@@ -57,7 +57,7 @@ def print_sizes(reader: CacheReader) -> None:
         for name, (size, _) in read_marker(reader._folder, shard)["objects"].items():
             sizes[name] = sizes.get(name, 0) + size
     group = reader.corpus._folder.sizes()
-    for name in ("tokens", "doc_ids"):
+    for name in ("tokens", "doc_ids", "in_loss"):
         sizes[name] = sum(size for key, size in group.items() if key.startswith(f"{name}/c/"))
     for name, size in sizes.items():
         print(f"  {name:16} {size / tokens:7.2f} bytes a token")

@@ -26,6 +26,7 @@ from pipeline.config import Params, load_params
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit
 from pipeline.losses.reference import full_kl, sampled_kl, tail_bucket_kl
+from pipeline.model.attention import documents_apart
 from pipeline.model.student import StudentModel
 from pipeline.model.weights import load_student
 from pipeline.sharding import ArraySpec, encode_shard
@@ -35,6 +36,7 @@ from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, row_uniforms, top_k_from_logits
 from pipeline.training.students import build_student
 
+Inputs = tuple[Tensor, Tensor | None]  # tokens, and documents to be kept apart
 Loss = Callable[[Tensor, TopK, float], Tensor]
 
 BATCH = 512  # positions whose gradients are compared
@@ -67,7 +69,7 @@ def degrees(one: Tensor, two: Tensor) -> float:
 
 
 def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -> float:
-    """Bytes of the encoded shard and of the corpus's tokens and document ids."""
+    """Bytes of the encoded shard and of the corpus's arrays."""
     made_from = replace(fingerprint_of(params, corpus, torch.float32), k=topk.k, draws=topk.draws)
     ids = np.concatenate([topk.ids.numpy().ravel(), topk.draw_ids.numpy().ravel()])
     table = RankTable.counted(
@@ -82,7 +84,7 @@ def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -
     )
     arrays = encode(topk, table)
     total = sum(len(encode_shard(spec, arrays[name])) for name, spec in layout.specs.items())
-    for name, dtype in (("tokens", "uint16"), ("doc_ids", "int32")):
+    for name, dtype in (("tokens", "uint16"), ("doc_ids", "int32"), ("in_loss", "uint8")):
         spec = ArraySpec(
             name=name, shape=rows.tokens.shape, dtype=dtype, chunk_rows=count, shard_rows=count
         )
@@ -91,11 +93,11 @@ def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -
 
 
 def gradients(
-    student: StudentModel, tokens: Tensor, loss: Callable[[Tensor], Tensor], places: Tensor
+    student: StudentModel, rows: Inputs, loss: Callable[[Tensor], Tensor], places: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the summed loss: of the logits [n, V], of the head's weight [1, V * D]."""
     with torch.no_grad():
-        hidden = student.hidden_states(tokens).flatten(0, 1)[places]
+        hidden = student.hidden_states(*rows).flatten(0, 1)[places]
         logits = hidden @ student.head_weight.T
     logits.requires_grad_()
     (grad,) = torch.autograd.grad(loss(logits).sum(), logits)
@@ -115,8 +117,9 @@ def main() -> None:
     )
     count = params.prepare.chunk_rows
     rows = corpus.rows(0, count)
-    tokens = torch.from_numpy(rows.tokens)
-    length = tokens.shape[1]
+    doc_ids = documents_apart(torch.from_numpy(rows.doc_ids), params.prepare.attention)
+    inputs = torch.from_numpy(rows.tokens), doc_ids
+    length = corpus.info.row_length
     chances = {
         draws: row_uniforms(range(count), length, draws, 0).flatten(0, 1)
         for _, draws, _ in MODES.values()
@@ -124,7 +127,7 @@ def main() -> None:
     places = torch.randperm(count * length)[:BATCH].sort().values
     parts: dict[tuple[int, int], list[TopK]] = {mode[:2]: [] for mode in MODES.values()}
     compared = []
-    for place, logits in teacher.logits_by_chunk(tokens):
+    for place, logits in teacher.logits_by_chunk(*inputs):
         chosen = places[(places >= place.start) & (places < place.stop)] - place.start
         compared.append(logits[chosen].clone())
         for (k, draws), found in parts.items():
@@ -144,7 +147,7 @@ def main() -> None:
     )
     full = {
         (name, tau): gradients(
-            student, tokens, lambda z, tau=tau: full_kl(teacher_logits, z, tau), places
+            student, inputs, lambda z, tau=tau: full_kl(teacher_logits, z, tau), places
         )
         for name, student in students.items()
         for tau in TAUS
@@ -158,7 +161,7 @@ def main() -> None:
         for name, student in students.items():
             for tau in TAUS:
                 ours = gradients(
-                    student, tokens, partial(loss, topk=topk[places], temperature=tau), places
+                    student, inputs, partial(loss, topk=topk[places], temperature=tau), places
                 )
                 angles = [degrees(a, b) for a, b in zip(ours, full[name, tau], strict=True)]
                 cells.append(" ".join(f"{angle:6.1f}" for angle in angles))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import pytest
 
 from pipeline.config import Params
 from pipeline.data.corpus import _stdlib, build_corpus, load_tokenizer
-from pipeline.data.packing import PADDING
-from pipeline.data.rows import SPLITS, CorpusSplit
-from pipeline.errors import DecantError, ParamsError
+from pipeline.data.packing import PADDING, Rows
+from pipeline.data.rows import SPLITS, CorpusSplit, SplitWriter, hash_rows
+from pipeline.errors import DecantError, MismatchError, ParamsError
 from tests.conftest import change
+from tests.helpers import open_cache
 
 
 def documents_of(params: Params, split: str) -> list[str]:
@@ -165,6 +168,71 @@ def test_bad_sources_are_one_sentence(
     assert "\n" not in str(caught.value)
     with pytest.raises(DecantError, match="no complete train split"):
         CorpusSplit(params.paths.corpus, "train")
+
+
+@pytest.mark.parametrize("fault", ["absent", "broken", "empty", "column"])
+def test_a_source_that_fails_leaves_the_old_corpus(
+    fault: str, tiny_corpus: Params, tmp_path: Path
+) -> None:
+    before = {split: CorpusSplit(tiny_corpus.paths.corpus, split).info for split in SPLITS}
+    (tmp_path / "broken.jsonl").write_text('{"text": "unfinished')
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    files = {"paths": [str(tmp_path / f"{fault}.jsonl")], "column": "text"}
+    if fault == "column":
+        files = dict(tiny_corpus.corpus.files) | {"column": "body"}
+    params = change(tiny_corpus, corpus={"files": files})
+    with pytest.raises(DecantError):
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    for split in SPLITS:
+        corpus = CorpusSplit(params.paths.corpus, split)
+        assert corpus.info == before[split]
+        assert hash_rows(corpus.rows(0, len(corpus))) == before[split].sha256
+
+
+def test_a_corpus_that_is_begun_no_longer_exists(tiny_corpus: Params) -> None:
+    """Between the first rows of the new one and its seal there is neither the old nor the new."""
+    address = tiny_corpus.paths.corpus
+    old = CorpusSplit(address, "train")
+    rows = old.rows(0, 3)
+    writer = SplitWriter(address, "train", row_length=32, vocab_size=300)
+    CorpusSplit(address, "train")  # still there
+    writer.add(rows)
+    with pytest.raises(DecantError, match="no complete train split"):
+        CorpusSplit(address, "train")
+    writer.seal(num_text_bytes=1, tokenizer_sha256="")
+    assert np.array_equal(CorpusSplit(address, "train").rows(0, 3).tokens, rows.tokens)
+
+
+def test_a_cache_is_no_corpus_and_not_written_over(tiny_cache: Params) -> None:
+    logits = str(tiny_cache.paths.logits)
+    params = change(tiny_cache, paths={"corpus": logits})
+    with pytest.raises(
+        MismatchError, match=r"train is not a corpus .* set paths\.corpus"
+    ) as caught:
+        CorpusSplit(params.paths.corpus, "train")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MismatchError, match="holds something else than a corpus"):
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    open_cache(tiny_cache).top_k(np.array([0]))
+
+
+def test_a_damaged_corpus_is_written_over(tiny_corpus: Params) -> None:
+    (tiny_corpus.paths.corpus / "train" / "zarr.json").write_text("{")  # type: ignore[operator]
+    build_corpus(tiny_corpus.corpus, tiny_corpus.paths.teacher, tiny_corpus.paths.corpus)
+    assert len(CorpusSplit(tiny_corpus.paths.corpus, "train")) == 94
+
+
+def test_hash_of_rows_is_as_specified() -> None:
+    rows = Rows(
+        tokens=np.array([[1, 2], [3, 70_000]]),
+        doc_ids=np.array([[0, 0], [1, PADDING]], dtype=np.int32),
+        in_loss=np.array([[False, True], [True, False]]),
+    )
+    first = struct.pack("<2I2i2B", 1, 2, 0, 0, 0, 1)
+    second = struct.pack("<2I2i2B", 3, 70_000, 1, PADDING, 1, 0)
+    assert hash_rows(rows) == hashlib.sha256(first + second).hexdigest()
+    flipped = Rows(rows.tokens, rows.doc_ids, ~rows.in_loss)
+    assert hash_rows(flipped) != hash_rows(rows)
 
 
 def test_hub_out_of_reach_is_one_sentence(

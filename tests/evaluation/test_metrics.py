@@ -10,6 +10,7 @@ from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.compare import compare, sample
 from pipeline.evaluation.metrics import ScoreSums
+from pipeline.model.attention import document_positions
 from pipeline.model.weights import load_student
 from pipeline.training.run import run_training
 from tests.helpers import live_teacher
@@ -60,14 +61,16 @@ def test_compare_against_full_logits(tiny_cache: Params) -> None:
     run = run_training(tiny_cache, "student").folder / "model"
     corpus = CorpusSplit(tiny_cache.paths.corpus, "validation")
     teacher = live_teacher(tiny_cache)
-    result = compare(teacher, {"student": run}, corpus, tiny_cache.evaluate)
+    result = compare(teacher, {"student": run}, corpus, tiny_cache.evaluate, "documents")
     rows = corpus.rows(0, len(corpus))
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    labels = next_token_labels(tokens, doc_ids)
+    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
     wanted = labels != IGNORE
     with torch.no_grad():
-        log_p = teacher.model(tokens).logits[..., :300][wanted].log_softmax(-1)
-        log_q = load_student(run)(tokens)[wanted].log_softmax(-1)
+        positions = document_positions(doc_ids)
+        logits = teacher.model(tokens, position_ids=positions, use_cache=False).logits
+        log_p = logits[..., :300][wanted].log_softmax(-1)
+        log_q = load_student(run)(tokens, doc_ids)[wanted].log_softmax(-1)
     student, itself = result.scores["student"], result.scores["teacher"]
     loss = torch.nn.functional.nll_loss(log_q, labels[wanted])
     assert student.loss == pytest.approx(float(loss), rel=1e-5)

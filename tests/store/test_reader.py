@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import Params
 from pipeline.data.corpus import build_corpus
+from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError
 from pipeline.store.reader import ShuffledRows
@@ -26,9 +27,10 @@ def test_rows_in_any_order_are_what_the_teacher_said(tiny_cache: Params) -> None
     reader = open_cache(tiny_cache)
     corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
     rows = np.array([len(corpus) - 1, 0, 17, 16, 15])
-    tokens = np.concatenate([corpus.rows(row, row + 1).tokens for row in rows])
+    found = Rows.cat([corpus.rows(row, row + 1) for row in rows])
+    tokens, doc_ids = torch.from_numpy(found.tokens), torch.from_numpy(found.doc_ids)
     params = tiny_cache.prepare
-    live = live_teacher(tiny_cache).top_k(torch.from_numpy(tokens), params.k, params.temperatures)
+    live = live_teacher(tiny_cache).top_k(tokens, params.k, params.temperatures, doc_ids=doc_ids)
     stored = reader.top_k(rows)
     torch.testing.assert_close(stored.logprobs, live.logprobs, atol=0, rtol=2**-10)
     torch.testing.assert_close(stored.lse, live.lse, atol=1e-5, rtol=1e-5)

@@ -26,7 +26,14 @@ def test_on_a_cpu_it_keeps_to_the_consumers_thread(tiny_corpus: Params) -> None:
 
     split = CorpusSplit(tiny_corpus.paths.corpus, "train")
     teacher = Watched(
-        live_teacher(tiny_corpus), split, k=4, draws=0, seed=0, temperatures=(), shard_rows=16
+        live_teacher(tiny_corpus),
+        split,
+        k=4,
+        draws=0,
+        seed=0,
+        temperatures=(),
+        shard_rows=16,
+        attention="packed",
     )
     batches = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0).starting_at(0)
     for _ in range(3):

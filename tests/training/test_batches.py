@@ -23,7 +23,8 @@ def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> N
     last = len(corpus) - 1
     whole = corpus_shard(corpus, 0, len(corpus))
     batch = make_batch(
-        NoTeacher(corpus, shard_rows=len(corpus)), [(whole, 0), (whole, 1), (whole, last)]
+        NoTeacher(corpus, shard_rows=len(corpus), attention="documents"),
+        [(whole, 0), (whole, 1), (whole, last)],
     )
     rows = [corpus.rows(row, row + 1) for row in (0, 1, last)]
     doc_ids = np.concatenate([row.doc_ids for row in rows])
@@ -38,9 +39,24 @@ def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> N
                 assert label == tokens[r, t + 1]
 
 
+def test_batches_name_documents_only_where_rows_hold_several(tiny_corpus: Params) -> None:
+    corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    whole = corpus_shard(corpus, 0, len(corpus))
+    several = [len(np.unique(row[row != PADDING])) > 1 for row in whole.rows.doc_ids]
+    assert {True, False} == set(several)
+    for attention in ("documents", "packed"):
+        teacher = NoTeacher(corpus, shard_rows=len(corpus), attention=attention)  # type: ignore[arg-type]
+        for row, mixed in enumerate(several):
+            batch = make_batch(teacher, [(whole, row)])
+            assert (batch.doc_ids is not None) == (mixed and attention == "documents")
+        batch = make_batch(teacher, [(whole, row) for row in range(len(corpus))])
+        if attention == "documents":
+            assert np.array_equal(batch.doc_ids, whole.rows.doc_ids)  # type: ignore[arg-type]
+
+
 def test_stream_sees_every_row_and_seeks(tiny_corpus: Params) -> None:
     corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
-    teacher = NoTeacher(corpus, shard_rows=16)
+    teacher = NoTeacher(corpus, shard_rows=16, attention="packed")
     stream = BatchStream(teacher, batch_rows=5, window_shards=3, seed=7)
     counted = stream.starting_at(0)
     batches = [next(counted).tokens for _ in range(2 * len(corpus))]

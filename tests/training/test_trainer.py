@@ -18,7 +18,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.run import run_training
 from tests.conftest import ROOT, change
-from tests.helpers import SMALL, assert_same_run, capture_all, weights
+from tests.helpers import SMALL, assert_same_run, capture_all, losses, weights
 
 
 @pytest.mark.parametrize(("alpha", "falls"), [(0.0, "loss"), (1.0, "kl")])
@@ -108,18 +108,41 @@ def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
             assert one[key] == pytest.approx(two[key], abs=1e-5)
 
 
-def test_online_and_cached_teacher_give_the_same_losses(tiny_cache: Params) -> None:
+@pytest.mark.parametrize("attention", ["documents", "packed"])
+def test_online_and_cached_teacher_give_the_same_losses(
+    attention: str, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"attention": attention})
+    capture_all(params)
     for temperature in (1.0, 2.0):
         train = {"temperature": temperature, "k": 8}
-        cached = run_training(change(tiny_cache, train=train), f"cached{temperature}").state
+        cached = run_training(change(params, train=train), f"cached{temperature}").state
         online = run_training(
-            change(tiny_cache, train=train | {"teacher": "online"}), f"online{temperature}"
+            change(params, train=train | {"teacher": "online"}), f"online{temperature}"
         ).state
         assert cached is not None
         assert online is not None
         for one, two in zip(cached.history, online.history, strict=True):
             for key in one.keys() & {"train/loss", "train/divergence", "validation/kl"}:
                 assert one[key] == pytest.approx(two[key], abs=1e-3)
+
+
+def test_a_cached_run_attends_as_its_cache_did(tiny_corpus: Params) -> None:
+    """Whatever prepare.attention says now; a run without a cache does as it says."""
+    packed = change(tiny_corpus, prepare={"attention": "packed"}, train={"steps": 2})
+    capture_all(packed)
+    now_apart = change(packed, prepare={"attention": "documents"})
+    states = [
+        run_training(params, name, overwrite=True).state
+        for name, params in (("one", packed), ("two", now_apart))
+    ]
+    assert losses(packed.paths.runs / "one") == losses(packed.paths.runs / "two")
+    alone = {"train": {"steps": 2, "teacher": "none"}}
+    other = [
+        run_training(change(p, **alone), "alone", overwrite=True).state for p in (packed, now_apart)
+    ]
+    assert all(state is not None for state in [*states, *other])
+    assert other[0].history[0] != other[1].history[0]  # type: ignore[union-attr]
 
 
 def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:

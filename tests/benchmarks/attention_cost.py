@@ -1,0 +1,121 @@
+"""What keeping documents apart costs and changes: prepare.attention=documents against packed.
+
+    python tests/benchmarks/attention_cost.py [--rows 64] [--rounds 5] [--set KEY=VALUE]
+
+Takes teacher, student and corpus of params.yaml, those of `dvc repro` or others by --set. Both ways
+take turns on the same rows in one run: the ratio is what counts. On a CPU it is of processor time,
+in which other programs matter less, best under OMP_NUM_THREADS=1. Then the teacher's loss on the
+validation rows both ways: how much of its prediction leans on the documents packed before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline.config import Params, load_params
+from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.data.rows import CorpusSplit
+from pipeline.model.attention import documents_apart
+from pipeline.runtime import DTYPES, pick_device, pick_dtype
+from pipeline.teacher.base import NoTeacher
+from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.training.batches import make_batch
+from pipeline.training.run import build_student
+from pipeline.training.trainer import _losses
+
+WAYS = ("packed", "documents")
+
+
+def ratio_of(call: Callable[[str], None], rounds: int) -> tuple[float, float]:
+    """Median over rounds of the seconds under documents over those under packed, and of packed."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    ratios, plain = [], []
+    for turn in range(rounds + 1):
+        spent = {}
+        for way in WAYS if turn % 2 else WAYS[::-1]:
+            started = clock()
+            call(way)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent[way] = clock() - started
+        if turn:
+            ratios.append(spent["documents"] / spent["packed"])
+            plain.append(spent["packed"])
+    return statistics.median(ratios), statistics.median(plain)
+
+
+def capture(
+    teacher: HuggingFaceTeacher, corpus: CorpusSplit, params: Params, rows: int, way: str
+) -> None:
+    """Teacher, head and reduction to the top K."""
+    wanted = params.prepare
+    for first in range(0, rows, wanted.batch_rows):
+        batch = corpus.rows(first, min(first + wanted.batch_rows, rows))
+        apart = documents_apart(torch.from_numpy(batch.doc_ids), way)
+        tokens = torch.from_numpy(batch.tokens)
+        teacher.top_k(tokens, wanted.k, wanted.temperatures, doc_ids=apart)
+
+
+def teacher_loss(teacher: HuggingFaceTeacher, corpus: CorpusSplit, way: str) -> float:
+    """Mean cross-entropy of a split, nats a token."""
+    total, count = 0.0, 0
+    for first in range(0, len(corpus), 16):
+        rows = corpus.rows(first, min(first + 16, len(corpus)))
+        tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss)).flatten()
+        labels = labels.to(teacher.device)
+        for place, logits in teacher.logits_by_chunk(tokens, documents_apart(doc_ids, way)):
+            wanted = labels[place] != IGNORE
+            log_p = logits[wanted].log_softmax(-1)
+            total -= float(log_p.gather(-1, labels[place][wanted][:, None]).sum())
+            count += int(wanted.sum())
+    return total / count
+
+
+@click.command()
+@click.option("--rows", default=64, help="Rows captured a turn.")
+@click.option("--rounds", default=5)
+@click.option("--set", "overrides", multiple=True, help="As the stages take it.")
+def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
+    """Print ratios and losses."""
+    params = load_params(Path("params.yaml"), overrides)
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    device = pick_device(params.device)
+    teacher = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=corpus.info.vocab_size,
+        dtype=pick_dtype(params.prepare.dtype, device),
+        device=device,
+        head_chunk=params.prepare.head_chunk,
+    )
+    rows = min(rows, len(corpus))
+    several = sum(len(set(ids.tolist())) > 1 for ids in corpus.rows(0, rows).doc_ids)
+    print(f"{several} of the first {rows} rows hold several documents")
+    ratio, seconds = ratio_of(lambda way: capture(teacher, corpus, params, rows, way), rounds)
+    print(f"capture: documents {ratio:.3f} x packed ({seconds:.1f} s)")
+    student = build_student(params.student, params.paths.teacher).to(device)
+    dtype = DTYPES[params.train.dtype]
+
+    def step(way: str) -> None:
+        source = NoTeacher(corpus, shard_rows=rows, attention=way)  # type: ignore[arg-type]
+        shard = source.shard(0)
+        places = [(shard, row) for row in range(min(rows, params.train.batch_rows))]
+        batch = make_batch(source, places)
+        _losses(student, batch, params.train, dtype).total.backward()  # type: ignore[no-untyped-call]
+        student.zero_grad(set_to_none=True)
+
+    ratio, seconds = ratio_of(step, rounds)
+    print(f"training step: documents {ratio:.3f} x packed ({seconds:.1f} s)")
+    held_out = CorpusSplit(params.paths.corpus, "validation")
+    losses = {way: teacher_loss(teacher, held_out, way) for way in WAYS}
+    print("teacher's validation loss: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+
+
+if __name__ == "__main__":
+    main()
