@@ -38,6 +38,7 @@ class Launch:
     rank: int  # 0 to ranks - 1
     ranks: int
     local_rank: int  # among those on this machine: the number of its GPU
+    attempt: int  # how often torchrun has started this machine's ranks again, if they are all
 
 
 def launch() -> Launch | None:
@@ -46,7 +47,10 @@ def launch() -> Launch | None:
     if not all(name in os.environ for name in names):
         return None
     rank, ranks, local_rank = (int(os.environ[name]) for name in names[:3])
-    return Launch(rank=rank, ranks=ranks, local_rank=local_rank)
+    attempt = 0
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return Launch(rank=rank, ranks=ranks, local_rank=local_rank, attempt=attempt)
 
 
 def is_first_rank() -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,12 @@ from pipeline.errors import DecantError, MismatchError
 from pipeline.fidelity import run_gate
 from pipeline.storage import Folder, Url, open_folder, parse_address
 from pipeline.store.check import check_cache
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
 from tests.conftest import change
 from tests.helpers import capture_all, live_teacher, open_cache
+from tests.training.ranks import run_ranks
 
 pytest.importorskip("obstore")
 moto_server = pytest.importorskip("moto.server")
@@ -266,32 +271,72 @@ def test_capture_check_and_train_in_an_object_store(
         assert reads <= 120
 
 
-def test_a_run_is_taken_over_by_another_machine(
-    server: Server, bucket: Url, tiny_cache: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Checkpoints at s3://; the first machine and its disk are lost after the second one."""
-    server.misbehave = lambda number: "fail" if number % 10 == 0 else None
-    alone = run_training(tiny_cache, "student")
-    first = change(
-        tiny_cache, paths={"checkpoints": str(bucket / "runs"), "runs": str(tmp_path / "lost")}
-    )
-    save, saved = Checkpoints.save, []
+def save_twice(saved: list[str]) -> Callable[..., None]:
+    """`Checkpoints.save` that lists what it saved and stops the run at the second."""
+    save = Checkpoints.save
 
-    def save_twice(self: Checkpoints, *what: Any) -> None:
+    def stopping(self: Checkpoints, *what: Any) -> None:
         save(self, *what)
         saved.append(self.names()[-1])
         if len(saved) == 2:
             raise KeyboardInterrupt
 
+    return stopping
+
+
+def test_a_run_is_taken_over_by_another_machine(
+    server: Server,
+    bucket: Url,
+    tiny_cache: Params,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Checkpoints at s3://; the first machine and its disk are lost after the second one."""
+    server.misbehave = lambda number: "fail" if number % 10 == 0 else None
+    monkeypatch.setattr(checkpoint, "_PART", 100_000)  # bytes an object: several a file
+    alone = run_training(tiny_cache, "student")
+    first = change(
+        tiny_cache, paths={"checkpoints": str(bucket / "runs"), "runs": str(tmp_path / "lost")}
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_twice)
+        patch.setattr(Checkpoints, "save", save_twice(saved := []))
         with pytest.raises(KeyboardInterrupt):
             run_training(first, "student")
     second = change(first, paths={"runs": str(tmp_path / "second")})
     with pytest.raises(MismatchError, match=r"train\.alpha=0\.5, now 0\.25"):
         run_training(change(second, train={"alpha": 0.25}), "student")
     assert saved == ["step_00000002", "step_00000004"]
+    folder = open_folder(bucket / "runs" / "student")
+    parts = sorted(key for key in folder.sizes() if "step_00000004/__0_0.distcp" in key)
+    assert len(parts) > 3
+    folder.write(parts[1], folder.read(parts[1])[:-1] + b"!")
     resumed = run_training(second, "student")
+    said = capsys.readouterr().out
+    assert "step_00000004 is damaged (__0_0.distcp" in said
+    assert "continuing from step 2 of 8" in said
     assert open_folder(bucket / "runs").sizes() == {}
     one, two = (load_file(r.folder / "model" / "model.safetensors") for r in (alone, resumed))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def train_and_stop(params: Params, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    Checkpoints.save = save_twice([])  # type: ignore[method-assign]
+    with contextlib.suppress(KeyboardInterrupt):
+        run_training(params, "student")
+
+
+def test_two_ranks_save_to_an_object_store_and_one_continues(
+    server: Server, bucket: Url, tiny_cache: Params, tmp_path: Path, forkserver: ForkServerContext
+) -> None:
+    alone = run_training(tiny_cache, "student")
+    paths = {"checkpoints": str(bucket / "runs"), "runs": str(tmp_path / "other")}
+    sharded = change(tiny_cache, paths=paths, train={"parallel": "fsdp"})
+    access = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    run_ranks(forkserver, 2, train_and_stop, sharded, access)
+    keys = open_folder(bucket / "runs" / "student" / "step_00000004").sizes()
+    assert {"__0_0.distcp/00000", "__1_0.distcp/00000", "complete.json"} <= keys.keys()
+    resumed = run_training(sharded, "student")
+    one, two = (load_file(r.folder / "model" / "model.safetensors") for r in (alone, resumed))
+    assert all(torch.allclose(tensor, two[name], atol=1e-5) for name, tensor in one.items())

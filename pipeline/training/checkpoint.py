@@ -88,7 +88,7 @@ class Checkpoints:
         """Write the checkpoint of `state.step` and drop all but the newest two.
 
         Raises:
-            OSError: a disk is full, and the like.
+            DecantError, OSError: a disk is full, and the like.
         """
         name = f"step_{state.step:08d}"
         with self._new(name) as folder:
@@ -248,6 +248,11 @@ def _write_tensors(
         for failure, _ in error.failures.values():
             if isinstance(failure, OSError):
                 raise failure from None
+            if "inline_container" in str(failure):  # torch.save's words for a short write
+                raise DecantError(
+                    f"{folder} cannot be written, the disk may be full: make room, and run the "
+                    "same command to continue from the checkpoint before"
+                ) from None
         raise
 
 

@@ -31,14 +31,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import TrainParams
 from pipeline.errors import DecantError, OtherRankError, ParamsError
-from pipeline.runtime import launch, pick_device, require_compiler
+from pipeline.runtime import Launch, launch, pick_device, require_compiler
 
 Value = TypeVar("Value")
 
@@ -116,8 +118,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     own = pick_device(device)
     if own.type == "cuda":
         own = _own_gpu(here.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
+        _join(here, own)
         yield Ranks(own, here.rank, here.ranks, grouped=True)
     except (RuntimeError, CheckpointException) as error:
         if not _lost_touch(error):
@@ -127,6 +129,22 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             "what it printed, and run the same command to continue from the newest checkpoint"
         ) from None
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+def _join(here: Launch, device: torch.device) -> None:
+    """Open the process group.
+
+    torchrun keeps its store of addresses when it starts ranks again (--max-restarts), with those of
+    the ranks that are gone: each attempt uses names of its own. Over several machines, whose counts
+    of attempts differ, this is left to torchrun.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(f"attempt_{here.attempt}", store),
+        rank=rank,
+        world_size=count,
+    )
 
 
 def _own_gpu(local_rank: int) -> torch.device:

@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import zarr
 
@@ -31,16 +30,8 @@ def capture_part(params: Params, part: int) -> None:
     capture.run(part_of(capture.writer.missing(), part, PROCESSES))
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.ForkServerContext:
-    """Children fork from a process that has imported everything: they start in milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.store.test_crash", "transformers.models.llama"])
-    return context
-
-
 def test_fifty_kills(
-    tiny_corpus: Params, tmp_path: Path, server: multiprocessing.context.ForkServerContext
+    tiny_corpus: Params, tmp_path: Path, forkserver: multiprocessing.context.ForkServerContext
 ) -> None:
     params = change(
         tiny_corpus,
@@ -52,7 +43,7 @@ def test_fifty_kills(
     kills, committed, progress = 0, 0, 0
     while kills < KILLS:
         parts = [
-            server.Process(target=capture_part, args=(params, part), daemon=True)
+            forkserver.Process(target=capture_part, args=(params, part), daemon=True)
             for part in range(1, PROCESSES + 1)
         ]
         for process in parts:

@@ -56,28 +56,6 @@ def test_interrupted_run_continues_exactly(
     assert_same_run(broken, params.paths.runs / "whole")
 
 
-def test_killed_process_continues_exactly(tiny_cache: Params, tmp_path: Path) -> None:
-    """SIGKILL at a moment nobody chose, then the same command again."""
-    changes = ["train.steps=40", "train.checkpoint_every=3", "train.eval_every=20"]
-    command = [sys.executable, str(ROOT / "stages/train.py"), "--params"]
-    command += [str(tmp_path / "params.yaml")]
-    for text in changes:
-        command += ["--set", text]
-    process = subprocess.Popen(
-        [*command, "--run", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    killed = tiny_cache.paths.runs / "killed"
-    deadline = time.monotonic() + 120
-    while not Checkpoints(killed / "checkpoints").names() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "model").exists()
-    for run in ("killed", "whole"):
-        subprocess.run([*command, "--run", run], check=True, capture_output=True)
-    assert_same_run(killed, tiny_cache.paths.runs / "whole")
-
-
 def test_ctrl_c_saves_and_continues(tiny_cache: Params, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "stages/train.py"), "--params"]
     command += [str(tmp_path / "params.yaml"), "--set", "train.steps=5000"]

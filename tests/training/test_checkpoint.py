@@ -1,0 +1,210 @@
+"""Checkpoints: whole or passed over by name, and a run that any number of kills cannot change."""
+
+from __future__ import annotations
+
+import random
+import resource
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import Params
+from pipeline.errors import DecantError
+from pipeline.training.checkpoint import Checkpoints, TrainState, _damage
+from pipeline.training.run import run_training
+from tests.conftest import change
+from tests.helpers import SMALL, assert_same_run
+from tests.training.ranks import train_stage
+
+
+def make_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = nn.Linear(6, 5)
+    return module, torch.optim.AdamW(module.parameters(), fused=True)
+
+
+def take_step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One whose gradient depends on the random state."""
+    module(torch.rand(3, 6)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Checkpoints:
+    """After each of three steps; the newest two are left."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    module, optimizer = make_pair()
+    for step in (1, 2, 3):
+        take_step(module, optimizer)
+        checkpoints.save(module, optimizer, TrainState(step, 0, [{"step": float(step)}]))
+    return checkpoints
+
+
+def test_what_is_restored_goes_on_as_if_nothing_had_been(saved: Checkpoints) -> None:
+    assert saved.names() == ["step_00000002", "step_00000003"]
+    module, optimizer = make_pair()
+    for _ in range(5):
+        take_step(module, optimizer)
+    other, other_optimizer = make_pair()
+    torch.rand(99)
+    state = saved.load_newest(other, other_optimizer)
+    assert state == TrainState(3, 0, [{"step": 3.0}])
+    for _ in range(2):
+        take_step(other, other_optimizer)
+    for one, two in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    place = random.Random(file.name).randrange(8 * len(data))
+    data[place // 8] ^= 1 << place % 8
+    file.write_bytes(data)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def make_longer(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("hurt", [flip_a_bit, cut_short, make_longer, empty, Path.unlink])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "complete.json"])
+def test_a_damaged_one_is_named_and_the_one_before_it_used(
+    name: str, hurt: Callable[[Path], None], saved: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (name, hurt) == ("complete.json", make_longer):
+        return  # a space behind the JSON changes nothing
+    hurt(Path(saved.address) / "step_00000003" / name)
+    module, optimizer = make_pair()
+    state = saved.load_newest(module, optimizer)
+    said = capsys.readouterr().out
+    culprit = "" if (name, hurt) == ("complete.json", flip_a_bit) else name
+    assert f"checkpoint {saved.address}/step_00000003 is damaged ({culprit}" in said
+    assert state is not None
+    assert state.step == 2
+    # What was passed over is newer than what comes next, and is not counted among the newest two.
+    saved.save(module, optimizer, TrainState(2))
+    assert saved.names() == ["step_00000002"]
+
+
+def test_any_bit_of_the_marker(saved: Checkpoints) -> None:
+    folder = Path(saved.address) / "step_00000003"
+    marker = folder / "complete.json"
+    whole = marker.read_bytes()
+    assert _damage(folder) == ""
+    for place in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        marker.write_bytes(data)
+        assert _damage(folder), (place, data)
+
+
+def test_without_a_whole_one_it_is_refused_or_begun_again(saved: Checkpoints) -> None:
+    for name in saved.names():
+        cut_short(Path(saved.address) / name / "state.json")
+    pair = make_pair()
+    with pytest.raises(DecantError, match=r"step_00000002, step_00000003 .* --overwrite"):
+        saved.load_newest(*pair)
+    assert Checkpoints(saved.address, start_again=True).load_newest(*pair) is None
+
+
+def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for frozen in (False, True):
+        module = nn.Sequential(nn.Linear(1000, 100), nn.Linear(2, 2))
+        module[0].requires_grad_(not frozen)
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+        checkpoints.save(module, optimizer, TrainState(int(frozen)))
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).iterdir()) for n in checkpoints.names()]
+    assert sizes[0] > 400_000
+    assert sizes[1] < 20_000
+
+
+def train_run(params: Params, name: str) -> None:
+    torch.set_num_threads(1)
+    run_training(params, name)
+
+
+def test_thirty_kills_change_nothing(
+    forkserver: ForkServerContext, tiny_cache: Params, tmp_path: Path
+) -> None:
+    """SIGKILL at random moments; most of a run's time goes into writing its checkpoints."""
+    student = {"init": "random"} | SMALL | {"dropout": 0.1}
+    train = {"steps": 40, "checkpoint_every": 1, "eval_every": 20}
+    params = change(tiny_cache, student=student, train=train)
+    runs, chance = params.paths.runs, random.Random(0)
+    kills, while_writing, moments = 0, 0, set()
+    number = 0
+    while kills < 30:
+        folder = runs / f"killed{number}" / "checkpoints"
+        process = forkserver.Process(target=train_run, args=(params, f"killed{number}"))
+        process.start()
+        if kills % 2:  # at any moment from its start on, or soon after it has made progress
+            process.join(chance.uniform(0.0, 0.5))
+        else:
+            newest = Checkpoints(folder).names()[-1:]
+            while process.is_alive() and Checkpoints(folder).names()[-1:] == newest:
+                process.join(0.002)
+            process.join(chance.uniform(0.0, 0.05))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # a finished run cannot be hurt: begin another
+            number += 1
+            continue
+        kills += 1
+        while_writing += any(folder.glob("*.partial"))
+        names = Checkpoints(folder).names()
+        moments.update(names[-1:])
+        assert all(_damage(folder / name) == "" for name in names)
+    assert len(moments) > 5
+    assert while_writing
+    train_run_in(forkserver, params, f"killed{number}")
+    train_run_in(forkserver, params, "whole")
+    for finished in range(number + 1):
+        assert_same_run(runs / f"killed{finished}", runs / "whole")
+
+
+def train_run_in(context: ForkServerContext, params: Params, name: str) -> None:
+    process = context.Process(target=train_run, args=(params, name))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def small_disk(log: Path, *words: str) -> None:
+    save = Checkpoints.save
+
+    def save_beyond_the_limit(self: Checkpoints, *what: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
+        save(self, *what)
+
+    Checkpoints.save = save_beyond_the_limit  # type: ignore[method-assign]
+    train_stage(log, *words)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    forkserver: ForkServerContext, tiny_cache: Params, tmp_path: Path
+) -> None:
+    words = ["--params", str(tmp_path / "params.yaml")]
+    process = forkserver.Process(target=small_disk, args=(tmp_path / "log", *words))
+    process.start()
+    process.join(60)
+    printed = (tmp_path / "log" / "0").read_text()
+    assert process.exitcode == 1, printed
+    assert "Traceback" not in printed
+    assert "make room" in printed
+    folder = tiny_cache.paths.runs / "student" / "checkpoints"
+    assert [file.name for file in folder.iterdir()] == ["run.json"]
