@@ -34,7 +34,7 @@ from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import Validation, retained_mass, train
 
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "min_retained_mass", "max_skipped_steps"}
+WITHOUT_EFFECT = {"checkpoint_every", "log_every", "min_retained_mass", "max_skipped_steps"}
 """Parameters of `train` that may change when a run is continued."""
 
 
@@ -164,7 +164,7 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
 def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student"})
-    identity["train"] = params.train.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    identity["train"] = params.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled
     if params.train.teacher == "cached":
