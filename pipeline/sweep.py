@@ -60,8 +60,8 @@ def folder_runs(paths: Paths) -> list[SweepRun]:
         metrics = _json(folder / "dvclive" / "metrics.json")
         if not identity or not metrics or not (folder / "model").exists():
             continue
-        params = _flat({key: identity[key] for key in _SECTIONS})
-        params["corpus"] = identity["corpus_sha256"][:8]
+        params = _flat({key: identity.get(key) for key in _SECTIONS})
+        params["corpus"] = str(identity.get("corpus_sha256"))[:8]
         runs.append(_run(folder.name, params, metrics, judged.get(folder.name, {})))
     return runs
 
@@ -95,7 +95,7 @@ def experiments_of(shown: Sequence[Mapping[str, Any]], paths: Paths) -> list[Swe
         metrics = _data(data["metrics"].get(trained))
         if values is None or not metrics:
             continue
-        params = _flat({key: values[key] for key in _SECTIONS})
+        params = _flat({key: values.get(key) for key in _SECTIONS})
         judged = _data(data["metrics"].get(evaluated)).get("student", {})
         runs.append(_run(experiment["name"], params, metrics, judged))
     return runs
@@ -182,7 +182,7 @@ def _places(values: Iterable[Any]) -> tuple[dict[str, float], bool]:
 def _run(
     name: str, params: dict[str, Any], metrics: Mapping[str, Any], judged: Mapping[str, Any]
 ) -> SweepRun:
-    if params["train.teacher"] == "none":
+    if params.get("train.teacher") == "none":
         params = {key: value for key, value in params.items() if key not in _OF_A_TEACHER}
     return SweepRun(
         name=name,
