@@ -2,7 +2,8 @@
 
 Reads only what the other stages wrote. Pictures are SVG (pipeline/figures.py), embedded; text in
 them takes the page's colour, so they work on light and dark. The page's template is report.html
-beside this file. `markdown_table` makes the README's table from the same numbers.
+beside this file. `markdown_table` makes the README's table from the same numbers. A sweep is shown
+only where asked for, since no stage of dvc.yaml declares the runs that it compares.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.errors import DecantError
 from pipeline.figures import INK, draw_svg
 from pipeline.files import write_text
 from pipeline.store.reader import CacheReader
+from pipeline.sweep import SweepRun, sweep_figures, sweep_rows
 
 _COLOURS = {
     "teacher": "#8a8f98",
@@ -43,8 +45,11 @@ _COLUMNS = {
 _PACKAGES = ("torch", "transformers", "zarr", "numpy", "dvc")
 
 
-def write_report(params: Params) -> Path:
+def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
     """Write `paths.report`/index.html and return its path.
+
+    Args:
+        sweep: runs to be compared in a section of their own; none: no such section.
 
     Raises:
         DecantError: a stage that the page shows has not run, which is named.
@@ -83,6 +88,8 @@ def write_report(params: Params) -> Path:
             "gate": _gate(_read(paths.verify / "histogram.json", "verify")),
             "calibration": _calibration(_read(paths.evaluate / "calibration.json", "evaluate")),
         },
+        sweep=sweep_rows(sweep),
+        sweep_figures=sweep_figures(sweep),
         samples=samples,
         train=params.train.model_dump(mode="json"),
         student=params.student.model_dump(mode="json"),

@@ -8,20 +8,42 @@ import click
 
 from pipeline.cli import stage
 from pipeline.config import Params
+from pipeline.errors import DecantError
 from pipeline.report import markdown_table, write_report
+from pipeline.sweep import SweepRun, dvc_experiments, folder_runs, sweep_markdown, sweep_rows
 
 
 @stage
-def main(params: Params) -> None:
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Compare all finished runs under paths.runs and DVC's experiments over this commit.",
+)
+def main(params: Params, sweep: bool) -> None:
     """Write one self-contained HTML page: curves, gate, comparison, calibration, samples.
 
     Reads what verify, train and evaluate wrote; writes paths.report/index.html and prints the
-    comparison as a Markdown table.
+    comparison as a Markdown table, and with --sweep another of the runs.
     """
-    page = write_report(params)
+    runs = _runs(params) if sweep else []
+    page = write_report(params, runs)
     scores = json.loads((params.paths.evaluate / "metrics.json").read_text())
     click.echo(markdown_table(scores))
+    if runs:
+        click.echo(sweep_markdown(sweep_rows(runs)))
     click.echo(f"report: {page}")
+
+
+def _runs(params: Params) -> list[SweepRun]:
+    """Runs made by hand, and experiments where DVC has any."""
+    runs = folder_runs(params.paths)
+    try:
+        runs += dvc_experiments(params.paths)
+    except DecantError as error:
+        click.echo(f"  the sweep is without DVC's experiments: {error}")
+    if not runs:
+        raise DecantError(f"{params.paths.runs} holds no finished run: run stages/train.py first")
+    return runs
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def test_unknown_key_is_named_with_its_neighbour(tmp_path: Path) -> None:
         ("train.steps=many", r"train\.steps='many' is refused"),
         ("train.nothing=1", r"train\.nothing is not a known key"),
         ("seed.deeper=1", "seed is not a section"),
+        ("student.lora={rnk:8}", r"student\.lora\.rank is missing"),
+        ("student.lora.rank=8", r"student\.lora is not a section"),
         ("train.temperature=1,2", "names several values: `dvc exp run --queue -S`"),
         ("nonsense", r"--set 'nonsense' is not of the form key\.path=value"),
     ],
@@ -77,6 +79,7 @@ def test_overrides_follow_dvcs_syntax() -> None:
             "teacher.hub.id=Qwen/Qwen2.5-0.5B",
             "train.learning_rate=1e-4",
             "corpus.files={paths:[a.txt],column:body}",
+            "student.lora={rank:8,alpha:16,dropout:0.1,targets:[q_proj]}",
         ],
     )
     assert params.train.temperature == 2.0
@@ -84,6 +87,8 @@ def test_overrides_follow_dvcs_syntax() -> None:
     assert params.teacher.hub.id == "Qwen/Qwen2.5-0.5B"
     assert params.train.learning_rate == 1e-4
     assert params.corpus.files.column == "body"
+    assert params.student.lora is not None
+    assert params.student.lora.targets == ("q_proj",)
 
 
 @pytest.mark.parametrize("content", [b"", b"- a list", b"train: {alpha: [", b"seed: \xff"])

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -198,26 +200,66 @@ def teacher_files(project: Path) -> dict[str, int]:
 
 
 def test_queued_experiments_share_one_cache(project: Path) -> None:
+    """A sweep over everything that a student may change, two experiments on one cache."""
     before = teacher_files(project)
-    dvc(project, "exp", "run", "--queue", "-S", "train.temperature=1,2", "-S", "train.alpha=0.7")
-    dvc(project, "queue", "start")
-    dvc(project, "queue", "status")
-    wait_for_queue(project)
+    varied = ["train.temperature=2,4", "train.alpha=0.7", "train.learning_rate=0.001"]
+    varied += ["train.k=8", "student.layers=[0,1,2]"]
+    dvc(project, "exp", "run", "--queue", *(word for text in varied for word in ("-S", text)))
+    copied = run_queue(project)
     shown = json.loads(dvc(project, "exp", "show", "--json"))
     experiments = [e for baseline in shown for e in (baseline.get("experiments") or [])]
     finished = [experiment["revs"][0] for experiment in experiments]
-    temperatures = sorted(
-        rev["data"]["params"]["params.yaml"]["data"]["train"]["temperature"] for rev in finished
-    )
-    assert temperatures == [1.0, 2.0]
-    for rev in finished:
-        values = rev["data"]["metrics"]["cache/evaluate/metrics.json"]["data"]
-        assert values["student"]["loss"] > 0
+    values = [rev["data"]["params"]["params.yaml"]["data"] for rev in finished]
+    assert sorted(v["train"]["temperature"] for v in values) == [2.0, 4.0]
+    for v in values:
+        chosen = {key: v["train"][key] for key in ("alpha", "learning_rate", "k")}
+        assert chosen == {"alpha": 0.7, "learning_rate": 0.001, "k": 8}
+        assert v["student"]["layers"] == [0, 1, 2]
+    metrics = [rev["data"]["metrics"]["cache/evaluate/metrics.json"]["data"] for rev in finished]
+    losses = [values["student"]["loss"] for values in metrics]
+    assert len(set(losses)) == 2
     assert teacher_files(project) == before
+    if "reflink" not in dvc(project, "doctor").partition("Cache types:")[2].partition("\n")[0]:
+        assert not copied, "an experiment's copy of the project holds copies of the cache"
     for log in [dvc(project, "queue", "logs", experiment["name"]) for experiment in experiments]:
         assert "Running stage 'train'" in log
-        for stage in ("fetch", "corpus", "prepare", "verify", "baseline"):
+        for stage in ("fetch", "corpus", "prepare", "verify"):
             assert f"Running stage '{stage}'" not in log
+    report_shows_the_sweep(project, [experiment["name"] for experiment in experiments])
+
+
+def report_shows_the_sweep(project: Path, names: list[str]) -> None:
+    done = run("-m", "stages.report", "--sweep", cwd=project)
+    assert done.returncode == 0, done.stderr
+    heading = next(line for line in done.stdout.splitlines() if line.startswith("| run |"))
+    for key in ("train.temperature", "train.alpha", "train.learning_rate", "student.layers"):
+        assert f"| {key} |" in heading
+    assert "train.steps" not in heading
+    page = (project / "cache" / "report" / "index.html").read_text()
+    for name in (*names, "student", "baseline"):
+        assert f"| {name} |" in done.stdout
+        assert f"<td>{name}</td>" in page
+    assert "Validation loss by train.temperature" in page
+
+
+def run_queue(project: Path) -> set[str]:
+    """Run what is queued; returns files of the cache that were seen as copies meanwhile."""
+    copied: set[str] = set()
+    watched = 0
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(dvc, project, "queue", "start")  # returns when its workers end
+        while not running.done():
+            for place in (project / ".dvc" / "tmp" / "exps").glob("tmp*/cache/*.zarr"):
+                for file in place.rglob("c/0/0"):
+                    with suppress(FileNotFoundError):  # a finished experiment's folder goes away
+                        watched += 1
+                        if file.stat().st_nlink == 1 and not file.is_symlink():
+                            copied.add(str(file))
+            time.sleep(0.5)
+        running.result()
+    wait_for_queue(project)
+    assert watched, "no experiment's folder was seen"
+    return copied
 
 
 def wait_for_queue(project: Path) -> None:

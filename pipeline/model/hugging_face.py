@@ -56,12 +56,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damage shows as errors of four libraries
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
-            f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a folder with "
-            "safetensors of an architecture that transformers knows"
-        ) from None
+            f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a whole folder "
+            "with safetensors of an architecture that transformers knows"
+        ) from error
     if missing := loading["missing_keys"]:  # transformers would start these at random
         raise DecantError(
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: bring the whole "

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -198,7 +198,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         raise DecantError(f"{folder} holds no *.safetensors: is it a model folder?")
     with ExitStack() as stack:
         for file in files:
-            opened = stack.enter_context(safe_open(file, framework="pt"))
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise DecantError(
+                    f"{file} is damaged ({error}): bring the folder's files again"
+                ) from None
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 yield name, opened.get_tensor(name)
 

@@ -38,7 +38,7 @@ from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "activation_checkpointing",
     "checkpoint_every",
     "compile",
@@ -212,7 +212,7 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
 def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student"})
-    identity["train"] = params.train.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    identity["train"] = params.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled
     if params.train.teacher == "cached":

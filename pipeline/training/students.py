@@ -89,7 +89,9 @@ class RunStudent:
             if self._params.init == "checkpoint" and self._start is not None:
                 save_adapters(self._adapters, run / "adapter", start=self._start)
             merge_adapters(self._adapters)
-        save_student(self.model, run / "model", tokenizer_from=self._teacher)
+        has_tokenizer = (self._teacher / "tokenizer.json").exists()  # a cached run needs no teacher
+        tokenizer = self._teacher if has_tokenizer else self._start
+        save_student(self.model, run / "model", tokenizer_from=tokenizer)
 
 
 def require_room(student: Student, corpus: CorpusSplit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,25 @@ def test_missing_tensors_are_not_drawn_at_random(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DecantError, match=r"lacks 1 tensors, .*layers\.1\.mlp\.up_proj\.weight"):
+        open_student(folder)
+
+
+def shorten(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def widen(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"intermediate_size": 56}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # ours, transformers
+@pytest.mark.parametrize("damage", [shorten, widen])
+def test_damage_is_one_sentence(kind: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = make_model(tmp_path, kind)
+    damage(folder)
+    with pytest.raises(DecantError, match=re.escape(str(folder))):
         open_student(folder)
 
 

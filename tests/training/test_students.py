@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,14 @@ def test_a_student_of_another_family_is_refused(
     small = make_qwen3(tmp_path / "small", rows=299)
     with pytest.raises(ParamsError, match="299 vocabulary rows, the corpus uses"):
         run_training(from_folder(tiny_cache, small), "other")
+
+
+def test_a_cached_run_needs_no_teacher(tiny_cache: Params, qwen3: Path, tmp_path: Path) -> None:
+    """The student's own tokenizer goes with it."""
+    shutil.copy(tiny_cache.paths.teacher / "tokenizer.json", qwen3)
+    params = change(tiny_cache, paths={"teacher": str(tmp_path / "gone")}, train={"steps": 1})
+    result = run_training(from_folder(params, qwen3), "student")
+    assert (result.folder / "model" / "tokenizer.json").exists()
 
 
 def test_a_teacher_with_another_tokenizer_is_no_start(tiny_cache: Params, tmp_path: Path) -> None:
