@@ -86,7 +86,9 @@ def test_a_student_of_transformers_learns_and_is_judged(
     assert result.parameters == result.trained_parameters == theirs.num_parameters()
     assert (model / "tokenizer.json").exists()
     corpus = CorpusSplit(params.paths.corpus, "validation")
-    judged = compare(live_teacher(params), {"student": model}, corpus, params.evaluate)
+    judged = compare(
+        live_teacher(params), {"student": model}, corpus, params.evaluate, params.prepare.attention
+    )
     assert judged.parameters["student"] == theirs.num_parameters()
     assert judged.scores["student"].loss == pytest.approx(losses[-1], rel=0.1)
     assert run_training(params, "student").state is None
