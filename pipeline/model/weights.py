@@ -6,7 +6,7 @@ Parameter names are Hugging Face's, so loading is a copy by name and a saved stu
 Which engine runs a folder follows from its config.json, not from a parameter: our own model where
 it implements that architecture, transformers for all others. The two agree number by number where
 both apply (tests/model/test_student.py), so there is nothing to choose, and whoever opens a trained
-student needs not know how it was trained.
+student need not know how it was trained.
 """
 
 from __future__ import annotations
