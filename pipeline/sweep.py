@@ -24,7 +24,13 @@ from pipeline.figures import draw_svg
 from pipeline.training.run import WITHOUT_EFFECT
 
 _SECTIONS = ("seed", "student", "train")
-_OF_A_TEACHER = ("train.alpha", "train.temperature", "train.k")  # idle with train.teacher=none
+_OF_A_TEACHER = (  # idle with train.teacher=none
+    "train.alpha",
+    "train.alpha_end",
+    "train.divergence",
+    "train.temperature",
+    "train.k",
+)
 _FIGURES = 6
 _NAMED = 16  # runs up to which each point bears its run's name
 _LABEL = 18  # characters of a word under an axis

@@ -25,8 +25,8 @@ from tests.helpers import capture_all
 
 ROOT = Path(__file__).parents[1]
 
-# Small models gain nothing from threads, and threads that wait for each other on a busy machine cost
-# ninefold: one here, and in the processes that tests start.
+# Small models gain nothing from threads, and on a busy machine threads that wait for each other
+# cost ninefold: one here, and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 VOCABULARY_ROWS = 320  # more than the tokenizer's 300 ids, as in Qwen2.5

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
 from pipeline.runtime import import_transformers
 
@@ -128,7 +129,7 @@ class HuggingFaceStudent(Student):
                 f"a {self.model.config.model_type!r} student attends across documents whatever it "
                 "is told: train it without document masks, or choose another architecture"
             )
-        return self._hidden_states(tokens, position_ids=positions_in_documents(doc_ids))
+        return self._hidden_states(tokens, position_ids=document_positions(doc_ids))
 
     def _hidden_states(self, tokens: Tensor, **options: Tensor) -> Tensor:
         hidden: Tensor = self.model.base_model(
@@ -153,21 +154,9 @@ class HuggingFaceStudent(Student):
             return False
         tokens = torch.arange(2 * _PROBE_TOKENS)[None]
         doc_ids = tokens // _PROBE_TOKENS
-        behind = self._hidden_states(tokens, position_ids=positions_in_documents(doc_ids))
+        behind = self._hidden_states(tokens, position_ids=document_positions(doc_ids))
         alone = self._hidden_states(tokens[:, _PROBE_TOKENS:])
         return _close(behind[:, _PROBE_TOKENS:], alone)
-
-
-def positions_in_documents(doc_ids: Tensor) -> Tensor:
-    """Document ids [B, L] -> int64 [B, L]: each position counted from its document's start.
-
-    Padding (negative ids) continues the document before it: [[7, 7, 9, 9, -1]] ->
-    [[0, 1, 0, 1, 2]].
-    """
-    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand(doc_ids.shape)
-    starts = torch.zeros_like(doc_ids, dtype=torch.bool)
-    starts[:, 1:] = (doc_ids[:, 1:] != doc_ids[:, :-1]) & (doc_ids[:, 1:] >= 0)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 def _close(one: Tensor, two: Tensor) -> bool:

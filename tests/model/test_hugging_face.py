@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import DecantError, ParamsError
-from pipeline.model.hugging_face import HuggingFaceStudent, positions_in_documents
+from pipeline.model.attention import document_positions
+from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.student import StudentModel
 from pipeline.model.weights import open_student, save_student
 
@@ -107,7 +108,7 @@ def test_a_document_does_not_see_what_is_packed_beside_it(kind: str, tmp_path: P
 def test_positions_are_counted_from_a_documents_start() -> None:
     doc_ids = torch.tensor([[7, 7, 9, 9, 9, -1], [5, 6, 8, 8, 8, 8]])
     expected = [[0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 2, 3]]
-    assert positions_in_documents(doc_ids).tolist() == expected
+    assert document_positions(doc_ids).tolist() == expected
 
 
 def test_a_model_that_cannot_keep_documents_apart_says_so(tmp_path: Path) -> None:
