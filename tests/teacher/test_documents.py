@@ -128,7 +128,7 @@ def test_a_documents_loss_does_not_depend_on_its_neighbours(tmp_path: Path) -> N
             alpha=0.5,
             temperature=2.0,
         )
-        return float(sums.ce), float(sums.kl)
+        return float(sums.ce), float(sums.divergence)
 
     alone = losses(0, 0, 0)
     for neighbours in ((7, 12, 0), (20, 3, 4), (0, 5, 1), (1, 0, 8)):

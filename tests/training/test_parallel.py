@@ -82,7 +82,7 @@ def make_step(tied: bool) -> DistillationStep:
 
 
 def backward(step: Any, batch: Batch, ranks: int, labels: int) -> float:
-    total, _, _ = step(batch, alpha=0.5, temperature=2.0)
+    total, _, _ = step(batch, alpha=0.5, temperature=2.0, divergence="forward_kl")
     (total * ranks / labels).backward()
     return float(total)
 
