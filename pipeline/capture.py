@@ -2,12 +2,12 @@
 
 A capture is a set of shards that are not committed yet. Any number of processes or machines may
 each take a part of them (`part_of`, or the Ray engine in pipeline/capture_ray.py): what a shard
-holds depends on the fingerprint and the shard's number alone.
+holds follows from the fingerprint, the rank table of the cache and the shard's number, on machines
+that round alike.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import torch
 from pipeline.config import Params
 from pipeline.data.packing import Rows
 from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
-from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
 from pipeline.model.weights import hash_tokenizer, hash_weights
 from pipeline.runtime import dtype_name, pick_device, pick_dtype, progress_bar, say
@@ -261,19 +261,13 @@ def disk_errors(where: str, writer: CacheWriter | None = None) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        what = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EFBIG: "the file size limit is reached",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission is denied",
-            errno.EPERM: "permission is denied",
-        }.get(error.errno or 0, error.strerror or str(error))
+        what = accident(error) or error.strerror or str(error)
         safe = ""
         if writer is not None:
             total = writer.layout.num_shards
             safe = f"{total - len(writer.missing())} of {total} shards are committed and safe; "
             where = str(writer.address)
         raise DecantError(
-            f"writing {where} failed, {what}: {safe}mend that and run the same command to continue"
+            f"capture to {where} stopped, {error.filename or 'the cache'}: {what}: {safe}mend that "
+            "and run the same command to continue"
         ) from error

@@ -8,7 +8,6 @@ A stage is a click command that receives checked `Params` first:
 
 from __future__ import annotations
 
-import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -18,9 +17,7 @@ from typing import Any
 import click
 
 from pipeline.config import load_params
-from pipeline.errors import DecantError
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+from pipeline.errors import DecantError, accident
 
 
 def stage(function: Callable[..., None]) -> click.Command:
@@ -53,10 +50,11 @@ def stage(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             _stop("interrupted: run the same command to continue", 130)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            what = accident(error)
+            if what is None:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            _stop(f"{where}{error.strerror}; make room or give access, and run again", 1)
+            _stop(f"{where}{what}; mend that and run the same command again", 1)
 
     return click.command(context_settings={"show_default": True, "max_content_width": 100})(run)
 

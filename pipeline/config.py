@@ -36,6 +36,8 @@ Location = Annotated[
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Temperature = Annotated[float, Field(ge=0.01, le=1000.0)]
+"""Below 0.01, logit / tau leaves the range in which float32 normalisers mean anything."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -162,7 +164,7 @@ class PrepareParams(Section):
     draws: Annotated[int, Field(ge=0)] = Field(
         description="M, ids drawn from the teacher's distribution outside the K; 0 for none"
     )
-    temperatures: tuple[Positive, ...] = Field(description="whose normalisers are stored")
+    temperatures: tuple[Temperature, ...] = Field(description="whose normalisers are stored")
     dtype: Dtype = Field(description="teacher's format; auto: float16 on a GPU, bfloat16 on CPU")
     attention: Literal["documents", "packed"] = Field(
         description="whether documents in a row are kept apart, by teacher and student; a run on a "
@@ -197,6 +199,10 @@ class VerifyParams(Section):
     max_mean_kl: Positive = Field(description="KL(live || cached), nats a token")
     min_top1: Fraction
     min_overlap: Fraction
+    max_lse_error: Positive = Field(description="mean over positions, nats")
+    max_normaliser_error: Positive = Field(
+        description="of lse_tau and entropy, the larger, mean over positions, nats"
+    )
 
 
 class StudentParams(Section):
@@ -224,7 +230,7 @@ class TrainParams(Section):
 
     teacher: Literal["cached", "online", "none"]
     alpha: Fraction = Field(description="weight of KL against cross-entropy")
-    temperature: Positive
+    temperature: Temperature
     k: Count | None = Field(description="use only the first k stored ids; null uses all")
     steps: Count = Field(description="optimizer steps")
     batch_rows: Count = Field(description="rows a forward pass")
@@ -260,7 +266,7 @@ class EvaluateParams(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     device: Literal["auto", "cpu", "cuda"]
     paths: Paths
     teacher: TeacherParams
@@ -280,11 +286,13 @@ def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
         ParamsError: one sentence that names the key.
     """
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParamsError(
             f"{file} cannot be read ({error.strerror}): name it by --params"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{file} is not UTF-8 text ({error.reason}): save it as that") from None
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise ParamsError(f"{file} is not valid YAML: {where}") from None

@@ -3,7 +3,8 @@
 Sampled rows are run through the teacher again and compared with the cache by TOKEN ID. The cosine
 of sorted top-K values would prove nothing: between unrelated positions it is already 0.9988,
 because all sorted tails look alike. So both sides are scattered by id and probabilities are
-compared.
+compared. The sums over the full row (lse, lse_tau, entropy) are compared too: a wrong one would
+leave every probability at temperature 1 right and every target at another temperature wrong.
 
 Two more numbers say how to read the first. The noise floor compares the teacher with itself at
 another batch shape: no cache can do better. The negative control compares the cache with the
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -42,16 +43,14 @@ class Agreement:
     kl: Tensor  # KL(live || said), nats, ids outside said's top K merged into one bucket
     top1: Tensor  # 1 where the most probable id is the same
     overlap: Tensor  # share of the K ids both have
+    lse: Tensor  # |said - live|, nats; a common offset of all logits, so noisier than the next
+    normalisers: Tensor  # largest |said - live| among the lse_tau and entropy, nats
 
     @staticmethod
     def cat(parts: list[Agreement]) -> Agreement:
         """Join along positions."""
-        return Agreement(
-            cosine=torch.cat([part.cosine for part in parts]),
-            kl=torch.cat([part.kl for part in parts]),
-            top1=torch.cat([part.top1 for part in parts]),
-            overlap=torch.cat([part.overlap for part in parts]),
-        )
+        names = [field.name for field in fields(Agreement)]
+        return Agreement(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,8 @@ class GateSummary:
     max_kl: float
     top1: float
     overlap: float
+    lse_error: float  # nats
+    normaliser_error: float  # of lse_tau and entropy, nats
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,19 @@ def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
     the most probable of these, and `overlap`, of which there is none, is 1.
 
     Args:
-        said: leading axis n; what the cache says. live: likewise, the teacher now, of any K.
+        said: leading axis n; what the cache says. live: likewise, the teacher now, of K + M ids
+            or more, at the same temperatures.
         live_logprobs: float32 [n, K + M], the teacher's log-probabilities at `said_ids`.
     """
     known = _first_of_each(said)
     log_p = torch.cat((said.logprobs, said.draw_logprobs), -1)
     p = torch.where(known, log_p.exp(), 0.0)
     at_known = torch.where(known, live_logprobs.exp(), 0.0)
-    same_id = said.ids[:, :, None] == live.ids[:, None, : max(1, said.k)]  # [n, K, K]
+    same_id, q_at_said = _found_in(said.ids, live.prefix(max(1, said.k)))
     if said.draws:
         dot, other_norm = (p * at_known).sum(-1), at_known.norm(dim=-1)
     else:
-        q = live.logprobs.exp()
-        dot, other_norm = torch.einsum("nk,nkj,nj->n", p, same_id.float(), q), q.norm(dim=-1)
+        dot, other_norm = (p * q_at_said).sum(-1), live.logprobs.exp().norm(dim=-1)
     tiny = torch.finfo(torch.float32).tiny
     live_tail = (1.0 - at_known.sum(-1)).clamp_min(0.0)
     said_tail = (1.0 - p.sum(-1)).clamp_min(tiny)
@@ -125,11 +126,17 @@ def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
     if said.k < said.vocab_size:
         kl = kl + tail
     if said.k:
-        top1, overlap = said.ids[:, 0] == live.ids[:, 0], same_id.any(-1).float().mean(-1)
+        top1, overlap = said.ids[:, 0] == live.ids[:, 0], same_id.float().mean(-1)
     else:
         top1, overlap = p.argmax(-1) == at_known.argmax(-1), torch.ones_like(kl)
+    off = torch.cat((said.lse_tau - live.lse_tau, (said.entropy - live.entropy)[:, None]), -1)
     return Agreement(
-        cosine=dot / (p.norm(dim=-1) * other_norm), kl=kl, top1=top1.float(), overlap=overlap
+        cosine=dot / (p.norm(dim=-1) * other_norm),
+        kl=kl,
+        top1=top1.float(),
+        overlap=overlap,
+        lse=(said.lse - live.lse).abs(),
+        normalisers=off.abs().amax(-1),
     )
 
 
@@ -138,11 +145,21 @@ def said_ids(topk: TopK) -> Tensor:
     return torch.cat((topk.ids, topk.draw_ids), -1)
 
 
+def _found_in(ids: Tensor, live: TopK) -> tuple[Tensor, Tensor]:
+    """Bool [n, K], whether each of `ids` is among live's, and its probability there, else 0."""
+    by_id, order = live.ids.sort(-1)
+    place = torch.searchsorted(by_id, ids).clamp_max(live.k - 1)
+    found = by_id.gather(-1, place) == ids
+    q = live.logprobs.exp().gather(-1, order.gather(-1, place))
+    return found, torch.where(found, q, 0.0)
+
+
 def _first_of_each(topk: TopK) -> Tensor:
     """Bool [n, K + M], False where a draw repeats an earlier one."""
-    draws = topk.draw_ids
-    earlier = torch.ones(topk.draws, topk.draws, dtype=torch.bool).tril(-1)
-    repeated = ((draws[:, :, None] == draws[:, None, :]) & earlier).any(-1)
+    by_id, order = topk.draw_ids.sort(stable=True, dim=-1)
+    repeats = torch.zeros_like(by_id, dtype=torch.bool)
+    repeats[:, 1:] = by_id[:, 1:] == by_id[:, :-1]
+    repeated = torch.empty_like(repeats).scatter_(-1, order, repeats)
     return torch.cat((torch.ones_like(topk.ids, dtype=torch.bool), ~repeated), -1)
 
 
@@ -157,8 +174,11 @@ def run_gate(
 
     Rows are drawn one a stratum over the whole corpus, so no shard of any size escapes by chance.
     """
-    where = [(split, row) for split in splits for row in range(len(split[0]))]
-    chosen = [where[i] for i in _stratified(len(where), params.batches * params.batch_rows, seed)]
+    ends = np.cumsum([len(corpus) for corpus, _ in splits])
+    chosen = []
+    for place in _stratified(int(ends[-1]), params.batches * params.batch_rows, seed):
+        number = int(np.searchsorted(ends, place, side="right"))
+        chosen.append((splits[number], place - int(ends[number]) + len(splits[number][0])))
     batches = [chosen[i : i + params.batch_rows] for i in range(0, len(chosen), params.batch_rows)]
     cached: list[Agreement] = []
     noise: list[Agreement] = []
@@ -170,16 +190,19 @@ def run_gate(
         apart = documents_apart(doc_ids, batch[0][0][1].fingerprint.attention)
         stored = TopK.cat([reader.top_k(np.array([row])) for (_, reader), row in batch])
         shifted = stored.map(lambda t: t.roll(1, dims=1))
-        live, (at_stored, at_shifted) = _live(
-            teacher, tokens, apart, [said_ids(stored), said_ids(shifted)]
-        )
+        wanted = [said_ids(stored), said_ids(shifted)]
+        live, (at_stored, at_shifted) = _live(teacher, tokens, apart, wanted, stored.temperatures)
         cached.append(_compare(stored, live, at_stored, real))
         if number < params.noise_batches:
             control.append(_compare(shifted, live, at_shifted, real))
             # Another batch shape makes other matrix shapes, hence another order of rounding.
             thrice = None if apart is None else apart.repeat(3, 1)
             again, (at_live,) = _live(
-                teacher, tokens.repeat(3, 1), thrice, [live.ids.repeat(3, 1, 1)]
+                teacher,
+                tokens.repeat(3, 1),
+                thrice,
+                [live.ids.repeat(3, 1, 1)],
+                stored.temperatures,
             )
             again, at_live = again[: len(tokens)], at_live[: len(tokens)]
             noise.append(_compare(live, again, at_live, real))
@@ -203,6 +226,7 @@ def _live(
     tokens: Tensor,
     doc_ids: Tensor | None,
     id_sets: Sequence[Tensor],
+    temperatures: tuple[float, ...],
 ) -> tuple[TopK, list[Tensor]]:
     """One forward: the teacher's TopK [B, L, K] and its log-probabilities at each set of ids.
 
@@ -211,12 +235,13 @@ def _live(
         id_sets: int64 [B, L, K] each.
     """
     flat_ids = [ids.flatten(0, 1).to(teacher.device) for ids in id_sets]
+    k = min(id_sets[0].shape[-1], teacher.vocab_size)
     parts: list[TopK] = []
     gathered: list[list[Tensor]] = [[] for _ in id_sets]
     for rows, logits in teacher.logits_by_chunk(tokens, doc_ids):
         for ids, found in zip(flat_ids, gathered, strict=True):
             found.append(logits.gather(-1, ids[rows]))
-        topk = top_k_from_logits(logits, id_sets[0].shape[-1], ())
+        topk = top_k_from_logits(logits, k, temperatures)
         parts.append(topk)
         for found in gathered:
             found[-1] -= topk.lse[:, None]
@@ -248,17 +273,22 @@ def _summary(parts: list[Agreement]) -> GateSummary:
         max_kl=float(whole.kl.max()),
         top1=float(whole.top1.mean()),
         overlap=float(whole.overlap.mean()),
+        lse_error=float(whole.lse.mean()),
+        normaliser_error=float(whole.normalisers.mean()),
     )
 
 
 def _failures(summary: GateSummary, params: VerifyParams) -> list[str]:
     """A sentence for each threshold that is not met; NaN meets none."""
+    error_limit = params.max_normaliser_error
     checks = [
         ("mean cosine", summary.mean_cosine, ">=", params.min_mean_cosine),
         ("worst batch's cosine", summary.worst_batch_cosine, ">=", params.min_batch_cosine),
         ("mean KL", summary.mean_kl, "<=", params.max_mean_kl),
         ("top-1 agreement", summary.top1, ">=", params.min_top1),
         ("overlap of ids", summary.overlap, ">=", params.min_overlap),
+        ("mean error of lse", summary.lse_error, "<=", params.max_lse_error),
+        ("mean error of lse_tau and entropy", summary.normaliser_error, "<=", error_limit),
     ]
     return [
         f"{name} {value:.6f} is not {sign} {limit:g}"

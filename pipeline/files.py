@@ -6,6 +6,7 @@ or a full disk never leaves something half-written that could be taken for whole
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -36,11 +37,19 @@ def create_bytes(file: Path, data: bytes) -> bool:
     """`write_bytes`, unless the file exists: of several who try at once, one gets True."""
     with _written_beside(file, data) as partial:
         try:
-            os.link(partial, file)  # unlike rename, fails where the name is taken
+            _link(partial, file)  # unlike rename, fails where the name is taken
         except FileExistsError:
             return False
     fsync(file.parent)
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably: a new name is on the disk before it is used."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync(folder.parent)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -79,7 +88,7 @@ def _written_beside(file: Path, data: bytes) -> Iterator[Path]:
 
     It has a name of its own, since two processes may write the same file at once.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         with partial.open("wb") as stream:
@@ -89,3 +98,18 @@ def _written_beside(file: Path, data: bytes) -> Iterator[Path]:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link; on file systems without them a copy, which readers may see half-written."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with target.open("xb") as stream:
+            stream.write(source.read_bytes())
+            stream.flush()
+            os.fsync(stream.fileno())

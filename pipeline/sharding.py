@@ -87,13 +87,16 @@ def json_crc32c(values: Mapping[str, Any]) -> int:
     return crc32c(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
-def write_group(folder: Folder, specs: Sequence[ArraySpec], about: Mapping[str, Any]) -> bool:
+def write_group(
+    folder: Folder, specs: Sequence[ArraySpec], about: Mapping[str, Any], *, replace: bool = False
+) -> None:
     """Write the metadata of a group and its arrays, the group's own last and only if absent.
 
     A group without its zarr.json does not exist, so one that was killed half-way is begun again; of
-    several writers at once, one gets True and all find the same group.
+    several writers at once, one writes the group and all find the same.
 
     Args:
+        replace: write the group's own even where there is one, at once.
         about: what `read_group` returns; stored as the attribute "decant", beside the crc32c of
             each array's metadata ("arrays") and that of both ("crc32c").
     """
@@ -120,7 +123,8 @@ def write_group(folder: Folder, specs: Sequence[ArraySpec], about: Mapping[str, 
         folder.write(f"{spec.name}/zarr.json", metadata)
         checksums[spec.name] = crc32c(metadata)
     group.attrs.put(seal({"decant": dict(about), "arrays": checksums}))
-    return folder.create("zarr.json", _object(memory, "zarr.json"))
+    write = folder.write if replace else folder.create
+    write("zarr.json", _object(memory, "zarr.json"))
 
 
 def _object(memory: MemoryStore, key: str) -> bytes:

@@ -26,7 +26,20 @@ Result = TypeVar("Result")
 _SCHEMES = ("s3", "gs")
 _TRIES = 6
 _FIRST_PAUSE = 0.5  # seconds; doubled at each try, with jitter
-_REQUEST_TIMEOUT = timedelta(seconds=60)  # of a request with its body; a shard has some megabytes
+_CLIENT = {
+    "timeout": timedelta(seconds=60),  # of a request with its body; a shard has some megabytes
+    "connect_timeout": timedelta(seconds=10),
+    "allow_http": True,  # for those whose endpoint says http; the vendors' say https
+}
+_RETRIES = {
+    "max_retries": 6,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {
+        "base": 2,
+        "init_backoff": timedelta(seconds=_FIRST_PAUSE),
+        "max_backoff": timedelta(seconds=15),
+    },
+}
 
 
 class Url(str):
@@ -51,7 +64,7 @@ def parse_address(value: object) -> Address:
     """A path, or a Url when it has a scheme.
 
     Raises:
-        ValueError: a scheme other than s3 and gs.
+        ValueError: a scheme other than s3 and gs, or no bucket.
     """
     text = str(value)
     scheme, has_scheme, _ = text.partition("://")
@@ -59,6 +72,8 @@ def parse_address(value: object) -> Address:
         return Path(text)
     if scheme not in _SCHEMES:
         raise ValueError(f"the scheme {scheme}:// is not known: use a path, s3:// or gs://")
+    if not text.partition("://")[2].strip("/"):
+        raise ValueError(f"{text} names no bucket: write {scheme}://bucket/prefix")
     return Url(text.rstrip("/"))
 
 
@@ -145,23 +160,14 @@ class ObjectFolder:
             ) from None
         self._url = url
         self._obstore = obstore
-        self._store: Any = from_url(
-            url,
-            client_options={
-                "timeout": _REQUEST_TIMEOUT,
-                "connect_timeout": timedelta(seconds=10),
-                "allow_http": True,  # for those whose endpoint says http; the vendors' say https
-            },
-            retry_config={
-                "max_retries": 6,
-                "retry_timeout": timedelta(minutes=3),
-                "backoff": {
-                    "base": 2,
-                    "init_backoff": timedelta(seconds=_FIRST_PAUSE),
-                    "max_backoff": timedelta(seconds=15),
-                },
-            },
-        )
+        try:
+            self._store: Any = from_url(url, client_options=_CLIENT, retry_config=_RETRIES)
+        except (obstore.exceptions.BaseError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DecantError(
+                f"{url} cannot be opened ({reason}): check the address and the credentials in the "
+                "environment"
+            ) from None
 
     def read(self, key: str) -> bytes:
         return bytes(self._try("read", key, lambda: self._obstore.get(self._store, key).bytes()))

@@ -54,6 +54,11 @@ def main(
             f"--overwrite with --shards {part} would delete what the other processes wrote: delete "
             f"{params.paths.logits} before they start"
         )
+    if repair and parts > 1:
+        raise ParamsError(
+            f"--repair with --shards {part} would take back what the other processes write "
+            "meanwhile: repair with one process, then go on with several"
+        )
     if engine == "ray":
         if parts > 1:
             raise ParamsError(

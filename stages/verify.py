@@ -67,7 +67,8 @@ def main(params: Params, structure: bool) -> None:
     ):
         click.echo(
             f"  {name:22} mean cosine {summary.mean_cosine:.6f}, KL {summary.mean_kl:.2e}, "
-            f"top-1 {summary.top1:.4f}, overlap {summary.overlap:.4f}"
+            f"top-1 {summary.top1:.4f}, overlap {summary.overlap:.4f}, "
+            f"normalisers off by {summary.normaliser_error:.4f}"
         )
     verdict = "passed" if report.passed else "FAILED: " + "; ".join(report.failures)
     click.echo(f"verify: {report.batches} batches, {report.tokens:,} tokens, gate {verdict}")

@@ -171,7 +171,8 @@ def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -
         (errno.EDQUOT, "the disk quota is used up"),
         (errno.EROFS, "the file system is read-only"),
         (errno.EACCES, "permission is denied"),
-        (errno.EIO, "Input/output error"),
+        (errno.EIO, "the disk reports an input/output error"),
+        (errno.ESTALE, "the network file system lost sight of it"),
     ],
 )
 def test_write_failure_says_what_is_safe(
@@ -185,7 +186,7 @@ def test_write_failure_says_what_is_safe(
         write(self, shard, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CacheWriter, "write", failing)
-    with pytest.raises(DecantError, match=f"{what}: 2 of 6 shards are committed and safe"):
+    with pytest.raises(DecantError, match=f": {what}: 2 of 6 shards are committed and safe"):
         capture_all(tiny_corpus)
     monkeypatch.undo()
     assert capture_all(tiny_corpus)[0].shards_done == 4

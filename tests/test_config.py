@@ -49,6 +49,9 @@ def test_unknown_key_is_named_with_its_neighbour(tmp_path: Path) -> None:
         ("prepare.k=0", "k=0 and draws=0 keep nothing"),
         ("prepare.k=-1", r"prepare\.k=-1 is refused"),
         ("paths.logits=ftp://host/x", "scheme ftp:// is not known"),
+        ("paths.logits=s3://", "s3:// names no bucket"),
+        ("prepare.temperatures=[1,1e-30]", "greater than or equal to 0.01"),
+        ("seed=-1", r"seed=-1 is refused"),
         ("train.steps=many", r"train\.steps='many' is refused"),
         ("train.nothing=1", r"train\.nothing is not a known key"),
         ("seed.deeper=1", "seed is not a section"),
@@ -83,10 +86,10 @@ def test_overrides_follow_dvcs_syntax() -> None:
     assert params.corpus.files.column == "body"
 
 
-@pytest.mark.parametrize("content", ["", "- a list", "train: {alpha: ["])
-def test_files_that_hold_no_params(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"- a list", b"train: {alpha: [", b"seed: \xff"])
+def test_files_that_hold_no_params(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
-    file.write_text(content)
+    file.write_bytes(content)
     with pytest.raises(ParamsError) as caught:
         load_params(file)
     assert "\n" not in str(caught.value)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.fidelity import GateReport, agreement, run_gate
 from pipeline.losses.reference import tail_bucket_kl
 from pipeline.teacher.hf import HuggingFaceTeacher
-from pipeline.topk import top_k_from_logits
+from pipeline.topk import TopK, top_k_from_logits
 from tests.conftest import change, make_teacher
 from tests.helpers import capture_all, live_teacher, make_capture, open_cache
 
@@ -27,14 +27,18 @@ def gate(params: Params, teacher: HuggingFaceTeacher | None = None) -> GateRepor
     return run_gate(teacher or live_teacher(params), splits, params.verify, seed=0)
 
 
-def rewrite(params: Params, change_rows: Callable[[Tensor], Tensor]) -> None:
+def rewrite(params: Params, change_rows: Callable[[TopK], TopK]) -> None:
     """Commit other contents under good markers, as a defect of ours would have."""
     reader = open_cache(params)
-    changed = reader.top_k(np.arange(len(reader.corpus))).map(change_rows)
+    changed = change_rows(reader.top_k(np.arange(len(reader.corpus))))
     writer = make_capture(params, "train").writer
     for shard in range(writer.layout.num_shards):
         start, stop = writer.layout.rows_of(shard)
         writer.write(shard, changed[start:stop], hash_rows(reader.corpus.rows(start, stop)))
+
+
+def shifted_by_one(topk: TopK) -> TopK:
+    return topk.map(lambda tensor: tensor.roll(1, dims=1))
 
 
 def test_a_good_cache_passes(tiny_cache: Params) -> None:
@@ -42,6 +46,9 @@ def test_a_good_cache_passes(tiny_cache: Params) -> None:
     assert report.passed, report.failures
     assert report.cache.mean_cosine > 0.9999
     assert report.cache.mean_kl < 1e-5
+    assert report.cache.lse_error < 1e-4
+    # entropy is stored as float16, of which half a step is 0.002 between 4 and 8 nats
+    assert report.cache.normaliser_error < 2e-3
     assert report.batches == 20
     assert report.noise.mean_cosine > 0.9999
     assert report.control.mean_cosine < 0.9
@@ -50,18 +57,35 @@ def test_a_good_cache_passes(tiny_cache: Params) -> None:
 
 
 def test_shift_by_one_is_caught(tiny_cache: Params) -> None:
-    rewrite(tiny_cache, lambda tensor: tensor.roll(1, dims=1))
+    rewrite(tiny_cache, shifted_by_one)
     report = gate(tiny_cache)
     assert not report.passed
     assert any("mean cosine" in failure for failure in report.failures)
 
 
 def test_a_stale_shard_is_caught(tiny_cache: Params) -> None:
-    def stale(tensor: Tensor) -> Tensor:
-        return torch.cat((tensor[:16], tensor[32:48], tensor[32:]))
-
-    rewrite(tiny_cache, stale)
+    rewrite(tiny_cache, lambda topk: TopK.cat((topk[:16], topk[32:48], topk[32:])))
     assert not gate(change(tiny_cache, verify={"batches": 100})).passed
+
+
+@pytest.mark.parametrize(
+    ("field", "failure"),
+    [("lse", "of lse 0.5"), ("lse_tau", "lse_tau and entropy"), ("entropy", "lse_tau and entropy")],
+)
+def test_a_wrong_sum_over_the_row_is_caught(field: str, failure: str, tiny_cache: Params) -> None:
+    """Probabilities at temperature 1 are all right; targets at other temperatures would not be."""
+
+    def wrong(topk: TopK) -> TopK:
+        tensor = getattr(topk, field).clone()
+        if field == "lse_tau":
+            tensor[..., 1] += 0.6  # one temperature of three
+        else:
+            tensor += 0.6
+        return replace(topk, **{field: tensor})
+
+    rewrite(tiny_cache, wrong)
+    (found,) = gate(tiny_cache).failures
+    assert failure in found
 
 
 def test_another_teacher_revision_is_caught(tiny_cache: Params, tmp_path: Path) -> None:
@@ -86,6 +110,8 @@ def test_a_blind_gate_is_a_failure(tiny_cache: Params) -> None:
         "max_mean_kl": 1e6,
         "min_top1": 0.0,
         "min_overlap": 0.0,
+        "max_lse_error": 1e6,
+        "max_normaliser_error": 1e6,
     }
     report = gate(change(tiny_cache, verify=loose))
     assert report.failures == (
@@ -122,7 +148,7 @@ def test_caches_with_draws_pass_and_fail_as_others_do(
     capture_all(params)
     report = gate(params)
     assert report.passed, report.failures
-    rewrite(params, lambda tensor: tensor.roll(1, dims=1))
+    rewrite(params, shifted_by_one)
     assert not gate(params).passed
 
 
@@ -138,6 +164,14 @@ def test_agreement_worked_by_hand() -> None:
     # KL over {0}, {2}, {rest}: 0.1 log(0.1 / 0.3) + 0.4 log(0.4 / 0.2)
     expected = 0.1 * np.log(1 / 3) + 0.4 * np.log(2)
     torch.testing.assert_close(result.kl, torch.tensor([expected], dtype=torch.float32))
+
+
+def test_keeping_the_whole_vocabulary_passes(tiny_corpus: Params) -> None:
+    """K + M beyond the vocabulary: the live side keeps all there is."""
+    params = change(tiny_corpus, prepare={"k": 290, "draws": 20})
+    capture_all(params)
+    report = gate(params)
+    assert report.passed, report.failures
 
 
 def test_sorted_values_alone_would_prove_nothing() -> None:

@@ -1,9 +1,10 @@
+import errno
 import json
 import os
 
 import pytest
 
-from pipeline.files import atomic_folder, write_json, write_text
+from pipeline.files import atomic_folder, create_bytes, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_the_older_file_and_nothing_beside_it(tmp_path):
@@ -35,3 +36,17 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
         (partial / "new").write_text("2")
     assert [entry.name for entry in folder.iterdir()] == ["new"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_creators_the_first_wins_with_and_without_hard_links(links, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    file = tmp_path / "new" / "zarr.json"
+    assert create_bytes(file, b"first")
+    assert not create_bytes(file, b"second")
+    assert file.read_bytes() == b"first"
+    assert [entry.name for entry in file.parent.iterdir()] == ["zarr.json"]

@@ -55,7 +55,7 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_zarr_reads_what_we_write(spec: ArraySpec, tmp_path: Path) -> None:
     values, folder = values_of(spec), LocalFolder(tmp_path)
-    assert write_group(folder, [spec], {"format_version": 1})
+    write_group(folder, [spec], {"format_version": 1})
     for shard in range(spec.num_shards):
         start, stop = spec.rows_of(shard)
         folder.write(spec.key_of(shard), encode_shard(spec, values[start:stop]))
@@ -96,11 +96,13 @@ def test_crc32c_of_the_standard() -> None:
     assert crc32c(b"\xff" * 32) == 0x62A8AB43
 
 
-def test_one_of_two_creators_wins_and_both_find_the_same(tmp_path: Path) -> None:
+def test_one_of_two_creators_wins_unless_asked_to_replace(tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path)
-    assert write_group(folder, [spec_of()], {"format_version": 1, "who": "first"})
-    assert not write_group(folder, [spec_of()], {"format_version": 1, "who": "second"})
+    write_group(folder, [spec_of()], {"format_version": 1, "who": "first"})
+    write_group(folder, [spec_of()], {"format_version": 1, "who": "second"})
     assert read_group(folder, "here", 1) == {"format_version": 1, "who": "first"}
+    write_group(folder, [spec_of()], {"format_version": 1, "who": "third"}, replace=True)
+    assert read_group(folder, "here", 1) == {"format_version": 1, "who": "third"}
 
 
 def test_what_a_group_says_is_checked(tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ def test_errors_are_one_sentence_with_a_status(tiny_corpus: Params, tmp_path: Pa
     sentence = fails(run("stages/evaluate.py", *params), 1)
     assert "run stages/train.py --run student first" in sentence
     assert "cannot be read" in fails(run("stages/report.py", *params), 1)
+    sentence = fails(run("stages/prepare.py", *params, "--repair", "--shards", "1/2"), 2)
+    assert "repair with one process" in sentence
+    (tmp_path / "a_file").write_text("")
+    set_path = ["--set", f"paths.logits={tmp_path / 'a_file' / 'logits.zarr'}"]
+    sentence = fails(run("stages/prepare.py", *params, *set_path), 1)
+    assert "a_file" in sentence
+    assert "a file lies where a folder should" in sentence
     sentence = fails(run("stages/corpus.py", "--params", "absent.yaml"), 2)
     assert "absent.yaml cannot be read" in sentence
 

@@ -100,7 +100,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(storage, "_REQUEST_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setitem(storage._CLIENT, "timeout", timedelta(seconds=1))
     server.misbehave = lambda number: None
     name = f"bucket{abs(hash(request.node.nodeid)) % 10**9}"
     boto3.client("s3", endpoint_url=server.url, region_name="us-east-1").create_bucket(Bucket=name)

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from pipeline.data.rows import CorpusSplit
 from pipeline.runtime import progress
 from pipeline.sharding import DamagedError, encode_shard, find_damaged_metadata, write_group
 from pipeline.storage import Address, Folder, open_folder
 from pipeline.store.codec import RankTable
-from pipeline.store.layout import CacheLayout, load_layout, load_table, rank_table_name
+from pipeline.store.layout import (
+    CacheLayout,
+    committed_shards,
+    load_layout,
+    load_table,
+    rank_table_name,
+    shards_with_marker,
+)
 from pipeline.store.reader import read_shard_arrays, require_corpus
 from pipeline.store.schema import COMMITS, Fingerprint, marker_key
 
@@ -62,7 +70,7 @@ def check_cache(address: Address, corpus: CorpusSplit) -> CheckResult:
         return CheckResult(0, 0, (Damage(None, "it does not exist"),))
     require_corpus(layout.fingerprint, corpus, str(where))
     damages = [Damage(None, what) for what in _metadata_damages(folder, layout)]
-    committed = _committed(folder, layout)
+    committed = shards_with_marker(folder, layout)
     damages += _shard_damages(folder, layout, corpus, committed)
     return CheckResult(layout.num_shards, len(committed), tuple(damages))
 
@@ -98,11 +106,10 @@ def repair_cache(
     except DamagedError as error:
         damages.append(Damage(None, str(error)))
         layout = CacheLayout(
-            fingerprint=fingerprint,
-            chunk_rows=chunk_rows,
-            shard_rows=shard_rows,
-            rank_table=_surviving_table(folder, fingerprint) or rank_table_name(count()),
+            fingerprint=fingerprint, chunk_rows=chunk_rows, shard_rows=shard_rows, rank_table=""
         )
+        table = _surviving_table(folder, layout) or rank_table_name(count())
+        layout = replace(layout, rank_table=table)
     if layout is None:
         return ()
     layout.fingerprint.require_equal(
@@ -112,7 +119,7 @@ def repair_cache(
         damages += [Damage(None, what) for what in _metadata_damages(folder, layout)]
     if damages:
         layout = _rewrite(folder, layout, count)
-    committed = _committed(folder, layout)
+    committed = shards_with_marker(folder, layout)
     in_shards = _shard_damages(folder, layout, corpus, committed)
     for damage in in_shards:
         assert damage.shard is not None
@@ -146,25 +153,20 @@ def _shard_damages(
         return [damage for damage in found if damage is not None]
 
 
-def _committed(folder: Folder, layout: CacheLayout) -> list[int]:
-    markers = folder.sizes(COMMITS)
-    return [shard for shard in range(layout.num_shards) if marker_key(shard) in markers]
+def _surviving_table(folder: Folder, lost: CacheLayout) -> str | None:
+    """The name of a rank table in the folder that holds what its name promises.
 
-
-def _surviving_table(folder: Folder, fingerprint: Fingerprint) -> str | None:
-    """The name of a rank table in the folder that holds what its name promises."""
-    for key in sorted(folder.sizes()):
-        name = key.partition("/")[0]
-        if name.startswith("rank_to_id_"):
-            layout = CacheLayout(
-                fingerprint=fingerprint, chunk_rows=1, shard_rows=1, rank_table=name
-            )
-            try:
-                load_table(folder, layout)
-            except DamagedError:
-                continue
-            return name
-    return None
+    Several may lie there, when processes created the cache at once or another cache lay there
+    before: the one that most markers know is that of the cache.
+    """
+    names = {key.partition("/")[0] for key in folder.sizes()}
+    whole = []
+    for name in sorted(n for n in names if n.startswith("rank_to_id_")):
+        layout = replace(lost, rank_table=name)
+        with suppress(DamagedError):
+            load_table(folder, layout)
+            whole.append((len(committed_shards(folder, layout)), name))
+    return max(whole)[1] if whole else None
 
 
 def _rewrite(folder: Folder, layout: CacheLayout, count: Callable[[], RankTable]) -> CacheLayout:
@@ -175,14 +177,9 @@ def _rewrite(folder: Folder, layout: CacheLayout, count: Callable[[], RankTable]
         table = count()
         if rank_table_name(table) != layout.rank_table:
             folder.remove(COMMITS)
-        layout = CacheLayout(
-            fingerprint=layout.fingerprint,
-            chunk_rows=layout.chunk_rows,
-            shard_rows=layout.shard_rows,
-            rank_table=rank_table_name(table),
-        )
+        layout = replace(layout, rank_table=rank_table_name(table))
         spec = layout.rank_spec
         folder.write(spec.key_of(0), encode_shard(spec, table.rank_to_id))
-    folder.remove("zarr.json")
-    write_group(folder, [*layout.specs.values(), layout.rank_spec], layout.about())
+    specs = [*layout.specs.values(), layout.rank_spec]
+    write_group(folder, specs, layout.about(), replace=True)
     return layout

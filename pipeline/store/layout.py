@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -11,13 +15,16 @@ from pipeline.sharding import (
     ArraySpec,
     DamagedError,
     crc32c,
+    is_sealed,
     json_crc32c,
     read_group,
     read_shard,
 )
 from pipeline.storage import Folder
 from pipeline.store.codec import RankTable
-from pipeline.store.schema import FORMAT_VERSION, Fingerprint
+from pipeline.store.schema import COMMITS, FORMAT_VERSION, Fingerprint, marker_key
+
+_MARKERS_AT_ONCE = 16  # requests to an object store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,60 @@ def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
     return table
 
 
+@contextmanager
+def damage_as_sentence(what: str) -> Iterator[None]:
+    """DamagedError -> MismatchError with the remedy; `what` names the shard or the cache."""
+    try:
+        yield
+    except DamagedError as error:
+        raise MismatchError(
+            f"{what} is damaged ({error}): run stages/prepare.py --repair"
+        ) from None
+
+
 def rank_table_name(table: RankTable) -> str:
     """The array's name: `rank_to_id_` and the crc32c of its bytes."""
     return f"rank_to_id_{crc32c(table.to_bytes()):08x}"
+
+
+def read_marker(folder: Folder, shard: int) -> dict[str, Any]:
+    """A shard's commit marker.
+
+    Raises:
+        DamagedError: absent, or not what was written.
+    """
+    try:
+        marker = json.loads(folder.read(marker_key(shard)))
+    except FileNotFoundError:
+        raise DamagedError("its commit marker is missing") from None
+    except (ValueError, RecursionError):
+        raise DamagedError("its commit marker cannot be read") from None
+    if not isinstance(marker, dict) or not is_sealed(marker):
+        raise DamagedError("its commit marker does not match its crc32c")
+    return marker
+
+
+def shards_with_marker(folder: Folder, layout: CacheLayout) -> list[int]:
+    """Shards that have a marker of whatever content, from one listing, in order."""
+    markers = folder.sizes(COMMITS)
+    return [shard for shard in range(layout.num_shards) if marker_key(shard) in markers]
+
+
+def committed_shards(folder: Folder, layout: CacheLayout) -> list[int]:
+    """Shards whose marker is whole and of THIS cache, in order.
+
+    Another cache that lay in the same place may have left markers behind.
+    """
+    with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:
+        marked = shards_with_marker(folder, layout)
+        ours = pool.map(lambda shard: is_committed(folder, layout, shard), marked)
+        return [shard for shard, is_ours in zip(marked, ours, strict=True) if is_ours]
+
+
+def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
+    """Whether a shard has a whole marker of this cache."""
+    try:
+        marker = read_marker(folder, shard)
+    except DamagedError:
+        return False
+    return bool(marker["shard"] == shard and marker["cache"] == layout.checksum())

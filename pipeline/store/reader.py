@@ -3,16 +3,17 @@
 Opening checks the fingerprint against the corpus and that every shard is committed. Reading a shard
 checks each object against length and crc32c in the marker, every chunk against its own crc32c, and
 the corpus rows it belongs to against the marker's sha256: a cache never pairs with other tokens in
-silence. Nothing is read twice and nothing in part, so an object store sees one request an object.
+silence. Objects are read whole, so an object store sees one request an object, and in training each
+object of the cache once an epoch. A corpus shard, which holds the tokens of several of the cache's,
+is read again when it is no longer among the last two.
 """
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +21,19 @@ from numpy.typing import NDArray
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, hash_rows
 from pipeline.errors import MismatchError
-from pipeline.sharding import DamagedError, crc32c, decode_shard, is_sealed
+from pipeline.sharding import DamagedError, crc32c, decode_shard
 from pipeline.storage import Address, Folder, open_folder
 from pipeline.store.codec import Arrays, restore, to_topk
-from pipeline.store.layout import CacheLayout, load_layout, load_table
-from pipeline.store.schema import COMMITS, Fingerprint, marker_key
+from pipeline.store.layout import (
+    CacheLayout,
+    damage_as_sentence,
+    load_layout,
+    load_table,
+    read_marker,
+    shards_with_marker,
+)
+from pipeline.store.schema import Fingerprint
 from pipeline.topk import TopK
-
-_REPAIR = "run stages/prepare.py --repair"
 
 
 @dataclass(frozen=True)
@@ -58,27 +64,22 @@ class CacheReader:
         self.address = address / corpus.split
         self.corpus = corpus
         self._folder = open_folder(self.address)
-        try:
+        with damage_as_sentence(str(self.address)):
             layout = load_layout(self._folder, str(self.address))
-        except DamagedError as error:
-            raise MismatchError(f"{self.address} is damaged ({error}): {_REPAIR}") from None
         if layout is None:
             raise MismatchError(
                 f"{self.address} does not exist: run stages/prepare.py (or `dvc repro`)"
             )
         self.layout = layout
         require_corpus(layout.fingerprint, corpus, str(self.address))
-        committed = self._folder.sizes(COMMITS)
-        for shard in range(layout.num_shards):
-            if marker_key(shard) not in committed:
-                raise MismatchError(
-                    f"shard {shard} of {layout.num_shards} in {self.address} is not captured: run "
-                    "stages/prepare.py to capture what is missing"
-                )
-        try:
+        marked = shards_with_marker(self._folder, layout)
+        if missing := set(range(layout.num_shards)).difference(marked):
+            raise MismatchError(
+                f"shard {min(missing)} of {layout.num_shards} in {self.address} is not captured: "
+                "run stages/prepare.py to capture what is missing"
+            )
+        with damage_as_sentence(str(self.address)):
             self.table = load_table(self._folder, layout)
-        except DamagedError as error:
-            raise MismatchError(f"{self.address} is damaged ({error}): {_REPAIR}") from None
         self._k = k
         self._kept: OrderedDict[int, Shard] = OrderedDict()
         if k is not None and k > self.fingerprint.k:
@@ -101,7 +102,8 @@ class CacheReader:
         """Bytes of all committed shards, from their markers."""
         total = 0
         for shard in range(self.layout.num_shards):
-            marker = self._checked(lambda shard=shard: read_marker(self._folder, shard), shard)
+            with self._checked(shard):
+                marker = read_marker(self._folder, shard)
             total += sum(size for size, _ in marker["objects"].values())
         return total
 
@@ -112,9 +114,8 @@ class CacheReader:
             MismatchError: damaged, or the corpus rows are others than at capture.
         """
         layout = self.layout
-        rows, arrays = self._checked(
-            lambda: read_shard_arrays(self._folder, layout, self.corpus, number), number
-        )
+        with self._checked(number):
+            rows, arrays = read_shard_arrays(self._folder, layout, self.corpus, number)
         for name in ("id_ranks", "logprob_steps"):  # a prefix of K
             if name in arrays and self._k is not None:
                 arrays[name] = np.ascontiguousarray(arrays[name][..., : self._k])
@@ -143,13 +144,8 @@ class CacheReader:
                 self._kept.popitem(last=False)
         return self._kept[number]
 
-    def _checked(self, read: Any, shard: int) -> Any:
-        try:
-            return read()
-        except DamagedError as error:
-            raise MismatchError(
-                f"shard {shard} of {self.address} is damaged ({error}): {_REPAIR}"
-            ) from None
+    def _checked(self, shard: int) -> AbstractContextManager[None]:
+        return damage_as_sentence(f"shard {shard} of {self.address}")
 
 
 def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) -> None:
@@ -172,25 +168,6 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
                 f"{where} was captured with {name}={stored}, {corpus.path} has {value}: they do "
                 "not belong together, capture again with stages/prepare.py --overwrite"
             )
-
-
-def read_marker(folder: Folder, shard: int) -> dict[str, Any]:
-    """The commit marker of a shard.
-
-    Raises:
-        DamagedError: absent, or not what was written.
-    """
-    try:
-        text = folder.read(marker_key(shard))
-    except FileNotFoundError:
-        raise DamagedError("its commit marker is missing") from None
-    try:
-        marker: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        raise DamagedError("its commit marker cannot be read") from None
-    if not isinstance(marker, dict) or not is_sealed(marker):
-        raise DamagedError("its commit marker does not match its crc32c")
-    return marker
 
 
 def read_shard_arrays(

@@ -53,7 +53,8 @@ and its crc32c. A shard WITHOUT a marker does not exist, whatever its files hold
 missing shard as zeros. One writer owns a whole shard; it writes all arrays' objects durably (on a
 disk: write, fsync, rename, fsync of the folder), then the marker likewise.
 
-A reader refuses a format_version other than its own.
+A reader refuses a format_version other than its own. The version rises too when the same inputs
+would give other numbers (pipeline/topk.py), since a cache is continued whatever program began it.
 """
 
 from __future__ import annotations

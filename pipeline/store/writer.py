@@ -10,12 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pipeline.errors import MismatchError
-from pipeline.sharding import DamagedError, crc32c, encode_shard, seal, write_group
+from pipeline.sharding import crc32c, encode_shard, seal, write_group
 from pipeline.storage import Address, open_folder
 from pipeline.store.codec import RankTable, encode
-from pipeline.store.layout import CacheLayout, load_layout, load_table, rank_table_name
-from pipeline.store.schema import COMMITS, Fingerprint, marker_key
+from pipeline.store.layout import (
+    CacheLayout,
+    committed_shards,
+    damage_as_sentence,
+    is_committed,
+    load_layout,
+    load_table,
+    rank_table_name,
+)
+from pipeline.store.schema import Fingerprint, marker_key
 from pipeline.topk import TopK
 
 
@@ -44,18 +51,13 @@ class CacheWriter:
     ) -> None:
         self.address = address / split
         self._folder = open_folder(self.address)
-        where = str(self.address)
-        try:
+        with damage_as_sentence(str(self.address)):
             self.layout, self._table = self._open_or_create(
                 address, fingerprint, chunk_rows, shard_rows, count
             )
-        except DamagedError as error:
-            raise MismatchError(
-                f"{where} is damaged ({error}): run stages/prepare.py --repair"
-            ) from None
         self.layout.fingerprint.require_equal(
             fingerprint,
-            where,
+            str(self.address),
             "remove it, or run stages/prepare.py --overwrite to capture again",
         )
 
@@ -87,17 +89,13 @@ class CacheWriter:
         return found, load_table(self._folder, found)
 
     def missing(self) -> list[int]:
-        """Shards that have no marker yet, in order."""
-        committed = self._folder.sizes(COMMITS)
-        return [i for i in range(self.layout.num_shards) if marker_key(i) not in committed]
+        """Shards that have no marker of this cache yet, in order."""
+        committed = set(committed_shards(self._folder, self.layout))
+        return [shard for shard in range(self.layout.num_shards) if shard not in committed]
 
     def is_committed(self, shard: int) -> bool:
         """Whether a shard has its marker."""
-        try:
-            self._folder.read(marker_key(shard))
-        except FileNotFoundError:
-            return False
-        return True
+        return is_committed(self._folder, self.layout, shard)
 
     def write(self, shard: int, topk: TopK, tokens_sha256: str) -> None:
         """Write one whole shard [rows, L, ...] and commit it.

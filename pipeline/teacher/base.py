@@ -35,6 +35,11 @@ class Teacher(Protocol):
         """How it attends within a row, and so its student."""
         ...
 
+    @property
+    def in_background(self) -> bool:
+        """Whether `top_k` may run in another thread, beside the student."""
+        ...
+
     def shard(self, number: int) -> Shard:
         """Read one shard; called from several threads."""
         ...
@@ -46,6 +51,8 @@ class Teacher(Protocol):
 
 class NoTeacher:
     """Tokens alone, for plain language modelling."""
+
+    in_background = True
 
     def __init__(self, corpus: CorpusSplit, *, shard_rows: int, attention: Attention) -> None:
         self.corpus = corpus

@@ -13,6 +13,8 @@ from pipeline.topk import TopK
 class CachedTeacher:
     """Implements `pipeline.teacher.base.Teacher` over a CacheReader."""
 
+    in_background = True
+
     def __init__(self, reader: CacheReader) -> None:
         self.reader = reader
 

@@ -44,6 +44,15 @@ class OnlineTeacher:
         self.shard_rows = shard_rows
         self.attention = attention
 
+    @property
+    def in_background(self) -> bool:
+        """On a GPU alone.
+
+        On a CPU both would share the cores anyway, and `runtime.mm_float32` sets the precision of
+        matrix products for the whole process, the student's included.
+        """
+        return self.teacher.device.type != "cpu"
+
     def shard(self, number: int) -> Shard:
         return corpus_shard(self.corpus, number, self.shard_rows)
 

@@ -3,7 +3,7 @@
 Which rows batch number i holds follows from (seed, i) alone: a resumed run seeks in O(1), a cached,
 an online and a teacherless run see the same rows in the same order, and so does a run on another
 number of ranks. Shards are read and decoded ahead in worker threads, batches are put together one
-ahead in another, in pinned memory where there is a GPU.
+ahead in another (unless the teacher may not run there), in pinned memory where there is a GPU.
 """
 
 from __future__ import annotations
@@ -146,6 +146,9 @@ class BatchStream:
                     window.want(coming[-1])
                     number += 1
                 rows = coming.popleft()
+                if not self.teacher.in_background:
+                    yield self._make(window, rows)
+                    continue
                 making = maker.submit(self._make, window, rows)
                 if ready is not None:
                     yield ready.result()

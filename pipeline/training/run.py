@@ -135,10 +135,13 @@ def _teachers(
         )
         return plain, held_out_plain
     if params.train.teacher == "cached":
-        reader = CacheReader(params.paths.logits, corpus, k=params.train.k)
-        _require_same_teacher(reader, params.paths.teacher)
-        held_out_reader = CacheReader(params.paths.logits, held_out, k=params.train.k)
-        return CachedTeacher(reader), CachedTeacher(held_out_reader)
+        readers = [
+            CacheReader(params.paths.logits, split, k=params.train.k)
+            for split in (corpus, held_out)
+        ]
+        for reader in readers:
+            _require_same_teacher(reader, params.paths.teacher)
+        return CachedTeacher(readers[0]), CachedTeacher(readers[1])
     temperature = params.train.temperature
     live = HuggingFaceTeacher(
         params.paths.teacher,

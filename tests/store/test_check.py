@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from pipeline.errors import MismatchError
 from pipeline.sharding import encode_shard, seal
 from pipeline.storage import LocalFolder
 from pipeline.store.check import CheckResult, check_cache
+from pipeline.store.codec import RankTable
+from pipeline.store.layout import rank_table_name
 from pipeline.store.schema import marker_key
 from tests.conftest import change, make_teacher
 from tests.helpers import capture_all, make_capture, open_cache
@@ -296,12 +299,37 @@ def test_shards_of_a_cache_that_was_here_before_do_not_count(cache: Params, tmp_
     (cache.paths.logits / "train" / "zarr.json").unlink()
     make_teacher(tmp_path / "other", seed=1)
     other = change(cache, paths={"teacher": str(tmp_path / "other")})
-    make_capture(other, "train")
+    capture = make_capture(other, "train")
     result = check(other)
     assert len(result.damages) == 24
     assert "captured for another cache" in result.damages[0].what
     with pytest.raises(MismatchError, match="captured for another cache"):
         open_cache(other).shard(0)
+    assert capture.writer.missing() == list(range(24))
+    assert capture.run(capture.writer.missing()).shards_missing == 0
+    assert check(other).damages == ()
+
+
+def test_a_marker_that_is_damaged_is_no_commit(cache: Params) -> None:
+    """Without --repair as well: the shard is captured again rather than left for dead."""
+    flip_a_bit(cache.paths.logits / "train" / marker_key(7), np.random.default_rng(6))
+    assert make_capture(cache, "train").writer.missing() == [7]
+    assert capture_all(cache)[0].shards_done == 1
+    assert check(cache).damages == ()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_repair_finds_the_rank_table_of_the_cache_among_others(seed: int, cache: Params) -> None:
+    """Processes that create a cache at once leave a table each."""
+    folder = LocalFolder(cache.paths.logits / "train")
+    layout = open_cache(cache).layout
+    other = RankTable(np.random.default_rng(seed).permutation(300))
+    spec = replace(layout.rank_spec, name=rank_table_name(other))
+    folder.write(spec.key_of(0), encode_shard(spec, other.rank_to_id))
+    truncate(cache.paths.logits / "train" / "zarr.json", np.random.default_rng(5))
+    assert capture_all(cache, repair=True)[0].shards_done == 0
+    assert check(cache).damages == ()
+    assert open_cache(cache).layout == layout
 
 
 def test_repair_refuses_a_cache_of_another_teacher(cache: Params, tmp_path: Path) -> None:

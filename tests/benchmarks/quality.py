@@ -1,0 +1,154 @@
+"""What each target is worth: one student, corpus and number of steps, every target, several seeds.
+
+    python tests/benchmarks/quality.py [--work FOLDER] [--seeds 3]
+
+Needs the demo's teacher and corpus (`dvc repro corpus`). Takes hours on a CPU; what lies finished
+in FOLDER, caches and runs, is not made again, so it may be stopped and started.
+
+Every student starts from the same layers of the teacher and takes the steps of params.yaml, at
+temperature 1; a seed decides the order of the rows. "Dense" is the live teacher with every id of
+the vocabulary kept: the full KL. The last two columns say how much of the way from cross-entropy
+to dense a target goes, in validation loss and in KL to the teacher, by the means over seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline.capture import capture_locally
+from pipeline.config import Params, load_params
+from pipeline.data.rows import CorpusSplit
+from pipeline.evaluation.compare import compare
+from pipeline.evaluation.metrics import Scores
+from pipeline.runtime import pick_dtype
+from pipeline.store.reader import CacheReader
+from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.training.run import run_training
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a student learns from."""
+
+    name: str
+    teacher: str = "cached"
+    k: int = 64
+    draws: int = 0
+    divergence: str = "forward_kl"
+
+    def overrides(self, work: Path, seed: int) -> list[str]:
+        """For `load_params`."""
+        return [
+            f"seed={seed}",
+            f"paths.logits={work}/logits-{self.k}-{self.draws}",
+            f"paths.runs={work}/runs",
+            f"prepare.k={self.k}",
+            f"prepare.draws={self.draws}",
+            f"train.teacher={self.teacher}",
+            f"train.divergence={self.divergence}",
+            "train.temperature=1",
+        ]
+
+    def run_name(self, seed: int) -> str:
+        """The folder under runs."""
+        return f"{self.teacher}-{self.k}-{self.draws}-{self.divergence}-{seed}"
+
+
+CROSS_ENTROPY = Target("cross-entropy alone", teacher="none", k=1)
+DENSE = Target("dense, live teacher", teacher="online")
+TARGETS = (
+    CROSS_ENTROPY,
+    Target("top 64, renormalised", divergence="renormalised_kl"),
+    Target("top 64, tail bucket"),
+    Target("top 32, tail bucket", k=32),
+    Target("top 16, tail bucket", k=16),
+    Target("top 32 + 16 draws", k=32, draws=16),
+    Target("50 draws", k=0, draws=50),
+    DENSE,
+)
+
+
+def bytes_a_token(params: Params, target: Target, vocab_size: int) -> float:
+    """Of the targets alone; dense ones as float16, plain."""
+    if target.teacher == "none":
+        return 0.0
+    if target.teacher == "online":
+        return 2.0 * vocab_size
+    reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
+    return reader.num_bytes() / (reader.fingerprint.num_rows * reader.fingerprint.row_length)
+
+
+def train_all(target: Target, work: Path, seeds: int, vocab_size: int) -> float:
+    """Capture once and train every seed; returns bytes a token."""
+    if target.teacher == "online":
+        target = replace(target, k=vocab_size)
+    for seed in range(seeds):
+        params = load_params(Path("params.yaml"), target.overrides(work, seed))
+        if target.teacher == "cached" and seed == 0:
+            capture_locally(params)  # with draws, those of seed 0 serve all runs
+        if target.draws:
+            params = params.model_copy(update={"seed": seed})
+        run_training(params, target.run_name(seed), overwrite=True)
+    first = load_params(Path("params.yaml"), target.overrides(work, 0))
+    return bytes_a_token(first, target, vocab_size)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {sd:.{digits}f}"
+
+
+def way(scores: dict[str, list[Scores]], name: str, field: str) -> str:
+    """Share of the way from cross-entropy to dense, by means."""
+    mean = {
+        key: statistics.mean(getattr(score, field) for score in scores[key])
+        for key in (CROSS_ENTROPY.name, DENSE.name, name)
+    }
+    start, end = mean[CROSS_ENTROPY.name], mean[DENSE.name]
+    return f"{(start - mean[name]) / (start - end):.0%}"
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), default=Path("cache/quality"))
+@click.option("--seeds", default=3)
+def main(work: Path, seeds: int) -> None:
+    """Train, evaluate, print the README's table."""
+    params = load_params(Path("params.yaml"))
+    corpus = CorpusSplit(params.paths.corpus, "validation")
+    vocab_size = corpus.info.vocab_size
+    sizes = {target.name: train_all(target, work, seeds, vocab_size) for target in TARGETS}
+    device = torch.device("cpu")
+    teacher = HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=vocab_size,
+        dtype=pick_dtype(params.prepare.dtype, device),
+        device=device,
+    )
+    scores: dict[str, list[Scores]] = {}
+    for target in TARGETS:
+        kept = replace(target, k=vocab_size) if target.teacher == "online" else target
+        names = [kept.run_name(seed) for seed in range(seeds)]
+        folders = {name: work / "runs" / name / "model" for name in names}
+        found = compare(teacher, folders, corpus, params.evaluate, params.prepare.attention).scores
+        scores[target.name] = [found[name] for name in names]
+    print("| | bytes | loss | KL to teacher | agreement | ECE | way: loss | way: KL |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for target in TARGETS:
+        of = scores[target.name]
+        print(
+            f"| {target.name} | {sizes[target.name]:,.1f} | {spread([s.loss for s in of], 4)} "
+            f"| {spread([s.kl_to_teacher for s in of], 4)} "
+            f"| {spread([100 * s.top1_agreement for s in of], 2)} % "
+            f"| {spread([s.calibration_error for s in of], 4)} "
+            f"| {way(scores, target.name, 'loss')} | {way(scores, target.name, 'kl_to_teacher')} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

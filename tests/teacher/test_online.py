@@ -1,0 +1,42 @@
+"""The online teacher beside the student."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from pipeline.config import Params
+from pipeline.data.rows import CorpusSplit
+from pipeline.store.reader import Shard
+from pipeline.teacher.online import OnlineTeacher
+from pipeline.topk import TopK
+from pipeline.training.batches import BatchStream
+from tests.helpers import live_teacher
+
+
+def test_on_a_cpu_it_keeps_to_the_consumers_thread(tiny_corpus: Params) -> None:
+    """Its matrix products set a precision for the whole process, the student's included."""
+    threads = set()
+
+    class Watched(OnlineTeacher):
+        def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
+            threads.add(threading.current_thread())
+            return super().top_k(places, tokens)
+
+    split = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    teacher = Watched(
+        live_teacher(tiny_corpus),
+        split,
+        k=4,
+        draws=0,
+        seed=0,
+        temperatures=(),
+        shard_rows=16,
+        attention="documents",
+    )
+    batches = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0).starting_at(0)
+    for _ in range(3):
+        next(batches)
+    batches.close()
+    assert threads == {threading.main_thread()}
