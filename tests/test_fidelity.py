@@ -47,7 +47,8 @@ def test_a_good_cache_passes(tiny_cache: Params) -> None:
     assert report.cache.mean_cosine > 0.9999
     assert report.cache.mean_kl < 1e-5
     assert report.cache.lse_error < 1e-4
-    assert report.cache.normaliser_error < 2e-3  # entropy is stored as float16
+    # entropy is stored as float16, of which half a step is 0.002 between 4 and 8 nats
+    assert report.cache.normaliser_error < 2e-3
     assert report.batches == 20
     assert report.noise.mean_cosine > 0.9999
     assert report.control.mean_cosine < 0.9

@@ -135,7 +135,7 @@ def main(work: Path, seeds: int) -> None:
         kept = replace(target, k=vocab_size) if target.teacher == "online" else target
         names = [kept.run_name(seed) for seed in range(seeds)]
         folders = {name: work / "runs" / name / "model" for name in names}
-        found = compare(teacher, folders, corpus, params.evaluate).scores
+        found = compare(teacher, folders, corpus, params.evaluate, params.prepare.attention).scores
         scores[target.name] = [found[name] for name in names]
     print("| | bytes | loss | KL to teacher | agreement | ECE | way: loss | way: KL |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

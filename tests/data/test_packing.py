@@ -93,6 +93,15 @@ def test_fit_by_hand() -> None:
     assert rows.tokens.tolist() == [[1] * 5 + [2] * 3, [3] * 4 + [4] * 2 + [5] * 2]
 
 
+def test_fit_wastes_little_of_mixed_lengths() -> None:
+    """0.16 % of rows of 512, where a row a document would waste 36 %."""
+    lengths = np.random.default_rng(0).lognormal(5.8, 0.9, 5000).astype(int)
+    texts = [document(range(length)) for length in lengths.tolist()]
+    rows = Rows.cat(list(fit(texts, 512, 0, 1024)))
+    assert (rows.doc_ids == PADDING).mean() < 0.005
+    assert 1 - lengths.clip(max=512).mean() / 512 > 0.3
+
+
 def test_fit_of_many_short_documents_pads_the_last_row_alone() -> None:
     """Blocks hand what does not fill a row to the next, so nothing is lost at their ends."""
     texts = [[1]] * 1000

@@ -33,7 +33,7 @@ def test_on_a_cpu_it_keeps_to_the_consumers_thread(tiny_corpus: Params) -> None:
         seed=0,
         temperatures=(),
         shard_rows=16,
-        attention="packed",
+        attention="documents",
     )
     batches = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0).starting_at(0)
     for _ in range(3):
