@@ -82,6 +82,8 @@ def distillation_loss_sums(
         alpha, temperature = 0.0, 1.0
     else:
         require_expressible(divergence, topk)
+    if not torch.is_grad_enabled():  # a Function cannot see that: forward never has it enabled
+        hidden, weight = hidden.detach(), weight.detach()
     total, ce, value = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, topk, _Objective(alpha, temperature, divergence), dtype, chunk
     )
