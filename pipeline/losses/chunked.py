@@ -82,6 +82,8 @@ def distillation_loss_sums(
         alpha, temperature = 0.0, 1.0
     else:
         require_expressible(divergence, topk)
+    if not torch.is_grad_enabled():  # a Function cannot see that: forward never has it enabled
+        hidden, weight = hidden.detach(), weight.detach()
     total, ce, value = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, topk, _Objective(alpha, temperature, divergence), dtype, chunk
     )
@@ -165,8 +167,8 @@ def _loss_and_grad(
     picked = logits.gather(-1, columns)
     if topk is not None and not topk.draws:
         logits.scatter_(-1, topk.ids, -torch.inf)  # what is left is the bucket
-    over = passes_for(logits.device)
-    sums = over.exp_sums(logits, tau)
+    kernels = passes_for(logits.device)
+    sums = kernels.exp_sums(logits, tau)
     rest = sums.peak / tau + sums.at_tau.log()
     rest_at_one = rest if tau == 1.0 else sums.peak + sums.at_one.log()
     with torch.set_grad_enabled(need_grad):
@@ -179,7 +181,7 @@ def _loss_and_grad(
         on, *off = torch.autograd.grad(total, leaves, materialize_grads=True)
         of_tau = off[0] / tau / sums.at_tau.clamp_min(1.0)
         of_one = None if tau == 1.0 else off[1] / sums.at_one.clamp_min(1.0)
-        over.weigh_exps(logits, sums, tau, of_tau, of_one)
+        kernels.weigh_exps(logits, sums, tau, of_tau, of_one)
         # The bucket's columns on T hold 0 by now; under draws they hold q's share.
         logits.scatter_add_(-1, columns, on)
     return divergence.detach(), ce.detach()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from measure import forget_peak, peak_mib
 
 from pipeline.capture import Capture, fingerprint_of
 from pipeline.config import Params, load_params
@@ -32,17 +33,6 @@ from pipeline.training.batches import BatchStream
 
 BASE_ROWS = 2048  # of 128 tokens: 70 MB of TopK in the formats that losses take
 SCALES = (1, 4, 16)
-
-
-def forget_peak() -> float:
-    """Let the kernel's high-water mark begin again (Linux); returns MiB in use now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_mib()
-
-
-def peak_mib() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
 def write_corpus(params: Params, rows: int) -> None:

@@ -1,92 +1,166 @@
-"""Head, loss and gradient: chunked against plain, distilled against cross-entropy alone.
+"""What distilling from a cache costs beside cross-entropy alone: head and loss, and whole steps.
 
-    python tests/benchmarks/head_and_loss.py [--vocabulary 49152] [--tokens 2048]
+    python tests/benchmarks/head_and_loss.py [--case 49k] [--rounds 7] [--busy]
 
-Prints ratios measured in one run, the variants taking turns, since absolute times on a shared
-machine mean little.
+Time: ratios measured in one run, the variants taking turns, since absolute times on a shared
+machine mean little. Memory: each variant in a process of its own, its peak beyond what was held
+once model and batch were there, targets counted in. Everything on random weights and made-up
+targets; a step is forward, backward, clipping and AdamW of
+
+    49k     16 of SmolLM2-135M's layers (the demo's student), 2,048 tokens, 49,152 ids
+    152k    the default student, 123 M parameters, 1,024 tokens, 151,936 ids
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import click
 import torch
+from measure import forget_peak, made_up_targets, medians, peak_in_child, peak_mib
+from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import distillation_loss
-from pipeline.topk import TopK, block_top_k, top_k_from_logits
+from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.topk import TopK, block_top_k
 
-SIZE, K = 576, 64
+K, LENGTH = 64, 256
+CASES = {
+    "49k": (
+        2048,
+        ModelConfig(
+            hidden_size=576,
+            num_layers=16,
+            num_heads=9,
+            num_kv_heads=3,
+            intermediate_size=1536,
+            vocab_size=49_152,
+            rope_theta=1e5,
+            attention_bias=False,
+        ),
+    ),
+    "152k": (1024, ModelConfig()),
+}
+VARIANTS = {
+    "CE": (False, 1.0),
+    "KL + CE at tau 1": (True, 1.0),
+    "KL + CE at tau 2": (True, 2.0),
+}
 
 
-def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant; the variants take turns, after one round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, call in variants.items():
-            started = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+def sums_of(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK, variant: str) -> Tensor:
+    """The objective of a variant by the chunked head."""
+    distilled, temperature = VARIANTS[variant]
+    return distillation_loss_sums(
+        hidden,
+        weight,
+        labels,
+        topk if distilled else None,
+        alpha=0.5,
+        temperature=temperature,
+        dtype=torch.bfloat16,
+    ).total
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK) -> Tensor:
+    """KL + CE at temperature 1 by autograd on full rows of logits."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = hidden @ weight.T
+    return distillation_loss(logits.float(), labels, topk, alpha=0.5, temperature=1.0).sum()
+
+
+class Step:
+    """A student and its optimizer, to be trained by any variant."""
+
+    def __init__(self, config: ModelConfig, tokens: int) -> None:
+        self.student = StudentModel(config)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
+        self.tokens = torch.randint(config.vocab_size, (tokens // LENGTH, LENGTH))
+        self.labels = torch.randint(config.vocab_size, (tokens,))
+
+    def take(self, topk: TopK, variant: str) -> None:
+        """One optimizer step."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.student.hidden_states(self.tokens).flatten(0, 1)
+        loss = sums_of(hidden, self.student.head_weight, self.labels, topk, variant)
+        (loss / len(self.labels)).backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def head_inputs(config: ModelConfig, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(tokens, config.hidden_size, requires_grad=True)
+    weight = (torch.randn(config.vocab_size, config.hidden_size) * 0.12).requires_grad_()
+    return hidden, weight, torch.randint(config.vocab_size, (tokens,))
+
+
+def peak_of(what: str, case: str, variant: str) -> float:
+    """MiB that two turns take beyond what is held before them."""
+    tokens, config = CASES[case]
+    step = Step(config, tokens) if what == "step" else None
+    inputs = head_inputs(config, tokens)
+    before = forget_peak()
+    topk = made_up_targets(tokens, config.vocab_size, K) if VARIANTS[variant][0] else None
+    for _ in range(2):
+        if step is not None:
+            step.take(topk, variant)
+        else:
+            torch.autograd.grad(sums_of(*inputs, topk, variant), inputs[:2])
+    return peak_mib() - before
+
+
+def show(title: str, values: dict[str, float], scale: float, unit: str) -> None:
+    print(title)
+    for name, value in values.items():
+        print(f"  {name:24} {value / values['CE']:6.3f} x CE ({value * scale:.0f} {unit})")
+
+
+def compare(case: str, rounds: int, busy: bool) -> None:
+    """All tables of one case."""
+    tokens, config = CASES[case]
+    torch.manual_seed(0)
+    topk = made_up_targets(tokens, config.vocab_size, K)
+    hidden, weight, labels = inputs = head_inputs(config, tokens)
+    shape = f"{tokens} tokens x {config.vocab_size} ids, K={K}, bfloat16 factors"
+
+    def head(variant: str) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(sums_of(*inputs, topk, variant), inputs[:2])
+
+    timed: dict[str, Callable[[], object]] = {variant: head(variant) for variant in VARIANTS}
+    timed["the same, tau 1, plain"] = lambda: torch.autograd.grad(
+        plain(hidden, weight, labels, topk), (hidden, weight)
+    )
+    show(f"head and loss: {shape}", medians(timed, rounds, busy=busy), 1e6 / tokens, "us a token")
+    step = Step(config, tokens)
+    timed = {variant: lambda v=variant: step.take(topk, v) for variant in VARIANTS}
+    show("whole training step", medians(timed, rounds, busy=busy), 1e6 / tokens, "us a token")
+    for what in ("head", "step"):
+        peaks = {name: peak_in_child(("--peak", what, case, name)) for name in VARIANTS}
+        show(f"peak memory, {what}", peaks, 1.0, "MiB")
 
 
 @click.command()
-@click.option("--vocabulary", default=49_152, help="Rows of the head.")
-@click.option("--tokens", default=2048, help="Positions in a batch.")
-@click.option("--rounds", default=5, help="Timed turns of each variant.")
-def main(vocabulary: int, tokens: int, rounds: int) -> None:
-    """Time the head and the loss."""
-    torch.manual_seed(0)
-    teacher_head = torch.randn(SIZE, vocabulary) * 0.12
-    rows = torch.randn(tokens, SIZE).split(256)
-    topk = TopK.cat([top_k_from_logits(h @ teacher_head, K, (1.0, 2.0)) for h in rows])
-    hidden = torch.randn(tokens, SIZE, requires_grad=True)
-    weight = (torch.randn(vocabulary, SIZE) * 0.12).requires_grad_()
-    labels = torch.randint(0, vocabulary, (tokens,))
-
-    def chunked(targets: TopK | None, temperature: float) -> None:
-        sums = distillation_loss_sums(
-            hidden,
-            weight,
-            labels,
-            targets,
-            alpha=0.5,
-            temperature=temperature,
-            dtype=torch.bfloat16,
-        )
-        torch.autograd.grad(sums.total, (hidden, weight))
-
-    def plain() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = hidden @ weight.T
-        loss = distillation_loss(logits.float(), labels, topk, alpha=0.5, temperature=1.0)
-        torch.autograd.grad(loss.sum(), (hidden, weight))
-
-    seconds = medians(
-        {
-            "CE, chunked": lambda: chunked(None, 1.0),
-            "KL + CE at tau 1, chunked": lambda: chunked(topk, 1.0),
-            "KL + CE at tau 2, chunked": lambda: chunked(topk, 2.0),
-            "KL + CE at tau 1, plain": plain,
-        },
-        rounds,
-    )
-    reference = seconds["CE, chunked"]
-    print(f"head and loss, {tokens} tokens x {vocabulary} ids, K={K}, bfloat16 factors")
-    for name, value in seconds.items():
-        print(f"  {name:28} {value / reference:6.3f} x CE ({value / tokens * 1e6:.0f} us a token)")
-
-    logits = torch.randn(64, vocabulary)
+@click.option("--case", type=click.Choice(list(CASES)), multiple=True, default=list(CASES))
+@click.option("--rounds", default=7, help="Timed turns of each variant.")
+@click.option("--busy", is_flag=True, help="Processor's seconds of one thread, not the clock's.")
+@click.option("--peak", nargs=3, default=None, hidden=True, help="Be a measured process.")
+def main(case: tuple[str, ...], rounds: int, busy: bool, peak: tuple[str, str, str] | None) -> None:
+    """Print the tables."""
+    if peak is not None:
+        print(peak_of(*peak))
+        return
+    for name in case:
+        compare(name, rounds, busy)
+    logits = torch.randn(64, 49_152)
     seconds = medians(
         {"torch.topk": lambda: logits.topk(K), "block_top_k": lambda: block_top_k(logits, K)},
         rounds * 4,
+        busy=busy,
     )
     ratio = seconds["block_top_k"] / seconds["torch.topk"]
-    print(f"  block_top_k takes {ratio:.2f} of torch.topk's time")
+    print(f"block_top_k takes {ratio:.2f} of torch.topk's time")
 
 
 if __name__ == "__main__":

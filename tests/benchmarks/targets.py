@@ -25,7 +25,13 @@ from pipeline.capture import fingerprint_of
 from pipeline.config import Params, load_params
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit
-from pipeline.losses.reference import full_kl, sampled_kl, tail_bucket_kl
+from pipeline.losses.reference import (
+    bucketed,
+    full_kl,
+    renormalised_kl,
+    sampled_kl,
+    tail_bucket_kl,
+)
 from pipeline.model.attention import documents_apart
 from pipeline.model.student import StudentModel
 from pipeline.model.weights import load_student
@@ -43,16 +49,13 @@ BATCH = 512  # positions whose gradients are compared
 TAUS = (1.0, 2.0)  # those stored, too: a third would cost 3.7 bytes more
 
 
-def renormalised_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
+def renormalised(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
     """KL once both sides are cut to the kept ids and renormalised: what many tools minimise."""
-    log_p, _ = topk.target(temperature)
-    log_p = log_p.log_softmax(-1)
-    log_q = (logits / temperature).gather(-1, topk.ids).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return renormalised_kl(*bucketed(logits, topk, temperature))
 
 
 MODES: dict[str, tuple[int, int, Loss]] = {
-    "top 64, renormalised": (64, 0, renormalised_kl),
+    "top 64, renormalised": (64, 0, renormalised),
     "top 64, tail bucket": (64, 0, tail_bucket_kl),
     "top 32, tail bucket": (32, 0, tail_bucket_kl),
     "top 16, tail bucket": (16, 0, tail_bucket_kl),

@@ -224,16 +224,22 @@ def test_masked_positions_get_no_gradient_and_change_nothing() -> None:
     assert bool(grad[wanted].any(-1).all())
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_frozen_costs_no_product(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products = []
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for every matrix product that the chunked loss makes."""
+    made: list[object] = []
     multiply = chunked.mm_float32
 
     def counted(*args, **options):  # type: ignore[no-untyped-def]
-        products.append(args)
+        made.append(args)
         return multiply(*args, **options)
 
     monkeypatch.setattr(chunked, "mm_float32", counted)
+    return made
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_costs_no_product(frozen: str, products: list[object]) -> None:
     tensors = {"hidden": torch.randn(5, 8), "weight": torch.randn(60, 8)}
     (learned,) = (tensors[name].requires_grad_() for name in tensors if name != frozen)
     labels = torch.randint(0, 60, (5,))
@@ -243,6 +249,15 @@ def test_what_is_frozen_costs_no_product(frozen: str, monkeypatch: pytest.Monkey
     assert len(products) == 2
     logits = tensors["hidden"] @ tensors["weight"].T
     assert_equals_plain(sums, (learned,), logits, labels, None, 0.5, 1.0)
+
+
+def test_validation_costs_the_logits_alone(products: list[object]) -> None:
+    hidden, weight = torch.randn(5, 8), torch.randn(60, 8, requires_grad=True)
+    labels = torch.randint(0, 60, (5,))
+    with torch.no_grad():
+        sums = distillation_loss_sums(hidden, weight, labels, None, alpha=0.5, temperature=1.0)
+    assert len(products) == 1
+    torch.testing.assert_close(sums.ce, cross_entropy(hidden @ weight.detach().T, labels).sum())
 
 
 def test_draws_serve_forward_kl_alone() -> None:

@@ -1,0 +1,154 @@
+"""Peak memory of head and loss, with gradients: 8,192 tokens, 151,936 ids, D = 896 (Qwen2.5-0.5B).
+
+    python tests/benchmarks/head_memory.py [--tokens 8192]
+
+On a GPU where there is one, else on the CPU; each variant in a process of its own, bfloat16
+factors. Printed is the peak beyond inputs (hidden states, the head, and the targets, which are
+small), and how many chunks of 256 x V float32 logits that is; the head's own gradient, which
+nobody can do without, is 3.5 of them, full rows of logits 32. Variants that hold full rows are run
+at fewer tokens where the memory at hand does not allow them all, and extrapolated linearly from two
+sizes.
+
+DistillKit's formulas are written down here as its `sparse_kl_div` has them (missing mass as zero:
+the teacher renormalised, the student not; missing mass as uniform: a tail bucket by
+log(1 - sum q)), on the full rows of logits that it takes. Liger-Kernel (`pip install liger-kernel`)
+runs on GPUs alone, and its distilling losses take a live teacher's hidden states.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import click
+import torch
+import torch.nn.functional as F
+from measure import available_mib, forget_peak, made_up_targets, peak_in_child, peak_mib
+from torch import Tensor
+
+from pipeline.losses.chunked import distillation_loss_sums
+from pipeline.topk import TopK
+
+VOCABULARY, SIZE, K = 151_936, 896, 64
+CHUNK_MIB = 256 * VOCABULARY * 4 / 2**20
+FULL_ROWS = 7.0  # at most so many float32 copies of tokens x ids does a variant hold
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Loss = Callable[[Tensor, Tensor, Tensor, TopK], Tensor]
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK | None) -> Tensor:
+    return distillation_loss_sums(
+        hidden, weight, labels, topk, alpha=0.5, temperature=1.0, dtype=torch.bfloat16
+    ).total
+
+
+def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        return hidden @ weight.T
+
+
+def full_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, _: TopK) -> Tensor:
+    return F.cross_entropy(full_logits(hidden, weight).float(), labels, reduction="sum")
+
+
+def distillkit(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK, bucket: bool) -> Tensor:
+    """KL / 2 + CE / 2."""
+    logits = full_logits(hidden, weight).float()
+    log_q = logits.gather(-1, topk.ids) - logits.logsumexp(-1, keepdim=True)
+    log_p = topk.logprobs if bucket else topk.logprobs.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    if bucket:
+        missing = [(1.0 - x.logsumexp(-1).clamp_max(-1e-6).exp()).log() for x in (log_p, log_q)]
+        kl = kl + missing[0].exp() * (missing[0] - missing[1])
+    return kl.sum() / 2.0 + F.cross_entropy(logits, labels, reduction="sum") / 2.0
+
+
+def liger_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, _: TopK) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        return loss(weight, hidden, labels)
+
+
+def liger_jensen_shannon(hidden: Tensor, weight: Tensor, labels: Tensor, _: TopK) -> Tensor:
+    """Against a live teacher of the student's shape, whose hidden states count as inputs."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.5)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        return loss(hidden, weight, hidden.detach(), weight.detach(), labels)
+
+
+CHUNKED: dict[str, Loss] = {
+    "ours: CE": lambda *inputs: chunked(*inputs[:3], None),
+    "ours: KL + CE": chunked,
+}
+FULL: dict[str, Loss] = {
+    "F.cross_entropy on full logits": full_cross_entropy,
+    "DistillKit's KL, missing zero, + CE": lambda *inputs: distillkit(*inputs, bucket=False),
+    "DistillKit's KL, missing uniform, + CE": lambda *inputs: distillkit(*inputs, bucket=True),
+}
+LIGER: dict[str, Loss] = {
+    "Liger: fused linear CE": liger_cross_entropy,
+    "Liger: fused linear JSD, live teacher": liger_jensen_shannon,
+}
+ALL = CHUNKED | FULL | LIGER
+
+
+def peak_of(variant: str, tokens: int) -> float:
+    """MiB beyond the inputs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, SIZE, device=DEVICE, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, SIZE, device=DEVICE) * 0.02).requires_grad_()
+    labels = torch.randint(VOCABULARY, (tokens,), device=DEVICE)
+    topk = made_up_targets(tokens, VOCABULARY, K, DEVICE)
+    before = forget_peak()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    ALL[variant](hidden, weight, labels, topk).backward()
+    after = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else peak_mib()
+    return after - before
+
+
+def available() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**20 if DEVICE == "cuda" else available_mib()
+
+
+def show(name: str, mib: float, note: str = "") -> None:
+    print(f"  {name:40} {mib:8.0f} MiB, {mib / CHUNK_MIB:6.1f} chunks{note}", flush=True)
+
+
+@click.command()
+@click.option("--tokens", default=8192, help="Positions.")
+@click.option("--peak", default=None, hidden=True, help="Be a measured process.")
+def main(tokens: int, peak: str | None) -> None:
+    """Print the table."""
+    if peak is not None:
+        print(peak_of(peak, tokens))
+        return
+    print(f"head and loss, {tokens} tokens x {VOCABULARY} ids, D={SIZE}, on {DEVICE}")
+    for name in CHUNKED:
+        show(name, peak_in_child(("--tokens", tokens, "--peak", name)))
+    fits = FULL_ROWS * tokens * VOCABULARY * 4 / 2**20 < available()
+    for name in FULL:
+        if fits:
+            show(name, peak_in_child(("--tokens", tokens, "--peak", name)))
+            continue
+        sizes = (1024, 2048)
+        one, two = (peak_in_child(("--tokens", size, "--peak", name)) for size in sizes)
+        slope = (two - one) / (sizes[1] - sizes[0])
+        note = f", from {one:.0f} at {sizes[0]} and {two:.0f} at {sizes[1]} tokens"
+        show(name, one + slope * (tokens - sizes[0]), note)
+    if DEVICE == "cpu":
+        print("  Liger-Kernel's fused linear losses: skipped, they need a GPU")
+    elif importlib.util.find_spec("liger_kernel") is None:
+        print("  Liger-Kernel's fused linear losses: skipped, liger-kernel is not installed")
+    else:
+        for name in LIGER:
+            show(name, peak_in_child(("--tokens", tokens, "--peak", name)))
+
+
+if __name__ == "__main__":
+    main()

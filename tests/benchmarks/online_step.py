@@ -1,0 +1,143 @@
+"""A training step from the cache against one with a live teacher: time and peak memory.
+
+    python tests/benchmarks/online_step.py [--rounds 5] [--busy]
+
+The student is 16 of SmolLM2-135M's layers (85 M parameters), a step is 1,024 tokens with forward,
+backward, clipping and AdamW; random weights. Teachers: one of the student's own shape, and
+SmolLM2-360M's, 4.3 times as large. Dense: the teacher's forward, full rows of logits of both sides,
+KL over the whole vocabulary by autograd, which is what most tools do. Top 64: the live teacher's
+logits reduced at once to what a cache would hold, then the same loss as from the cache. Ratios are
+of one run, variants taking turns; memory is each variant's peak in a process of its own, beyond
+what was held before the student, the teacher and the targets were made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import click
+import torch
+from head_and_loss import CASES, LENGTH, K
+from measure import forget_peak, made_up_targets, medians, peak_in_child, peak_mib
+from torch import Tensor
+
+from pipeline.losses.chunked import distillation_loss_sums
+from pipeline.losses.reference import cross_entropy, full_kl
+from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.runtime import mm_float32
+from pipeline.topk import TopK, top_k_from_logits
+
+TOKENS, ALPHA = 1024, 0.5
+STUDENT = CASES["49k"][1]
+TEACHERS = {
+    "of equal size": STUDENT,
+    "of 4.3x the size": replace(
+        STUDENT,
+        hidden_size=960,
+        num_layers=32,
+        num_heads=15,
+        num_kv_heads=5,
+        intermediate_size=2560,
+    ),
+}
+VARIANTS = {
+    "CE alone": ("none", None),
+    "cached, top 64": ("cached", None),
+    **{f"online, top 64, teacher {name}": ("top", shape) for name, shape in TEACHERS.items()},
+    **{f"online, dense, teacher {name}": ("dense", shape) for name, shape in TEACHERS.items()},
+}
+
+
+class Step:
+    """The student, its batch, and the teachers as they are needed."""
+
+    def __init__(self) -> None:
+        self.student = StudentModel(STUDENT)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
+        self.tokens = torch.randint(STUDENT.vocab_size, (TOKENS // LENGTH, LENGTH))
+        self.labels = torch.randint(STUDENT.vocab_size, (TOKENS,))
+        self.cached = made_up_targets(TOKENS, STUDENT.vocab_size, K)
+        self.teachers: dict[ModelConfig, StudentModel] = {}
+
+    def take(self, variant: str) -> None:
+        """One optimizer step."""
+        kind, shape = VARIANTS[variant]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.student.hidden_states(self.tokens).flatten(0, 1)
+        if kind == "dense":
+            loss = self.dense(hidden, self.teacher(shape))
+        else:
+            topk = self.top(self.teacher(shape)) if kind == "top" else self.cached
+            loss = self.sparse(hidden, None if kind == "none" else topk)
+        (loss / TOKENS).backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def teacher(self, shape: ModelConfig) -> StudentModel:
+        if shape not in self.teachers:  # in bfloat16, as prepare.dtype=auto takes it on a CPU
+            self.teachers[shape] = StudentModel(shape).bfloat16().requires_grad_(False)
+        return self.teachers[shape]
+
+    def sparse(self, hidden: Tensor, topk: TopK | None) -> Tensor:
+        return distillation_loss_sums(
+            hidden,
+            self.student.head_weight,
+            self.labels,
+            topk,
+            alpha=ALPHA,
+            temperature=1.0,
+            dtype=torch.bfloat16,
+        ).total
+
+    def dense(self, hidden: Tensor, teacher: StudentModel) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(self.tokens).flatten(0, 1).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = (hidden @ self.student.head_weight.T).float()
+        kl, ce = full_kl(wanted, logits, 1.0), cross_entropy(logits, self.labels)
+        return (ALPHA * kl + (1.0 - ALPHA) * ce).sum()
+
+    @torch.no_grad()
+    def top(self, teacher: StudentModel) -> TopK:
+        rows = teacher.hidden_states(self.tokens).flatten(0, 1).split(256)
+        head = teacher.head_weight.float()
+        logits = (mm_float32(h.float(), head.T, torch.bfloat16) for h in rows)
+        return TopK.cat([top_k_from_logits(z, K, (1.0,)) for z in logits])
+
+
+def peak_of(variant: str) -> float:
+    """MiB that two steps take, student, optimizer and teacher included."""
+    before = forget_peak()
+    step = Step()
+    for _ in range(2):
+        step.take(variant)
+    return peak_mib() - before
+
+
+@click.command()
+@click.option("--rounds", default=5, help="Timed steps of each variant.")
+@click.option("--busy", is_flag=True, help="Processor's seconds of one thread, not the clock's.")
+@click.option("--peak", default=None, hidden=True, help="Be a measured process.")
+def main(rounds: int, busy: bool, peak: str | None) -> None:
+    """Print the table."""
+    torch.manual_seed(0)
+    if peak is not None:
+        print(peak_of(peak))
+        return
+    step = Step()
+    seconds = medians({name: partial(step.take, name) for name in VARIANTS}, rounds, busy=busy)
+    peaks = {name: peak_in_child(("--peak", name)) for name in VARIANTS}
+    cached = "cached, top 64"
+    print(f"{TOKENS} tokens a step, times and memory of the cached step")
+    for name in VARIANTS:
+        print(
+            f"  {name:40} time {seconds[name] / seconds[cached]:5.2f} ({seconds[name]:.2f} s), "
+            f"memory {peaks[name] / peaks[cached]:5.2f} ({peaks[name]:.0f} MiB)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
