@@ -6,12 +6,12 @@ A checkpoint `step_<n>` is a folder of
     state.json                       step, skipped steps, history, number of ranks
     complete.json                    length and crc32c of each of the above; written last
 
-Tensors are what is trained, the optimizer's state and each rank's random state, under names that
-know nothing of ranks, parameter order or engine: so a run resumes on another number of ranks, and
-under ddp what fsdp saved. Frozen parameters are where the run took them from. The optimizer's state
-is addressed here directly, not through torch.distributed.checkpoint.state_dict, which makes an
-optimizer that has not stepped take a step to have a state, and saves a tied matrix twice. The place
-in the data needs no storing: it follows from the step.
+Tensors are what is trained, its average, the optimizer's state and each rank's random state, under
+names that know nothing of ranks, parameter order or engine: so a run resumes on another number of
+ranks, and under ddp what fsdp saved. Frozen parameters are where the run took them from. The
+optimizer's state is addressed here directly, not through torch.distributed.checkpoint.state_dict,
+which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
+twice. The place in the data needs no storing: it follows from the step.
 
 On a disk (which all ranks share), the folder takes its name only when complete. In an object store,
 each rank copies the files it wrote there, in parts that fit a request, and complete.json comes
@@ -84,24 +84,36 @@ class Checkpoints:
             key.partition("/")[0] for key in self._folder.sizes() if key.endswith(f"/{_COMPLETE}")
         )
 
-    def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    def save(
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        average: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write the checkpoint of `state.step` and drop all but the newest two.
+
+        Args:
+            average: of the weights, by parameter name, where one is kept.
 
         Raises:
             DecantError, OSError: a disk is full, and the like.
         """
         name = f"step_{state.step:08d}"
         with self._new(name) as folder:
-            _write_tensors(folder, student, optimizer, self._ranks)
+            _write_tensors(folder, _tensors(student, optimizer, average), self._ranks)
             own = sorted(folder.glob(f"__{self._ranks.rank}_*"))
             self._upload(name, own)
             sums = self._ranks.gather({file.name: _sum(file) for file in own})
             self._ranks.on_first(lambda: self._complete(name, folder, sums, state))
 
     def load_newest(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: dict[str, Tensor] | None = None,
     ) -> TrainState | None:
-        """Restore student, optimizer and random state in place; None where there is nothing.
+        """Restore student, optimizer, average and random state in place; None if there is nothing.
 
         Raises:
             DecantError: there are checkpoints, and none is whole.
@@ -110,7 +122,7 @@ class Checkpoints:
             with self._local(name) as folder:
                 damage = next(filter(None, self._ranks.gather(self._damage(folder))), "")
                 if not damage:
-                    return _read(folder, student, optimizer, self._ranks)
+                    return _read(folder, student, optimizer, average, self._ranks)
                 say(f"checkpoint {self.address / name} is damaged ({damage}): it is passed over")
         if (names := self._ranks.on_first(self.names)) and not self._start_again:
             raise DecantError(
@@ -236,10 +248,8 @@ def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     return ""
 
 
-def _write_tensors(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> None:
-    tensors = _tensors(student, optimizer) | _random_state(ranks.rank)
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    tensors = tensors | _random_state(ranks.rank)
     writer = FileSystemWriter(folder, sync_files=True)
     try:
         with _one_process_is_meant():
@@ -265,13 +275,17 @@ def _one_process_is_meant() -> Iterator[None]:
 
 
 def _read(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+    folder: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+    ranks: Ranks,
 ) -> TrainState:
     reader = FileSystemReader(folder)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     _make_optimizer_state(student, optimizer, saved)
     random = _random_state(ranks.rank)
-    wanted = _tensors(student, optimizer) | random
+    wanted = _tensors(student, optimizer, average) | random
     wanted = {name: t for name, t in wanted.items() if name in saved or name not in random}
     with _one_process_is_meant():
         load(wanted, storage_reader=reader, no_dist=not ranks.grouped)
@@ -285,9 +299,11 @@ def _read(
     return TrainState(**values)
 
 
-def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What is trained and the optimizer's state, by name; written to in place when loaded."""
-    tensors = {}
+def _tensors(
+    student: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What is trained, its average, the optimizer's state, by name; loading writes into them."""
+    tensors = {f"average/{name}": tensor for name, tensor in (average or {}).items()}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             tensors[f"student/{name}"] = parameter.detach()

@@ -34,12 +34,13 @@ def test_what_is_minimised_falls(alpha: float, falls: str, tiny_cache: Params) -
 def test_interrupted_run_continues_exactly(
     tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = change(tiny_cache, student={"init": "random"} | SMALL | {"dropout": 0.1})
+    student = {"init": "random"} | SMALL | {"dropout": 0.1}
+    params = change(tiny_cache, student=student, train={"ema_decay": 0.9})
     run_training(params, "whole")
     step = trainer._train_step
 
     def dies(*args: object, **options: object) -> object:
-        if args[3] == 5:
+        if args[4] == 5:
             raise RuntimeError("power cut")
         return step(*args, **options)  # type: ignore[arg-type]
 
