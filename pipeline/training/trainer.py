@@ -24,6 +24,7 @@ from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves
 from pipeline.training.optim import WeightAverage, alpha_at, build_optimizer, learning_rate
 from pipeline.training.parallel import Ranks, clip_gradients, local_gradients
+from pipeline.training.sharded import Learner
 from pipeline.training.validation import Validation, validate
 
 
@@ -53,7 +54,8 @@ def train(
     """
     optimizer = build_optimizer(student, params)
     average = WeightAverage(student, params.ema_decay)
-    state = checkpoints.load_newest(student, optimizer, average.tensors) or TrainState()
+    learner = Learner(student, optimizer, average.tensors)
+    state = checkpoints.load_newest(learner) or TrainState()
     if state.step:
         say(f"continuing from step {state.step} of {params.steps}")
     batches = stream.starting_at(state.step * params.accumulation)
@@ -75,7 +77,7 @@ def train(
                 curves.record(values)
             stopping = ranks.any(stop.requested)
             if state.step % params.checkpoint_every == 0 or stopping:
-                checkpoints.save(student, optimizer, state, average.tensors)
+                checkpoints.save(learner, state)
             if stopping:
                 raise KeyboardInterrupt
     average.swap()
