@@ -2,16 +2,11 @@
 
 A checkpoint `step_<n>` is a folder of
 
-    __<rank>_<i>.distcp, .metadata   tensors, sharded, in the format of torch.distributed.checkpoint
+    __<rank>_<i>.distcp, .metadata   tensors, sharded: see sharded.py
     state.json                       step, skipped steps, history, number of ranks
     complete.json                    length and crc32c of each of the above; written last
 
-Tensors are what is trained, the optimizer's state and each rank's random state, under names that
-know nothing of ranks, parameter order or engine: so a run resumes on another number of ranks, and
-under ddp what fsdp saved. Frozen parameters are where the run took them from. The optimizer's state
-is addressed here directly, not through torch.distributed.checkpoint.state_dict, which makes an
-optimizer that has not stepped take a step to have a state, and saves a tied matrix twice. The place
-in the data needs no storing: it follows from the step.
+The place in the data needs no storing: it follows from the step.
 
 On a disk (which all ranks share), the folder takes its name only when complete. In an object store,
 each rank copies the files it wrote there, in parts that fit a request, and complete.json comes
@@ -24,7 +19,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,18 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.errors import DecantError
 from pipeline.files import fsync
 from pipeline.runtime import say
 from pipeline.storage import Address, Url, open_folder
 from pipeline.training.parallel import ALONE, Ranks
+from pipeline.training.sharded import Learner, read_tensors, write_tensors
 
 _KEEP = 2
 _STATE = "state.json"
@@ -84,7 +73,7 @@ class Checkpoints:
             key.partition("/")[0] for key in self._folder.sizes() if key.endswith(f"/{_COMPLETE}")
         )
 
-    def save(self, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    def save(self, learner: Learner, state: TrainState) -> None:
         """Write the checkpoint of `state.step` and drop all but the newest two.
 
         Raises:
@@ -92,16 +81,13 @@ class Checkpoints:
         """
         name = f"step_{state.step:08d}"
         with self._new(name) as folder:
-            _write_tensors(folder, student, optimizer, self._ranks)
-            own = sorted(folder.glob(f"__{self._ranks.rank}_*"))
+            own = write_tensors(folder, learner, self._ranks)
             self._upload(name, own)
             sums = self._ranks.gather({file.name: _sum(file) for file in own})
             self._ranks.on_first(lambda: self._complete(name, folder, sums, state))
 
-    def load_newest(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> TrainState | None:
-        """Restore student, optimizer and random state in place; None where there is nothing.
+    def load_newest(self, learner: Learner) -> TrainState | None:
+        """Restore the learner and the random state in place; None if there is nothing.
 
         Raises:
             DecantError: there are checkpoints, and none is whole.
@@ -110,7 +96,8 @@ class Checkpoints:
             with self._local(name) as folder:
                 damage = next(filter(None, self._ranks.gather(self._damage(folder))), "")
                 if not damage:
-                    return _read(folder, student, optimizer, self._ranks)
+                    read_tensors(folder, learner, self._ranks)
+                    return self._state(folder)
                 say(f"checkpoint {self.address / name} is damaged ({damage}): it is passed over")
         if (names := self._ranks.on_first(self.names)) and not self._start_again:
             raise DecantError(
@@ -118,6 +105,15 @@ class Checkpoints:
                 "a copy of one, or start again with --overwrite"
             )
         return None
+
+    def _state(self, folder: Path) -> TrainState:
+        values = json.loads((folder / _STATE).read_text())
+        if (before := values.pop("ranks")) != self._ranks.count:
+            say(
+                f"{before} ranks saved what {self._ranks.count} continue: losses stay the same "
+                "within rounding where student.dropout is 0; dropped units follow the rank"
+            )
+        return TrainState(**values)
 
     def remove(self) -> None:
         """Delete all of them."""
@@ -234,97 +230,3 @@ def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
         if found != entry:
             return f"{file}, {found[0]} bytes, does not match its checksum"
     return ""
-
-
-def _write_tensors(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> None:
-    tensors = _tensors(student, optimizer) | _random_state(ranks.rank)
-    writer = FileSystemWriter(folder, sync_files=True)
-    try:
-        with _one_process_is_meant():
-            save(tensors, storage_writer=writer, no_dist=not ranks.grouped)
-    except CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if isinstance(failure, OSError):
-                raise failure from None
-            if "inline_container" in str(failure):  # torch.save's words for a short write
-                raise DecantError(
-                    f"{folder} cannot be written, the disk may be full: make room, and run the "
-                    "same command to continue from the checkpoint before"
-                ) from None
-        raise
-
-
-@contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """PyTorch warns that there is no process group even where it is told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _read(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> TrainState:
-    reader = FileSystemReader(folder)
-    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    _make_optimizer_state(student, optimizer, saved)
-    random = _random_state(ranks.rank)
-    wanted = _tensors(student, optimizer) | random
-    wanted = {name: t for name, t in wanted.items() if name in saved or name not in random}
-    with _one_process_is_meant():
-        load(wanted, storage_reader=reader, no_dist=not ranks.grouped)
-    _restore_random_state(random)
-    values = json.loads((folder / _STATE).read_text())
-    if (before := values.pop("ranks")) != ranks.count:
-        say(
-            f"{before} ranks saved what {ranks.count} continue: losses stay the same within "
-            "rounding where student.dropout is 0; dropped units follow the rank"
-        )
-    return TrainState(**values)
-
-
-def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What is trained and the optimizer's state, by name; written to in place when loaded."""
-    tensors = {}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"student/{name}"] = parameter.detach()
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
-    return tensors
-
-
-def _make_optimizer_state(
-    student: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
-) -> None:
-    """Give a new optimizer tensors to load into, sharded as the weights that they belong to."""
-    parameters = dict(student.named_parameters())
-    for full_name, about in saved.items():
-        part, _, rest = full_name.partition("/")
-        key, _, name = rest.partition("/")
-        if part == "optimizer":
-            like = parameters[name].detach()
-            optimizer.state[parameters[name]][key] = (
-                torch.zeros_like(like, dtype=about.properties.dtype)
-                if about.size == like.shape
-                else torch.zeros(about.size, dtype=about.properties.dtype, device=like.device)
-            )
-
-
-def _random_state(rank: int) -> dict[str, Tensor]:
-    """Of this rank, by names of its own."""
-    state = {f"random/cpu/{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Tensor]) -> None:
-    """Set what `_random_state` returned, as it was when saved; unchanged where nothing was."""
-    for name, values in state.items():
-        if name.startswith("random/cpu"):
-            torch.set_rng_state(values)
-        else:
-            torch.cuda.set_rng_state(values)

@@ -14,7 +14,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.store.reader import Shard
 from pipeline.teacher.base import NoTeacher, corpus_shard
 from pipeline.teacher.cached import CachedTeacher
-from pipeline.training.batches import BatchStream, make_batch
+from pipeline.training.batches import BatchStream, first_rows, make_batch
 from tests.helpers import open_cache
 
 
@@ -105,3 +105,18 @@ def test_shards_are_read_once_an_epoch_and_dropped(tiny_cache: Params) -> None:
     assert set(counts) == set(range(6))
     assert max(counts.values()) <= 4
     assert sum(counts.values()) <= 3 * 6 + 2
+
+
+def test_first_rows_are_shared_and_no_rank_goes_without(tiny_cache: Params) -> None:
+    """11 rows in batches of 5: the last one, a single row, leaves two of three ranks empty."""
+    teacher = CachedTeacher(open_cache(tiny_cache))
+    alone = list(first_rows(teacher, 11, 5))
+    ranks = [list(first_rows(teacher, 11, 5, rank=rank, ranks=3)) for rank in range(3)]
+    assert [len(batch.tokens) for batch in alone] == [5, 5, 1]
+    assert [[len(batch.tokens) for batch in part] for part in ranks] == [[2, 2, 1]] * 2 + [[1] * 3]
+    for number, whole in enumerate(alone):
+        parts = [part[number] for part in ranks]
+        assert sum(part.num_labels for part in parts) == whole.num_labels
+        tokens = torch.cat([part.tokens for part in parts if part.num_labels])
+        assert torch.equal(tokens, whole.tokens)
+    assert [part[2].num_labels > 0 for part in ranks] == [True, False, False]

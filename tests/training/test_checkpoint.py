@@ -17,47 +17,48 @@ from pipeline.config import Params
 from pipeline.errors import DecantError
 from pipeline.training.checkpoint import Checkpoints, TrainState, _damage
 from pipeline.training.run import run_training
+from pipeline.training.sharded import Learner
 from tests.conftest import change
 from tests.helpers import SMALL, assert_same_run
 from tests.training.ranks import train_stage
 
 
-def make_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
+def make_learner() -> Learner:
     torch.manual_seed(0)
     module = nn.Linear(6, 5)
-    return module, torch.optim.AdamW(module.parameters(), fused=True)
+    return Learner(module, torch.optim.AdamW(module.parameters(), fused=True))
 
 
-def take_step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def take_step(learner: Learner) -> None:
     """One whose gradient depends on the random state."""
-    module(torch.rand(3, 6)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    learner.student(torch.rand(3, 6)).square().sum().backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Checkpoints:
     """After each of three steps; the newest two are left."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    module, optimizer = make_pair()
+    learner = make_learner()
     for step in (1, 2, 3):
-        take_step(module, optimizer)
-        checkpoints.save(module, optimizer, TrainState(step, 0, [{"step": float(step)}]))
+        take_step(learner)
+        checkpoints.save(learner, TrainState(step, 0, [{"step": float(step)}]))
     return checkpoints
 
 
 def test_what_is_restored_goes_on_as_if_nothing_had_been(saved: Checkpoints) -> None:
     assert saved.names() == ["step_00000002", "step_00000003"]
-    module, optimizer = make_pair()
+    learner = make_learner()
     for _ in range(5):
-        take_step(module, optimizer)
-    other, other_optimizer = make_pair()
+        take_step(learner)
+    other = make_learner()
     torch.rand(99)
-    state = saved.load_newest(other, other_optimizer)
+    state = saved.load_newest(other)
     assert state == TrainState(3, 0, [{"step": 3.0}])
     for _ in range(2):
-        take_step(other, other_optimizer)
-    for one, two in zip(module.parameters(), other.parameters(), strict=True):
+        take_step(other)
+    for one, two in zip(learner.student.parameters(), other.student.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
@@ -88,15 +89,15 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(
     if (name, hurt) == ("complete.json", make_longer):
         return  # a space behind the JSON changes nothing
     hurt(Path(saved.address) / "step_00000003" / name)
-    module, optimizer = make_pair()
-    state = saved.load_newest(module, optimizer)
+    learner = make_learner()
+    state = saved.load_newest(learner)
     said = capsys.readouterr().out
     culprit = "" if (name, hurt) == ("complete.json", flip_a_bit) else name
     assert f"checkpoint {saved.address}/step_00000003 is damaged ({culprit}" in said
     assert state is not None
     assert state.step == 2
     # What was passed over is newer than what comes next, and is not counted among the newest two.
-    saved.save(module, optimizer, TrainState(2))
+    saved.save(learner, TrainState(2))
     assert saved.names() == ["step_00000002"]
 
 
@@ -115,10 +116,10 @@ def test_any_bit_of_the_marker(saved: Checkpoints) -> None:
 def test_without_a_whole_one_it_is_refused_or_begun_again(saved: Checkpoints) -> None:
     for name in saved.names():
         cut_short(Path(saved.address) / name / "state.json")
-    pair = make_pair()
+    learner = make_learner()
     with pytest.raises(DecantError, match=r"step_00000002, step_00000003 .* --overwrite"):
-        saved.load_newest(*pair)
-    assert Checkpoints(saved.address, start_again=True).load_newest(*pair) is None
+        saved.load_newest(learner)
+    assert Checkpoints(saved.address, start_again=True).load_newest(learner) is None
 
 
 def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
         module = nn.Sequential(nn.Linear(1000, 100), nn.Linear(2, 2))
         module[0].requires_grad_(not frozen)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
-        checkpoints.save(module, optimizer, TrainState(int(frozen)))
+        checkpoints.save(Learner(module, optimizer), TrainState(int(frozen)))
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).iterdir()) for n in checkpoints.names()]
     assert sizes[0] > 400_000
     assert sizes[1] < 20_000

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.config import Params
-from pipeline.errors import DecantError, MismatchError
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.teacher.base import NoTeacher
 from pipeline.training import trainer
+from pipeline.training.batches import first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
+from pipeline.training.parallel import ALONE, parallelise
 from pipeline.training.run import run_training
 from tests.conftest import ROOT, change
 from tests.helpers import SMALL, assert_same_run, capture_all, losses, weights
@@ -34,12 +41,13 @@ def test_what_is_minimised_falls(alpha: float, falls: str, tiny_cache: Params) -
 def test_interrupted_run_continues_exactly(
     tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = change(tiny_cache, student={"init": "random"} | SMALL | {"dropout": 0.1})
+    student = {"init": "random"} | SMALL | {"dropout": 0.1}
+    params = change(tiny_cache, student=student, train={"ema_decay": 0.9})
     run_training(params, "whole")
     step = trainer._train_step
 
     def dies(*args: object, **options: object) -> object:
-        if args[3] == 5:
+        if args[4] == 5:
             raise RuntimeError("power cut")
         return step(*args, **options)  # type: ignore[arg-type]
 
@@ -196,3 +204,62 @@ def test_draws_with_another_divergence_are_refused_before_the_first_step(
     with pytest.raises(MismatchError, match=r"divergence=skew_kl .* prepare\.draws=0"):
         run_training(params, "student")
     assert not (params.paths.runs / "student" / "dvclive").exists()
+
+
+COMPILED = [
+    "aot_eager",  # everything but the code generator, which takes most of the time
+    pytest.param("inductor", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_and_recomputed_blocks_change_nothing(
+    checkpointing: bool, backend: str, tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_training(tiny_cache, "plain").state
+    compiled: list[object] = []
+    compile_with = functools.partial(torch.compile, backend=backend)
+
+    def counted(function: Callable[..., object]) -> object:
+        compiled.append(function)
+        return compile_with(function)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    train = {"compile": True, "activation_checkpointing": checkpointing}
+    state = run_training(change(tiny_cache, train=train), "compiled").state
+    assert len(compiled) == 2  # blocks
+    assert plain is not None
+    assert state is not None
+    for one, two in zip(plain.history, state.history, strict=True):
+        for name in ("train/loss", "train/gradient_norm", "validation/loss"):
+            assert one.get(name) == pytest.approx(two.get(name), abs=1e-5)
+
+
+def test_recomputing_keeps_less(tiny_cache: Params) -> None:
+    """Bytes that autograd holds until backward, but for the weights and each block's input."""
+    corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
+    batch = next(first_rows(NoTeacher(corpus, shard_rows=16, attention="packed"), 4, 4))
+    kept = []
+    for checkpointing in (False, True):
+        student = StudentModel(ModelConfig(**SMALL, max_seq_len=32))
+        step = DistillationStep(student, dtype=torch.float32, head_chunk=50)
+        train = tiny_cache.train.model_copy(update={"activation_checkpointing": checkpointing})
+        model = parallelise(step, ALONE, train)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(batch, alpha=0.0, temperature=1.0, divergence="forward_kl")
+        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+        kept.append(sum(size for place, size in sizes.items() if place not in weights))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_no_compiler_is_one_sentence(tiny_cache: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ParamsError, match=r"no-such-compiler is not found.* train\.compile=false"):
+        run_training(change(tiny_cache, train={"compile": True}), "student")

@@ -1,0 +1,116 @@
+"""Tensors of a run, to a folder and back, by torch.distributed.checkpoint: each rank its shards.
+
+Names know nothing of ranks, parameter order or engine, so what any number of ranks wrote, any other
+number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
+where the run took them from), their average, the optimizer's state and each rank's random state.
+
+The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict,
+which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
+twice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pipeline.errors import DecantError
+from pipeline.training.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a run changes, on this rank: whole, or this rank's shards of it."""
+
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights, by name, if kept
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; to load is to write into them."""
+        tensors = {f"average/{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"student/{name}"] = parameter.detach()
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"optimizer/{key}/{name}"] = value
+        return tensors
+
+    def make_optimizer_state(self, saved: dict[str, Any]) -> None:
+        """Give a new optimizer tensors to load into, sharded as the weights they belong to."""
+        parameters = dict(self.student.named_parameters())
+        for full_name, about in saved.items():
+            part, _, rest = full_name.partition("/")
+            key, _, name = rest.partition("/")
+            if part == "optimizer":
+                like, dtype = parameters[name].detach(), about.properties.dtype
+                self.optimizer.state[parameters[name]][key] = (
+                    torch.zeros_like(like, dtype=dtype)
+                    if about.size == like.shape
+                    else torch.zeros(about.size, dtype=dtype, device=like.device)
+                )
+
+
+def write_tensors(folder: Path, learner: Learner, ranks: Ranks) -> list[Path]:
+    """All ranks write; returns the files of this one. Rank 0 also writes `.metadata`.
+
+    Raises:
+        DecantError, OSError: the disk is full, and the like.
+    """
+    tensors = learner.tensors() | _random_state(ranks.rank)
+    try:
+        with _one_process_is_meant():
+            save(tensors, storage_writer=FileSystemWriter(folder), no_dist=not ranks.grouped)
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, OSError):
+                raise failure from None
+            if "inline_container" in str(failure):  # torch.save's words for a short write
+                raise DecantError(
+                    f"{folder} cannot be written, the disk may be full: make room, and run the "
+                    "same command to continue from the checkpoint before"
+                ) from None
+        raise
+    return sorted(folder.glob(f"__{ranks.rank}_*"))
+
+
+def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
+    """Restore in place; random state only for a rank that had one when they were written."""
+    reader = FileSystemReader(folder)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    learner.make_optimizer_state(saved)
+    random = {name: s for name, s in _random_state(ranks.rank).items() if name in saved}
+    with _one_process_is_meant():
+        load(learner.tensors() | random, storage_reader=reader, no_dist=not ranks.grouped)
+    for name, values in random.items():
+        if name.startswith("random/cpu"):
+            torch.set_rng_state(values)
+        else:
+            torch.cuda.set_rng_state(values)
+
+
+def _random_state(rank: int) -> dict[str, Tensor]:
+    """Of this rank, by names of its own."""
+    state = {f"random/cpu/{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
+    return state
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """PyTorch warns that there is no process group even where it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
