@@ -40,23 +40,26 @@ class Target:
     k: int = 64
     draws: int = 0
     divergence: str = "forward_kl"
+    ema_decay: float | None = None
 
-    def overrides(self, work: Path, seed: int) -> list[str]:
+    def overrides(self, work: Path) -> list[str]:
         """For `load_params`."""
         return [
-            f"seed={seed}",
             f"paths.logits={work}/logits-{self.k}-{self.draws}",
             f"paths.runs={work}/runs",
             f"prepare.k={self.k}",
             f"prepare.draws={self.draws}",
             f"train.teacher={self.teacher}",
             f"train.divergence={self.divergence}",
+            f"train.ema_decay={self.ema_decay or 'null'}",
             "train.temperature=1",
+            "train.eval_every=100000",  # at the end alone
         ]
 
     def run_name(self, seed: int) -> str:
         """The folder under runs."""
-        return f"{self.teacher}-{self.k}-{self.draws}-{self.divergence}-{seed}"
+        average = f"-ema{self.ema_decay}" if self.ema_decay else ""
+        return f"{self.teacher}-{self.k}-{self.draws}-{self.divergence}{average}-{seed}"
 
 
 CROSS_ENTROPY = Target("cross-entropy alone", teacher="none", k=1)
@@ -65,6 +68,7 @@ TARGETS = (
     CROSS_ENTROPY,
     Target("top 64, renormalised", divergence="renormalised_kl"),
     Target("top 64, tail bucket"),
+    Target("top 64, tail bucket, EMA of weights", ema_decay=0.9),
     Target("top 32, tail bucket", k=32),
     Target("top 16, tail bucket", k=16),
     Target("top 32 + 16 draws", k=32, draws=16),
@@ -73,29 +77,22 @@ TARGETS = (
 )
 
 
-def bytes_a_token(params: Params, target: Target, vocab_size: int) -> float:
+def bytes_a_token(params: Params, target: Target) -> float:
     """Of the targets alone; dense ones as float16, plain."""
     if target.teacher == "none":
         return 0.0
     if target.teacher == "online":
-        return 2.0 * vocab_size
+        return 2.0 * target.k
     reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
     return reader.num_bytes() / (reader.fingerprint.num_rows * reader.fingerprint.row_length)
 
 
-def train_all(target: Target, work: Path, seeds: int, vocab_size: int) -> float:
-    """Capture once and train every seed; returns bytes a token."""
-    if target.teacher == "online":
-        target = replace(target, k=vocab_size)
-    for seed in range(seeds):
-        params = load_params(Path("params.yaml"), target.overrides(work, seed))
-        if target.teacher == "cached" and seed == 0:
-            capture_locally(params)  # with draws, those of seed 0 serve all runs
-        if target.draws:
-            params = params.model_copy(update={"seed": seed})
-        run_training(params, target.run_name(seed), overwrite=True)
-    first = load_params(Path("params.yaml"), target.overrides(work, 0))
-    return bytes_a_token(first, target, vocab_size)
+def train_one(target: Target, work: Path, seed: int) -> None:
+    """Capture if need be, and train; with draws, those of seed 0 serve all runs."""
+    params = load_params(Path("params.yaml"), target.overrides(work))
+    if target.teacher == "cached":
+        capture_locally(params)
+    run_training(params.model_copy(update={"seed": seed}), target.run_name(seed), overwrite=True)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -122,7 +119,10 @@ def main(work: Path, seeds: int) -> None:
     params = load_params(Path("params.yaml"))
     corpus = CorpusSplit(params.paths.corpus, "validation")
     vocab_size = corpus.info.vocab_size
-    sizes = {target.name: train_all(target, work, seeds, vocab_size) for target in TARGETS}
+    targets = [t if t != DENSE else replace(t, k=vocab_size) for t in TARGETS]
+    for seed in range(seeds):
+        for target in targets:
+            train_one(target, work, seed)
     device = torch.device("cpu")
     teacher = HuggingFaceTeacher(
         params.paths.teacher,
@@ -131,18 +131,18 @@ def main(work: Path, seeds: int) -> None:
         device=device,
     )
     scores: dict[str, list[Scores]] = {}
-    for target in TARGETS:
-        kept = replace(target, k=vocab_size) if target.teacher == "online" else target
-        names = [kept.run_name(seed) for seed in range(seeds)]
+    for target in targets:
+        names = [target.run_name(seed) for seed in range(seeds)]
         folders = {name: work / "runs" / name / "model" for name in names}
         found = compare(teacher, folders, corpus, params.evaluate, params.prepare.attention).scores
         scores[target.name] = [found[name] for name in names]
     print("| | bytes | loss | KL to teacher | agreement | ECE | way: loss | way: KL |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for target in TARGETS:
+    for target in targets:
         of = scores[target.name]
+        size = bytes_a_token(load_params(Path("params.yaml"), target.overrides(work)), target)
         print(
-            f"| {target.name} | {sizes[target.name]:,.1f} | {spread([s.loss for s in of], 4)} "
+            f"| {target.name} | {size:,.1f} | {spread([s.loss for s in of], 4)} "
             f"| {spread([s.kl_to_teacher for s in of], 4)} "
             f"| {spread([100 * s.top1_agreement for s in of], 2)} % "
             f"| {spread([s.calibration_error for s in of], 4)} "
