@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -30,6 +31,10 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 VOCABULARY_ROWS = 320  # more than the tokenizer's 300 ids, as in Qwen2.5
+
+
+hypothesis.settings.register_profile("decant", deadline=None)  # a busy machine is no defect
+hypothesis.settings.load_profile("decant")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
