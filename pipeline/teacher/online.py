@@ -1,6 +1,12 @@
-"""The online teacher: the live model makes the same TopK that `prepare` would have stored."""
+"""The online teacher: the live model makes the same TopK that `prepare` would have stored.
+
+On a GPU it works one batch ahead, in the thread that makes batches and on a CUDA stream of its own,
+so that its kernels fill what the student's leave idle.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +49,9 @@ class OnlineTeacher:
         self.temperatures = temperatures
         self.shard_rows = shard_rows
         self.attention = attention
+        self._stream: Any = None
+        if teacher.device.type == "cuda":
+            self._stream = torch.cuda.Stream(teacher.device)  # type: ignore[no-untyped-call]
 
     @property
     def in_background(self) -> bool:
@@ -57,7 +66,17 @@ class OnlineTeacher:
         return corpus_shard(self.corpus, number, self.shard_rows)
 
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
-        """One teacher forward over `tokens`."""
+        """One teacher forward over `tokens`; done when it returns, for any stream to use."""
         uniforms = row_uniforms((row for _, row in places), tokens.shape[1], self.draws, self.seed)
         doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.attention)
-        return self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)
+        with torch.cuda.stream(self._stream):  # of this thread; None changes nothing
+            topk = self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)
+        if self._stream is not None:
+            self._stream.synchronize()
+            topk.map(self._keep_for_student)
+        return topk
+
+    def _keep_for_student(self, tensor: Tensor) -> Tensor:
+        """Its memory is not to be reused before the student's stream has read it."""
+        tensor.record_stream(torch.cuda.default_stream(self.teacher.device))
+        return tensor

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+import torch
 from torch import Tensor
 
 from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.store.reader import Shard
+from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.teacher.online import OnlineTeacher
 from pipeline.topk import TopK
 from pipeline.training.batches import BatchStream
@@ -40,3 +43,35 @@ def test_on_a_cpu_it_keeps_to_the_consumers_thread(tiny_corpus: Params) -> None:
         next(batches)
     batches.close()
     assert threads == {threading.main_thread()}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_stream_of_its_own_gives_the_same(tiny_corpus: Params) -> None:
+    split = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    live = HuggingFaceTeacher(
+        tiny_corpus.paths.teacher,
+        vocab_size=split.info.vocab_size,
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+    )
+    teacher = OnlineTeacher(
+        live,
+        split,
+        k=4,
+        draws=0,
+        seed=0,
+        temperatures=(2.0,),
+        shard_rows=16,
+        attention="packed",
+    )
+    assert teacher.in_background
+    stream = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0)
+    batches = stream.starting_at(0)
+    for number in range(5):
+        batch = next(batches)
+        rows = split.rows(0, len(split)).tokens[stream.rows_of(number)]
+        alone = live.top_k(torch.from_numpy(rows), 4, (2.0,))
+        assert batch.topk is not None
+        torch.testing.assert_close(batch.topk.lse_tau, alone.lse_tau)
+        assert torch.equal(batch.topk.ids, alone.ids)
+    batches.close()
