@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ParamsError
+from pipeline.model.attention import document_mask, document_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,8 @@ class GQAAttention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads.
 
     softmax(Q K^T / sqrt(E)) V by `scaled_dot_product_attention`; query head h reads key/value head
-    h // (H / G).
+    h // (H / G). With a mask, which includes causality, key/value heads are repeated first: no
+    fused CUDA kernel takes both a mask and grouped heads.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -139,18 +141,22 @@ class GQAAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
             return y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2)
 
         q = rotate(heads(self.q_proj(x)), cos, sin)
         k = rotate(heads(self.k_proj(x)), cos, sin)
         v = heads(self.v_proj(x))
+        if mask is not None and k.shape[1] != q.shape[1]:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         mixed = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=k.shape[1] != q.shape[1],
         )
@@ -183,8 +189,8 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLUFFN(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask))
         out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
@@ -199,12 +205,15 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = RotaryEmbedding(config.head_size, config.rope_theta)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        if doc_ids is None:
+            positions, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None
+        else:
+            positions, mask = document_positions(doc_ids), document_mask(doc_ids)
         cos, sin = self.rotary(positions)
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         out: Tensor = self.norm(x)
         return out
 
@@ -230,18 +239,23 @@ class StudentModel(nn.Module):
         """[V, D]: the output matrix, which is the embedding when `tie_embeddings`."""
         return self.lm_head.weight
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] integers -> final normalised hidden states [B, L, D]."""
+    def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        """Tokens [B, L] integers -> final normalised hidden states [B, L, D].
+
+        Args:
+            doc_ids: integers [B, L], of documents to be kept apart (pipeline/model/attention.py);
+                None for plain causal attention over the row.
+        """
         if tokens.shape[1] > self.config.max_seq_len:
             raise ParamsError(
                 f"a row of {tokens.shape[1]} tokens exceeds the student's max_seq_len="
                 f"{self.config.max_seq_len}: shorten corpus.row_length or enlarge max_seq_len"
             )
-        out: Tensor = self.model(tokens)
+        out: Tensor = self.model(tokens, doc_ids)
         return out
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(self.hidden_states(tokens))
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        out: Tensor = self.lm_head(self.hidden_states(tokens, doc_ids))
         return out
 
     def count_parameters(self) -> int:
