@@ -4,12 +4,13 @@ Parameter names are Hugging Face's, so a checkpoint of `Qwen2ForCausalLM` or `Ll
 loads without a rename map (see `pipeline/model/weights.py`), and both agree number by number
 (tests/model/test_student.py).
 
-Shapes: B batch, L length, D hidden, H query heads, G key/value heads, E head size, F intermediate,
-V vocabulary rows.
+Shapes: B batch, L length, S keys (L, or with a cache all that it holds), D hidden, H query heads,
+G key/value heads, E head size, F intermediate, V vocabulary rows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ParamsError
 from pipeline.model.attention import document_mask, document_positions
+from pipeline.model.kv_cache import KVCache, LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +127,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GQAAttention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads.
 
-    softmax(Q K^T / sqrt(E)) V by `scaled_dot_product_attention`; query head h reads key/value head
-    h // (H / G). With a mask, which includes causality, key/value heads are repeated first: no
-    fused CUDA kernel takes both a mask and grouped heads.
+    o(softmax(q k^T / sqrt(E)) v) (Vaswani et al. 2017, eq. 1) by `scaled_dot_product_attention`;
+    query head h reads key/value head h // (H / G), and q and k are rotated first.
+    `attention_plain` is the same, step by step.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -141,27 +143,88 @@ class GQAAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend from x [B, L, D] to itself and to what the cache holds -> [B, L, D].
+
+        Args:
+            cos, sin: angles of the L positions, from `RotaryEmbedding`.
+            mask: bool [1 or B, 1, L, S], True where a query may see a key; None for causal.
+            cache: is appended to.
+        """
+
         def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
             return y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2)
 
         q = rotate(heads(self.q_proj(x)), cos, sin)
         k = rotate(heads(self.k_proj(x)), cos, sin)
         v = heads(self.v_proj(x))
-        if mask is not None and k.shape[1] != q.shape[1]:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if x.shape[1] == 1:
+            mixed = attend_from_one(q, k, v, mask)
+        else:
+            mixed = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Queries [B, H, L, E], keys and values [B, G, S, E] -> [B, H, L, E]; S is L without a mask.
+
+    With a mask, which includes causality, key/value heads are repeated first: no fused CUDA kernel
+    takes both a mask and grouped heads.
+    """
+    if mask is not None and k.shape[1] != q.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+def attend_from_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` from the last position alone (L = 1), which may see every key that is not masked.
+
+    The H / G query heads that share a key/value head become its queries, [B, G, H / G, E], so
+    that the cache is read where it lies and never repeated.
+    """
+    grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def attention_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused kernels compute (Vaswani et al. 2017, eq. 1), with everything on the way.
+
+    Args:
+        q: [B, H, L, E]. k, v: [B, G, S, E]; query i stands at position S - L + i.
+        mask: bool, broadcast to [B, H, L, S], True where a query may see a key; None for causal.
+
+    Returns:
+        softmax(scores) v [B, H, L, E]; the weights softmax(scores) [B, H, L, S]; the scores
+        q k^T / sqrt(E) [B, H, L, S], -inf where a query may not look.
+    """
+    groups, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    return weights @ v, weights, scores
 
 
 class SwiGLUFFN(nn.Module):
@@ -189,8 +252,15 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLUFFN(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         out: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
 
@@ -205,15 +275,21 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = RotaryEmbedding(config.head_size, config.rope_theta)
 
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        if doc_ids is None:
-            positions, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None
-        else:
+    def forward(
+        self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        mask: Tensor | None = None
+        if cache is not None:
+            positions, mask = cache.positions(tokens.shape[1]), cache.mask(tokens.shape[1])
+        elif doc_ids is not None:
             positions, mask = document_positions(doc_ids), document_mask(doc_ids)
+        else:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         cos, sin = self.rotary(positions)
         x = self.embed_tokens(tokens)
-        for block in self.layers:
-            x = block(x, cos, sin, mask)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for block, layer_cache in zip(self.layers, caches, strict=True):
+            x = block(x, cos, sin, mask, layer_cache)
         out: Tensor = self.norm(x)
         return out
 
@@ -239,24 +315,45 @@ class StudentModel(nn.Module):
         """[V, D]: the output matrix, which is the embedding when `tie_embeddings`."""
         return self.lm_head.weight
 
-    def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Tokens [B, L] integers -> final normalised hidden states [B, L, D].
 
         Args:
             doc_ids: integers [B, L], of documents to be kept apart (pipeline/model/attention.py);
                 None for plain causal attention over the row.
+            cache: what was read before; `tokens` go on from there, and are added to it.
         """
-        if tokens.shape[1] > self.config.max_seq_len:
+        length = tokens.shape[1] + (0 if cache is None else cache.length)
+        if length > self.config.max_seq_len:
             raise ParamsError(
-                f"a row of {tokens.shape[1]} tokens exceeds the student's max_seq_len="
+                f"a row of {length} tokens exceeds the student's max_seq_len="
                 f"{self.config.max_seq_len}: shorten corpus.row_length or enlarge max_seq_len"
             )
-        out: Tensor = self.model(tokens, doc_ids)
+        out: Tensor = self.model(tokens, doc_ids, cache)
         return out
 
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        out: Tensor = self.lm_head(self.hidden_states(tokens, doc_ids))
+    def forward(
+        self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        out: Tensor = self.lm_head(self.hidden_states(tokens, doc_ids, cache))
         return out
+
+    def new_cache(
+        self, batch_size: int, max_len: int, attention_mask: Tensor | None = None
+    ) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_len` tokens, padding included."""
+        return KVCache(
+            num_layers=self.config.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=self.config.num_kv_heads,
+            max_len=max_len,
+            head_size=self.config.head_size,
+            dtype=self.head_weight.dtype,
+            device=self.head_weight.device,
+            attention_mask=attention_mask,
+        )
 
     def count_parameters(self) -> int:
         """Number of parameters, a tied matrix counted once."""

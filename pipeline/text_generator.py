@@ -1,0 +1,252 @@
+"""Text in, text out: a student with its tokenizer, for prompts in batches, streams and chats.
+
+    generator = TextGenerator(Path("cache/runs/student/model"))
+    generator.generate(["def main():", "import "], GenerationSettings(max_new_tokens=32))
+    for piece in generator.stream("def main():"):
+        print(piece, end="", flush=True)
+
+What the user leaves at None is the folder's: `generation_config.json` says whether to sample
+(`do_sample`), by what temperature, top_k, top_p and repetition_penalty, and which ids end a text.
+A folder without one decodes greedily, and ends at the tokenizer's eos token and at <|endoftext|>,
+which separates the documents that a student was trained on. (Hugging Face would cut to the 50 most
+probable ids where nothing is said. We do not: a limit that nobody wrote down is a surprise.)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.data.corpus import load_tokenizer
+from pipeline.errors import DecantError, ParamsError
+from pipeline.generation import GenerationSettings, decode_steps, generate_ids
+from pipeline.model.weights import load_student
+
+
+class PieceDecoder:
+    """Turns tokens into text one by one, never splitting a character.
+
+    A byte-level token may hold a part of a UTF-8 character, which decodes to U+FFFD: what ends so
+    is held back until it is complete. Some tokenizers decode a token in the light of the one before
+    it, so each piece is what a short window gains by the new token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # tokens of the last piece, then those not yet given out
+        self._given = 0  # of the window
+
+    def push(self, token: int) -> str:
+        """Text that the token completes; empty while a character is incomplete."""
+        self._window.append(token)
+        return self._take(whole_characters=True)
+
+    def flush(self) -> str:
+        """What is left at the end, incomplete or not."""
+        return self._take(whole_characters=False)
+
+    def _take(self, *, whole_characters: bool) -> str:
+        before = self._decode(self._window[: self._given])
+        after = self._decode(self._window)
+        if whole_characters and after.endswith("\ufffd"):
+            return ""
+        self._window = self._window[self._given :]
+        self._given = len(self._window)
+        return after[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+@dataclass
+class Counts:
+    """What a generator has done so far; tokens exclude padding."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+
+class TextGenerator:
+    """A student and its tokenizer, from a Hugging Face folder of type qwen2 or llama.
+
+    Args:
+        folder: ours or Hugging Face's.
+        device, dtype: where and in which number format the model runs. In float32 a text does not
+            depend on the batch it is made in; in half formats roundings may tip a close choice.
+
+    Attributes:
+        counts: tokens and seconds over all calls.
+
+    Raises:
+        DecantError: the folder holds no such model, or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = load_tokenizer(folder)
+        self.student = load_student(folder).eval().to(device=device, dtype=dtype)
+        self.defaults = _folder_defaults(folder, self.tokenizer)
+        self.counts = Counts()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings | None = None,
+        *,
+        batch_rows: int = 8,
+    ) -> list[str]:
+        """The continuation of each prompt, without special tokens; `batch_rows` at a time.
+
+        Raises:
+            ParamsError: a prompt is empty, or too long for the model with what is to follow.
+        """
+        settings = self.fill(settings or GenerationSettings())
+        encoded = [
+            self.encode(prompt, settings, f"prompt {i + 1}") for i, prompt in enumerate(prompts)
+        ]
+        draws = torch.Generator(self.student.head_weight.device).manual_seed(settings.seed)
+        texts: list[str] = []
+        for first in range(0, len(encoded), batch_rows):
+            started = time.perf_counter()
+            rows = encoded[first : first + batch_rows]
+            new = generate_ids(self.student, rows, settings, draws)
+            self._count(rows, sum(map(len, new)), started)
+            texts += [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        return texts
+
+    def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
+        """The continuation of a prompt in pieces of whole characters, as they come.
+
+        Raises:
+            ParamsError: as in `generate`, before the first piece.
+        """
+        settings = self.fill(settings or GenerationSettings())
+        return self._pieces(self.encode(prompt, settings, "the prompt"), settings)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], settings: GenerationSettings | None = None
+    ) -> Iterator[str]:
+        """The assistant's reply to a conversation, in pieces.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
+
+        Raises:
+            DecantError: the folder has no chat template, or it refuses the messages.
+            ParamsError: the conversation is too long.
+        """
+        settings = self.fill(settings or GenerationSettings())
+        text = self.apply_chat_template(messages)
+        ids = self.encode(text, settings, "the conversation", add_special_tokens=False)
+        return self._pieces(ids, settings)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The conversation as the model reads it, up to where its reply begins."""
+        if not self.tokenizer.chat_template:
+            raise DecantError(
+                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json): give a plain prompt, or a model trained for chats"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program and raises what it likes
+            raise DecantError(
+                f"the chat template of {self.folder} refuses the conversation ({error})"
+            ) from error
+        return text
+
+    def encode(
+        self, text: str, settings: GenerationSettings, what: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of a prompt that fits the model; `what` names it in errors.
+
+        Special tokens are those that the tokenizer puts around text (a bos, for some models); a
+        chat template has written its own.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        if not text or not ids:
+            raise ParamsError(f"{what} is empty: give at least one character")
+        config, most = self.student.config, settings.max_new_tokens
+        if len(ids) + most > config.max_seq_len:
+            raise ParamsError(
+                f"{what} has {len(ids)} tokens, which with max_new_tokens={most} exceeds the "
+                f"model's context of {config.max_seq_len}: shorten it, or lower max_new_tokens"
+            )
+        if max(ids) >= config.vocab_size:
+            raise DecantError(
+                f"the tokenizer of {self.folder} gives id {max(ids)}, but the model has "
+                f"{config.vocab_size} embedding rows: they do not belong together"
+            )
+        return ids
+
+    def fill(self, settings: GenerationSettings) -> GenerationSettings:
+        """Settings with the folder's values where the user's are None."""
+        missing = {k: v for k, v in self.defaults.items() if getattr(settings, k) is None}
+        return replace(settings, **missing)
+
+    def _pieces(self, ids: list[int], settings: GenerationSettings) -> Iterator[str]:
+        decoder = PieceDecoder(self.tokenizer)
+        started, new_tokens = time.perf_counter(), 0
+        try:
+            for step in decode_steps(self.student, [ids], settings):
+                new_tokens += 1
+                if piece := decoder.push(int(step)):
+                    yield piece
+            if piece := decoder.flush():
+                yield piece
+        finally:  # a reply may be cut short
+            self._count([ids], new_tokens, started)
+
+    def _count(self, prompts: Sequence[Sequence[int]], new_tokens: int, started: float) -> None:
+        self.counts.prompt_tokens += sum(map(len, prompts))
+        self.counts.new_tokens += new_tokens
+        self.counts.seconds += time.perf_counter() - started
+
+
+def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """What stands in for each setting that is None; see the module."""
+    said = _read_optional(folder / "generation_config.json")
+    eos = said.get("eos_token_id")
+    if eos is None:
+        eos = _read_optional(folder / "config.json").get("eos_token_id")
+    if eos is None:
+        eos = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")} - {None}
+    sample = bool(said.get("do_sample", False))
+    defaults: dict[str, Any] = {
+        "temperature": said.get("temperature", 1.0) if sample else 0.0,
+        "top_k": said.get("top_k") or 0,
+        "top_p": said.get("top_p") or 1.0,
+        "repetition_penalty": said.get("repetition_penalty") or 1.0,
+        "eos_ids": (eos,) if isinstance(eos, int) else tuple(sorted(eos)),
+    }
+    GenerationSettings(**defaults)  # a folder's mistakes are told at once
+    return defaults
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DecantError(f"{file} cannot be read as JSON ({error}): mend or remove it") from None
+    if not isinstance(content, dict):
+        raise DecantError(f"{file} must hold a JSON object: mend or remove it")
+    return content
