@@ -1,7 +1,7 @@
 """Grouped-query attention step by step (Ainslie et al. 2023): Q, K, V, scores, weights, output.
 
-The fused kernel that our model uses shows none of its insides, so the steps are written out here
-with our own projections and rotation, and the fused output is compared as well.
+The fused kernel that our model uses shows none of its insides: the steps are those of its plain
+twin, and the fused output is compared as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.figures import INK
-from pipeline.model.student import GQAAttention, rotate
+from pipeline.model.student import GQAAttention, attend, attention_plain, rotate
 from pipeline.study.section import Comparison, Picture, Section, Table, compare
 from pipeline.study.subject import Subject
 from pipeline.study.trace import trace_layer
@@ -31,8 +31,8 @@ def gqa(subject: Subject) -> Section:
     steps = attention_steps(attention, x, cos, sin)
     heads, groups = subject.our_config.num_heads, subject.our_config.num_kv_heads
     comparisons = [
-        compare(title, *_visible(steps[ours], found[theirs]))
-        for ours, (theirs, title) in _STEPS.items()
+        compare(title, _visible(name, steps[name]), _visible(name, found[theirs]))
+        for name, (theirs, title) in _STEPS.items()
     ]
     comparisons.append(
         compare("output of the fused kernel", attention(x, cos, sin, None), steps["output"])
@@ -83,47 +83,35 @@ _STEPS = {
 def attention_steps(
     attention: GQAAttention, x: Tensor, cos: Tensor, sin: Tensor
 ) -> dict[str, Tensor]:
-    """The attention written out; shapes as in pipeline/study/trace.py.
-
-    Query head h reads key/value head h // (H / G): each key/value head is repeated for the query
-    heads that follow each other.
-    """
+    """The attention written out; names and shapes as in pipeline/study/trace.py."""
     q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
-    def by_head(y: Tensor) -> Tensor:
+    def by_head(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
         return y.view(*y.shape[:2], -1, attention.head_size).transpose(1, 2)
 
     query, key, value = rotate(by_head(q), cos, sin), rotate(by_head(k), cos, sin), by_head(v)
-    shared = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(shared, 1).mT / math.sqrt(attention.head_size)
-    weights = scores.masked_fill(~_causal(scores), -torch.inf).softmax(-1)
-    mixed = weights @ value.repeat_interleave(shared, 1)
+    mixed, weights, scores = attention_plain(query, key, value)
     output = attention.o_proj(mixed.transpose(1, 2).flatten(-2))
     names = ("q", "k", "v", "query", "key", "value", "scores", "weights", "output")
     tensors = (q, k, v, query, key, value, scores, weights, output)
     return dict(zip(names, tensors, strict=True))
 
 
-def _causal(scores: Tensor) -> Tensor:
-    """Bool [L, L], True where the query may look."""
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-
-
-def _visible(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores only where attention looks: what lies above the diagonal is masked out anyway."""
-    if ours.ndim == 4 and ours.shape[-1] == ours.shape[-2] == theirs.shape[-1]:
-        return ours.tril(), theirs.tril()
-    return ours, theirs
+def _visible(name: str, tensor: Tensor) -> Tensor:
+    """Of scores only those that are used: above the diagonal the two mask in their own ways."""
+    return tensor.tril() if name == "scores" else tensor
 
 
 def _explicit_repeat(steps: dict[str, Tensor]) -> Comparison:
     """Grouped heads in the kernel against keys and values repeated in memory."""
     query, key, value = steps["query"], steps["key"], steps["value"]
     shared = query.shape[1] // key.shape[1]
-    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-    grouped = attend(query, key, value, enable_gqa=shared > 1)
-    repeated = attend(query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1))
-    return compare("shared heads against heads repeated in memory", grouped, repeated)
+    repeated = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    return compare(
+        "shared heads against heads repeated in memory",
+        attend(query, key, value, None, dropout=0.0),
+        attend(query, *repeated, None, dropout=0.0),
+    )
 
 
 def _order_matters(steps: dict[str, Tensor], heads: int, groups: int) -> str:
@@ -131,7 +119,7 @@ def _order_matters(steps: dict[str, Tensor], heads: int, groups: int) -> str:
         return "With these numbers of heads, any order of repeating is the same."
     query, key = steps["query"], steps["key"]
     wrong = query @ key.repeat(1, heads // groups, 1, 1).mT / math.sqrt(query.shape[-1])
-    apart = float((wrong - steps["scores"]).tril().abs().max())
+    apart = float((wrong.tril() - steps["scores"].tril()).abs().max())
     return (
         "Repeating in the other order (0 1 2 0 1 2 in place of 0 0 1 1 2 2) would move scores by up"
         f" to {apart:.3g}."

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.study.architecture import architecture
+from pipeline.study.cache import cache
 from pipeline.study.gqa import gqa
 from pipeline.study.layer import layer
 from pipeline.study.reference import reference
 from pipeline.study.rmsnorm import rmsnorm
 from pipeline.study.rope import rope
 from pipeline.study.section import Section
+from pipeline.study.speed import speed
 from pipeline.study.subject import Subject
 from pipeline.study.swiglu import swiglu
 from pipeline.study.tensors import tensors
@@ -26,6 +28,8 @@ PARTS: dict[str, Callable[[Subject], Section]] = {
     "rope": rope,
     "gqa": gqa,
     "swiglu": swiglu,
+    "cache": cache,
+    "speed": speed,
 }
 
 _WITHOUT_OURS = ("reference", "architecture", "tensors", "tokenizer")
