@@ -11,7 +11,10 @@ G key/value heads, E head size, F intermediate, V vocabulary rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.errors import ParamsError
 from pipeline.model.attention import document_mask, document_positions
 from pipeline.model.kv_cache import KVCache, LayerCache
+from pipeline.model.rope import RopeScaling, inverse_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class ModelConfig:
     vocab_size: int = 151_936
     max_seq_len: int = 512
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     dropout: float = 0.0
     attention_bias: bool = True
@@ -98,23 +103,31 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al. 2021, eq. 34), in Hugging Face's half-split layout.
 
     Dimension i is paired with i + E/2 (not with its neighbour) and turned by the angle
-    position * theta^(-2i/E).
+    position * f_i; f_i = theta^(-2i/E), or what a long-context variant makes of it
+    (pipeline/model/rope.py).
     """
 
     inv_freq: Tensor
 
-    def __init__(self, head_size: int, theta: float) -> None:
+    def __init__(self, head_size: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
-        self.register_buffer("inv_freq", 1.0 / theta**exponents, persistent=False)
+        self.frequencies = partial(inverse_frequencies, head_size, theta, scaling)
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+        self.amplitude = 1.0 if scaling is None else scaling.amplitude()
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, L] integers -> cos, sin [B, 1, L, E], float32."""
         # bf16 cannot count past 256: angles stay float32 under autocast too.
         with torch.autocast(positions.device.type, enabled=False):
-            angles = positions[..., None].float() * self.inv_freq.float()
+            angles = positions[..., None].float() * self.inv_freq
             angles = torch.cat((angles, angles), dim=-1)[:, None]
-            return angles.cos(), angles.sin()
+            return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `to(device)`, but not `to(bfloat16)`: rounded frequencies turn far too far."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.inv_freq = self.frequencies().to(self.inv_freq.device)
+        return self
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -273,7 +286,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary = RotaryEmbedding(config.head_size, config.rope_theta)
+        self.rotary = RotaryEmbedding(config.head_size, config.rope_theta, config.rope_scaling)
 
     def forward(
         self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None

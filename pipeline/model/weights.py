@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import DecantError, ParamsError
 from pipeline.files import atomic_folder
+from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import ModelConfig, StudentModel
 
 TOKENIZER_FILES = (
@@ -47,9 +48,9 @@ def read_config(folder: Path) -> ModelConfig:
     if kind not in ("qwen2", "llama"):
         raise DecantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    scaling = _read_rope(folder, raw, rope)
     head_size = raw["hidden_size"] // raw["num_attention_heads"]
     unsupported = {
-        "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
         "head_dim": (raw.get("head_dim") or head_size, head_size),
         "mlp_bias": (raw.get("mlp_bias", False), False),
@@ -66,12 +67,32 @@ def read_config(folder: Path) -> ModelConfig:
         num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
-        max_seq_len=raw["max_position_embeddings"],
+        max_seq_len=_context(raw["max_position_embeddings"], scaling),
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+        rope_scaling=scaling,
         norm_eps=raw["rms_norm_eps"],
         attention_bias=kind == "qwen2",
         tie_embeddings=raw.get("tie_word_embeddings", False),
     )
+
+
+def _read_rope(folder: Path, raw: dict[str, Any], rope: dict[str, Any]) -> RopeScaling | None:
+    original = raw.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+    try:
+        return read_scaling(rope, original)
+    except DecantError as error:
+        raise DecantError(f"{folder} has {error}") from None
+
+
+def _context(max_position_embeddings: int, scaling: RopeScaling | None) -> int:
+    """Positions a model may read: YaRN is switched on by `rope_scaling` alone (Qwen2.5's README).
+
+    Its config.json then still tells the context it was trained on.
+    """
+    if not isinstance(scaling, YarnScaling):
+        return max_position_embeddings
+    stretched = scaling.factor * scaling.original_max_position_embeddings
+    return max(max_position_embeddings, round(stretched))
 
 
 def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentModel:
@@ -189,7 +210,7 @@ def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope_parameters(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,17 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pipeline.errors import DecantError, ParamsError
-from pipeline.model.student import ModelConfig, RMSNorm, StudentModel
+from pipeline.model.student import (
+    ModelConfig,
+    RMSNorm,
+    StudentModel,
+    attend,
+    attend_from_one,
+    attention_plain,
+)
 from pipeline.model.weights import load_student, read_config, save_student
 
 SHAPE = {
@@ -116,6 +125,44 @@ def test_attention_is_causal() -> None:
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_equal_the_plain_softmax(queries: int, keys: int, masked: bool) -> None:
+    """`attend` and `attend_from_one` against `attention_plain`, in value and gradient."""
+    shapes = [(2, 8, queries, 4), (2, 2, keys, 4), (2, 2, keys, 4)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, queries, keys) < 0.6
+        mask[..., -1] = True
+    if queries == 1:
+        found = attend_from_one(*inputs, mask)
+    else:
+        found = attend(*inputs, mask, 0.0)
+    expected, weights, scores = attention_plain(*inputs, mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weights, scores.exp() / scores.exp().sum(-1, keepdim=True))
+    direction = torch.randn_like(expected)
+    for one, two in zip(
+        torch.autograd.grad(found, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two)
+
+
+def test_plain_attention_equals_hugging_face_step_by_step() -> None:
+    q, k, v = torch.randn(2, 8, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    causal = torch.full((5, 5), -torch.inf).triu(1)
+    module = SimpleNamespace(num_key_value_groups=4, training=False)
+    expected, weights = eager_attention_forward(module, q, k, v, causal, scaling=0.5)
+    mixed, our_weights, scores = attention_plain(q, k, v)
+    torch.testing.assert_close(mixed, expected.transpose(1, 2))
+    torch.testing.assert_close(our_weights, weights)
+    assert scores[0, 5, 3, 2].item() == pytest.approx((q[0, 5, 3] @ k[0, 1, 2]).item() / 2)
+    assert scores[0, 5, 2, 3].item() == -torch.inf
+
+
 def test_rms_norm_normalises_the_mean_square_and_keeps_the_mean() -> None:
     x = torch.tensor([[3.0, 3.0, 3.0, 3.0]])
     torch.testing.assert_close(RMSNorm(4, eps=0.0)(x), torch.ones(1, 4))
@@ -145,7 +192,6 @@ def test_row_longer_than_the_context_is_refused() -> None:
     ("key", "value", "message"),
     [
         ("model_type", "gpt2", "'gpt2' model"),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "rope type='yarn'"),
         ("hidden_act", "gelu", "hidden_act='gelu'"),
         ("head_dim", 16, "head_dim=16"),
     ],
