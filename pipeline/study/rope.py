@@ -36,13 +36,14 @@ def rope(subject: Subject) -> Section:
     ours_rotated = rotate(queries, cos, sin)
     exact = positions[0, :, None].double() * ours.inv_freq.double()
     half = exact.shape[-1]
-    rounding = float((cos[0, 0, :, :half].double() - exact.cos()).abs().max())
+    exact_cos = exact.cos() * ours.amplitude
+    rounding = float((cos[0, 0, :, :half].double() - exact_cos).abs().max())
     return Section(
         "rope",
         "RoPE",
         prose=[
             f"Positions 0 to {length - 1}. Dimension i turns with dimension i + {half} (halves, "
-            "not neighbours) by position x theta^(-2i/E): fast in the first pairs, hardly at all "
+            "not neighbours) by position x frequency: fast in the first pairs, hardly at all "
             "in the last.",
             f"Angles are float32 on both sides; cos itself is up to {rounding:.1e} from what "
             "float64 gives at these positions.",
@@ -83,19 +84,24 @@ def _scores_at_two_places(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 def _parameters(subject: Subject) -> list[tuple[object, ...]]:
     theirs, ours = subject.theirs.model.rotary_emb, subject.ours.model.rotary
     frequencies: list[Tensor] = [theirs.inv_freq, ours.inv_freq]
-    stated = subject.config.rope_parameters
+    stated, scaling = subject.config.rope_parameters, subject.our_config.rope_scaling
 
     def both(name: str, show: Any) -> tuple[object, ...]:
         return (name, *(show(frequency) for frequency in frequencies))
 
     return [
-        ("kind", theirs.rope_type, stated.get("rope_type", "default")),
+        ("variant", theirs.rope_type, "default" if scaling is None else scaling.rope_type),
+        ("factor of cos and sin", theirs.attention_scaling, ours.amplitude),
         ("theta", stated["rope_theta"], subject.our_config.rope_theta),
         both("pairs", len),
         both("fastest, radians a position", lambda f: f"{float(f[0]):.6g}"),
         both("slowest, radians a position", lambda f: f"{float(f[-1]):.6g}"),
         both("longest wavelength, positions", lambda f: f"{2 * math.pi / float(f[-1]):,.0f}"),
-        ("trained context, positions", f"{subject.config.max_position_embeddings:,}", "the same"),
+        (
+            "context, positions",
+            f"{subject.config.max_position_embeddings:,}",
+            f"{subject.our_config.max_seq_len:,}",
+        ),
     ]
 
 
