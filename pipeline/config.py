@@ -71,6 +71,7 @@ class Paths(Section):
     )
     evaluate: Path = Field(description="metrics, calibration and samples")
     report: Path = Field(description="the HTML page")
+    study: Path = Field(description="what a model is made of: pages, pictures, tensors")
 
 
 class WheelTeacher(Section):
@@ -329,6 +330,19 @@ class EvaluateParams(Section):
     new_tokens: Count
 
 
+class StudyParams(Section):
+    """What a model is looked at with, number by number."""
+
+    prompt: Annotated[str, Field(min_length=1)] = Field(description="run through the model")
+    new_tokens: Count = Field(description="tokens generated after the prompt")
+    temperature: Temperature = Field(description="of the sampled golden reference")
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        description="whose speed and memory are measured"
+    )
+    prompt_tokens: Count = Field(description="prompt length whose speed is measured")
+    repeats: Count = Field(description="times each speed is measured; the median is shown")
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -343,6 +357,7 @@ class Params(Section):
     student: StudentParams
     train: TrainParams
     evaluate: EvaluateParams
+    study: StudyParams
 
 
 def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:

@@ -15,12 +15,18 @@ INK = "#010203"  # stands for the colour of the surrounding text until the SVG i
 _PANEL_INCHES = (5.2, 3.1)
 
 
-def draw_svg(panels: Sequence[Callable[[Any], None]], *, background: str = "none") -> str:
+def draw_svg(
+    panels: Sequence[Callable[[Any], None]],
+    *,
+    background: str = "none",
+    inches: tuple[float, float] | None = None,
+) -> str:
     """An SVG element whose ink is the colour of the text about it; black in a file of its own.
 
     Args:
         panels: each draws into the matplotlib axes it is given; they stand side by side.
         background: what lies behind them, a colour of matplotlib's.
+        inches: width and height of one panel; None for the usual size.
 
     Raises:
         DecantError: matplotlib is not installed.
@@ -45,7 +51,7 @@ def draw_svg(panels: Sequence[Callable[[Any], None]], *, background: str = "none
         ),
     }
     with mpl.rc_context(style):
-        width, height = _PANEL_INCHES
+        width, height = inches or _PANEL_INCHES
         figure = Figure(figsize=(width * len(panels), height), layout="constrained")
         for number, draw in enumerate(panels, start=1):
             axes = figure.add_subplot(1, len(panels), number)

@@ -19,7 +19,17 @@ import yaml
 from pipeline.config import Params
 from tests.conftest import ROOT, tiny_values
 
-STAGES = ("fetch", "corpus", "advise", "prepare", "verify", "train", "evaluate", "report")
+STAGES = (
+    "fetch",
+    "corpus",
+    "advise",
+    "prepare",
+    "verify",
+    "train",
+    "evaluate",
+    "report",
+    "study",
+)
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -135,23 +135,46 @@ def _from_folder(source: Path, folder: Path) -> None:
 
 
 def _from_hub(hub: HubTeacher, folder: Path) -> None:
+    say(f"fetch: downloading {hub.id} at revision {hub.revision}")
+    download_snapshot(
+        hub.id,
+        hub.revision,
+        named="teacher.hub.id",
+        remedy="check name, revision and connection, or set teacher.source=folder",
+        folder=folder,
+    )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def download_snapshot(
+    hub_id: str, revision: str | None, *, named: str, remedy: str, folder: Path | None = None
+) -> Path:
+    """Weights (safetensors alone), configuration and tokenizer of a model on the hub.
+
+    Args:
+        revision: a commit hash; None takes the newest.
+        named: what the user named the model by, for the error; remedy: what can be done about it.
+        folder: where to; None leaves it in the hub's own cache, from where it is taken next time.
+
+    Raises:
+        DecantError: it could not be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
-    say(f"fetch: downloading {hub.id} at revision {hub.revision}")
     try:
-        snapshot_download(
-            hub.id,
-            revision=hub.revision,
+        path = snapshot_download(
+            hub_id,
+            revision=revision,
             local_dir=folder,
             allow_patterns=[*_MODEL_FILES, *TOKENIZER_FILES],
         )
     except Exception as error:  # HTTP, SSL, offline mode and file errors of several libraries
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DecantError(
-            f"teacher.hub.id={hub.id} at revision {hub.revision} could not be downloaded "
-            f"({reason}): check name, revision and connection, or set teacher.source=folder"
+            f"{named}={hub_id} at revision {revision or 'newest'} could not be downloaded "
+            f"({reason}): {remedy}"
         ) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return Path(path)
 
 
 def describe(folder: Path) -> str:

@@ -1,0 +1,228 @@
+"""How fast the model reads and writes, and what it takes: ours beside Hugging Face's.
+
+Both generate greedily from the same random prompts through the same number of tokens, in turns, in
+float32: Hugging Face's `generate` with its default attention (`sdpa`), ours as
+pipeline/generation.py does it. One run gives both speeds: prefill is the time to the first token,
+decode the time from there to the last. Medians over `study.repeats`, after one run that does not
+count. On a machine that does other things too the numbers are noisy; their ratio is less so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ParamsError
+from pipeline.generation import GenerationSettings, decode_steps
+from pipeline.study.section import Picture, Section, Table
+from pipeline.study.subject import Subject
+
+_COLOURS = {"ours": "#2f7de1", "Hugging Face": "#8a8f98"}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model at one batch size."""
+
+    prefill: float  # tokens of prompt a second, until the first new token
+    decode: float  # new tokens a second after it, all rows together
+    peak: float | None  # bytes taken beyond the loaded model, at most; None: not measurable here
+
+
+def speed(subject: Subject) -> Section:
+    """Tokens a second and peak memory by batch size."""
+    params = subject.params
+    need, context = params.prompt_tokens + params.new_tokens, subject.our_config.max_seq_len
+    if need > context:
+        raise ParamsError(
+            f"study.prompt_tokens={params.prompt_tokens} and study.new_tokens={params.new_tokens} "
+            f"exceed the model's context of {context}: shorten them"
+        )
+    if params.new_tokens < 2:
+        raise ParamsError("study.new_tokens=1 leaves no decode step to time: set it to 2 or more")
+    measured = {size: _measure(subject, size) for size in params.batch_sizes}
+    smallest = measured[params.batch_sizes[0]]
+    ratio = smallest["ours"].decode / smallest["Hugging Face"].decode
+    return Section(
+        "speed",
+        "Speed and memory",
+        prose=[
+            f"Ours decodes {ratio:.2f} times as fast as Hugging Face's generate at batch "
+            f"{params.batch_sizes[0]}, on {subject.device.type} with {torch.get_num_threads()} "
+            "threads. Measured, and noisy: nothing here passes or fails.",
+            f"Prompts of {params.prompt_tokens} tokens, {params.new_tokens} new ones, float32; "
+            f"medians of {params.repeats}. Memory is what generating takes beyond the model.",
+        ],
+        tables=[
+            Table(
+                "By batch size",
+                (
+                    "batch",
+                    "",
+                    "prefill, tokens/s",
+                    "decode, tokens/s",
+                    "peak memory, MB",
+                ),
+                [
+                    (size, name, f"{s.prefill:,.0f}", f"{s.decode:,.1f}", _megabytes(s.peak))
+                    for size, by_name in measured.items()
+                    for name, s in by_name.items()
+                ],
+            )
+        ],
+        pictures=[
+            Picture(
+                "speed",
+                "Measured on this machine, noisy.",
+                [
+                    partial(_draw, measured, name, label)
+                    for name, label in (
+                        ("prefill", "prefill, tokens/s"),
+                        ("decode", "decode, tokens/s"),
+                        ("peak", "peak memory, MB"),
+                    )
+                ],
+                inches=(3.4, 3.0),
+            )
+        ],
+    )
+
+
+def _measure(subject: Subject, batch: int) -> dict[str, Speed]:
+    """Both models in turns on the same prompts, int64 [batch, prompt_tokens]."""
+    params = subject.params
+    ids = max(subject.tokenizer.get_vocab().values()) + 1
+    prompts = torch.randint(
+        min(ids, subject.our_config.vocab_size),
+        (batch, params.prompt_tokens),
+        generator=torch.Generator().manual_seed(subject.seed),
+    )
+    runs = {"ours": partial(_ours, subject), "Hugging Face": partial(_theirs, subject)}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    peaks: dict[str, float | None] = {}
+    for turn in range(params.repeats + 1):
+        for name, run in runs.items():
+            if turn:
+                times[name].append(_timed(run, prompts))
+            else:
+                peaks[name] = peak_bytes(subject.device, partial(_timed, run, prompts))
+    return {
+        name: Speed(
+            prefill=prompts.numel() / statistics.median(first for first, _ in pairs),
+            decode=batch * (params.new_tokens - 1) / statistics.median(rest for _, rest in pairs),
+            peak=peaks[name],
+        )
+        for name, pairs in times.items()
+    }
+
+
+def _timed(run: Callable[[Tensor], list[float]], prompts: Tensor) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last."""
+    start = time.perf_counter()
+    marks = run(prompts)
+    return marks[0] - start, marks[-1] - marks[0]
+
+
+def _ours(subject: Subject, prompts: Tensor) -> list[float]:
+    """When each token came; a token is on the CPU by then, so a GPU has finished it."""
+    settings = GenerationSettings(max_new_tokens=subject.params.new_tokens)
+    steps = decode_steps(subject.ours, prompts.tolist(), settings)
+    return [time.perf_counter() for _ in steps]
+
+
+class _Clock:
+    """A streamer in Hugging Face's sense: `generate` hands it the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.marks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _theirs(subject: Subject, prompts: Tensor) -> list[float]:
+    clock, tokens = _Clock(), prompts.to(subject.device)
+    new_tokens = subject.params.new_tokens
+    with _default_attention(subject.theirs):
+        subject.theirs.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            streamer=clock,
+        )
+    return clock.marks[1:]
+
+
+@contextmanager
+def _default_attention(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def peak_bytes(device: torch.device, work: Callable[[], object]) -> float | None:
+    """Memory taken while `work` runs, at most, beyond what was taken before.
+
+    On a GPU PyTorch's own count. On a CPU the process's resident memory, whose peak Linux can
+    forget (proc(5), clear_refs); None on other systems.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed and kept would hide the next need
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        work()
+        return None
+    start = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - start
+
+
+def _resident(name: str) -> float:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024.0 * int(found[1])
+
+
+def _megabytes(count: float | None) -> str:
+    return "not measured" if count is None else f"{count / 1e6:,.0f}"
+
+
+def _draw(measured: dict[int, dict[str, Speed]], name: str, label: str, axes: Any) -> None:
+    scale = 1e-6 if name == "peak" else 1.0
+    for who, colour in _COLOURS.items():
+        values = [getattr(by_name[who], name) for by_name in measured.values()]
+        if None not in values:
+            shown = [scale * value for value in values]
+            axes.plot(list(measured), shown, "o-", ms=3, label=who, color=colour)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(measured), map(str, measured))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel(label)

@@ -1,0 +1,83 @@
+"""What a model is made of, checked number by number: `python stages/study.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.cli import stage
+from pipeline.config import Params
+from pipeline.runtime import pick_device
+from pipeline.study.report import write_study
+from pipeline.study.run import PARTS, run_parts
+from pipeline.study.section import Section, shown
+from pipeline.study.subject import Subject, locate
+
+
+@stage
+@click.option(
+    "--model", show_default="paths.teacher", help="A Hugging Face folder, or an id on the hub."
+)
+@click.option("--revision", show_default="the newest", help="Commit hash of a model on the hub.")
+@click.option("--layer", default=0, help="The decoder layer to look into, from 0.")
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(list(PARTS)),
+    multiple=True,
+    show_default="all",
+    help="Only this part; may be repeated.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_default="paths.study",
+    help="Where to write.",
+)
+def main(
+    params: Params,
+    model: str | None,
+    revision: str | None,
+    layer: int,
+    parts: tuple[str, ...],
+    output: Path | None,
+) -> None:
+    """Take a model apart and compare every piece with Hugging Face's.
+
+    The golden reference and the loop behind it, architecture, weights, tokenizer, one layer alone,
+    RMSNorm, RoPE, attention, SwiGLU, KV cache and speed, each with the largest absolute difference
+    and its tolerance. Reads study.*, seed and the model; writes paths.study/index.html, report.md,
+    its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
+    """
+    subject = Subject(
+        locate(model or str(params.paths.teacher), revision),
+        params.study,
+        layer=layer,
+        device=pick_device(params.device),
+        seed=params.seed,
+    )
+    sections: list[Section] = []
+    for section in run_parts(subject, parts or tuple(PARTS)):
+        _print(section)
+        sections.append(section)
+    page = write_study(output or params.paths.study, subject.describe(), sections)
+    comparisons = [comparison for section in sections for comparison in section.comparisons]
+    failed = sum(not comparison.passed for comparison in comparisons)
+    click.echo(f"study: {len(comparisons) - failed} of {len(comparisons)} comparisons pass; {page}")
+    if failed:
+        sys.exit(1)
+
+
+def _print(section: Section) -> None:
+    click.echo(section.title)
+    if not section.comparisons:
+        click.echo(f"  {section.prose[0]}" if section.prose else "  nothing is compared")
+    for c in section.comparisons:
+        word = click.style("pass", fg="green") if c.passed else click.style("FAIL", fg="red")
+        click.echo(f"  {word}  {c.name:48} {shown(c.difference):>8}, at most {shown(c.tolerance)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The tokenizer's part: normalisation, sizes, template, and bytes that a vocabulary lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import normalizers
+from tokenizers.pre_tokenizers import ByteLevel
+
+from pipeline.study.section import Section
+from pipeline.study.subject import Subject
+from pipeline.study.tokenizer import byte_alphabet, tokenizer
+from tests.study.conftest import (
+    ENTRIES,
+    ROWS,
+    SPECIAL,
+    make_model,
+    make_qwen_tokenizer,
+    make_subject,
+)
+
+
+def table(section: Section, title: str) -> dict[object, tuple[object, ...]]:
+    (found,) = (table for table in section.tables if table.title.startswith(title))
+    return {row[0]: tuple(row[1:]) for row in found.rows}
+
+
+def failed(section: Section) -> set[str]:
+    return {comparison.name for comparison in section.comparisons if not comparison.passed}
+
+
+def test_sizes_are_different_numbers(qwen_folder: Path) -> None:
+    section = tokenizer(make_subject(qwen_folder))
+    sizes = table(section, "Sizes")
+    assert sizes["entries of the vocabulary proper"] == (f"{ENTRIES}",)
+    assert (
+        sizes["ids in all, len(tokenizer)"] == sizes["highest id + 1"] == (f"{ENTRIES + SPECIAL}",)
+    )
+    assert sizes["rows of the embedding, and logits"] == (f"{ROWS}",)
+    assert sizes["rows that no id points to"] == (f"{ROWS - ENTRIES - SPECIAL}",)
+    assert "They are different numbers" in section.prose[0]
+
+
+def test_decomposed_text_comes_back_composed(qwen_folder: Path) -> None:
+    section = tokenizer(make_subject(qwen_folder))
+    assert not failed(section)
+    back = table(section, "Normalisation")
+    assert back["e and combining acute"] == ("65 cc 81", "c3 a9", "as \u00e9, not e\u0301")
+    assert back["ligature fi"] == ("ef ac 81", "ef ac 81", "as it was")  # NFC leaves it
+
+
+def test_without_a_normaliser_it_comes_back_as_it_was(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "llama")
+    make_qwen_tokenizer(folder, normalizer=None)
+    section = tokenizer(make_subject(folder))
+    assert not failed(section)
+    assert {row[-1] for row in table(section, "Normalisation").values()} == {"as it was"}
+
+
+def test_a_tokenizer_that_changes_text_fails(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "llama")
+    make_qwen_tokenizer(folder, normalizer=normalizers.Lowercase())
+    names = failed(tokenizer(make_subject(folder)))
+    assert {"round trip: English", "round trip: mixed"} <= names
+    assert "round trip: emoji" not in names
+
+
+def test_ids_without_a_row_fail(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "qwen2", vocab_size=ENTRIES, eos_token_id=0)
+    section = tokenizer(make_subject(folder))
+    assert failed(section) == {"ids without a row"}
+    (short,) = (c for c in section.comparisons if c.name == "ids without a row")
+    assert short.difference == SPECIAL
+
+
+def test_the_template_is_shown_applied(qwen_folder: Path) -> None:
+    texts = dict(tokenizer(make_subject(qwen_folder)).texts)
+    assert texts["The chat template, applied"].endswith("<|im_start|>assistant\nParis<|im_end|>\n")
+    assert texts["The same, open for an answer"].endswith("<|im_start|>assistant\n")
+
+
+def test_bytes_that_the_vocabulary_lacks_are_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "qwen2")
+    lacking = {byte_alphabet()[4], byte_alphabet()[0xF2]}
+    make_qwen_tokenizer(folder, alphabet=[c for c in byte_alphabet() if c not in lacking])
+    section = tokenizer(make_subject(folder))
+    (sentence,) = (text for text in section.prose if "do not come back" in text)
+    assert "U+0004, U+80000." in sentence
+    assert sentence.startswith("2 of")
+
+
+def test_byte_alphabet_is_that_of_byte_level_bpe(qwen_folder: Path) -> None:
+    assert sorted(byte_alphabet()) == sorted(ByteLevel.alphabet())
+    tok = make_subject(qwen_folder).tokenizer
+    for byte in range(128):
+        assert tok.convert_ids_to_tokens(tok(chr(byte))["input_ids"]) == [byte_alphabet()[byte]]
+
+
+def test_pieces_of_a_character_are_shown_as_bytes(qwen_folder: Path) -> None:
+    pieces = str(table(tokenizer(make_subject(qwen_folder)), "Texts")["emoji"][-1])
+    assert r"\xf0|\x9f|\x99|\x82" in pieces
+
+
+@pytest.mark.parametrize("name", ["eos", "pad"])
+def test_special_tokens_have_their_roles(name: str, qwen_folder: Path) -> None:
+    special = table(tokenizer(make_subject(qwen_folder)), "Special tokens")
+    assert len(special) == SPECIAL
+    assert any(name in str(role) for _, role in special.values())
+
+
+def test_prompt_is_tokenized_as_by_default(qwen_folder: Path) -> None:
+    subject: Subject = make_subject(qwen_folder)
+    assert subject.prompt.dtype == torch.int64
+    assert subject.tokenizer.decode(subject.prompt_ids) == "the cat sees a river"
