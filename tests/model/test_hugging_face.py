@@ -173,7 +173,7 @@ def test_chosen_layers(kind: str, tmp_path: Path) -> None:
 def test_variants_that_our_own_model_lacks_go_to_transformers(tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain", "llama")
     assert isinstance(open_student(plain), StudentModel)
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     other = make_model(tmp_path / "scaled", "llama", rope_parameters=rope)
     assert isinstance(open_student(other), HuggingFaceStudent)
 
