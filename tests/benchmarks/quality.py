@@ -40,7 +40,6 @@ class Target:
     k: int = 64
     draws: int = 0
     divergence: str = "forward_kl"
-    ema_decay: float | None = None
 
     def overrides(self, work: Path, steps: int) -> list[str]:
         """For `load_params`."""
@@ -51,7 +50,6 @@ class Target:
             f"prepare.draws={self.draws}",
             f"train.teacher={self.teacher}",
             f"train.divergence={self.divergence}",
-            f"train.ema_decay={self.ema_decay or 'null'}",
             f"train.steps={steps}",
             "train.temperature=1",
             "train.eval_every=100000",  # at the end alone
@@ -59,8 +57,7 @@ class Target:
 
     def run_name(self, seed: int) -> str:
         """The folder under runs."""
-        average = f"-ema{self.ema_decay}" if self.ema_decay else ""
-        return f"{self.teacher}-{self.k}-{self.draws}-{self.divergence}{average}-{seed}"
+        return f"{self.teacher}-{self.k}-{self.draws}-{self.divergence}-{seed}"
 
 
 CROSS_ENTROPY = Target("cross-entropy alone", teacher="none", k=1)
@@ -69,7 +66,6 @@ TARGETS = (
     CROSS_ENTROPY,
     Target("top 64, renormalised", divergence="renormalised_kl"),
     Target("top 64, tail bucket"),
-    Target("top 64, tail bucket, EMA of weights", ema_decay=0.9),
     Target("top 32, tail bucket", k=32),
     Target("top 32 + 16 draws", k=32, draws=16),
     Target("50 draws", k=0, draws=50),

@@ -56,8 +56,8 @@ def test_losses_are_those_of_one_rank(
 ) -> None:
     """Shares of 3 and 2 rows; of the last validation batch, one rank has nothing."""
     train = {"batch_rows": 5, "eval_rows": 6, "accumulation": accumulation, "parallel": parallel}
-    averaged = {"ema_decay": 0.5, "alpha_end": 0.1} if accumulation == 1 else {}
-    params = change(tiny_cache, train=train | averaged)
+    moving = {"alpha_end": 0.1} if accumulation == 1 else {}
+    params = change(tiny_cache, train=train | moving)
     run_training(params, "one")
     checkpointing = change(params, train={"activation_checkpointing": accumulation == 2})
     run_ranks(forkserver, 2, train_run, checkpointing, "two")
