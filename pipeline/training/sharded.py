@@ -3,6 +3,7 @@
 Names know nothing of ranks, parameter order or engine, so what any number of ranks wrote, any other
 number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
 where the run took them from), the optimizer's state and each rank's random state.
+The format's `.metadata` is a pickle: load only checkpoints that you trust.
 
 The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict,
 which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
