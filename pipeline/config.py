@@ -288,9 +288,6 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     betas: tuple[Fraction, Fraction]
     clip_norm: Positive
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
-        description="validate and save a moving average of the weights; null: the weights"
-    )
     dtype: Literal["bfloat16", "float32"] = Field(description="autocast's format")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
     parallel: Literal["ddp", "fsdp"] = Field(

@@ -144,7 +144,9 @@ class BatchStream:
         """Batches number, number + 1, ... without end."""
         with ExitStack() as stack:
             readers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="shards")
-            maker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+            # A thread begins on GPU 0: pinning there would open a context beside another rank's.
+            on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self._pin else ()
+            maker = ThreadPoolExecutor(1, "batches", *on_gpu)
             for pool in (readers, maker):  # one that is left early must not wait for what is queued
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             window = _ShardWindow(self.teacher, readers)

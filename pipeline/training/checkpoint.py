@@ -160,6 +160,7 @@ class Checkpoints:
         rest[1].write_text(json.dumps(asdict(state) | {"ranks": self._ranks.count}))
         listed = {name: entry for part in sums for name, entry in part.items()}
         listed |= {file.name: _sum(file) for file in rest}
+        self._require_shared(folder, listed)
         marker = json.dumps({"files": listed}, separators=(",", ":"))
         if isinstance(self.address, Url):
             self._upload(name, rest)
@@ -176,6 +177,14 @@ class Checkpoints:
         for other in self._begun():  # what is newer was passed over
             if other not in kept:
                 self._drop(other)
+
+    def _require_shared(self, folder: Path, listed: dict[str, Any]) -> None:
+        unseen = [name for name in listed if not (folder / name).exists()]
+        if unseen and not isinstance(self.address, Url):
+            raise DecantError(
+                f"{unseen[0]}, written by another rank to {self.address}, is not seen by rank 0: "
+                "give all machines one shared disk, or set paths.checkpoints to an object store"
+            )
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:

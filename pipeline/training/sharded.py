@@ -2,7 +2,8 @@
 
 Names know nothing of ranks, parameter order or engine, so what any number of ranks wrote, any other
 number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
-where the run took them from), their average, the optimizer's state and each rank's random state.
+where the run took them from), the optimizer's state and each rank's random state.
+The format's `.metadata` is a pickle: load only checkpoints that you trust.
 
 The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict,
 which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
@@ -14,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,10 @@ class Learner:
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
-    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights, by name, if kept
 
     def tensors(self) -> dict[str, Tensor]:
         """By name; to load is to write into them."""
-        tensors = {f"average/{name}": tensor for name, tensor in self.average.items()}
+        tensors = {}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
                 tensors[f"student/{name}"] = parameter.detach()

@@ -23,7 +23,7 @@ from pipeline.runtime import StopRequest, progress, say
 from pipeline.training.batches import Batch, BatchStream
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves
-from pipeline.training.optim import WeightAverage, alpha_at, build_optimizer, learning_rate
+from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
 from pipeline.training.parallel import Ranks, clip_gradients, local_gradients
 from pipeline.training.sharded import Learner
 from pipeline.training.validation import Validation, validate
@@ -46,16 +46,14 @@ def train(
 
     Args:
         model: the student in its DistillationStep, as `parallelise` returns it.
-        student: whose parameters are trained in place, by their own names; at the end they are
-            what is to be saved, the average under `ema_decay`.
+        student: whose parameters are trained in place, by their own names.
         run: the run's folder, where curves are written.
 
     Raises:
         DecantError: more than `max_skipped_steps` steps had a non-finite loss or gradient.
     """
     optimizer = build_optimizer(student, params)
-    average = WeightAverage(student, params.ema_decay)
-    learner = Learner(student, optimizer, average.tensors)
+    learner = Learner(student, optimizer)
     state = checkpoints.load_newest(learner) or TrainState()
     if state.step:
         say(f"continuing from step {state.step} of {params.steps}")
@@ -65,13 +63,12 @@ def train(
             curves.record(validate(model, validation, params, ranks))
         bar = progress(range(state.step, params.steps), what="train", unit="step")
         for step in bar:
-            values = _train_step(model, optimizer, average, batches, step, state, params, ranks)
+            values = _train_step(model, optimizer, batches, step, state, params, ranks)
             state.step = step + 1
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
             due = state.step % params.eval_every == 0 or state.step == params.steps
             if due:
-                with average.in_place():
-                    values |= validate(model, validation, params, ranks)
+                values |= validate(model, validation, params, ranks)
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if "validation" in k)
                 say(f"step {state.step}/{params.steps}: {shown}")
             if due or state.step % params.log_every == 0:
@@ -81,14 +78,12 @@ def train(
                 checkpoints.save(learner, state)
             if stopping:
                 raise KeyboardInterrupt
-    average.swap()
     return state
 
 
 def _train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: WeightAverage,
     batches: Iterator[Batch],
     step: int,
     state: TrainState,
@@ -111,7 +106,6 @@ def _train_step(
     norm = clip_gradients(model, params.clip_norm)
     if math.isfinite(means["train/loss"]) and math.isfinite(norm):
         optimizer.step()
-        average.update(step)
     else:
         _count_skipped(state, params)
     optimizer.zero_grad(set_to_none=True)

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.config import Params
 from pipeline.errors import DecantError
 from pipeline.training.checkpoint import Checkpoints, TrainState, _damage
+from pipeline.training.parallel import Ranks
 from pipeline.training.run import run_training
 from pipeline.training.sharded import Learner
 from tests.conftest import change
@@ -132,6 +133,20 @@ def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).iterdir()) for n in checkpoints.names()]
     assert sizes[0] > 400_000
     assert sizes[1] < 20_000
+
+
+class RanksOfTwoMachines(Ranks):
+    """Rank 0, whose peer has written its file to a disk of its own."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, {"__1_0.distcp": [8, "00000000"]}]
+
+
+def test_a_disk_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, RanksOfTwoMachines(torch.device("cpu")))
+    with pytest.raises(DecantError, match=r"__1_0\.distcp, .* is not seen by rank 0: give all"):
+        checkpoints.save(make_learner(), TrainState(1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def train_run(params: Params, name: str) -> None:

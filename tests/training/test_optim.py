@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 
 from pipeline.config import Params, TrainParams, load_params
 from pipeline.errors import ParamsError
-from pipeline.training.optim import WeightAverage, alpha_at, build_optimizer, learning_rate
+from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
 from pipeline.training.students import build_student
 from tests.conftest import ROOT, change
 
@@ -63,30 +62,3 @@ def test_norms_and_biases_are_not_decayed(tiny_params: Params) -> None:
     assert all(parameter.ndim == 1 for parameter in groups[1]["params"])
     counted = sum(parameter.numel() for group in groups for parameter in group["params"])
     assert counted == student.count_parameters()
-
-
-def test_average_by_hand() -> None:
-    """Decays 1/10, 2/11, 3/12, then 0.25: (1 + t) / (10 + t) until it exceeds 0.25."""
-    student = torch.nn.Linear(1, 1, bias=False)
-    weight = student.weight.detach()
-    weight.fill_(8.0)
-    average = WeightAverage(student, 0.25)
-    expected, seen = 8.0, []
-    for step, (value, decay) in enumerate([(18.0, 0.1), (6.0, 2 / 11), (10.0, 0.25), (2.0, 0.25)]):
-        weight.fill_(value)
-        average.update(step)
-        expected = decay * expected + (1 - decay) * value
-        seen.append(float(average.tensors["weight"]))
-        assert seen[-1] == pytest.approx(expected)
-    assert seen[:2] == pytest.approx([17.0, 8.0])
-    with average.in_place():
-        assert float(weight) == pytest.approx(expected)
-    assert float(weight) == 2.0
-    assert float(average.tensors["weight"]) == pytest.approx(expected)
-
-
-def test_no_average_is_nothing() -> None:
-    average = WeightAverage(torch.nn.Linear(1, 1), None)
-    average.update(0)
-    average.swap()
-    assert average.tensors == {}

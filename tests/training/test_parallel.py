@@ -29,7 +29,13 @@ from pipeline.training import run as run_module
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
-from pipeline.training.parallel import Ranks, clip_gradients, join_ranks, parallelise
+from pipeline.training.parallel import (
+    Ranks,
+    clip_gradients,
+    join_ranks,
+    local_gradients,
+    parallelise,
+)
 from pipeline.training.run import run_training
 from tests.conftest import ROOT, change
 from tests.helpers import SMALL, losses, weights
@@ -56,8 +62,8 @@ def test_losses_are_those_of_one_rank(
 ) -> None:
     """Shares of 3 and 2 rows; of the last validation batch, one rank has nothing."""
     train = {"batch_rows": 5, "eval_rows": 6, "accumulation": accumulation, "parallel": parallel}
-    averaged = {"ema_decay": 0.5, "alpha_end": 0.1} if accumulation == 1 else {}
-    params = change(tiny_cache, train=train | averaged)
+    moving = {"alpha_end": 0.1} if accumulation == 1 else {}
+    params = change(tiny_cache, train=train | moving)
     run_training(params, "one")
     checkpointing = change(params, train={"activation_checkpointing": accumulation == 2})
     run_ranks(forkserver, 2, train_run, checkpointing, "two")
@@ -114,6 +120,31 @@ def compare_gradients(params: Params) -> None:
                     assert torch.allclose(found[name], gradient, atol=1e-7), (engine, name)
                 assert clip_gradients(step, norm / 2) == pytest.approx(norm, rel=1e-5)
                 assert clip_gradients(step, 1e9) == pytest.approx(norm / 2, rel=1e-4)
+
+
+def accumulate(params: Params) -> None:
+    """On each rank: a micro-batch that is not the last is reduced by fsdp alone."""
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    with join_ranks("cpu") as ranks:
+        teacher = CachedTeacher(CacheReader(params.paths.logits, corpus))
+        part = next(first_rows(teacher, 4, 4, rank=ranks.rank, ranks=2))
+        for engine, apart in (("ddp", True), ("fsdp", False)):
+            step = make_step(tied=True)
+            model = parallelise(step, ranks, params.train.model_copy(update={"parallel": engine}))
+            sums = []
+            for last in (False, True):
+                with local_gradients(model, last=last):
+                    backward(model, part, 2, 100)
+                sums.append(float(gradients_of(step)["model.norm.weight"].sum()))
+            first, both = zip(*ranks.gather(sums), strict=True)
+            assert (first[0] != first[1]) == apart
+            assert both[0] == both[1]
+
+
+def test_gradients_are_reduced_once_a_step(
+    forkserver: ForkServerContext, tiny_cache: Params
+) -> None:
+    run_ranks(forkserver, 2, accumulate, tiny_cache)
 
 
 def test_gradients_are_those_of_the_whole_batch(

@@ -42,12 +42,12 @@ def test_interrupted_run_continues_exactly(
     tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = {"init": "random"} | SMALL | {"dropout": 0.1}
-    params = change(tiny_cache, student=student, train={"ema_decay": 0.9})
+    params = change(tiny_cache, student=student)
     run_training(params, "whole")
     step = trainer._train_step
 
     def dies(*args: object, **options: object) -> object:
-        if args[4] == 5:
+        if args[3] == 5:
             raise RuntimeError("power cut")
         return step(*args, **options)  # type: ignore[arg-type]
 
