@@ -340,6 +340,24 @@ class StudyParams(Section):
     repeats: Count = Field(description="times each speed is measured; the median is shown")
 
 
+class GenerateParams(Section):
+    """Text from a model folder; null is what its generation_config.json says."""
+
+    max_new_tokens: Count = Field(description="at most so many tokens a text")
+    temperature: Annotated[float, Field(ge=0.0)] | None = Field(description="0 is greedy")
+    top_k: Annotated[int, Field(ge=0)] | None = Field(
+        description="draw among so many most probable ids; 0 for all"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        description="draw among the most probable ids that hold this mass; 1 for all"
+    )
+    repetition_penalty: Positive | None = Field(
+        description="above 1, ids that the text holds already lose; 1 for none"
+    )
+    batch_rows: Count = Field(description="prompts of a file that are continued at once")
+    dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -355,6 +373,7 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     study: StudyParams
+    generate: GenerateParams
 
 
 def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
