@@ -299,5 +299,6 @@ def test_hub_snapshot_takes_safetensors_alone(
 def test_qwen_by_its_hub_id() -> None:
     subject = make_subject(locate("Qwen/Qwen2.5-0.5B", None), layer=0)
     parts = [name for name in PARTS if name != "speed"]
-    sections = list(run_parts(subject, parts))
-    assert not any(failed(section) for section in sections)
+    sections = {section.name: section for section in run_parts(subject, parts)}
+    assert not any(failed(section) for section in sections.values())
+    assert "gives 151,665 ids, the embedding has 151,936 rows" in sections["tokenizer"].prose[0]
