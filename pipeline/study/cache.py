@@ -57,7 +57,11 @@ def cache(subject: Subject) -> Section:
                 ],
                 folded=True,
             ),
-            Table("Steps", ("step", "reads", "positions", "filled after it"), _steps(first, steps)),
+            Table(
+                "Steps",
+                ("step", "reads", "positions", "filled after it"),
+                _steps(first, len(golden)),
+            ),
         ],
         pictures=[
             Picture(

@@ -34,9 +34,8 @@ def gqa(subject: Subject) -> Section:
         compare(title, _visible(name, steps[name]), _visible(name, found[theirs]))
         for name, (theirs, title) in _STEPS.items()
     ]
-    comparisons.append(
-        compare("output of the fused kernel", attention(x, cos, sin, None), steps["output"])
-    )
+    fused = attention(x, cos, sin, None)
+    comparisons.append(compare("output of the fused kernel", fused, found["self_attn.output"]))
     return Section(
         "gqa",
         f"Grouped-query attention, layer {subject.layer}",
