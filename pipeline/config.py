@@ -248,6 +248,24 @@ class EvaluateParams(Section):
     new_tokens: Count
 
 
+class GenerateParams(Section):
+    """Text from a model folder; null is what its generation_config.json says."""
+
+    max_new_tokens: Count = Field(description="at most so many tokens a text")
+    temperature: Annotated[float, Field(ge=0.0)] | None = Field(description="0 is greedy")
+    top_k: Annotated[int, Field(ge=0)] | None = Field(
+        description="draw among so many most probable ids; 0 for all"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        description="draw among the most probable ids that hold this mass; 1 for all"
+    )
+    repetition_penalty: Positive | None = Field(
+        description="above 1, ids that the text holds already lose; 1 for none"
+    )
+    batch_rows: Count = Field(description="prompts of a file that are continued at once")
+    dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
+
+
 class StudyParams(Section):
     """What a model is looked at with, number by number."""
 
@@ -275,6 +293,7 @@ class Params(Section):
     student: StudentParams
     train: TrainParams
     evaluate: EvaluateParams
+    generate: GenerateParams
     study: StudyParams
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ParamsError
+from pipeline.model.decode import DecodeStep
 from pipeline.model.kv_cache import KVCache
 from pipeline.model.student import StudentModel
 
@@ -114,6 +115,7 @@ def filter_logits(logits: Tensor, ids: Tensor, settings: GenerationSettings) -> 
     return logits
 
 
+@torch.inference_mode()
 def choose(
     logits: Tensor, ids: Tensor, settings: GenerationSettings, draws: torch.Generator
 ) -> Tensor:
@@ -159,29 +161,29 @@ def decode_steps(
     draws = draws or torch.Generator(device).manual_seed(settings.seed)
     eos = torch.tensor(settings.eos_ids or (), dtype=torch.int64, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    logits = _prefill(student, tokens, cache)
+    read = DecodeStep(student, cache)
     for end in range(prompt_len, prompt_len + most):
-        chosen = _step(student, tokens, ids[:, :end], cache, settings, draws)
+        chosen = choose(logits, ids[:, :end], settings, draws)
         yield chosen.masked_fill(ended, ENDED).cpu()
         if len(eos):
             ended |= torch.isin(chosen, eos)
             if bool(ended.all()):
                 return
-        ids[:, end] = chosen
-        tokens = chosen[:, None]
+        if end + 1 < prompt_len + most:
+            ids[:, end] = chosen
+            logits = read(chosen)
 
 
 @torch.inference_mode()
-def _step(
-    student: StudentModel,
-    tokens: Tensor,
-    ids: Tensor,
-    cache: KVCache,
-    settings: GenerationSettings,
-    draws: torch.Generator,
-) -> Tensor:
-    """Read `tokens` [B, L or 1] and choose what follows; the head sees the last position alone."""
-    hidden = student.hidden_states(tokens, cache=cache)[:, -1]
-    return choose(student.lm_head(hidden), ids, settings, draws)
+def _prefill(student: StudentModel, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Read the prompts [B, L]; logits [B, V] of what follows, the head at the last position only.
+
+    A whole prompt's logits would be L x V numbers, of which one row is looked at.
+    """
+    last = student.hidden_states(tokens, cache=cache)[:, -1]
+    logits: Tensor = student.lm_head(last)
+    return logits
 
 
 def generate_ids(

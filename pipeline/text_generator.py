@@ -154,13 +154,17 @@ class TextGenerator:
         ids = self.encode(text, settings, "the conversation", add_special_tokens=False)
         return self._pieces(ids, settings)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation as the model reads it, up to where its reply begins."""
+    def require_chat_template(self) -> None:
+        """Raises DecantError where the folder has none."""
         if not self.tokenizer.chat_template:
             raise DecantError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json): give a plain prompt, or a model trained for chats"
             )
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The conversation as the model reads it, up to where its reply begins."""
+        self.require_chat_template()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True

@@ -13,10 +13,13 @@ from pipeline.config import EvaluateParams
 from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError
 from pipeline.evaluation.metrics import Scores, ScoreSums
-from pipeline.model.weights import load_student
+from pipeline.generation import GenerationSettings
+from pipeline.model.weights import load_student, read_config
 from pipeline.runtime import import_transformers, mm_float32, progress
 from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.text_generator import TextGenerator
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,33 @@ def compare(
 
 
 def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
-    """Greedy continuations of prompts by any Hugging Face folder, ours included, on the CPU."""
+    """Greedy continuations of prompts by a Hugging Face folder, on the CPU in float32.
+
+    Ours generates for the folders that it reads; a teacher may be of another architecture, and
+    then transformers does.
+    """
+    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0, repetition_penalty=1)
+    try:
+        read_config(folder)
+    except DecantError:
+        return _sample_by_transformers(folder, prompts, new_tokens)
+    return TextGenerator(folder).generate(prompts, settings)
+
+
+def _sample_by_transformers(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
     tokenizer = load_tokenizer(folder)
     model: Any = import_transformers().AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True
     )
     texts = []
     for prompt in progress(prompts, what=f"samples of {folder.name}", unit="prompt"):
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=new_tokens,
             do_sample=False,
         )
-        texts.append(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :]))
+        new = output[0][inputs["input_ids"].shape[1] :]
+        texts.append(tokenizer.decode(new, skip_special_tokens=True))
     return texts

@@ -134,7 +134,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [B, heads, L, E] by the angles of `RotaryEmbedding`, in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), turned, sin.to(x.dtype))
 
 
 class GQAAttention(nn.Module):
@@ -175,9 +175,8 @@ class GQAAttention(nn.Module):
         def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
             return y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2)
 
-        q = rotate(heads(self.q_proj(x)), cos, sin)
-        k = rotate(heads(self.k_proj(x)), cos, sin)
-        v = heads(self.v_proj(x))
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
         if x.shape[1] == 1:

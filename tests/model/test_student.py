@@ -135,10 +135,7 @@ def test_kernels_equal_the_plain_softmax(queries: int, keys: int, masked: bool) 
     if masked:
         mask = torch.rand(2, 1, queries, keys) < 0.6
         mask[..., -1] = True
-    if queries == 1:
-        found = attend_from_one(*inputs, mask)
-    else:
-        found = attend(*inputs, mask, 0.0)
+    found = attend_from_one(*inputs, mask) if queries == 1 else attend(*inputs, mask, 0.0)
     expected, weights, scores = attention_plain(*inputs, mask)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(weights, scores.exp() / scores.exp().sum(-1, keepdim=True))

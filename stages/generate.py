@@ -1,0 +1,170 @@
+"""Text from a student or a teacher: `python stages/generate.py --prompt "def main():"`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from pipeline.cli import stage
+from pipeline.config import Params
+from pipeline.errors import ParamsError
+from pipeline.files import write_text
+from pipeline.generation import GenerationSettings
+from pipeline.runtime import pick_device, pick_dtype
+from pipeline.text_generator import TextGenerator
+
+
+@stage
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Hugging Face folder of type qwen2 or llama.  [default: paths.runs/student/model]",
+)
+@click.option("--prompt", help="Continue this text.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help='Continue each line of a text file, or each "prompt" of a .jsonl file.',
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="With --prompts: write jsonl of prompt and text here instead of printing.",
+)
+def main(
+    params: Params,
+    model: Path | None,
+    prompt: str | None,
+    prompts: Path | None,
+    output: Path | None,
+) -> None:
+    """Continue a prompt, a file of prompts, or chat.
+
+    With neither --prompt nor --prompts it chats by the model's chat template: a line is a message,
+    /reset forgets the conversation, Ctrl-C ends a reply, Ctrl-D the chat. Reads generate.*, seed
+    and a model folder of paths.runs or --model; writes only what --output names. Run by hand; no
+    other stage depends on it.
+    """
+    if prompt is not None and prompts is not None:
+        raise ParamsError("--prompt and --prompts exclude each other: give one of them")
+    if output is not None and prompts is None:
+        raise ParamsError("--output needs --prompts: a single text is printed")
+    texts = None if prompts is None else read_prompts(prompts)
+    device = pick_device(params.device)
+    generator = TextGenerator(
+        model or params.paths.runs / "student" / "model",
+        device=device,
+        dtype=pick_dtype(params.generate.dtype, device),
+    )
+    settings = GenerationSettings(
+        seed=params.seed, **params.generate.model_dump(exclude={"batch_rows", "dtype"})
+    )
+    if prompt is not None:
+        click.echo(prompt, nl=False)
+        say_pieces(generator.stream(prompt, settings))
+    elif texts is not None:
+        found = generator.generate(texts, settings, batch_rows=params.generate.batch_rows)
+        hand_out(texts, found, output)
+    else:
+        chat(generator, settings)
+    counts = generator.counts
+    click.echo(
+        f"generate: {counts.new_tokens:,} tokens from {counts.prompt_tokens:,} in "
+        f"{counts.seconds:.1f} s, {counts.new_tokens / max(counts.seconds, 1e-9):.1f} tokens/s"
+    )
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line, or the "prompt" of each line of a .jsonl file; blank lines are skipped.
+
+    Raises:
+        ParamsError: no such file, no prompts in it, or a line without one, by its number.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(
+            f"{file} cannot be read as text ({error}): name it by --prompts"
+        ) from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ParamsError(f"{file} holds no prompts: write one a line")
+    if file.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_of(line, f"{file} line {number}") for number, line in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ParamsError(f'{where} is not of the form {{"prompt": "text"}}: mend the line')
+    return prompt
+
+
+def hand_out(prompts: list[str], texts: list[str], output: Path | None) -> None:
+    """Print each prompt with its continuation, or write them as jsonl."""
+    if output is None:
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            click.echo(f"--- {number}\n{prompt}{text}")
+        return
+    pairs = zip(prompts, texts, strict=True)
+    lines = [json.dumps({"prompt": p, "text": t}, ensure_ascii=False) for p, t in pairs]
+    write_text(output, "\n".join(lines) + "\n")
+    click.echo(f"  {len(lines)} texts in {output}")
+
+
+def chat(generator: TextGenerator, settings: GenerationSettings) -> None:
+    """Answer lines of stdin, typed or piped, until it ends; earlier turns are remembered."""
+    generator.require_chat_template()
+    history: list[dict[str, str]] = []
+    for line in messages():
+        if line == "/reset":
+            history = []
+            click.echo("(forgotten)")
+            continue
+        said = [*history, {"role": "user", "content": line}]
+        try:
+            pieces = generator.chat(said, settings)
+        except ParamsError as error:  # too long: the conversation goes on without it
+            click.echo(f"error: {error}; /reset starts a new conversation", err=True)
+            continue
+        history = [*said, {"role": "assistant", "content": say_pieces(pieces)}]
+
+
+def messages() -> Iterator[str]:
+    """Lines of stdin that are not blank, behind a prompt where a person types them."""
+    typed = sys.stdin.isatty()
+    if typed:
+        click.echo("(a line is a message; /reset, Ctrl-C ends a reply, Ctrl-D ends)")
+    while True:
+        if typed:
+            click.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def say_pieces(pieces: Iterator[str]) -> str:
+    """Print a stream of text, then a new line; Ctrl-C ends it early. Returns what was printed."""
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece
+            click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        click.echo(" ...", nl=False)
+    click.echo()
+    return text
+
+
+if __name__ == "__main__":
+    main()
