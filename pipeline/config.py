@@ -327,19 +327,6 @@ class EvaluateParams(Section):
     new_tokens: Count
 
 
-class StudyParams(Section):
-    """What a model is looked at with, number by number."""
-
-    prompt: Annotated[str, Field(min_length=1)] = Field(description="run through the model")
-    new_tokens: Count = Field(description="tokens generated after the prompt")
-    temperature: Temperature = Field(description="of the sampled golden reference")
-    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-        description="whose speed and memory are measured"
-    )
-    prompt_tokens: Count = Field(description="prompt length whose speed is measured")
-    repeats: Count = Field(description="times each speed is measured; the median is shown")
-
-
 class GenerateParams(Section):
     """Text from a model folder; null is what its generation_config.json says."""
 
@@ -358,6 +345,19 @@ class GenerateParams(Section):
     dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
 
 
+class StudyParams(Section):
+    """What a model is looked at with, number by number."""
+
+    prompt: Annotated[str, Field(min_length=1)] = Field(description="run through the model")
+    new_tokens: Count = Field(description="tokens generated after the prompt")
+    temperature: Temperature = Field(description="of the sampled golden reference")
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        description="whose speed and memory are measured"
+    )
+    prompt_tokens: Count = Field(description="prompt length whose speed is measured")
+    repeats: Count = Field(description="times each speed is measured; the median is shown")
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -372,8 +372,8 @@ class Params(Section):
     student: StudentParams
     train: TrainParams
     evaluate: EvaluateParams
-    study: StudyParams
     generate: GenerateParams
+    study: StudyParams
 
 
 def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:

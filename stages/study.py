@@ -52,7 +52,7 @@ def main(
     its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
     """
     subject = Subject(
-        locate(model or str(params.paths.teacher), revision),
+        locate(model, revision) if model else params.paths.teacher,
         params.study,
         layer=layer,
         device=pick_device(params.device),

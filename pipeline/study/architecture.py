@@ -54,7 +54,9 @@ def architecture(subject: Subject) -> Section:
             ),
             Table("Modules by class", ("class", "count", "parameters"), _by_class(model)),
         ],
-        pictures=[
+    )
+    if not subject.unsupported:
+        section.pictures.append(
             Picture(
                 "architecture",
                 "From ids to logits. A circle adds what went round the box; shapes are batch B, "
@@ -62,9 +64,7 @@ def architecture(subject: Subject) -> Section:
                 [lambda axes: draw_graph(axes, subject.config)],
                 inches=(6.4, 7.2),
             )
-        ],
-    )
-    if not subject.unsupported:
+        )
         ours = subject.ours.count_parameters()
         difference = float(abs(ours - parameters))
         section.comparisons.append(Comparison("number of parameters", difference, 0))
@@ -99,7 +99,11 @@ def _by_class(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 def draw_graph(axes: Any, config: Any) -> None:
-    """Embedding -> N x decoder layer (attention, MLP) -> RMSNorm -> head, upwards."""
+    """Embedding -> N x decoder layer (attention, MLP) -> RMSNorm -> head, upwards.
+
+    Args:
+        config: Hugging Face's, of a qwen2 or llama model: other families are built otherwise.
+    """
     axes.set_axis_off()
     axes.set(xlim=(0, 10), ylim=(0, 15.2))
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.model.kv_cache import KVCache
 from pipeline.runtime import import_transformers
 from pipeline.study.section import Picture, Section, Table, compare, compare_tokens
@@ -23,6 +24,8 @@ def cache(subject: Subject) -> Section:
     theirs, their_shapes = _their_loop(subject, len(golden))
     ours, logits, our_cache = _our_loop(subject, len(golden))
     their_ids, their_cache = theirs
+    settings = GenerationSettings(max_new_tokens=steps, eos_ids=tuple(subject.end_ids))
+    (generated,) = generate_ids(subject.ours, [subject.prompt_ids], settings)
     read = torch.tensor([[*subject.prompt_ids, *ours[:-1]]], device=subject.device)
     filled = our_cache.tensor[:, :, :, :, : our_cache.length]
     keys = torch.stack([layer.keys for layer in their_cache.layers])
@@ -57,7 +60,11 @@ def cache(subject: Subject) -> Section:
                 ],
                 folded=True,
             ),
-            Table("Steps", ("step", "reads", "positions", "filled after it"), _steps(first, steps)),
+            Table(
+                "Steps",
+                ("step", "reads", "positions", "filled after it"),
+                _steps(first, len(golden)),
+            ),
         ],
         pictures=[
             Picture(
@@ -69,6 +76,7 @@ def cache(subject: Subject) -> Section:
         comparisons=[
             compare_tokens("Hugging Face's loop by hand against its generate", their_ids, golden),
             compare_tokens("our loop by hand against its generate", ours, golden),
+            compare_tokens("our generator against its generate", generated, golden),
             compare("keys of all layers, at the end", filled[:, 0], keys),
             compare("values of all layers, at the end", filled[:, 1], values),
             compare("logits with the cache against without, ours", logits, subject.ours(read)),

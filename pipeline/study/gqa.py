@@ -34,9 +34,8 @@ def gqa(subject: Subject) -> Section:
         compare(title, _visible(name, steps[name]), _visible(name, found[theirs]))
         for name, (theirs, title) in _STEPS.items()
     ]
-    comparisons.append(
-        compare("output of the fused kernel", attention(x, cos, sin, None), steps["output"])
-    )
+    fused = attention(x, cos, sin, None)
+    comparisons.append(compare("output of the fused kernel", fused, found["self_attn.output"]))
     return Section(
         "gqa",
         f"Grouped-query attention, layer {subject.layer}",
@@ -120,9 +119,12 @@ def _order_matters(steps: dict[str, Tensor], heads: int, groups: int) -> str:
     query, key = steps["query"], steps["key"]
     wrong = query @ key.repeat(1, heads // groups, 1, 1).mT / math.sqrt(query.shape[-1])
     apart = float((wrong.tril() - steps["scores"].tril()).abs().max())
+    shared = heads // groups
+    right = " ".join(str(head // shared) for head in range(heads))
+    other = " ".join(str(head % groups) for head in range(heads))
     return (
-        "Repeating in the other order (0 1 2 0 1 2 in place of 0 0 1 1 2 2) would move scores by up"
-        f" to {apart:.3g}."
+        f"By query head, the key/value head is {right}. The other order, {other}, would move "
+        f"scores by up to {apart:.3g}."
     )
 
 

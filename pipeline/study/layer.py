@@ -33,7 +33,7 @@ def layer(subject: Subject) -> Section:
             f"{float(tensor.std()):.3g}",
             f"{float(tensor.abs().max()):.4g}",
         )
-        for key, tensor in read.items()
+        for key, tensor in ((key, read[key]) for key in kept)
     ]
     return Section(
         "layer",

@@ -4,7 +4,8 @@ Both generate greedily from the same random prompts through the same number of t
 float32: Hugging Face's `generate` with its default attention (`sdpa`), ours as
 pipeline/generation.py does it. One run gives both speeds: prefill is the time to the first token,
 decode the time from there to the last. Medians over `study.repeats`, after one run that does not
-count. On a machine that does other things too the numbers are noisy; their ratio is less so.
+count; memory in a run of its own. On a machine that does other things too the numbers are noisy;
+their ratio is less so.
 """
 
 from __future__ import annotations
@@ -114,10 +115,10 @@ def _measure(subject: Subject, batch: int) -> dict[str, Speed]:
     peaks: dict[str, float | None] = {}
     for turn in range(params.repeats + 1):
         for name, run in runs.items():
-            if turn:
-                times[name].append(_timed(run, prompts))
-            else:
-                peaks[name] = peak_bytes(subject.device, partial(_timed, run, prompts))
+            pair = _timed(run, prompts)
+            times[name] += [pair] if turn else []  # the first meets cold caches
+    for name, run in runs.items():
+        peaks[name] = peak_bytes(subject.device, partial(run, prompts))
     return {
         name: Speed(
             prefill=prompts.numel() / statistics.median(first for first, _ in pairs),

@@ -67,11 +67,12 @@ class Subject:
         self.device = device
         self.seed = seed
         self.tokenizer = load_tokenizer(folder)
-        layers, context = self.config.num_hidden_layers, self.config.max_position_embeddings
+        layers = self.config.num_hidden_layers
+        context = getattr(self.config, "max_position_embeddings", None)
         if not 0 <= layer < layers:
             raise ParamsError(f"--layer {layer} must lie within 0..{layers - 1} of {folder}")
         need = len(self.prompt_ids) + params.new_tokens
-        if need > context:
+        if context is not None and need > context:
             raise ParamsError(
                 f"study.prompt and study.new_tokens={params.new_tokens} take {need} positions, "
                 f"{folder} has {context}: shorten them"

@@ -165,7 +165,7 @@ def _add_sizes(section: Section, subject: Subject) -> None:
     section.prose.append(
         f"The tokenizer gives {highest + 1:,} ids, the embedding has {rows:,} rows. "
         + (
-            "They are different numbers: rows beyond the ids were never trained and must be left "
+            "They are different numbers: no text leads to the further rows, which are to be left "
             "out of every sum over the vocabulary."
             if rows > highest + 1
             else "Here they agree; in Qwen2.5 they do not."

@@ -16,6 +16,7 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.model.student import GQAAttention, RMSNorm, RotaryEmbedding, SwiGLUFFN
 from pipeline.study import cache, gqa, rope
 from pipeline.study.architecture import module_tree
+from pipeline.study.report import write_study
 from pipeline.study.run import PARTS, run_parts
 from pipeline.study.section import Section
 from pipeline.study.speed import peak_bytes
@@ -181,6 +182,8 @@ def test_a_model_that_ours_does_not_implement_is_studied_without_it(tmp_path: Pa
     assert "Left out" in sections["gqa"].prose[0]
     assert "'gpt2' model" in sections["gqa"].prose[0]
     assert sections["tensors"].tables[0].rows[0][-1] == "none"
+    page = write_study(tmp_path / "study", "gpt2", list(sections.values()))
+    assert "<svg" not in page.read_text()  # what would be drawn is how ours is built
 
 
 def test_layer_in_and_out_are_saved(qwen_folder: Path) -> None:
@@ -254,6 +257,11 @@ def test_impossible_requests_are_refused(
         make_subject(qwen_folder, **options)
 
 
+def test_a_teacher_not_fetched_yet_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DecantError, match=r"holds no tokenizer\.json: run stages/fetch\.py"):
+        make_subject(tmp_path / "cache" / "teacher")
+
+
 def test_speed_beyond_the_context_is_refused(qwen_folder: Path) -> None:
     with pytest.raises(ParamsError, match=r"study\.prompt_tokens=60 .* context of 64"):
         run_one(make_subject(qwen_folder, prompt_tokens=60), "speed")
@@ -299,5 +307,6 @@ def test_hub_snapshot_takes_safetensors_alone(
 def test_qwen_by_its_hub_id() -> None:
     subject = make_subject(locate("Qwen/Qwen2.5-0.5B", None), layer=0)
     parts = [name for name in PARTS if name != "speed"]
-    sections = list(run_parts(subject, parts))
-    assert not any(failed(section) for section in sections)
+    sections = {section.name: section for section in run_parts(subject, parts)}
+    assert not any(failed(section) for section in sections.values())
+    assert "gives 151,665 ids, the embedding has 151,936 rows" in sections["tokenizer"].prose[0]

@@ -39,8 +39,8 @@ def test_page_and_markdown_say_the_same(tmp_path: Path) -> None:
     for report in (page, text):
         assert "1 of 2 comparisons pass" in report
     assert "| bad | 2.0e-03 | 1.0e-05 | **FAIL** |" in text
-    assert '<tr class="bad"><td>bad</td><td>2.0e-03</td><td>1.0e-05</td><td>FAIL</td>' in page
-    assert '<tr class="good"><td>good</td><td>0</td>' in page
+    assert '<tr class="failed"><td>bad</td><td>2.0e-03</td><td>1.0e-05</td><td>FAIL</td>' in page
+    assert '<tr class="passed"><td>good</td><td>0</td>' in page
     assert (tmp_path / "some.bin").read_bytes() == b"123"
 
 
