@@ -260,8 +260,8 @@ def run_queue(project: Path) -> set[str]:
         running = pool.submit(dvc, project, "queue", "start")  # returns when its workers end
         while not running.done():
             for place in (project / ".dvc" / "tmp" / "exps").glob("tmp*/cache/*.zarr"):
-                for file in place.rglob("c/0/0"):
-                    with suppress(FileNotFoundError):  # a finished experiment's folder goes away
+                with suppress(FileNotFoundError):  # a finished experiment's folder goes away
+                    for file in place.rglob("c/0/0"):
                         watched += 1
                         if file.stat().st_nlink == 1 and not file.is_symlink():
                             copied.add(str(file))
