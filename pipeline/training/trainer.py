@@ -62,9 +62,9 @@ def train(
         if state.step == 0:
             curves.record(validate(model, validation, params, ranks))
         bar = progress(range(state.step, params.steps), what="train", unit="step")
-        for step in bar:
-            values = _train_step(model, optimizer, batches, step, state, params, ranks)
-            state.step = step + 1
+        for _ in bar:
+            values = _train_step(model, optimizer, batches, state, params, ranks)
+            state.step += 1
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
             due = state.step % params.eval_every == 0 or state.step == params.steps
             if due:
@@ -85,14 +85,13 @@ def _train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
-    step: int,
     state: TrainState,
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
     """One optimizer step over `accumulation` micro-batches; returns what is worth logging."""
     started = time.perf_counter()
-    rate = learning_rate(step, params)
+    rate = learning_rate(state.step, params)
     for group in optimizer.param_groups:
         group["lr"] = rate
     micro_batches = list(islice(batches, params.accumulation))
@@ -101,7 +100,7 @@ def _train_step(
         sum(batch.num_labels for batch in micro_batches),
         sum(batch.tokens.numel() for batch in micro_batches),
     )
-    alpha = alpha_at(step, params)
+    alpha = alpha_at(state.step, params)
     means = _forward_backward(model, micro_batches, max(1.0, num_labels), alpha, params, ranks)
     norm = clip_gradients(model, params.clip_norm)
     if math.isfinite(means["train/loss"]) and math.isfinite(norm):

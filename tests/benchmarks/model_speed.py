@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,11 @@ def forwards(theirs: Any, ours: StudentModel, rows: int, length: int, rounds: in
 
     for name, half in (("float32", False), ("bfloat16 autocast", True)):
         for what, one, two in (
-            ("forward", lambda: forward(their_logits, half), lambda: forward(our_logits, half)),
+            ("forward", partial(forward, their_logits, half), partial(forward, our_logits, half)),
             (
                 "forward + backward",
-                lambda: train(their_logits, half, theirs),
-                lambda: train(our_logits, half, ours),
+                partial(train, their_logits, half, theirs),
+                partial(train, our_logits, half, ours),
             ),
         ):
             ratio, a, b = median_ratio(one, two, rounds)
