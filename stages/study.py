@@ -10,7 +10,7 @@ import click
 from pipeline.cli import stage
 from pipeline.config import Params
 from pipeline.runtime import pick_device
-from pipeline.study.report import write_study
+from pipeline.study.report import require_packages, write_study
 from pipeline.study.run import PARTS, run_parts
 from pipeline.study.section import Section, shown
 from pipeline.study.subject import Subject, locate
@@ -51,6 +51,7 @@ def main(
     and its tolerance. Reads study.*, seed and the model; writes paths.study/index.html, report.md,
     its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
     """
+    require_packages()
     subject = Subject(
         locate(model, revision) if model else params.paths.teacher,
         params.study,

@@ -22,6 +22,21 @@ from pipeline.study.section import Section, shown
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
+def require_packages() -> None:
+    """To be called before the work, whose result could not be shown without them.
+
+    Raises:
+        DecantError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise DecantError(
+            "the study needs jinja2 and matplotlib: install them by `pip install decant[report]`"
+        ) from None
+
+
 def write_study(folder: Path, about: str, sections: Sequence[Section]) -> Path:
     """Write index.html, report.md, their pictures and the sections' files.
 
@@ -34,12 +49,9 @@ def write_study(folder: Path, about: str, sections: Sequence[Section]) -> Path:
     Raises:
         DecantError: jinja2 or matplotlib is not installed.
     """
-    try:
-        from jinja2 import Environment
-    except ImportError:
-        raise DecantError(
-            "the study needs jinja2 and matplotlib: install them by `pip install decant[report]`"
-        ) from None
+    require_packages()
+    from jinja2 import Environment
+
     comparisons = [comparison for section in sections for comparison in section.comparisons]
     values = {
         "about": about,

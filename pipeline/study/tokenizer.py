@@ -203,7 +203,13 @@ def _add_chat(section: Section, tok: Any) -> None:
     if not tok.chat_template:
         section.prose.append("The tokenizer brings no chat template.")
         return
-    text = tok.apply_chat_template(_CONVERSATION, tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        text = tok.apply_chat_template(_CONVERSATION, tokenize=False)
+    except TemplateError as error:
+        section.prose.append(f"The chat template refuses a system message or such: {error}.")
+        return
     ids = tok.apply_chat_template(_CONVERSATION, tokenize=True, return_dict=False)
     opened = tok.apply_chat_template(_CONVERSATION[:-1], tokenize=False, add_generation_prompt=True)
     section.texts += [

@@ -81,6 +81,14 @@ def test_the_template_is_shown_applied(qwen_folder: Path) -> None:
     assert texts["The same, open for an answer"].endswith("<|im_start|>assistant\n")
 
 
+def test_a_template_that_refuses_is_quoted(tmp_path: Path) -> None:
+    subject = make_subject(make_model(tmp_path, "qwen2"))
+    subject.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    section = tokenizer(subject)
+    assert any("no system role here" in text for text in section.prose)
+    assert not section.texts
+
+
 def test_bytes_that_the_vocabulary_lacks_are_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path, "qwen2")
     lacking = {byte_alphabet()[4], byte_alphabet()[0xF2]}
