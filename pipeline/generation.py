@@ -28,6 +28,9 @@ from pipeline.model.student import StudentModel
 ENDED = -1
 """Stands for the next token of a row whose text has ended."""
 
+_COLDEST = 0.01
+"""Below, logits / temperature may leave float32, and nothing but the greedy token is drawn."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
@@ -54,7 +57,10 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "be at least 1"),
-            "temperature": ((self.temperature or 0.0) >= 0.0, "be at least 0"),
+            "temperature": (
+                not self.temperature or self.temperature >= _COLDEST,
+                f"be 0, which is greedy, or at least {_COLDEST}",
+            ),
             "top_k": ((self.top_k or 0) >= 0, "be at least 0"),
             "top_p": (self.top_p is None or 0.0 < self.top_p <= 1.0, "lie in (0, 1]"),
             "repetition_penalty": (
@@ -149,6 +155,7 @@ def decode_steps(
     Stops after `max_new_tokens` steps, or once all rows have ended. An eos is yielded.
 
     Args:
+        student: in evaluation mode.
         prompts: token ids, none empty, of any lengths.
         settings: what is None is off: greedy, no filters, no eos.
         draws: where chance comes from, on the model's device; None starts one at settings.seed.

@@ -27,6 +27,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.generation import GenerationSettings, decode_steps, generate_ids
 from pipeline.model.weights import load_student
+from pipeline.runtime import progress
 
 
 class PieceDecoder:
@@ -120,7 +121,8 @@ class TextGenerator:
         ]
         draws = torch.Generator(self.student.head_weight.device).manual_seed(settings.seed)
         texts: list[str] = []
-        for first in range(0, len(encoded), batch_rows):
+        starts = range(0, len(encoded), batch_rows)
+        for first in progress(starts, what="generate", unit="batch"):
             started = time.perf_counter()
             rows = encoded[first : first + batch_rows]
             new = generate_ids(self.student, rows, settings, draws)

@@ -177,7 +177,8 @@ def test_text_may_fill_the_context_to_the_last_token(models: tuple[Any, StudentM
     ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be 0, which is greedy, or at least"),
+        ({"temperature": 1e-30}, "temperature=1e-30 must be 0"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1 must lie in"),

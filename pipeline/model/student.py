@@ -180,18 +180,16 @@ class GQAAttention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        if x.shape[1] == 1:
-            mixed = attend_from_one(q, k, v, mask)
-        else:
-            mixed = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        mixed = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Queries [B, H, L, E], keys and values [B, G, S, E] -> [B, H, L, E]; S is L without a mask.
+    """Queries [B, H, L, E], keys and values [B, G, S, E] -> [B, H, L, E].
 
-    With a mask, which includes causality, key/value heads are repeated first: no fused CUDA kernel
+    Without a mask a single query sees all keys, and more see those up to their own (S = L then).
+    With one, which includes causality, key/value heads are repeated first: no fused CUDA kernel
     takes both a mask and grouped heads.
     """
     if mask is not None and k.shape[1] != q.shape[1]:
@@ -202,20 +200,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=mask is None and q.shape[2] > 1,
         dropout_p=dropout,
         enable_gqa=k.shape[1] != q.shape[1],
     )
-
-
-def attend_from_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` from the last position alone (L = 1), which may see every key that is not masked.
-
-    The H / G query heads that share a key/value head become its queries, [B, G, H / G, E], so
-    that the cache is read where it lies and never repeated.
-    """
-    grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def attention_plain(
@@ -255,7 +243,10 @@ class SwiGLUFFN(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + ffn(norm(x))."""
+    """Pre-norm block (Xiong et al. 2020, figure 1b): x + attention(norm(x)), then x + ffn(norm(x)).
+
+    Dropout (Srivastava et al. 2014) acts on what each half adds, and on the attention weights.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -310,6 +301,8 @@ class Decoder(nn.Module):
 class StudentModel(Student):
     """The causal language model: tokens [B, L] -> logits [B, L, V].
 
+    Logits are hidden states times W^T, where W [V, D] is the embedding itself when
+    `tie_embeddings` (Press & Wolf 2017), else a matrix of its own.
     Training calls `hidden_states` and hands the result with `head_weight` to
     `pipeline.losses.chunked`, which never holds B*L x V logits at once.
     """
@@ -364,7 +357,17 @@ class StudentModel(Student):
     def new_cache(
         self, batch_size: int, max_len: int, attention_mask: Tensor | None = None
     ) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `max_len` tokens, padding included."""
+        """An empty cache for `batch_size` rows of up to `max_len` tokens, padding included.
+
+        Raises:
+            ParamsError: max_len exceeds the student's max_seq_len, or `attention_mask` pads
+                elsewhere than on the left.
+        """
+        if max_len > self.config.max_seq_len:
+            raise ParamsError(
+                f"a text of {max_len} tokens exceeds the student's max_seq_len="
+                f"{self.config.max_seq_len}: shorten the prompt or lower max_new_tokens"
+            )
         return KVCache(
             num_layers=self.config.num_layers,
             batch_size=batch_size,

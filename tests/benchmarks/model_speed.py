@@ -1,10 +1,11 @@
 """The student beside transformers' model of the same weights: forward, training, generation.
 
     python tests/benchmarks/model_speed.py [--rounds 7] [--teacher cache/teacher]
+    OMP_NUM_THREADS=1 python tests/benchmarks/model_speed.py --cpu-time     # beside other work
 
 Prints ratios measured in one run, the variants taking turns: their time over ours, so above 1 ours
 is faster. Shapes are those of the default student and of SmolLM2-135M, weights random; with
---teacher, generation runs on a folder's real weights too. The head is left out of nothing: both
+--teacher, generation runs on a folder's real weights too. Both
 compute all logits in forward and backward, and both generate with a KV cache, greedily, without an
 eos.
 """
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from pipeline.generation import GenerationSettings, generate_ids
+from pipeline.model.decode import product
 from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.model.weights import load_student, save_student
 
@@ -41,70 +43,91 @@ SMOLLM2 = ModelConfig(
     attention_bias=False,
 )
 SHAPES = {"the default student, 123 M": ModelConfig(), "SmolLM2-135M": SMOLLM2}
+clock = time.perf_counter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def median_ratio(
-    theirs: Callable[[], object], ours: Callable[[], object], rounds: int
+def ratio_by_turns(
+    theirs: Callable[[], float], ours: Callable[[], float], rounds: int
 ) -> tuple[float, float, float]:
-    """Median of their time over ours in each turn, and the medians of both, in seconds."""
-    times: list[tuple[float, float]] = []
+    """Median over turns of their seconds over ours, and the medians of both.
+
+    Each call returns the seconds that count. Who goes first changes; the first turn warms up.
+    """
+    pairs = []
     for turn in range(rounds + 1):
-        pair = [0.0, 0.0]
-        for which in (0, 1) if turn % 2 else (1, 0):
-            started = time.perf_counter()
-            (theirs, ours)[which]()
-            pair[which] = time.perf_counter() - started
-        if turn:  # the first warms up
-            times.append((pair[0], pair[1]))
-    ratio = statistics.median(a / b for a, b in times)
-    return ratio, statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+        pairs.append((theirs(), ours()) if turn % 2 else (ours(), theirs())[::-1])
+    ratio = statistics.median(a / b for a, b in pairs[1:])
+    their_median, our_median = (statistics.median(side) for side in zip(*pairs[1:], strict=True))
+    return ratio, their_median, our_median
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Time of a call, of the clock that `main` chose."""
+    started = clock()
+    call()
+    return clock() - started
+
+
+def products(rounds: int) -> None:
+    """What pipeline/model/decode.py relies on: x W^T over its own choice, W read from memory."""
+    for name, dtype in DTYPES.items():
+        for rows in (1, 8, 32):
+            x = torch.randn(rows, 576).to(dtype)
+            weights = [torch.randn(1536, 576).to(dtype) for _ in range(64)]
+            given = x[0] if rows == 1 else x
+
+            @torch.inference_mode()
+            def plain(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
+                for weight in weights:
+                    F.linear(x, weight)
+
+            @torch.inference_mode()
+            def chosen(x: torch.Tensor = given, weights: list[torch.Tensor] = weights) -> None:
+                for weight in weights:
+                    product(x, weight)
+
+            ratio, _, _ = ratio_by_turns(partial(seconds, plain), partial(seconds, chosen), rounds)
+            print(f"  product, {rows:2} rows     {name:18} {ratio:5.2f}", flush=True)
 
 
 def forwards(theirs: Any, ours: StudentModel, rows: int, length: int, rounds: int) -> None:
     """Forward alone without gradients, and forward, cross-entropy and backward."""
     tokens = torch.randint(0, ours.config.vocab_size, (rows, length))
+    their_logits = lambda: theirs(tokens, use_cache=False).logits  # noqa: E731
+    our_logits = lambda: ours(tokens)  # noqa: E731
 
-    def forward(model: Callable[[], torch.Tensor], half: bool) -> None:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            model()
-
-    def train(model: Callable[[], torch.Tensor], half: bool, owner: torch.nn.Module) -> None:
+    @torch.no_grad()
+    def forward(logits: Callable[[], Any], half: bool) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            logits = model()
-        F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
-        owner.zero_grad()
+            logits()
 
-    def their_logits() -> torch.Tensor:
-        logits: torch.Tensor = theirs(tokens, use_cache=False).logits
-        return logits
-
-    def our_logits() -> torch.Tensor:
-        logits: torch.Tensor = ours(tokens)
-        return logits
+    def train(logits: Callable[[], Any], half: bool) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            found = logits()
+        F.cross_entropy(found.flatten(0, 1).float(), tokens.flatten()).backward()
+        theirs.zero_grad()
+        ours.zero_grad()
 
     for name, half in (("float32", False), ("bfloat16 autocast", True)):
-        for what, one, two in (
-            ("forward", partial(forward, their_logits, half), partial(forward, our_logits, half)),
-            (
-                "forward + backward",
-                partial(train, their_logits, half, theirs),
-                partial(train, our_logits, half, ours),
-            ),
-        ):
-            ratio, a, b = median_ratio(one, two, rounds)
+        for what, step in (("forward", forward), ("forward + backward", train)):
+            ratio, a, b = ratio_by_turns(
+                partial(seconds, partial(step, their_logits, half)),
+                partial(seconds, partial(step, our_logits, half)),
+                rounds,
+            )
             print(f"  {what:20} {name:18} {ratio:5.2f}  ({a:.2f} s, ours {b:.2f} s)", flush=True)
 
 
 def decoding(theirs: Any, ours: StudentModel, rounds: int, new: int = 32, prompt: int = 64) -> None:
-    """Tokens per second of whole generate() calls after prefill, at batch 1 and 8."""
+    """Seconds a token behind the first, of whole generate() calls, at batch 1 and 8."""
     for name, dtype in DTYPES.items():
         theirs.to(dtype)
         ours.to(dtype)
         for rows in (1, 8):
             tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt))
 
-            def their_run(count: int, tokens: torch.Tensor = tokens) -> None:
+            def their_run(count: int, tokens: torch.Tensor) -> None:
                 theirs.generate(
                     tokens,
                     attention_mask=torch.ones_like(tokens),
@@ -114,30 +137,21 @@ def decoding(theirs: Any, ours: StudentModel, rounds: int, new: int = 32, prompt
                     pad_token_id=0,
                 )
 
-            def our_run(count: int, tokens: torch.Tensor = tokens) -> None:
+            def our_run(count: int, tokens: torch.Tensor) -> None:
                 generate_ids(ours, tokens.tolist(), GenerationSettings(max_new_tokens=count))
 
-            steps = []
-            for turn in range(rounds + 1):
-                pair = []
-                for run in (their_run, our_run) if turn % 2 else (our_run, their_run):
-                    prefill, whole = _seconds(run, 1), _seconds(run, 1 + new)
-                    pair.append((whole - prefill) / new)
-                if turn:
-                    steps.append(pair if turn % 2 else pair[::-1])
-            ratio = statistics.median(a / b for a, b in steps)
-            their_step, our_step = (statistics.median(times) for times in zip(*steps, strict=True))
+            def a_token(run: Callable[..., None], tokens: torch.Tensor) -> float:
+                first = seconds(partial(run, 1, tokens))
+                return (seconds(partial(run, 1 + new, tokens)) - first) / new
+
+            ratio, a, b = ratio_by_turns(
+                partial(a_token, their_run, tokens), partial(a_token, our_run, tokens), rounds
+            )
             print(
                 f"  decode, batch {rows}      {name:18} {ratio:5.2f}  "
-                f"({rows / their_step:.1f} tokens/s, ours {rows / our_step:.1f})",
+                f"({rows / a:.1f} tokens/s, ours {rows / b:.1f})",
                 flush=True,
             )
-
-
-def _seconds(run: Callable[[int], None], count: int) -> float:
-    started = time.perf_counter()
-    run(count)
-    return time.perf_counter() - started
 
 
 @click.command()
@@ -146,9 +160,16 @@ def _seconds(run: Callable[[int], None], count: int) -> float:
 @click.option("--length", default=256, help="Tokens of a row, forward and backward.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="Generate with this folder too.")
 @click.option("--only", type=click.Choice(["forward", "decode"]), help="One half of it.")
-def main(rounds: int, rows: int, length: int, teacher: Path | None, only: str | None) -> None:
+@click.option("--cpu-time", is_flag=True, help="Count the processor's time, not the wall's.")
+def main(
+    rounds: int, rows: int, length: int, teacher: Path | None, only: str | None, cpu_time: bool
+) -> None:
     """Time ours and theirs by turns."""
+    global clock
+    clock = time.process_time if cpu_time else time.perf_counter
     print(f"{torch.get_num_threads()} threads; theirs / ours, medians of {rounds} turns")
+    if only != "forward":
+        products(rounds)
     for name, config in SHAPES.items():
         torch.manual_seed(0)
         ours = StudentModel(config).eval()

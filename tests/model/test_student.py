@@ -22,7 +22,6 @@ from pipeline.model.student import (
     RMSNorm,
     StudentModel,
     attend,
-    attend_from_one,
     attention_plain,
 )
 from pipeline.model.weights import load_student, read_config, save_student
@@ -127,15 +126,15 @@ def test_attention_is_causal() -> None:
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 9)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_kernels_equal_the_plain_softmax(queries: int, keys: int, masked: bool) -> None:
-    """`attend` and `attend_from_one` against `attention_plain`, in value and gradient."""
+def test_fused_attention_equals_the_plain_softmax(queries: int, keys: int, masked: bool) -> None:
+    """`attend` against `attention_plain`, in value and gradient."""
     shapes = [(2, 8, queries, 4), (2, 2, keys, 4), (2, 2, keys, 4)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     mask = None
     if masked:
         mask = torch.rand(2, 1, queries, keys) < 0.6
         mask[..., -1] = True
-    found = attend_from_one(*inputs, mask) if queries == 1 else attend(*inputs, mask, 0.0)
+    found = attend(*inputs, mask, 0.0)
     expected, weights, scores = attention_plain(*inputs, mask)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(weights, scores.exp() / scores.exp().sum(-1, keepdim=True))
@@ -158,6 +157,16 @@ def test_plain_attention_equals_hugging_face_step_by_step() -> None:
     torch.testing.assert_close(our_weights, weights)
     assert scores[0, 5, 3, 2].item() == pytest.approx((q[0, 5, 3] @ k[0, 1, 2]).item() / 2)
     assert scores[0, 5, 2, 3].item() == -torch.inf
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    shape = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "vocab_size": 50}
+    student = StudentModel(ModelConfig(**shape, dropout=0.5))  # type: ignore[arg-type]
+    plain = StudentModel(ModelConfig(**shape))  # type: ignore[arg-type]
+    plain.load_state_dict(student.state_dict())
+    tokens = torch.randint(0, 50, (1, 8))
+    assert not torch.allclose(student(tokens), student(tokens))
+    torch.testing.assert_close(student.eval()(tokens), plain(tokens))
 
 
 def test_rms_norm_normalises_the_mean_square_and_keeps_the_mean() -> None:
