@@ -19,9 +19,10 @@ import torch
 from pipeline.config import Params
 from pipeline.data.packing import Rows
 from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
-from pipeline.model.weights import hash_tokenizer, hash_weights
+from pipeline.model.weights import hash_weights
 from pipeline.runtime import dtype_name, pick_device, pick_dtype, progress_bar, say
 from pipeline.sharding import DamagedError
 from pipeline.storage import open_folder
@@ -55,12 +56,7 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
     """
     info = corpus.info
     teacher, wanted = params.paths.teacher, params.prepare
-    tokenizer_sha256 = hash_tokenizer(teacher)
-    if tokenizer_sha256 != info.tokenizer_sha256:
-        raise MismatchError(
-            f"{corpus.path} was tokenized with tokenizer {info.tokenizer_sha256[:12]}, {teacher} "
-            f"holds {tokenizer_sha256[:12]}: run stages/corpus.py again"
-        )
+    require_tokenizer(teacher, corpus)
     if wanted.k > info.vocab_size:
         raise ParamsError(
             f"prepare.k={wanted.k} exceeds the {info.vocab_size} ids of the vocabulary: lower it"
@@ -68,7 +64,7 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
     return Fingerprint(
         format_version=FORMAT_VERSION,
         teacher_sha256=hash_weights(teacher),
-        tokenizer_sha256=tokenizer_sha256,
+        tokenizer_sha256=info.tokenizer_sha256,
         corpus_sha256=info.sha256,
         dtype=dtype_name(dtype),
         attention=wanted.attention,

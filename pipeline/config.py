@@ -36,6 +36,7 @@ Location = Annotated[
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Temperature = Annotated[float, Field(ge=0.01, le=1000.0)]
 """Below 0.01, logit / tau leaves the range in which float32 normalisers mean anything."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -52,9 +53,9 @@ Divergence = Literal[
 
 
 class Section(BaseModel):
-    """Frozen; unknown keys are refused."""
+    """Frozen; unknown keys are refused, and so are infinities."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Paths(Section):
@@ -286,7 +287,7 @@ class TrainParams(Section):
     decay_shape: Literal["linear", "one_minus_sqrt"] = Field(description="wsd: of that decay")
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(description="at the last step")
     weight_decay: Annotated[float, Field(ge=0.0)]
-    betas: tuple[Fraction, Fraction]
+    betas: tuple[Beta, Beta]
     clip_norm: Positive
     dtype: Literal["bfloat16", "float32"] = Field(description="autocast's format")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
@@ -309,6 +310,11 @@ class TrainParams(Section):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate:g} is above learning_rate="
+                f"{self.learning_rate:g}, so the rate would rise where it should decay: lower it"
+            )
         decay = round(self.decay_share * self.steps)
         if self.schedule == "wsd" and self.warmup_steps + decay > self.steps:
             raise ValueError(

@@ -151,7 +151,10 @@ def top_k_from_logits(
     """
     n, vocab_size = logits.shape
     if k > vocab_size:
-        raise ParamsError(f"k={k} exceeds the {vocab_size} ids of the vocabulary: lower prepare.k")
+        raise ParamsError(
+            f"k={k} exceeds the {vocab_size} ids of the vocabulary: lower prepare.k, or train.k if "
+            "it is set"
+        )
     at_once = _ROWS_AT_ONCE_ON_CPU if logits.device.type == "cpu" else n
     work = torch.empty(min(n, at_once), vocab_size, device=logits.device)
     maxima = torch.empty(n, -(-vocab_size // _BLOCK), device=logits.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +16,8 @@ from pipeline.report import read_curves
 from pipeline.runtime import DTYPES
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.training import trainer
+from pipeline.training.run import run_training
 
 SMALL = {
     "hidden_size": 32,
@@ -56,6 +60,21 @@ def capture_all(params: Params, *, repair: bool = False) -> list[CaptureResult]:
 def open_cache(params: Params, split: str = "train", k: int | None = None) -> CacheReader:
     """A reader of the cache bound to its corpus."""
     return CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, split), k=k)
+
+
+def run_with_power_cut(params: Params, name: str, *, before_step: int) -> None:
+    """A run whose process dies between two steps."""
+    take_step = trainer._train_step
+
+    def dies(*args: Any, **options: Any) -> Any:
+        if args[3].step == before_step:
+            raise RuntimeError("power cut")
+        return take_step(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_train_step", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_training(params, name)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

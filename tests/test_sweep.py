@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
@@ -148,17 +149,21 @@ def test_pictures() -> None:
     assert "run3" not in words_of(sweep_figures(many)["train.alpha"])
 
 
-def test_the_optuna_study_runs_and_continues(
-    tiny_cache: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_optuna_study_runs_and_continues(tiny_cache: Params, tmp_path: Path) -> None:
     """docs/sweep_optuna.py as it stands; the validation loss it reports is its best run's."""
     study = runpy.run_path(str(ROOT / "docs" / "sweep_optuna.py"))["main"]
+    words = ["--params", str(tmp_path / "params.yaml"), "--trials", "1"]
     for count in (1, 2):
-        study(tmp_path / "params.yaml", 1)
-        last = capsys.readouterr().out.splitlines()[-1]
+        last = CliRunner().invoke(study, words, catch_exceptions=False).stdout.splitlines()[-1]
         assert f"is the best of {count}: " in last
     runs = folder_runs(tiny_cache.paths)
     assert [run.name for run in runs] == ["trial0", "trial1"]
     best = min(runs, key=lambda run: run.loss)
     assert last.startswith(f"{best.name} is the best of 2: {best.loss:.4f}")
     assert {"train.alpha", "train.learning_rate"} <= set(varied_keys(runs))
+
+    (tiny_cache.paths.runs / "optuna.db").unlink()
+    done = CliRunner().invoke(study, words)
+    assert done.exit_code == 1
+    assert "trial0" in done.stderr
+    assert "Traceback" not in done.output

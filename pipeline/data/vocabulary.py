@@ -52,15 +52,45 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         model = content["model"]
         added = {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
         tokens = _ids(model["vocab"]) | added
+        merges = tuple(
+            rule if isinstance(rule, str) else " ".join(rule) for rule in model.get("merges") or ()
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DecantError(
             f"{file} cannot be read as a tokenizer ({type(error).__name__}: {error}): write it by "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         ) from None
-    merges = tuple(
-        rule if isinstance(rule, str) else " ".join(rule) for rule in model.get("merges") or ()
-    )
     return Vocabulary(tokens=tokens, control=frozenset(added), merges=merges)
+
+
+def require_tokenizer(folder: Path, corpus: CorpusSplit) -> None:
+    """Refuse a folder whose tokenizer is not the one that the corpus was made by.
+
+    Raises:
+        MismatchError: it is another.
+        DecantError: there is none.
+    """
+    wanted, found = corpus.info.tokenizer_sha256, hash_tokenizer(folder)
+    if found != wanted:
+        raise MismatchError(
+            f"{corpus.path} was tokenized with tokenizer {wanted[:12]}, {folder} holds "
+            f"{found[:12]}: run stages/corpus.py again, or bring the other teacher back"
+        )
+
+
+def tokenizer_folder(folders: Iterable[Path | None], corpus: CorpusSplit) -> Path | None:
+    """The first folder that holds the corpus's tokenizer; None where none holds any.
+
+    Raises:
+        MismatchError: all that is there is another.
+    """
+    found = [f for f in folders if f is not None and (f / "tokenizer.json").exists()]
+    for folder in found:
+        if hash_tokenizer(folder) == corpus.info.tokenizer_sha256:
+            return folder
+    if found:
+        require_tokenizer(found[0], corpus)
+    return None
 
 
 def require_shared_ids(start: Path, corpora: Sequence[CorpusSplit], tokenizer: Path) -> None:

@@ -14,7 +14,6 @@ Shapes: B batch, L length, D hidden, V vocabulary rows.
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,9 @@ from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
 from pipeline.runtime import import_transformers
 
-_PROBE_TOKENS = 6
+_PROBE_TOKENS = 8
 _TOLERANCE = 1e-3  # of the largest value; float32 differs by 1e-6 between shapes of a product
+_ROUNDING = 1e-4  # of the norm: where the probe saw no rounding at all
 _LOGIT_CHANGES = (
     "logit_scale",  # Cohere
     "logits_scaling",  # Granite
@@ -83,6 +83,35 @@ def require_plain_head(folder: Path, config: Any) -> None:
             )
 
 
+@torch.no_grad()
+def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
+    """Whether a document comes out the same behind another one and alone, but for rounding.
+
+    How much rounding does is seen from the same document in front, where nothing can leak into it.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        vocab_size: ids to take the documents' tokens from.
+    """
+    tokens = torch.linspace(0, vocab_size - 1, 2 * _PROBE_TOKENS, device=model.device).long()
+    other, document = tokens.view(2, 1, _PROBE_TOKENS)
+    positions = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2)[None]
+
+    def hidden(*documents: Tensor, **options: Tensor) -> Tensor:
+        together = torch.cat(documents, 1)
+        found: Tensor = model.base_model(input_ids=together, use_cache=False, **options)[0]
+        return found.float()
+
+    alone = hidden(document)
+    try:
+        behind = hidden(other, document, position_ids=positions)[:, _PROBE_TOKENS:]
+        before = hidden(document, other, position_ids=positions)[:, :_PROBE_TOKENS]
+    except (TypeError, ValueError):  # takes no position ids
+        return False
+    leak, rounding = (float((found - alone).norm()) for found in (behind, before))
+    return leak <= 8.0 * rounding + _ROUNDING * float(alone.norm())
+
+
 class HuggingFaceStudent(Student):
     """A causal language model of transformers, in float32, in training mode.
 
@@ -102,7 +131,7 @@ class HuggingFaceStudent(Student):
             model = _keep_layers(model, layers, folder)
         self.model = model
         self._require_product(folder)
-        self._masks_documents = self._probe_document_masks()
+        self._masks_documents = keeps_documents_apart(model, self.vocab_size)
         self.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
     @property
@@ -146,17 +175,6 @@ class HuggingFaceStudent(Student):
                 f"the logits of {folder} are not its hidden states times its head's matrix (a "
                 "bias, a scale or a cap follows), which training relies on: choose a model without"
             )
-
-    @torch.no_grad()
-    def _probe_document_masks(self) -> bool:
-        """Whether a document's hidden states are the same behind another and alone."""
-        if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
-            return False
-        tokens = torch.arange(2 * _PROBE_TOKENS)[None]
-        doc_ids = tokens // _PROBE_TOKENS
-        behind = self._hidden_states(tokens, position_ids=document_positions(doc_ids))
-        alone = self._hidden_states(tokens[:, _PROBE_TOKENS:])
-        return _close(behind[:, _PROBE_TOKENS:], alone)
 
 
 def _close(one: Tensor, two: Tensor) -> bool:

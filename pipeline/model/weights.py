@@ -41,6 +41,15 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+)
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
@@ -75,6 +84,8 @@ def read_config(folder: Path) -> ModelConfig:
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
+    if absent := [name for name in _NEEDED if not raw.get(name)]:
+        raise VariantError(f"{folder}/config.json says nothing of {absent[0]}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     scaling = _read_rope(folder, raw, rope)
     head_size = raw["hidden_size"] // raw["num_attention_heads"]
@@ -186,7 +197,10 @@ def hash_weights(folder: Path) -> str:
     """sha256 over config.json and every *.safetensors file of a model folder, in name order."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     if len(files) == 1:
-        raise DecantError(f"{folder} holds no *.safetensors: run stages/fetch.py first")
+        raise DecantError(
+            f"{folder} holds no *.safetensors: run stages/fetch.py for a teacher, or name a folder "
+            "that holds a model"
+        )
     return _hash_files(files)
 
 
@@ -252,8 +266,8 @@ def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DecantError(f"{file} cannot be read as a model's config.json: {error}") from None
-    assert isinstance(content, dict)
-    return content
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DecantError(
+            f"{file} cannot be read as a model's config.json ({error}): bring the whole model again"
+        ) from None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import DecantError
 from pipeline.model.attention import document_positions
-from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.hugging_face import keeps_documents_apart, load_causal_lm
 from pipeline.runtime import dtype_name, mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
@@ -85,7 +85,7 @@ class HuggingFaceTeacher:
         if doc_ids is None:
             return self._body(tokens)
         if self._keeps_apart is None:
-            self._keeps_apart = self._try_documents()
+            self._keeps_apart = keeps_documents_apart(self.model, self.vocab_size)
         if not self._keeps_apart:
             raise DecantError(
                 f"the teacher, a {self.model.config.model_type} model, does not keep documents "
@@ -99,21 +99,6 @@ class HuggingFaceTeacher:
             input_ids=tokens.to(self.device), use_cache=False, **options
         ).last_hidden_state
         return hidden
-
-    def _try_documents(self) -> bool:
-        """Whether a document comes out the same alone and behind another, but for rounding.
-
-        Recurrent models, whose state flows on, and models without position ids fail this.
-        """
-        tokens = torch.linspace(0, self.vocab_size - 1, 16).long()[None]
-        positions = torch.arange(16, device=self.device)[None] % 8
-        alone, behind = self._body(tokens[:, 8:]), self._body(tokens)[:, 8:]
-        try:
-            apart = self._body(tokens, position_ids=positions)[:, 8:]
-        except (TypeError, ValueError):  # takes no position ids
-            return False
-        far, near = (float((other - alone).float().norm()) for other in (behind, apart))
-        return near <= 0.25 * far
 
     @torch.no_grad()
     def logits_by_chunk(

@@ -28,8 +28,8 @@ def learning_rate(step: int, params: TrainParams) -> float:
     """Learning rate of optimizer step `step` (from 0).
 
     Rises linearly to `learning_rate` over `warmup_steps` and ends at `min_learning_rate` at the
-    last step. Between the two, of the difference there is left, x in [0, 1] being the part of the
-    decay that is done,
+    last step; a run no longer than its warm-up ends within it. Between the two, of the difference
+    there is left, x in [0, 1] being the part of the decay that is done,
 
     cosine: (1 + cos(pi x)) / 2, decaying from the end of warm-up on (Loshchilov & Hutter 2017,
     eq. 5, without restarts).

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
+from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.losses.reference import require_expressible
 from pipeline.model.weights import hash_weights
@@ -73,6 +74,10 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
         MismatchError: cache, corpus, teacher or an earlier run of that name do not belong together.
         ParamsError: the student cannot express the teacher's vocabulary, and the like.
     """
+    if name in ("", ".", "..") or "/" in name:  # --overwrite deletes the folder that it names
+        raise ParamsError(
+            f"--run {name!r} is not the name of one folder in {params.paths.runs}: give a word"
+        )
     with join_ranks(params.device) as ranks:
         return _run(params, name, overwrite, ranks)
 
@@ -93,7 +98,7 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
     seed_everything(params.seed)
     student = RunStudent(params, corpus, held_out)
     if ranks.rank:  # the same student everywhere, dropped units of each rank's own
-        seed_everything(params.seed + ranks.rank)
+        seed_everything((params.seed + ranks.rank) % 2**32)
     trained = student.model.count_parameters(trained_only=True)
     training, validation = _teachers(params, ranks.device, corpus, held_out)
     stream = BatchStream(
@@ -151,6 +156,7 @@ def _teachers(
         for reader in readers:
             _require_same_teacher(reader, params.paths.teacher)
         return CachedTeacher(readers[0]), CachedTeacher(readers[1])
+    require_tokenizer(params.paths.teacher, corpus)
     temperature = params.train.temperature
     live = HuggingFaceTeacher(
         params.paths.teacher,
@@ -253,11 +259,11 @@ def _claim(
 
 
 def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any]:
-    """The JSON object under a key of the first place that has it; empty where none has."""
+    """The JSON object under a key of the first place that has a whole one; empty where none has."""
     for place in places:
         try:
             return dict(json.loads(place.read(key)))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             continue
     return {}
 

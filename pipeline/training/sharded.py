@@ -3,7 +3,8 @@
 Names know nothing of ranks, parameter order or engine, so what any number of ranks wrote, any other
 number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
 where the run took them from), the optimizer's state and each rank's random state.
-The format's `.metadata` is a pickle: load only checkpoints that you trust.
+The format's `.metadata` is a pickle, which could name any function to be called; ours is read by an
+unpickler that knows a dozen classes and no other name.
 
 The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict,
 which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
@@ -12,6 +13,7 @@ twice.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +23,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.serialization import _get_layout
 
 from pipeline.errors import DecantError
 from pipeline.training.parallel import Ranks
+
+_IN_METADATA: dict[str, Any] = {
+    f"{known.__module__}.{known.__qualname__}": known
+    for known in (
+        metadata.Metadata,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata.TensorStorageMetadata,
+        metadata.TensorProperties,
+        metadata.ChunkStorageMetadata,
+        metadata._MEM_FORMAT_ENCODING,
+        _StorageInfo,
+        _get_layout,
+        torch.Size,
+        type(Path()),
+    )
+}
+"""What a checkpoint's `.metadata` is made of, besides dtypes."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +111,44 @@ def write_tensors(folder: Path, learner: Learner, ranks: Ranks) -> list[Path]:
     return sorted(folder.glob(f"__{ranks.rank}_*"))
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Calls nothing but the constructors in `_IN_METADATA`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in _IN_METADATA:
+            return _IN_METADATA[full_name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(full_name)
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
+        """`.metadata`, by names that belong there.
+
+        Raises:
+            DecantError: it holds another name.
+        """
+        file = Path(self.path, ".metadata")
+        with file.open("rb") as stream:
+            try:
+                found: metadata.Metadata = _MetadataUnpickler(stream).load()
+            except pickle.UnpicklingError as error:
+                raise DecantError(
+                    f"{file} names {error}, which no checkpoint of ours holds, so it is not read: "
+                    "delete that checkpoint, and ask where it came from"
+                ) from None
+        return found
+
+
 def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
-    """Restore in place; random state only for a rank that had one when they were written."""
-    reader = FileSystemReader(folder)
+    """Restore in place; random state only for a rank that had one when they were written.
+
+    Raises:
+        DecantError: `.metadata` is not of our making.
+    """
+    reader = _Reader(folder)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     learner.make_optimizer_state(saved)
     random = {name: s for name, s in _random_state(ranks.rank).items() if name in saved}

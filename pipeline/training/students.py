@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Params, StudentParams
 from pipeline.data.rows import CorpusSplit
-from pipeline.data.vocabulary import require_shared_ids
+from pipeline.data.vocabulary import require_shared_ids, tokenizer_folder
 from pipeline.errors import ParamsError
 from pipeline.model.base import Student
 from pipeline.model.hugging_face import HuggingFaceStudent
@@ -65,16 +65,18 @@ class RunStudent:
         corpora: the splits it will see, training first.
 
     Raises:
-        ParamsError, MismatchError: it cannot take the corpus's rows or does not share its ids.
+        ParamsError, MismatchError: it cannot take the corpus's rows or does not share its ids, or
+            paths.teacher holds another tokenizer than the corpus's, which the model would get.
     """
 
     def __init__(self, params: Params, *corpora: CorpusSplit) -> None:
         self._params = params.student
-        self._teacher = params.paths.teacher
-        self._start = start_folder(params.student, self._teacher)
+        teacher = params.paths.teacher  # a cached run does without
+        self._start = start_folder(params.student, teacher)
         if self._start is not None:
-            require_shared_ids(self._start, corpora, self._teacher)
-        self.model = build_student(params.student, self._teacher)
+            require_shared_ids(self._start, corpora, teacher)
+        self._tokenizer = tokenizer_folder((teacher, self._start), corpora[0])
+        self.model = build_student(params.student, teacher)
         require_room(self.model, corpora[0])
         self._adapters: Any = None
         if params.student.lora is not None:
@@ -89,9 +91,7 @@ class RunStudent:
             if self._params.init == "checkpoint" and self._start is not None:
                 save_adapters(self._adapters, run / "adapter", start=self._start)
             merge_adapters(self._adapters)
-        has_tokenizer = (self._teacher / "tokenizer.json").exists()  # a cached run needs no teacher
-        tokenizer = self._teacher if has_tokenizer else self._start
-        save_student(self.model, run / "model", tokenizer_from=tokenizer)
+        save_student(self.model, run / "model", tokenizer_from=self._tokenizer)
 
 
 def require_room(student: Student, corpus: CorpusSplit) -> None:

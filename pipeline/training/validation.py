@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -32,6 +33,9 @@ def validate(
 
     Args:
         model: a DistillationStep, as `parallelise` returns it.
+
+    Raises:
+        DecantError: the loss is not finite, from which no step comes back; or nothing is in it.
     """
     ce, kl, count = 0.0, 0.0, 0
     has_teacher = False
@@ -51,6 +55,11 @@ def validate(
     ce, kl, total = ranks.sum(ce, kl, count)
     if not total:
         raise DecantError("the validation rows hold no position in the loss: enlarge the corpus")
+    if not math.isfinite(ce):
+        raise DecantError(
+            f"the validation loss is {ce}, since weights or what they compute have overflowed: "
+            "lower train.learning_rate, or start from a sound model"
+        )
     values = {"validation/loss": ce / total}
     return values | ({"validation/kl": kl / total} if has_teacher else {})
 

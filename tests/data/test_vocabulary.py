@@ -131,9 +131,10 @@ def test_nothing_to_compare_with(tiny_corpus: Params, tmp_path: Path) -> None:
     start = edited(tiny_corpus, tmp_path / "start", lambda c: c.update(version="1.0 "))
     with pytest.raises(MismatchError, match=r"which .*gone does not hold"):
         check(tiny_corpus, start, tmp_path / "gone")
-    (start / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(DecantError, match="cannot be read as a tokenizer"):
-        check(tiny_corpus, start)
+    for content in ('{"model": 1}', '{"model": {"vocab": {"a": 0}, "merges": [1]}}'):
+        (start / "tokenizer.json").write_text(content)
+        with pytest.raises(DecantError, match="cannot be read as a tokenizer"):
+            check(tiny_corpus, start)
 
 
 def test_unigram_vocabularies_are_lists(tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention import document_positions
-from pipeline.model.hugging_face import HuggingFaceStudent
+from pipeline.model.hugging_face import (
+    HuggingFaceStudent,
+    keeps_documents_apart,
+    load_causal_lm,
+)
 from pipeline.model.student import StudentModel
 from pipeline.model.weights import open_student, save_student
 
@@ -119,6 +123,13 @@ def test_a_model_that_cannot_keep_documents_apart_says_so(tmp_path: Path) -> Non
         student.hidden_states(tokens, torch.tensor([[0] * 4 + [1] * 4]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", TRAINABLE)
+def test_rounding_is_not_taken_for_a_leak(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = load_causal_lm(make_model(tmp_path, kind), dtype, what="teacher")
+    assert keeps_documents_apart(model, VOCABULARY)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -178,6 +189,25 @@ def test_variants_that_our_own_model_lacks_go_to_transformers(tmp_path: Path) ->
     assert isinstance(open_student(other), HuggingFaceStudent)
 
 
+def test_what_a_config_leaves_out_transformers_knows(tmp_path: Path) -> None:
+    """Llama 1's config.json says nothing of max_position_embeddings."""
+    folder = make_model(tmp_path, "llama")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    student = open_student(folder)
+    assert isinstance(student, HuggingFaceStudent)
+    assert student.max_seq_len == 2048
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "null"])
+def test_what_is_no_config_is_one_sentence(content: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "llama")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(DecantError, match=r"cannot be read as a model's config\.json"):
+        open_student(folder)
+
+
 def test_both_engines_agree_on_values_and_gradients(tmp_path: Path) -> None:
     folder = make_model(tmp_path, "llama")
     one, two = open_student(folder), HuggingFaceStudent(folder)
@@ -211,8 +241,13 @@ def widen(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(raw | {"intermediate_size": 56}))
 
 
+def no_heads(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_attention_heads": 0}))
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])  # ours, transformers
-@pytest.mark.parametrize("damage", [shorten, widen])
+@pytest.mark.parametrize("damage", [shorten, widen, no_heads])
 def test_damage_is_one_sentence(kind: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
     folder = make_model(tmp_path, kind)
     damage(folder)

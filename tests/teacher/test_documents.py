@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     BloomConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -92,8 +93,10 @@ def test_each_document_comes_out_as_if_alone(kind: str, tmp_path: Path) -> None:
     [
         MambaConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, state_size=4),
         BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=2),
+        # attention is masked, but a convolution reaches two tokens back
+        Lfm2Config(**SHAPE, layer_types=["full_attention", "conv", "full_attention"]),
     ],
-    ids=["recurrent", "no position ids"],
+    ids=["recurrent", "no position ids", "one convolution"],
 )
 def test_architectures_that_mix_documents_are_refused(config: Any, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path, config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import random
 import resource
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from torch import nn
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
-from pipeline.training.checkpoint import Checkpoints, TrainState, _damage
+from pipeline.training.checkpoint import Checkpoints, TrainState, _damage, _sum
 from pipeline.training.parallel import Ranks
 from pipeline.training.run import run_training
 from pipeline.training.sharded import Learner
@@ -112,6 +115,33 @@ def test_any_bit_of_the_marker(saved: Checkpoints) -> None:
         data[place // 8] ^= 1 << place % 8
         marker.write_bytes(data)
         assert _damage(folder), (place, data)
+
+
+class MakesAFolder:
+    """Pickled, it is a call of os.mkdir when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_metadata_that_names_what_it_should_not_is_refused(
+    saved: Checkpoints, tmp_path: Path
+) -> None:
+    """With checksums that are right: whoever writes a checkpoint writes those too."""
+    folder = Path(saved.address) / "step_00000003"
+    data = pickle.dumps(MakesAFolder(tmp_path / "made"))
+    (folder / ".metadata").write_bytes(data)
+    marker = json.loads((folder / "complete.json").read_text())
+    marker["files"][".metadata"] = _sum(folder / ".metadata")
+    (folder / "complete.json").write_text(json.dumps(marker))
+    with pytest.raises(DecantError, match=rf"step_00000003/\.metadata names {os.name}\.mkdir,"):
+        saved.load_newest(make_learner())
+    assert not (tmp_path / "made").exists()
+    pickle.loads(data)
+    assert (tmp_path / "made").exists()  # PyTorch's own reader would have made it
 
 
 def test_without_a_whole_one_it_is_refused_or_begun_again(saved: Checkpoints) -> None:

@@ -40,6 +40,7 @@ from pipeline.training.run import run_training
 from tests.conftest import ROOT, change
 from tests.helpers import SMALL, losses, weights
 from tests.training.ranks import run_ranks, start_ranks, train_stage
+from tests.training.test_students import LORA, from_folder, make_qwen3
 
 
 def train_run(params: Params, name: str) -> None:
@@ -60,10 +61,13 @@ def assert_same_losses(one: Path, two: Path, tolerance: float = 1e-5) -> None:
 def test_losses_are_those_of_one_rank(
     parallel: str, accumulation: int, forkserver: ForkServerContext, tiny_cache: Params
 ) -> None:
-    """Shares of 3 and 2 rows; of the last validation batch, one rank has nothing."""
+    """Shares of 3 and 2 rows; of the last validation batch, one rank has nothing.
+
+    The largest seed there is: each rank's own goes round.
+    """
     train = {"batch_rows": 5, "eval_rows": 6, "accumulation": accumulation, "parallel": parallel}
     moving = {"alpha_end": 0.1} if accumulation == 1 else {}
-    params = change(tiny_cache, train=train | moving)
+    params = change(tiny_cache, train=train | moving).model_copy(update={"seed": 2**32 - 1})
     run_training(params, "one")
     checkpointing = change(params, train={"activation_checkpointing": accumulation == 2})
     run_ranks(forkserver, 2, train_run, checkpointing, "two")
@@ -72,6 +76,27 @@ def test_losses_are_those_of_one_rank(
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5), name
     assert not (two / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_students_of_transformers_train_on_two_ranks(
+    adapters: bool,
+    parallel: str,
+    forkserver: ForkServerContext,
+    tiny_cache: Params,
+    tmp_path: Path,
+) -> None:
+    """A whole one; and one that is frozen but for adapters, its blocks computed again."""
+    start = make_qwen3(tmp_path / "qwen3")
+    params = from_folder(tiny_cache, start, lora=LORA if adapters else None)
+    run_training(params, "one")
+    train = {"parallel": parallel, "activation_checkpointing": adapters}
+    run_ranks(forkserver, 2, train_run, change(params, train=train), "two")
+    one, two = params.paths.runs / "one", params.paths.runs / "two"
+    assert_same_losses(one, two)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-5), name
 
 
 def gradients_of(step: DistillationStep) -> dict[str, torch.Tensor]:

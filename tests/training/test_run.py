@@ -10,7 +10,7 @@ from pipeline.config import Params
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.storage import open_folder
 from pipeline.training.run import run_training
-from tests.conftest import change, make_teacher
+from tests.conftest import change, make_teacher, make_tokenizer
 from tests.helpers import SMALL, capture_all
 
 
@@ -44,6 +44,55 @@ def test_cache_of_another_teacher_is_refused(tiny_cache: Params, tmp_path: Path)
     make_teacher(tmp_path / "other", seed=3)
     with pytest.raises(MismatchError, match="was captured from teacher"):
         run_training(change(tiny_cache, paths={"teacher": str(tmp_path / "other")}), "student")
+
+
+@pytest.mark.parametrize("teacher", ["online", "none"])
+def test_another_tokenizer_than_the_corpuss_is_refused(
+    teacher: str, tiny_corpus: Params, tmp_path: Path
+) -> None:
+    """A live teacher would read other words than the student; and the model would get its files."""
+    other = make_teacher(tmp_path / "other")
+    make_tokenizer(other, vocab_size=290)
+    params = change(
+        tiny_corpus,
+        paths={"teacher": str(other)},
+        student={"init": "random"} | SMALL,
+        train={"teacher": teacher},
+    )
+    with pytest.raises(MismatchError, match=r"was tokenized with tokenizer .*, .*other holds"):
+        run_training(params, "student")
+
+
+def test_a_students_own_tokenizer_goes_with_it_where_the_teachers_is_another(
+    tiny_corpus: Params, tmp_path: Path
+) -> None:
+    start = make_teacher(tmp_path / "start")
+    other = make_teacher(tmp_path / "other")
+    make_tokenizer(other, vocab_size=290)
+    params = change(
+        tiny_corpus,
+        paths={"teacher": str(other)},
+        student={"init": "checkpoint", "checkpoint": str(start)},
+        train={"teacher": "none", "steps": 1},
+    )
+    model = run_training(params, "student").folder / "model"
+    assert (model / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    with pytest.raises(MismatchError, match="was tokenized with"):
+        run_training(change(params, train={"teacher": "online"}), "online")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/"])
+def test_a_run_is_one_folder(name: str, tiny_params: Params) -> None:
+    """A script's empty variable must not make --overwrite delete all runs, or what is above."""
+    with pytest.raises(ParamsError, match=r"--run '.*' is not the name of one folder in .*runs"):
+        run_training(tiny_params, name, overwrite=True)
+
+
+def test_a_damaged_record_of_a_run_is_another_run(tiny_cache: Params) -> None:
+    folder = run_training(tiny_cache, "student").folder
+    (folder / "run.json").write_text("{")
+    with pytest.raises(MismatchError, match="holds a run with other parameters"):
+        run_training(tiny_cache, "student")
 
 
 def test_temperature_not_stored_is_refused(tiny_cache: Params) -> None:

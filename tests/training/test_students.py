@@ -26,11 +26,10 @@ from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters
 from pipeline.model.student import StudentModel
 from pipeline.model.weights import open_student
-from pipeline.training import trainer
 from pipeline.training.optim import build_optimizer
 from pipeline.training.run import run_training
 from tests.conftest import change, make_tokenizer
-from tests.helpers import live_teacher
+from tests.helpers import live_teacher, run_with_power_cut
 
 LORA: dict[str, Any] = {
     "rank": 4,
@@ -105,7 +104,7 @@ def test_layers_of_a_teacher_that_transformers_runs(tiny_corpus: Params, qwen3: 
 
 @pytest.mark.parametrize("engine", ["ours", "transformers"])
 def test_interrupted_adapters_continue_exactly(
-    engine: str, tiny_cache: Params, qwen3: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, tiny_cache: Params, qwen3: Path
 ) -> None:
     """With dropout, so that mode and random state count."""
     lora = {"lora": LORA | {"dropout": 0.3}}
@@ -113,17 +112,7 @@ def test_interrupted_adapters_continue_exactly(
     if engine == "transformers":
         params = from_folder(tiny_cache, qwen3, **lora)
     run_training(params, "whole")
-    step = trainer._train_step
-
-    def dies(*args: Any, **options: Any) -> Any:
-        if args[3].step == 5:
-            raise RuntimeError("power cut")
-        return step(*args, **options)
-
-    monkeypatch.setattr(trainer, "_train_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_training(params, "broken")
-    monkeypatch.undo()
+    run_with_power_cut(params, "broken", before_step=5)
     run_training(params, "broken")
     one, two = (
         load_file(params.paths.runs / run / "model" / "model.safetensors")

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,14 +18,20 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.teacher.base import NoTeacher
-from pipeline.training import trainer
 from pipeline.training.batches import first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.parallel import ALONE, parallelise
 from pipeline.training.run import run_training
 from tests.conftest import ROOT, change
-from tests.helpers import SMALL, assert_same_run, capture_all, losses, weights
+from tests.helpers import (
+    SMALL,
+    assert_same_run,
+    capture_all,
+    losses,
+    run_with_power_cut,
+    weights,
+)
 
 
 @pytest.mark.parametrize(("alpha", "falls"), [(0.0, "loss"), (1.0, "kl")])
@@ -39,23 +44,11 @@ def test_what_is_minimised_falls(alpha: float, falls: str, tiny_cache: Params) -
     assert curve[-1] < 0.9 * curve[0]
 
 
-def test_interrupted_run_continues_exactly(
-    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_continues_exactly(tiny_cache: Params) -> None:
     student = {"init": "random"} | SMALL | {"dropout": 0.1}
     params = change(tiny_cache, student=student)
     run_training(params, "whole")
-    step = trainer._train_step
-
-    def dies(*args: Any, **options: Any) -> object:
-        if args[3].step == 5:
-            raise RuntimeError("power cut")
-        return step(*args, **options)
-
-    monkeypatch.setattr(trainer, "_train_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_training(params, "broken")
-    monkeypatch.undo()
+    run_with_power_cut(params, "broken", before_step=5)
     broken = params.paths.runs / "broken"
     assert Checkpoints(broken / "checkpoints").names() == [
         "step_00000002",
@@ -159,6 +152,14 @@ def test_bad_steps_are_skipped_counted_and_fatal_in_the_end(
     calls = iter(range(10**6))
     with pytest.raises(DecantError, match=r"2 steps had .* train\.max_skipped_steps=1"):
         run_training(change(tiny_cache, train={"max_skipped_steps": 1}), "fatal")
+
+
+def test_a_student_that_overflowed_is_not_saved(tiny_cache: Params) -> None:
+    """In fewer steps than may be skipped: each further one is, since weights are not finite."""
+    broken = change(tiny_cache, train={"learning_rate": 1e38, "warmup_steps": 0, "eval_every": 8})
+    with pytest.raises(DecantError, match=r"validation loss is nan, .* train\.learning_rate"):
+        run_training(broken, "student")
+    assert not (tiny_cache.paths.runs / "student" / "model").exists()
 
 
 @pytest.mark.parametrize(("k", "draws"), [(8, 8), (0, 30)])
