@@ -89,10 +89,10 @@ def choose_folders(
     """
     folders: dict[str, Path] = {}
     for text in models:
-        name, _, folder = text.partition("=")
-        if not name or not folder or name in (".", "..") or "/" in name:
+        name, _, place = text.partition("=")
+        if not name or not place or name in (".", "..") or "/" in name:
             raise ParamsError(f"--model {text!r} is not NAME=FOLDER with a plain name: give both")
-        folders[name] = Path(folder)
+        folders[name] = Path(place)
     if not models and not runs:
         folders["teacher"], runs = params.paths.teacher, ("student",)
     folders |= {run: params.paths.runs / run / "model" for run in runs}

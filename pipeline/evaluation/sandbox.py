@@ -110,8 +110,8 @@ def _run(program: str, limits: Limits, folder: str, *, isolated: bool) -> Outcom
         start_new_session=True,  # Ctrl-C is for us, who end it
         bufsize=0,
     ) as supervisor:
+        assert supervisor.stdin
         try:
-            assert supervisor.stdin
             with suppress(BrokenPipeError):  # it has failed, and says why
                 _write_all(supervisor.stdin, json.dumps(request).encode() + b"\n" + source)
             result, output, printed = _listen(supervisor, limits)

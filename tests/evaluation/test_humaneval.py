@@ -63,7 +63,7 @@ def test_canonical_solutions_all_pass_and_wrong_ones_do_not() -> None:
     problems = load_problems(None)
     assert len(problems) == 164
     limits = Limits(seconds=30.0)  # a busy machine is no defect
-    wrong = ["    return None\n", "    pass\n    import os; os._exit(0)\n", "  x = (\n"]
+    wrong = ["\n    return None\n", "\n    import os; os._exit(0)\n", "\n  x = (\n"]
     cases = [problem.program(problem.canonical_solution) for problem in problems]
     cases += [p.program(text) for p, text in zip(problems, itertools.cycle(wrong), strict=False)]
     with ThreadPoolExecutor(2) as pool:
@@ -142,8 +142,12 @@ def write_problems(file: Path, problems: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_problems_come_from_a_file(suffix: str, tmp_path: Path) -> None:
     problems = load_problems(write_problems(tmp_path / f"easy.{suffix}", EASY))
-    assert [vars(problem) for problem in problems] == EASY
-    program = problems[0].program("    return 2 * x\n")
+    assert [problem.task_id for problem in problems] == [raw["task_id"] for raw in EASY]
+    assert problems[1].prompt == "import math\ndef f(x):"  # the newline is the model's to write
+    for problem, raw in zip(problems, EASY, strict=True):
+        whole = problem.prompt + problem.canonical_solution
+        assert whole == raw["prompt"] + raw["canonical_solution"]
+    program = problems[0].program("\n    return 2 * x\n")
     assert (
         program == "def f(x):\n    return 2 * x\n\ndef check(f):\n    assert f(2) == 4\n\ncheck(f)"
     )
@@ -211,7 +215,7 @@ def test_rows_that_left_the_batch_change_nothing(generator: TextGenerator) -> No
     settings = GenerationSettings(max_new_tokens=40, temperature=0.0, eos_ids=())
     whole = generate_ids(generator.student, prompts, settings)
     texts = [generator.tokenizer.decode(ids) for ids in whole]
-    stop = [letters_behind(texts[0], 9), letters_behind(texts[2], 20)]
+    stop = [letter_behind(texts[0], 3), letter_behind(texts[2], 5)]
     found = complete(generator, prompts, settings, stop)
     places = [min((t.find(s) for s in stop if s in t), default=None) for t in texts]
     assert len({len(ids) for ids in whole} | {tokens for _, tokens in found}) >= 3
@@ -225,10 +229,9 @@ def test_rows_that_left_the_batch_change_nothing(generator: TextGenerator) -> No
     assert min(counts) < 40
 
 
-def letters_behind(text: str, start: int) -> str:
-    """Two characters of a byte each, so that they are whole once their last token is there."""
-    pairs = (text[place : place + 2] for place in range(start, len(text) - 1))
-    return next(pair for pair in pairs if pair.isascii())
+def letter_behind(text: str, start: int) -> str:
+    """A character of one byte, so that it is whole once its token is there."""
+    return next(letter for letter in text[start:] if letter.isascii())
 
 
 def settings(params: Params, file: Path, **changes: Any) -> HumanevalParams:
@@ -302,7 +305,7 @@ def test_results_are_those_of_the_programs(
     problems = load_problems(easy)
     fingerprint = completions.fingerprint_of(generator, problems, params, 1)
     samples = Journal(tmp_path / "samples.jsonl", fingerprint, overwrite=False)
-    texts = ["    return 4", "    import time; time.sleep(0.5); return 2 * x", "    return x"]
+    texts = ["\n return 4", "\n import time; time.sleep(0.5); return 2 * x", "\n return x"]
     samples.append(
         {"task_id": p.task_id, "sample": n, "completion": texts[n], "tokens": 5, "seconds": 0.5}
         for p in problems
