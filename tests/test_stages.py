@@ -27,6 +27,7 @@ STAGES = (
     "verify",
     "train",
     "evaluate",
+    "humaneval",
     "report",
     "study",
 )

@@ -87,6 +87,16 @@ class KVCache:
         index = torch.arange(self.length, self.length + count, device=self.tensor.device)[None]
         return index if self.padding is None else (index - self.padding[:, None]).clamp_(min=0)
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, int64 [B'], in their order: copies what is kept."""
+        length = self.length
+        self.tensor = self.tensor[:, :, rows]
+        self.layers = [LayerCache(layer[0], layer[1]) for layer in self.tensor]
+        for layer in self.layers:
+            layer.length = length
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
     def mask(self, count: int) -> Tensor | None:
         """Which keys the next `count` queries may see; None where that is plain causal attention.
 

