@@ -7,8 +7,9 @@
 
 What the user leaves at None is the folder's: `generation_config.json` says whether to sample
 (`do_sample`), by what temperature, top_k, top_p and repetition_penalty, and which ids end a text.
-A folder without one decodes greedily, and ends at the tokenizer's eos token and at <|endoftext|>,
-which separates the documents that a student was trained on. (Hugging Face would cut to the 50 most
+A folder without one decodes greedily, and ends at the eos_token_id of `config.json` or, where that
+names none, at the tokenizer's eos token and at <|endoftext|>, which separates the documents that a
+student was trained on. (Hugging Face would cut to the 50 most
 probable ids where nothing is said. We do not: a limit that nobody wrote down is a surprise.)
 """
 
@@ -233,15 +234,20 @@ def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
         eos = _read_optional(folder / "config.json").get("eos_token_id")
     if eos is None:
         eos = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")} - {None}
-    sample = bool(said.get("do_sample", False))
-    defaults: dict[str, Any] = {
-        "temperature": said.get("temperature", 1.0) if sample else 0.0,
-        "top_k": said.get("top_k") or 0,
-        "top_p": said.get("top_p") or 1.0,
-        "repetition_penalty": said.get("repetition_penalty") or 1.0,
-        "eos_ids": (eos,) if isinstance(eos, int) else tuple(sorted(eos)),
-    }
-    GenerationSettings(**defaults)  # a folder's mistakes are told at once
+    said = {name: value for name, value in said.items() if value is not None}
+    try:
+        defaults: dict[str, Any] = {
+            "temperature": said.get("temperature", 1.0) if said.get("do_sample") else 0.0,
+            "top_k": said.get("top_k", 0),
+            "top_p": said.get("top_p", 1.0),
+            "repetition_penalty": said.get("repetition_penalty", 1.0),
+            "eos_ids": (eos,) if isinstance(eos, int) else tuple(sorted(map(int, eos))),
+        }
+        GenerationSettings(**defaults)
+    except (TypeError, ValueError) as error:
+        raise DecantError(
+            f"{folder / 'generation_config.json'} is refused ({error}): mend or remove it"
+        ) from None
     return defaults
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import click
 
 from pipeline.cli import stage
 from pipeline.config import Params
-from pipeline.errors import ParamsError
+from pipeline.errors import DecantError, ParamsError
 from pipeline.files import write_text
 from pipeline.generation import GenerationSettings
 from pipeline.runtime import pick_device, pick_dtype
@@ -54,9 +55,15 @@ def main(
     if output is not None and prompts is None:
         raise ParamsError("--output needs --prompts: a single text is printed")
     texts = None if prompts is None else read_prompts(prompts)
+    folder = model or params.paths.runs / "student" / "model"
+    if not (folder / "config.json").exists():
+        raise DecantError(
+            f"{folder} holds no config.json: name a model folder by --model, or train a student "
+            "first by stages/train.py"
+        )
     device = pick_device(params.device)
     generator = TextGenerator(
-        model or params.paths.runs / "student" / "model",
+        folder,
         device=device,
         dtype=pick_dtype(params.generate.dtype, device),
     )
@@ -64,8 +71,12 @@ def main(
         seed=params.seed, **params.generate.model_dump(exclude={"batch_rows", "dtype"})
     )
     if prompt is not None:
-        click.echo(prompt, nl=False)
-        say_pieces(generator.stream(prompt, settings))
+        pieces = generator.stream(prompt, settings)  # refuses before a word is printed
+        try:
+            for piece in chain([prompt], pieces):
+                click.echo(piece, nl=False)
+        finally:  # also behind a text that Ctrl-C cut short
+            click.echo()
     elif texts is not None:
         found = generator.generate(texts, settings, batch_rows=params.generate.batch_rows)
         hand_out(texts, found, output)
@@ -85,7 +96,7 @@ def read_prompts(file: Path) -> list[str]:
         ParamsError: no such file, no prompts in it, or a line without one, by its number.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and such end no line
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
             f"{file} cannot be read as text ({error}): name it by --prompts"
@@ -135,7 +146,7 @@ def chat(generator: TextGenerator, settings: GenerationSettings) -> None:
         except ParamsError as error:  # too long: the conversation goes on without it
             click.echo(f"error: {error}; /reset starts a new conversation", err=True)
             continue
-        history = [*said, {"role": "assistant", "content": say_pieces(pieces)}]
+        history = [*said, {"role": "assistant", "content": say_reply(pieces)}]
 
 
 def messages() -> Iterator[str]:
@@ -153,7 +164,7 @@ def messages() -> Iterator[str]:
             yield line.strip()
 
 
-def say_pieces(pieces: Iterator[str]) -> str:
+def say_reply(pieces: Iterator[str]) -> str:
     """Print a stream of text, then a new line; Ctrl-C ends it early. Returns what was printed."""
     text = ""
     try:

@@ -18,7 +18,7 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.compare import sample
 from pipeline.generation import GenerationSettings
 from pipeline.text_generator import PieceDecoder, TextGenerator
-from stages.generate import main
+from stages.generate import main, read_prompts
 from tests.conftest import make_teacher, make_tokenizer
 
 PROMPTS = ["the cat sees", "Note 3: the river", "a"]
@@ -119,6 +119,7 @@ def test_chat_reads_the_template_and_stops_where_told(generator: TextGenerator) 
         (None, {"temperature": 0.0, "eos_ids": (0,)}),  # <|endoftext|>, the tokenizer's eos too
         ({"eos_token_id": [7, 3]}, {"temperature": 0.0, "eos_ids": (3, 7)}),
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": None, "top_p": None}, {"temperature": 1.0}),
         ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20, "top_p": 1.0}),
         (  # Qwen2.5-0.5B-Instruct
             {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1},
@@ -151,6 +152,24 @@ def test_broken_generation_config_is_named(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder, copy)
     (copy / "generation_config.json").write_text("{")
     with pytest.raises(DecantError, match=r"generation_config\.json cannot be read as JSON"):
+        TextGenerator(copy)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+        ({"do_sample": True, "temperature": "hot"}, "'hot'|'str'"),
+        ({"eos_token_id": ["</s>"]}, "</s>"),
+    ],
+)
+def test_generation_config_that_asks_the_impossible_is_named(
+    said: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(DecantError, match=rf"generation_config\.json is refused .*({message})"):
         TextGenerator(copy)
 
 
@@ -276,11 +295,13 @@ def test_stage_refuses_in_one_sentence(
         ([*model, "--prompts", str(tmp_path / "bad.jsonl")], 2, "bad.jsonl line 2 is not of"),
         ([*model, "--prompt", "a", "--set", "generate.top_p=0"], 2, "generate.top_p=0 is refused"),
         (["--model", str(teacher_folder)], 1, "has no chat template"),
-        (["--prompt", "a"], 1, "holds no tokenizer.json"),
+        (["--prompt", "a"], 1, "model holds no config.json: name a model folder by --model"),
+        (["--model", str(tmp_path / "absent")], 1, "absent holds no config.json"),
     ]
     for words, code, sentence in cases:
         done = stage(tiny_params, tmp_path, *words, typed="")
         assert done.exit_code == code, (words, done.output)
+        assert not done.stdout, words  # nothing is said before the request is known to be good
         assert sentence in done.output, (words, done.output)
         assert done.output.count("error: ") == 1
 
@@ -301,6 +322,29 @@ def test_ctrl_c_ends_a_reply_but_not_the_chat(
     assert done.exit_code == 0, done.output
     assert done.output.count(" ...\n") == 1
     assert "generate: 9 tokens" in done.output  # three of the first, six of the second
+
+
+def test_ctrl_c_ends_a_single_text_with_status_130(
+    tiny_params: Params, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: PieceDecoder, token: int) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PieceDecoder, "push", interrupted)
+    done = stage(tiny_params, tmp_path, "--model", str(folder), "--prompt", "the cat")
+    assert done.exit_code == 130
+    assert done.stdout == "the cat\n"
+    assert "error: interrupted" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
+def test_lines_of_prompts_end_at_newlines_alone(name: str, tmp_path: Path) -> None:
+    """Unicode's other line ends are text: our own jsonl holds them as they are."""
+    prompts = ["a\u2028b", "c\x0cd"]
+    said = [json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts]
+    lines = prompts if name.endswith("txt") else said
+    (tmp_path / name).write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    assert read_prompts(tmp_path / name) == prompts
 
 
 def test_help_says_what_is_read_and_written() -> None:

@@ -99,10 +99,22 @@ def _came_out_empty(params: CorpusParams, split: str, counter: _Counter) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local Hugging Face folder."""
+    """The tokenizer of a local Hugging Face folder; no code of the folder is run.
+
+    Raises:
+        DecantError: there is none, or it is damaged.
+    """
     if not (folder / "tokenizer.json").exists():
         raise DecantError(f"{folder} holds no tokenizer.json: run stages/fetch.py (or `dvc repro`)")
-    return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # damage shows as errors of several libraries
+        reason = " ".join(str(error).split())[:200]
+        raise DecantError(
+            f"the tokenizer of {folder} cannot be read ({reason}): bring the folder's files again"
+        ) from error
 
 
 def document_separator(tokenizer: Any) -> int:

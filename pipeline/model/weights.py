@@ -81,6 +81,15 @@ def read_config(folder: Path) -> ModelConfig:
         DecantError: no readable config.json.
     """
     raw = _read_json(folder / "config.json")
+    try:
+        return _parse_config(folder, raw)
+    except KeyError as error:
+        raise DecantError(
+            f"{folder / 'config.json'} lacks {error}: add it, or bring the file again"
+        ) from None
+
+
+def _parse_config(folder: Path, raw: dict[str, Any]) -> ModelConfig:
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
@@ -157,6 +166,8 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
                     continue
                 name = f"model.layers.{position[int(match[1])]}.{match[2]}"
             if name == "lm_head.weight" and config.tie_embeddings:
+                continue
+            if name.endswith(".rotary_emb.inv_freq"):  # Llama 2 stores what config.json gives
                 continue
             if name not in targets or targets[name].shape != tensor.shape:
                 raise DecantError(
@@ -266,8 +277,11 @@ def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
         raise DecantError(
             f"{file} cannot be read as a model's config.json ({error}): bring the whole model again"
         ) from None
+    if not isinstance(content, dict):
+        raise DecantError(f"{file} must hold a JSON object: bring the folder's files again")
+    return content

@@ -42,7 +42,6 @@ def layer(subject: Subject) -> Section:
             f"What enters and leaves decoder layer {number} when the model reads the prompt, saved "
             f"as {name}, read back, and put through the layer once more: Hugging Face's by itself, "
             "and ours.",
-            "Tolerances grow with the largest value: 1e-5 of it, where it exceeds 1.",
         ],
         tables=[Table("Saved", ("tensor", "shape", "mean", "std", "largest |value|"), rows)],
         comparisons=[

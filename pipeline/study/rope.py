@@ -57,7 +57,7 @@ def rope(subject: Subject) -> Section:
             )
         ],
         comparisons=[
-            compare("inverse frequencies", ours.inv_freq, theirs.inv_freq),
+            compare("inverse frequencies, ours over theirs", *_ratios(ours, theirs)),
             compare("cos", cos[:, 0], their_cos),
             compare("sin", sin[:, 0], their_sin),
             compare("rotated queries", ours_rotated, their_queries),
@@ -67,6 +67,11 @@ def rope(subject: Subject) -> Section:
             ),
         ],
     )
+
+
+def _ratios(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Ours over theirs, and ones: the slow frequencies, of 1e-6, would agree with any others."""
+    return ours.inv_freq / theirs.inv_freq, torch.ones_like(theirs.inv_freq)
 
 
 def _scores_at_two_places(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ def _theirs(subject: Subject, prompts: Tensor) -> list[float]:
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
-            min_new_tokens=new_tokens,
+            eos_token_id=None,  # min_new_tokens would do, but looks at every row of logits
             max_new_tokens=new_tokens,
             streamer=clock,
         )

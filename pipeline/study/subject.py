@@ -83,10 +83,10 @@ class Subject:
         """Hugging Face's configuration."""
         try:
             return import_transformers().AutoConfig.from_pretrained(
-                self.folder, local_files_only=True
+                self.folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise _unusable(self.folder, error) from None
+        except Exception as error:
+            raise _unusable(self.folder, error) from error
 
     @cached_property
     def theirs(self) -> Any:
@@ -103,9 +103,10 @@ class Subject:
                 attn_implementation="eager",
                 local_files_only=True,
                 use_safetensors=True,
+                trust_remote_code=False,
             )
-        except (OSError, ValueError) as error:
-            raise _unusable(self.folder, error) from None
+        except Exception as error:
+            raise _unusable(self.folder, error) from error
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends
         model.generation_config = transformers.GenerationConfig(
@@ -160,5 +161,6 @@ class Subject:
 
 
 def _unusable(folder: Path, error: Exception) -> DecantError:
+    """What to raise for damage, which shows as errors of several libraries."""
     reason = " ".join(str(error).split())[:200]
     return DecantError(f"{folder} cannot be read as a causal language model: {reason}")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -212,6 +213,31 @@ def test_variants_not_implemented_are_named(
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
     with pytest.raises(DecantError, match=message):
         load_student(tmp_path)
+
+
+def test_stored_frequencies_of_older_llamas_are_passed_over(tmp_path: Path) -> None:
+    theirs = hugging_face("llama", False)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.randint(0, 257, (1, 12))
+    torch.testing.assert_close(
+        load_student(tmp_path)(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"config\.json must hold a JSON object"),
+        ('{"model_type": "llama"}', r"config\.json lacks 'max_position_embeddings'"),
+    ],
+)
+def test_config_without_what_it_needs_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DecantError, match=message):
+        read_config(tmp_path)
 
 
 def test_damaged_folder_is_named(tmp_path: Path) -> None:

