@@ -166,6 +166,7 @@ TINY: dict[str, dict[str, Any]] = {
         "min_retained_mass": 0.0,
     },
     "evaluate": {"prompts": ["the cat"], "new_tokens": 3},
+    "export": {"prompts": 4, "prompt_tokens": 8, "new_tokens": 4, "lines": 12},
 }
 
 
