@@ -62,7 +62,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         _use(files),
         "## Training\n\n" + _table(("", ""), [*origin, *_training(about)]),
         _evaluation(_read_json(params.paths.evaluate / "metrics.json"), run),
-        _terms(run_license(params), "its teacher's licence allows" if taught else "you may decide"),
+        _terms(run_license(params), "the teacher and the data"),
     ]
     return _page(front, sections)
 
@@ -74,7 +74,7 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
         license=found, library_name="transformers", pipeline_tag="text-generation"
     )
     said = f"# {name}\n\nA causal language model, converted by Decant and otherwise as it was."
-    return _page(front, [said, _use(files), _terms(found, "its makers allow")])
+    return _page(front, [said, _use(files), _terms(found, "the model it was made of")])
 
 
 def run_license(params: Params) -> str | None:
@@ -156,10 +156,8 @@ def _evaluation(metrics: Mapping[str, Any], run: str) -> str:
     )
 
 
-def _terms(license_id: str | None, allowed: str) -> str:
-    if license_id:
-        return f"## Licence\n\n{license_id}"
-    return f"## Licence\n\nNot stated. What may be done with this model is what {allowed}."
+def _terms(license_id: str | None, others: str) -> str:
+    return f"## Licence\n\n{license_id or f'Not stated: the terms of {others} may apply.'}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

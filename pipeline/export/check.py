@@ -150,7 +150,7 @@ def check_export(
     left_out = [WITHOUT_LLAMA_CPP] if files and not has_llama_cpp() else []
     context = params.prompt_tokens + params.new_tokens
     for kind, file in progress(
-        {} if left_out else files.items(), what="llama.cpp", unit="file", total=len(files)
+        [] if left_out else list(files.items()), what="llama.cpp", unit="file"
     ):
         with LlamaCpp(file, context=context) as llama:
             chosen = follow(llama.generate, reference)

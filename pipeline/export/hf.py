@@ -54,8 +54,9 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
         if name not in said:  # the class's own default means another tokenizer's token
             setattr(model.config, name, value)
     if not (source / "generation_config.json").exists():
-        eos = {"eos_token_id": said.get("eos_token_id", default_eos_ids(tokenizer))}
-        model.generation_config = import_transformers().GenerationConfig(**(ids | eos))
+        eos = said.get("eos_token_id")
+        ids["eos_token_id"] = default_eos_ids(tokenizer) if eos is None else eos
+        model.generation_config = import_transformers().GenerationConfig(**ids)
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # written for their owner's eyes alone
         weights.chmod((folder / "config.json").stat().st_mode)

@@ -7,7 +7,8 @@ tokenizers alone. Here the definition itself is compared, so that a tokenizer tr
 taken too if it splits in one of the ways below. Any other is refused: under a wrong name a file
 loads, and the model reads other tokens than it was trained on.
 
-llama.cpp normalises nothing. Where a tokenizer does (Qwen2's NFC), whoever calls llama.cpp has to.
+llama.cpp normalises nothing. Qwen2's NFC leaves nearly all text as it is, and is let pass, so
+that whoever gives llama.cpp other text has to normalise it first; other normalisers are refused.
 """
 
 from __future__ import annotations
@@ -84,6 +85,12 @@ def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
         raise DecantError(
             f"the tokenizer of {folder} is {kind}, and GGUF files are written with byte-level BPE "
             "alone (GPT-2's, Llama 3's, Qwen2's): set export.gguf=[]"
+        )
+    normalizer = (state.get("normalizer") or {"type": "NFC"})["type"]
+    if normalizer != "NFC":
+        raise DecantError(
+            f"the tokenizer of {folder} normalises text by {normalizer}, and llama.cpp does not: "
+            "set export.gguf=[]"
         )
     name = _PRE_TOKENIZERS.get(steps)
     if name is None or model.get("ignore_merges", False) != (name == "llama-bpe"):

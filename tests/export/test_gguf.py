@@ -183,6 +183,7 @@ def test_bos_is_put_before_a_text_only_where_the_tokenizer_does(tmp_path: Path) 
         ({"pre_tokenizer": None}, "no name for"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "no name for"),
         ({"model": {"type": "Unigram"}}, "is Unigram"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalises text by Lowercase"),
         ({"model": {"type": "BPE", "byte_fallback": True}}, "is BPE with byte fallback"),
         ({"model": {"type": "BPE", "ignore_merges": True}}, "no name for"),
     ],

@@ -171,7 +171,7 @@ def test_card_invents_nothing(params_of_run: Params) -> None:
     params = change(params_of_run, export={"license": None, "base_model": None})
     text = run_card(params, "baseline", [])
     assert set(front(text)) == {"library_name", "pipeline_tag", "tags"}
-    assert "Not stated." in text
+    assert "Not stated: the terms of the teacher and the data may apply." in text
     assert "Evaluation" not in text  # nobody measured it
     assert "llama" not in text
 

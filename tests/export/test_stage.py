@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from pipeline.config import Params, load_params
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.export import check
+from pipeline.export.check import TokenizerResult
 from pipeline.export.llama_cpp import has_llama_cpp
 from pipeline.export.push import files_of, require_repo_id
 from pipeline.export.run import export_model
 from pipeline.export.source import Exported, find_model, text_to_check_by
 from pipeline.model.weights import load_student, save_student
+from stages import export as stage
 from tests.conftest import ROOT, change
 from tests.export.conftest import text_of_many_lines
 from tests.export.hub import Hub
@@ -76,20 +80,22 @@ def test_by_hand_with_a_dry_run(tiny_run: Params, tmp_path: Path) -> None:
 
 
 def test_a_path_that_differs_is_status_1_and_nothing_is_pushed(
-    tiny_run: Params, tmp_path: Path
+    tiny_run: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    breaking = (
-        "import sys; from pipeline.export import check\n"
-        "check.compare_lines = lambda name, *_: check.TokenizerResult(name, 9, 8, False)\n"
-        "from stages.export import main; main()"
-    )
-    words = ["--params", str(tmp_path / "params.yaml"), "--set", "export.gguf=[]"]
-    with Hub() as hub:
-        done = run_python("-c", breaking, *words, "--push", "o/n", HF_ENDPOINT=hub.address)
-    assert done.returncode == 1
-    assert "FAIL  transformers tokenizer" in done.stdout
-    assert "does NOT agree" in done.stdout
-    assert not hub.requests
+    pushed: list[str] = []
+    monkeypatch.setattr(stage, "push", lambda folder, name, public: pushed.append(name) or "there")
+    words = ["--params", str(tmp_path / "params.yaml"), "--set", "export.gguf=[]", "--push", "o/n"]
+    done = CliRunner().invoke(stage.main, words)
+    assert done.exit_code == 0
+    assert "pushed to there" in done.output
+    assert pushed == ["o/n"]
+    differs = TokenizerResult("transformers", 9, 8, False)
+    monkeypatch.setattr(check, "compare_lines", lambda *_: differs)
+    done = CliRunner().invoke(stage.main, words)
+    assert done.exit_code == 1
+    assert "FAIL  transformers tokenizer" in done.output
+    assert "does NOT agree" in done.output
+    assert pushed == ["o/n"]
 
 
 PUSH = (
@@ -143,9 +149,9 @@ def test_names_that_are_none_are_refused(name: str) -> None:
 
 
 def test_flags_that_need_push(tiny_run: Params, tmp_path: Path) -> None:
-    done = run_python("stages/export.py", "--params", str(tmp_path / "params.yaml"), "--public")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --public and --dry-run go with --push")
+    done = CliRunner().invoke(stage.main, ["--params", str(tmp_path / "params.yaml"), "--public"])
+    assert done.exit_code == 2
+    assert done.output.startswith("error: --public and --dry-run go with --push")
 
 
 def test_an_export_that_fails_leaves_the_older_one(
