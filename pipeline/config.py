@@ -72,6 +72,7 @@ class Paths(Section):
     )
     evaluate: Path = Field(description="metrics, calibration and samples")
     humaneval: Path = Field(description="HumanEval: a folder of samples a model, and metrics")
+    export: Path = Field(description="one folder a published model, and how it was checked")
     report: Path = Field(description="the HTML page")
     study: Path = Field(description="what a model is made of: pages, pictures, tensors")
 
@@ -372,6 +373,35 @@ class HumanevalParams(Section):
         return self
 
 
+class ExportParams(Section):
+    """A model for others: a Hugging Face folder with GGUF files, and the check of both."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        description="of the Hugging Face folder, from whose weights the GGUF files are made"
+    )
+    gguf: tuple[Literal["f32", "f16", "bf16", "q8_0"], ...] = Field(
+        description="formats for llama.cpp, a file each; empty for none"
+    )
+    license: str | None = Field(
+        description="a run's licence as the hub names it, for example apache-2.0; null: as the "
+        "teacher's model card says, else left out"
+    )
+    base_model: str | None = Field(
+        description="the teacher's id on the hub, for the model card; null: teacher.hub.id where "
+        "teacher.source=hub, else left out"
+    )
+    text: Path | None = Field(
+        description="UTF-8 text to check by; null takes the corpus's validation rows"
+    )
+    prompts: Count = Field(description="cut from the text, continued on each path")
+    prompt_tokens: Count = Field(description="at most so many a prompt")
+    new_tokens: Count = Field(description="greedy tokens a prompt")
+    lines: Count = Field(description="of the text, tokenized on each path, or all there are")
+    min_agreement: Fraction = Field(
+        description="share of equal tokens where rounding forbids that all be: bf16 and q8_0"
+    )
+
+
 class GenerateParams(Section):
     """Text from a model folder; null is what its generation_config.json says."""
 
@@ -418,6 +448,7 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     humaneval: HumanevalParams
+    export: ExportParams
     generate: GenerateParams
     study: StudyParams
 

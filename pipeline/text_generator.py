@@ -226,6 +226,12 @@ class TextGenerator:
         self.counts.seconds += time.perf_counter() - started
 
 
+def default_eos_ids(tokenizer: Any) -> list[int]:
+    """The ids that end a text where a folder names none: see the module."""
+    ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")}
+    return sorted(ids - {None})
+
+
 def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """What stands in for each setting that is None; see the module."""
     said = _read_optional(folder / "generation_config.json")
@@ -233,7 +239,7 @@ def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
     if eos is None:
         eos = _read_optional(folder / "config.json").get("eos_token_id")
     if eos is None:
-        eos = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")} - {None}
+        eos = default_eos_ids(tokenizer)
     said = {name: value for name, value in said.items() if value is not None}
     try:
         defaults: dict[str, Any] = {

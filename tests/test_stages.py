@@ -28,6 +28,7 @@ STAGES = (
     "train",
     "evaluate",
     "humaneval",
+    "export",
     "report",
     "study",
 )
@@ -177,6 +178,8 @@ def test_repro_runs_everything_once(project: Path) -> None:
     files = metrics[""]["data"]
     assert files["cache/verify/metrics.json"]["data"]["passed"] is True
     assert files["cache/evaluate/metrics.json"]["data"]["student"]["tokens"] > 300
+    assert files["cache/export/check.json"]["data"]["passed"] is True
+    assert (project / "cache/export/student/model.safetensors").exists()
     page = (project / "cache/report/index.html").read_text()
     assert page.count("<svg") == 5
     assert not re.search(r"""(src|href)=["']https?:""", page)  # nothing to load
@@ -187,7 +190,7 @@ def test_temperature_reruns_train_and_what_follows_only(project: Path) -> None:
     before = teacher_files(project)
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("temperature: 1.0", "temperature: 2.0"))
-    assert stages_run(dvc(project, "repro")) == ["train", "evaluate", "report"]
+    assert stages_run(dvc(project, "repro")) == ["train", "evaluate", "export", "report"]
     difference = json.loads(dvc(project, "metrics", "diff", "--json"))
     changed = difference["cache/evaluate/metrics.json"]["student.loss"]
     assert changed["old"] != changed["new"]

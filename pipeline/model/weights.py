@@ -159,7 +159,7 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
     targets = dict(student.named_parameters())
     loaded: set[str] = set()
     with torch.no_grad():
-        for name, tensor in _tensors(folder):
+        for name, tensor in stream_tensors(folder):
             match = _LAYER.match(name)
             if match:
                 if int(match[1]) not in position:
@@ -238,7 +238,12 @@ def _hash_file(file: Path, size: int, changed: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model folder by name, as stored, one in memory at a time.
+
+    Raises:
+        DecantError: no *.safetensors, or a damaged one.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DecantError(f"{folder} holds no *.safetensors: is it a model folder?")

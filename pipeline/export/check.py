@@ -1,0 +1,297 @@
+"""Whether an exported model says the same on three paths: our generation, transformers, llama.cpp.
+
+All continue the same token ids, greedily, with the exported weights. The reference computes in
+float32: ours, or, for an architecture that ours does not implement, transformers on the weights
+before the export, rounded as they were to be. Every other path is led along it: where it chooses
+another token, that is counted, and it goes on behind the reference's token, so that one early
+difference does not hide what follows. A prompt is equal when no token differs, which is to say
+that the path, left alone, would have written the same text.
+
+Rounding differs between programs, and tips a choice that is nearly a tie. So a different token is a
+near tie where the reference's own logit of it is below that of its choice by no more than
+`NEAR_TIE`. Paths that compute in float32, and f16, pass when every token is equal or a near tie
+(and these stand beside the equal ones, not among them). llama.cpp rounds what a bf16 matrix is
+multiplied with to bf16, and to q8_0 for q8_0, so that they compute another function: they pass from
+`export.min_agreement` on and are not required to.
+
+Tokenizers are compared on lines of the same text. llama.cpp normalises nothing, so it gets a line
+as the tokenizer's own normaliser leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ExportParams
+from pipeline.data.corpus import load_tokenizer
+from pipeline.errors import DecantError, ParamsError
+from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
+from pipeline.generation import GenerationSettings, generate_ids, pad_left
+from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.weights import VariantError, load_student
+from pipeline.runtime import DTYPES, import_transformers, progress
+
+NEAR_TIE = {"float32": 1e-3, "f32": 1e-3, "f16": 0.05}
+"""Logits by which the reference may prefer its own token, by what a path computes in."""
+
+WITHOUT_LLAMA_CPP = "llama.cpp is left out: install it by `pip install decant[llama]`"
+
+Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+"""Prompts, and how many tokens -> at most so many greedy tokens each."""
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """One path against the reference; see the module."""
+
+    name: str
+    tokens: int
+    equal_tokens: int
+    near_ties: int
+    equal_prompts: int
+    required: bool
+    passed: bool
+
+
+@dataclass(frozen=True)
+class TokenizerResult:
+    """One tokenizer against the original's, line by line."""
+
+    name: str
+    lines: int
+    equal_lines: int
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is to be said.
+
+    Attributes:
+        tokens: of each prompt, what follows.
+        logits: token ids -> float32 [V], of what follows them.
+    """
+
+    name: str
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logits: Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """All comparisons of one export."""
+
+    model: str
+    reference: Reference
+    new_tokens: int
+    paths: list[PathResult]
+    tokenizers: list[TokenizerResult]
+    left_out: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every required path, and every tokenizer, passed."""
+        return all(path.passed or not path.required for path in self.paths) and all(
+            tokenizer.passed for tokenizer in self.tokenizers
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in check.json."""
+        return {
+            "model": self.model,
+            "reference": self.reference.name,
+            "prompts": len(self.reference.prompts),
+            "new_tokens": self.new_tokens,
+            "passed": self.passed,
+            "paths": [asdict(path) for path in self.paths],
+            "tokenizer": [asdict(tokenizer) for tokenizer in self.tokenizers],
+            "left_out": self.left_out,
+        }
+
+
+def check_export(
+    name: str,
+    source: Path,
+    folder: Path,
+    files: Mapping[str, Path],
+    text: str,
+    params: ExportParams,
+) -> ExportCheck:
+    """Compare an exported folder and its GGUF files with each other and with what they came from.
+
+    Args:
+        source: the folder that was exported.
+        files: GGUF files by format.
+        text: prompts and lines are taken from it.
+
+    Raises:
+        DecantError: a part cannot be loaded.
+        ParamsError: prompts exceed the model's context.
+    """
+    tokenizer = load_tokenizer(folder)
+    lines = [line for line in text.splitlines() if line.strip()][: params.lines]
+    prompts = cut_prompts(text, tokenizer, params)
+    reference = make_reference(source, folder, prompts, params)
+    theirs = load_causal_lm(folder, torch.float32, what="export")
+    chosen = follow(transformers_generate(theirs), reference)
+    paths = [judge("transformers, float32", chosen, reference, NEAR_TIE["float32"], params)]
+    del theirs
+    original = load_tokenizer(source)
+    tokenizers = [
+        compare_lines("transformers", [encode(original, t) for t in lines], tokenizer, lines)
+    ]
+    left_out = [WITHOUT_LLAMA_CPP] if files and not has_llama_cpp() else []
+    context = params.prompt_tokens + params.new_tokens
+    for kind, file in progress(
+        [] if left_out else list(files.items()), what="llama.cpp", unit="file"
+    ):
+        with LlamaCpp(file, context=context) as llama:
+            chosen = follow(llama.generate, reference)
+            if len(tokenizers) == 1:  # the files hold the same
+                plain = [normalised(tokenizer, line) for line in lines]
+                ids = [llama.tokenize(line) for line in plain]
+                tokenizers.append(compare_lines("llama.cpp", ids, tokenizer, plain))
+        paths.append(judge(f"llama.cpp, {kind}", chosen, reference, NEAR_TIE.get(kind), params))
+    return ExportCheck(name, reference, params.new_tokens, paths, tokenizers, left_out)
+
+
+def cut_prompts(text: str, tokenizer: Any, params: ExportParams) -> list[list[int]]:
+    """Token ids of prompts evenly spaced over a text, each from the start of a line.
+
+    Raises:
+        DecantError: there is no text.
+    """
+    prompts = []
+    for number in range(params.prompts):
+        start = len(text) * number // params.prompts
+        start = text.find("\n", start) + 1 if number else 0  # the beginning, behind the last line
+        piece = text[start : start + 16 * params.prompt_tokens]
+        prompts.append(list(tokenizer(piece)["input_ids"])[: params.prompt_tokens])
+    if not all(prompts):
+        raise DecantError(
+            f"the text to check by has {len(text)} characters, too few for {params.prompts} "
+            "prompts: name a longer one by export.text, or lower export.prompts"
+        )
+    return prompts
+
+
+def make_reference(
+    source: Path, folder: Path, prompts: list[list[int]], params: ExportParams
+) -> Reference:
+    """The greedy continuation of each prompt, in float32.
+
+    Raises:
+        ParamsError: prompt and continuation exceed the model's context.
+    """
+    try:
+        student = load_student(folder).eval()
+    except VariantError:
+        model = load_causal_lm(source, DTYPES[params.dtype], what="model").float()
+        name, generate = "transformers, float32, before the export", transformers_generate(model)
+
+        def run(tokens: Tensor) -> Tensor:
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+            return logits
+
+        limit = getattr(model.config, "max_position_embeddings", None)
+    else:
+        name, limit, run = "ours, float32", student.max_seq_len, student
+
+        def generate(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+            settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0)
+            return generate_ids(student, prompts, settings)
+
+    longest = max(map(len, prompts)) + params.new_tokens
+    if limit is not None and longest > limit:
+        raise ParamsError(
+            f"export.prompt_tokens={params.prompt_tokens} and export.new_tokens="
+            f"{params.new_tokens} exceed the model's context of {limit}: lower one of them"
+        )
+
+    @torch.inference_mode()
+    def logits(ids: Sequence[int]) -> Tensor:
+        return run(torch.tensor([list(ids)]))[0, -1]
+
+    return Reference(name, prompts, generate(prompts, params.new_tokens), logits)
+
+
+def transformers_generate(model: Any) -> Generate:
+    """Greedy `generate` of a transformers model, whatever its own generation_config says."""
+    settings = import_transformers().GenerationConfig(
+        do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    model.generation_config = settings
+
+    @torch.inference_mode()
+    def generate(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        tokens, real = pad_left(prompts, torch.device("cpu"))
+        out = model.generate(tokens, attention_mask=real.long(), max_new_tokens=new_tokens)
+        new: list[list[int]] = out[:, tokens.shape[1] :].tolist()
+        return new
+
+    return generate
+
+
+def follow(generate: Generate, reference: Reference) -> list[list[int]]:
+    """What a path chooses behind each of the reference's tokens: as many tokens as that has."""
+    chosen: list[list[int]] = [[] for _ in reference.prompts]
+    pairs = list(zip(reference.prompts, reference.tokens, strict=True))
+    while waiting := [i for i, (_, wanted) in enumerate(pairs) if len(chosen[i]) < len(wanted)]:
+        texts = [pairs[i][0] + pairs[i][1][: len(chosen[i])] for i in waiting]
+        most = max(len(pairs[i][1]) - len(chosen[i]) for i in waiting)
+        for i, new in zip(waiting, generate(texts, most), strict=True):
+            if not new:
+                raise DecantError("a path gives no token at all: it is of another version")
+            for token, wanted in zip(new, pairs[i][1][len(chosen[i]) :], strict=False):
+                chosen[i].append(token)
+                if token != wanted:
+                    break
+    return chosen
+
+
+def judge(
+    name: str,
+    chosen: Sequence[Sequence[int]],
+    reference: Reference,
+    near_tie: float | None,
+    params: ExportParams,
+) -> PathResult:
+    """Count what is equal; `near_tie` None is for a path whose tokens may differ."""
+    tokens = equal = ties = prompts = 0
+    for prompt, wanted, found in zip(reference.prompts, reference.tokens, chosen, strict=True):
+        differing = [i for i, token in enumerate(wanted) if found[i] != token]
+        tokens, equal = tokens + len(wanted), equal + len(wanted) - len(differing)
+        prompts += not differing
+        for i in differing:
+            logits = reference.logits(prompt + wanted[:i])
+            gap = float(logits[wanted[i]] - logits[found[i]])
+            ties += near_tie is not None and gap <= near_tie
+    passed = equal / tokens >= params.min_agreement if near_tie is None else equal + ties == tokens
+    return PathResult(name, tokens, equal, ties, prompts, near_tie is not None, passed)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, without tokens put around it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def normalised(tokenizer: Any, text: str) -> str:
+    """The text as the tokenizer's normaliser leaves it."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+def compare_lines(
+    name: str, ids: Sequence[list[int]], exported: Any, lines: Sequence[str]
+) -> TokenizerResult:
+    """Ids of each line against those of the exported tokenizer."""
+    equal = sum(found == encode(exported, line) for found, line in zip(ids, lines, strict=True))
+    return TokenizerResult(name, len(lines), equal, passed=equal == len(lines))

@@ -1,0 +1,69 @@
+"""One export: folder, GGUF files and card, complete under their name or not there, then the check.
+
+<paths.export>/<name>/                a Hugging Face folder, with README.md
+<paths.export>/<name>/<name>-f16.gguf a file for each format of export.gguf
+<paths.export>/check.json             how the last export was checked (pipeline/export/check.py)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.export.card import card_license, folder_card, run_card, run_license
+from pipeline.export.check import ExportCheck, check_export
+from pipeline.export.gguf import require_convertible, require_gguf, write_gguf
+from pipeline.export.hf import write_hugging_face
+from pipeline.export.source import Exported, text_to_check_by
+from pipeline.files import atomic_folder, write_json, write_text
+from pipeline.runtime import DTYPES
+
+
+def export_model(params: Params, model: Exported) -> Path:
+    """Write <paths.export>/<name>, in place of an older one; returns it.
+
+    Raises:
+        DecantError: the model or its tokenizer cannot be exported, or a package is missing.
+    """
+    if params.export.gguf:  # before minutes are spent
+        require_gguf()
+        require_convertible(model.folder)
+    folder = params.paths.export / model.name
+    files = gguf_files(params, model)
+    license_id = run_license(params) if model.run else card_license(model.folder)
+    with atomic_folder(folder) as partial:
+        write_hugging_face(model.folder, partial, DTYPES[params.export.dtype])
+        for kind, file in files.items():
+            write_gguf(partial, partial / file.name, kind, name=model.name, license_id=license_id)
+        names = [file.name for file in files.values()]
+        card = (
+            run_card(params, model.run, names)
+            if model.run
+            else folder_card(model.folder, model.name, names)
+        )
+        write_text(partial / "README.md", card)
+    return folder
+
+
+def gguf_files(params: Params, model: Exported) -> dict[str, Path]:
+    """Where each GGUF file lies, by format."""
+    folder = params.paths.export / model.name
+    return {kind: folder / f"{model.name}-{kind}.gguf" for kind in params.export.gguf}
+
+
+def check_model(params: Params, model: Exported) -> ExportCheck:
+    """Check what `export_model` wrote, and write <paths.export>/check.json.
+
+    Raises:
+        DecantError: there is no text to check by, or a part cannot be loaded.
+    """
+    check = check_export(
+        model.name,
+        model.folder,
+        params.paths.export / model.name,
+        gguf_files(params, model),
+        text_to_check_by(params, model.folder),
+        params.export,
+    )
+    write_json(params.paths.export / "check.json", check.to_json())
+    return check

@@ -1,0 +1,89 @@
+"""What is exported, and the text that it is checked by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Params
+from pipeline.data.corpus import load_tokenizer
+from pipeline.data.packing import PADDING
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.model.weights import hash_tokenizer
+
+_ROWS_AT_ONCE = 256
+_CHARACTERS_A_PROMPT = 1000
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model to export: its name, its folder, and the run that made it, if one did."""
+
+    name: str
+    folder: Path
+    run: str | None
+
+
+def find_model(params: Params, run: str, model: Path | None) -> Exported:
+    """The model of a run, or a folder.
+
+    Raises:
+        DecantError: there is none.
+    """
+    folder = params.paths.runs / run / "model" if model is None else model
+    if not (folder / "config.json").exists():
+        remedy = (
+            f"run stages/train.py --run {run} first" if model is None else "name a model folder"
+        )
+        raise DecantError(f"{folder} holds no config.json: {remedy}")
+    if model is None:
+        return Exported(run, folder, run)
+    name = folder.resolve().name
+    if name == "model":  # of a run elsewhere
+        name = folder.resolve().parent.name
+    return Exported(name, folder, None)
+
+
+def text_to_check_by(params: Params, model: Path) -> str:
+    """export.text, or as much of the corpus's validation documents as prompts and lines need.
+
+    Raises:
+        MismatchError: the corpus was made by a tokenizer that is not at hand.
+        ParamsError: export.text cannot be read.
+    """
+    if params.export.text is not None:
+        try:
+            return params.export.text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParamsError(
+                f"export.text={params.export.text} cannot be read as UTF-8 text ({error}): name "
+                "another file, or null"
+            ) from None
+    corpus = CorpusSplit(params.paths.corpus, "validation")
+    tokenizer = _tokenizer_of(corpus, (model, params.paths.teacher))
+    text, wanted = "", params.export.prompts * _CHARACTERS_A_PROMPT
+    for start in range(0, len(corpus), _ROWS_AT_ONCE):
+        rows = corpus.rows(start, min(start + _ROWS_AT_ONCE, len(corpus)))
+        text += _decode(tokenizer, rows.tokens[rows.doc_ids != PADDING].tolist())
+        if len(text) >= wanted and len(text.splitlines()) >= 2 * params.export.lines:
+            break
+    return text
+
+
+def _tokenizer_of(corpus: CorpusSplit, folders: tuple[Path, ...]) -> Any:
+    """The tokenizer that a corpus was made by."""
+    wanted = corpus.info.tokenizer_sha256
+    for folder in folders:
+        if (folder / "tokenizer.json").exists() and hash_tokenizer(folder) == wanted:
+            return load_tokenizer(folder)
+    raise MismatchError(
+        f"{corpus.path} was made by tokenizer {wanted[:12]}, which none of "
+        f"{', '.join(map(str, folders))} holds: name a text to check by in export.text"
+    )
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text

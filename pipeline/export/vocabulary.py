@@ -1,0 +1,151 @@
+"""A Hugging Face tokenizer in the words of GGUF: tokens, their kinds, merges, how text is split.
+
+llama.cpp does not read tokenizer.json. It knows byte-level BPE and, by a name that the file holds
+as `tokenizer.ggml.pre`, ways to split text before merging that are programmed into it. Its own
+converter finds the name from a hash of what a tokenizer makes of a sample, and so knows published
+tokenizers alone. Here the definition itself is compared, so that a tokenizer trained at home is
+taken too if it splits in one of the ways below. Any other is refused: under a wrong name a file
+loads, and the model reads other tokens than it was trained on.
+
+llama.cpp normalises nothing. Qwen2's NFC leaves nearly all text as it is, and is let pass, so
+that whoever gives llama.cpp other text has to normalise it first; other normalisers are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.corpus import load_tokenizer
+from pipeline.errors import DecantError
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+_GPT2_BYTES, _BYTES = ("ByteLevel", True), ("ByteLevel", False)
+_DIGITS = ("Digits", True)
+_PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
+    (_GPT2_BYTES,): "gpt-2",
+    (_DIGITS, _GPT2_BYTES): "smollm",
+    (("Split", _QWEN2), _BYTES): "qwen2",
+    (("Split", _LLAMA3), _BYTES): "llama-bpe",
+}
+"""Steps of a pre-tokenizer -> llama.cpp's name for what they do (src/llama-vocab.cpp)."""
+_ROLES = ("bos", "eos", "unk", "sep", "pad")
+
+
+def add_tokenizer(writer: Any, folder: Path, rows: int, config: Mapping[str, Any]) -> None:
+    """Write the tokenizer of a model folder into a GGUF file's metadata.
+
+    Args:
+        writer: a `gguf.GGUFWriter` before its header is written.
+        rows: of the embedding; those beyond the tokenizer's ids become unused tokens.
+        config: the model's config.json, which names the special ids that the tokenizer does not.
+
+    Raises:
+        DecantError: llama.cpp has no such tokenizer, or it has more ids than the model rows.
+    """
+    tokenizer = load_tokenizer(folder)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(state, folder))
+    tokens, kinds = token_table(tokenizer, rows, folder)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(rule) for rule in _merges(state)])
+    for role in _ROLES:
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is None:
+            number = config.get(f"{role}_token_id")
+        if isinstance(number, int) and 0 <= number < rows:
+            getattr(writer, f"add_{role}_token_id")(number)
+    ids = tokenizer("a")["input_ids"]  # what is really put around a text, whatever the config says
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
+    """llama.cpp's name for how a tokenizer splits text.
+
+    Args:
+        state: tokenizer.json. folder: named in errors.
+
+    Raises:
+        DecantError: it is not byte-level BPE, or splits in a way that has no name.
+    """
+    model, steps = state["model"], _steps(state.get("pre_tokenizer"))
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        kind = "BPE with byte fallback" if model["type"] == "BPE" else model["type"]
+        raise DecantError(
+            f"the tokenizer of {folder} is {kind}, and GGUF files are written with byte-level BPE "
+            "alone (GPT-2's, Llama 3's, Qwen2's): set export.gguf=[]"
+        )
+    normalizer = (state.get("normalizer") or {"type": "NFC"})["type"]
+    if normalizer != "NFC":
+        raise DecantError(
+            f"the tokenizer of {folder} normalises text by {normalizer}, and llama.cpp does not: "
+            "set export.gguf=[]"
+        )
+    name = _PRE_TOKENIZERS.get(steps)
+    if name is None or model.get("ignore_merges", False) != (name == "llama-bpe"):
+        shown = json.dumps(state.get("pre_tokenizer"))
+        raise DecantError(
+            f"the tokenizer of {folder} splits text in a way that llama.cpp has no name for among "
+            f"{', '.join(_PRE_TOKENIZERS.values())} ({shown[:300]}): set export.gguf=[]"
+        )
+    return name
+
+
+def token_table(tokenizer: Any, rows: int, folder: Path) -> tuple[list[str], list[int]]:
+    """Token and kind (gguf.TokenType) of each embedding row.
+
+    Special tokens are control tokens, other added ones user-defined: both are found in a text
+    before it is split, and the former are not shown. A row without a token is unused.
+    """
+    from gguf import TokenType
+
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    if max(by_id) >= rows:
+        raise DecantError(
+            f"the tokenizer of {folder} gives id {max(by_id)}, but the model has {rows} embedding "
+            "rows: they do not belong together"
+        )
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds = [], []
+    for number in range(rows):
+        kind = TokenType.NORMAL if number in by_id else TokenType.UNUSED
+        if number in added:
+            kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+        tokens.append(by_id.get(number, f"[PAD{number}]"))
+        kinds.append(int(kind))
+    return tokens, kinds
+
+
+def _merges(state: Mapping[str, Any]) -> list[list[str]]:
+    """Pairs; older files hold them as one string. Byte-level tokens hold no blanks."""
+    rules = state["model"]["merges"]
+    return [rule.split(" ") if isinstance(rule, str) else rule for rule in rules]
+
+
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """What a pre-tokenizer does, in order, without the fields that change no token."""
+    if pre_tokenizer is None:
+        return ()
+    kind = pre_tokenizer["type"]
+    if kind == "Sequence":
+        inner = [_steps(step) for step in pre_tokenizer["pretokenizers"]]
+        return tuple(step for steps in inner for step in steps)
+    if kind == "ByteLevel" and not pre_tokenizer["add_prefix_space"]:
+        return (("ByteLevel", pre_tokenizer.get("use_regex", True)),)
+    if kind == "Digits":
+        return (("Digits", pre_tokenizer["individual_digits"]),)
+    how = (pre_tokenizer.get("behavior"), pre_tokenizer.get("invert"))
+    if kind == "Split" and how == ("Isolated", False):
+        return (("Split", pre_tokenizer["pattern"].get("Regex")),)
+    return ((kind, json.dumps(pre_tokenizer, sort_keys=True)),)

@@ -1,0 +1,259 @@
+"""Three paths on small models, in each format and RoPE variant; and that damage is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from pipeline.config import ExportParams
+from pipeline.errors import DecantError, ParamsError
+from pipeline.export import check as check_module
+from pipeline.export import gguf as gguf_module
+from pipeline.export import vocabulary
+from pipeline.export.check import (
+    WITHOUT_LLAMA_CPP,
+    ExportCheck,
+    Reference,
+    check_export,
+    cut_prompts,
+    follow,
+    judge,
+)
+from pipeline.export.gguf import write_gguf
+from pipeline.export.hf import write_hugging_face
+from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
+from pipeline.runtime import DTYPES
+from tests.export.conftest import export_params, make_llama, text_of_many_lines
+from tests.export.test_gguf import LLAMA3, yarn
+from tests.study.conftest import make_qwen_tokenizer
+
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="needs xllamacpp: decant[llama]")
+
+
+def export_and_check(source: Path, folder: Path, params: ExportParams) -> ExportCheck:
+    folder.mkdir()
+    write_hugging_face(source, folder, DTYPES[params.dtype])
+    files = {kind: folder / f"x-{kind}.gguf" for kind in params.gguf}
+    for kind, file in files.items():
+        write_gguf(folder, file, kind, name="x")
+    return check_export("x", source, folder, files, text_of_many_lines(), params)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_three_paths_say_the_same(
+    architecture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source = request.getfixturevalue("qwen_folder" if architecture == "qwen2" else "llama_folder")
+    check = export_and_check(source, tmp_path / "x", export_params())
+    paths = {path.name: path for path in check.paths}
+    assert list(paths) == [
+        "transformers, float32",
+        *(f"llama.cpp, {kind}" for kind in ("f32", "f16", "bf16", "q8_0")),
+    ]
+    assert check.passed
+    assert not check.left_out
+    for name in ("transformers, float32", "llama.cpp, f32"):
+        assert (paths[name].equal_tokens, paths[name].equal_prompts) == (40, 5)
+    assert all(path.tokens == 40 for path in check.paths)
+    assert [path.required for path in check.paths] == [True, True, True, False, False]
+    said = check.reference.tokens
+    assert len({token for tokens in said for token in tokens}) > 6  # not one token for ever
+    lines = len([line for line in text_of_many_lines().splitlines() if line.strip()])
+    assert lines > 40
+    assert [(t.name, t.lines, t.equal_lines) for t in check.tokenizers] == [
+        ("transformers", 40, 40),
+        ("llama.cpp", 40, 40),
+    ]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0},
+        yarn(original_max_position_embeddings=32, factor=4.0),
+        LLAMA3,
+    ],
+    ids=["linear", "yarn", "llama3"],
+)
+def test_stretched_rotations_are_llama_cpps(rope: dict[str, Any], tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "model", rope_parameters=rope)
+    params = export_params(gguf=("f32",), prompt_tokens=40, new_tokens=12, lines=1)
+    check = export_and_check(source, tmp_path / "x", params)
+    assert [path.equal_tokens for path in check.paths] == [60, 60]
+
+
+@needs_llama_cpp
+def test_rows_in_the_wrong_order_are_found(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_module, "interleave_halves", lambda rows, heads: rows)
+    check = export_and_check(llama_folder, tmp_path / "x", export_params(gguf=("f16",)))
+    assert not check.passed
+    assert [path.passed for path in check.paths] == [True, False]
+
+
+@needs_llama_cpp
+def test_text_split_in_another_way_is_found(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(llama_folder, tmp_path / "model")
+    content = json.loads((source / "tokenizer.json").read_text())
+    vocabulary_, merges = content["model"]["vocab"], content["model"]["merges"]
+    vocabulary_["37"] = vocabulary_.pop("".join(merges.pop()))  # in place of the rarest
+    merges.append(["3", "7"])  # which is never used, since each digit stands alone
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    params = export_params(gguf=("f16",), lines=500)
+    assert export_and_check(source, tmp_path / "right", params).passed
+    monkeypatch.setattr(vocabulary, "pre_tokenizer_name", lambda state, folder: "gpt-2")
+    check = export_and_check(source, tmp_path / "x", params)
+    theirs = check.tokenizers[1]
+    assert theirs.equal_lines < theirs.lines
+    assert not check.passed
+    assert all(path.passed for path in check.paths)  # these get ids
+
+
+@needs_llama_cpp
+def test_damaged_file_is_one_sentence(llama_folder: Path, tmp_path: Path) -> None:
+    write_gguf(llama_folder, tmp_path / "x.gguf", "f16", name="x")
+    data = (tmp_path / "x.gguf").read_bytes()
+    for damaged in (data[: len(data) // 2], b"GARB" + data[4:]):
+        (tmp_path / "x.gguf").write_bytes(damaged)
+        with pytest.raises(DecantError, match=r"llama\.cpp does not load .*x\.gguf") as caught:
+            LlamaCpp(tmp_path / "x.gguf", context=32)
+        assert "\n" not in str(caught.value)
+
+
+@needs_llama_cpp
+def test_server_goes_with_its_owner(llama_folder: Path, tmp_path: Path) -> None:
+    write_gguf(llama_folder, tmp_path / "x.gguf", "f16", name="x")
+    with LlamaCpp(tmp_path / "x.gguf", context=32) as llama:
+        assert len(llama.generate([[5, 6]], 3)[0]) <= 3
+        process = llama._process
+        with pytest.raises(DecantError, match=r"llama\.cpp failed on .*x\.gguf"):
+            llama.generate([[5] * 600], 3)  # beyond its context
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+def test_without_llama_cpp_the_path_is_left_out_by_name(
+    qwen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_module, "has_llama_cpp", lambda: False)
+    check = export_and_check(qwen_folder, tmp_path / "x", export_params(gguf=("f16",)))
+    assert [path.name for path in check.paths] == ["transformers, float32"]
+    assert check.left_out == [WITHOUT_LLAMA_CPP]
+    assert check.passed
+    content = check.to_json()
+    assert content["paths"][0] == {
+        "name": "transformers, float32",
+        "tokens": 40,
+        "equal_tokens": 40,
+        "near_ties": 0,
+        "equal_prompts": 5,
+        "required": True,
+        "passed": True,
+    }
+    assert content["tokenizer"][0] == {
+        "name": "transformers",
+        "lines": 40,
+        "equal_lines": 40,
+        "passed": True,
+    }
+    assert (content["model"], content["prompts"], content["new_tokens"]) == ("x", 5, 8)
+
+
+def make_gpt2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=352, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    make_qwen_tokenizer(folder)
+    return folder
+
+
+def test_other_architectures_are_compared_with_what_they_were(tmp_path: Path) -> None:
+    source, params = make_gpt2(tmp_path / "model"), export_params(gguf=())
+    check = export_and_check(source, tmp_path / "x", params)
+    assert check.passed
+    assert check.reference.name == "transformers, float32, before the export"
+    assert check.paths[0].equal_tokens == 40
+    file = tmp_path / "x" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.0.attn.c_attn.weight"].mul_(1.5)
+    save_file(tensors, file, metadata={"format": "pt"})
+    check = check_export("x", source, tmp_path / "x", {}, text_of_many_lines(), params)
+    assert not check.passed
+
+
+def test_a_changed_tokenizer_is_found(qwen_folder: Path, tmp_path: Path) -> None:
+    params = export_params(gguf=())
+    export_and_check(qwen_folder, tmp_path / "x", params)
+    shutil.copytree(qwen_folder, tmp_path / "other")
+    make_qwen_tokenizer(tmp_path / "other")
+    content = (tmp_path / "other" / "tokenizer.json").read_text()
+    first = content.index('"merges": [') + len('"merges": [')
+    end = content.index("],", first) + 2  # without its first rule
+    (tmp_path / "other" / "tokenizer.json").write_text(content[:first] + content[end:])
+    check = check_export("x", tmp_path / "other", tmp_path / "x", {}, text_of_many_lines(), params)
+    assert not check.tokenizers[0].passed
+    assert not check.passed
+
+
+def scripted(answers: dict[tuple[int, ...], list[int]]) -> Any:
+    def generate(texts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        return [answers[tuple(text)][:new_tokens] for text in texts]
+
+    return generate
+
+
+def flat_logits(ids: Sequence[int]) -> Tensor:
+    """Token 5 leads by 0.02 over 6, by 0.3 over 7."""
+    logits = torch.full((10,), -9.0)
+    logits[5:8] = torch.tensor([1.0, 0.98, 0.7])
+    return logits
+
+
+def test_a_path_is_led_along_the_reference() -> None:
+    reference = Reference("r", [[1], [2]], [[5, 5, 5], [5, 5, 5]], flat_logits)
+    # the first differs at once and goes on behind 5; the second ends early and is asked again
+    path = scripted({(1,): [6, 0, 0], (1, 5): [5, 7], (2,): [5], (2, 5): [5, 5]})
+    chosen = follow(path, reference)
+    assert chosen == [[6, 5, 7], [5, 5, 5]]
+    loose = judge("p", chosen, reference, None, export_params(min_agreement=0.6))
+    assert (loose.tokens, loose.equal_tokens, loose.equal_prompts) == (6, 4, 1)
+    assert (loose.required, loose.passed, loose.near_ties) == (False, True, 0)
+    assert not judge("p", chosen, reference, None, export_params(min_agreement=0.7)).passed
+    strict = judge("p", chosen, reference, 0.05, export_params())
+    assert (strict.near_ties, strict.required, strict.passed) == (1, True, False)
+    assert judge("p", chosen, reference, 0.31, export_params()).passed
+
+
+def test_prompts_start_at_lines_all_over_the_text(qwen_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(qwen_folder)
+    lines = [f"line {n} of the text" for n in range(100)]
+    prompts = cut_prompts("\n".join(lines), tokenizer, export_params(prompts=4, prompt_tokens=6))
+    starts = [tokenizer.decode(ids) for ids in prompts]
+    assert all(len(ids) == 6 for ids in prompts)
+    assert all(text.startswith("line ") for text in starts)
+    assert starts[0].startswith("line 0")
+    assert len(set(starts)) == 4
+    with pytest.raises(DecantError, match="has 1 characters, too few for 4 prompts"):
+        cut_prompts("\n", tokenizer, export_params(prompts=4))
+
+
+def test_prompts_beyond_the_context_are_refused(qwen_folder: Path, tmp_path: Path) -> None:
+    params = export_params(gguf=(), prompt_tokens=50, new_tokens=20)
+    with pytest.raises(
+        ParamsError, match=r"export\.new_tokens=20 exceed the model's context of 64"
+    ):
+        export_and_check(qwen_folder, tmp_path / "x", params)
