@@ -24,6 +24,7 @@ import torch
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.hugging_face import load_causal_lm
+from pipeline.runtime import say
 
 Results = dict[str, dict[str, dict[str, float | None]]]
 """By task and metric: {"value": float, "stderr": float or None where the harness gives none}."""
@@ -98,7 +99,8 @@ class Harness:
                 f"lm-evaluation-harness fails on {folder} ({_reason(error)}): leave the task out, "
                 "or mend it"
             ) from error
-        return {task: read_metrics(values) for task, values in found["results"].items() if values}
+        results = {task: read_metrics(values) for task, values in found["results"].items()}
+        return {task: metrics for task, metrics in results.items() if metrics}
 
 
 def _import_lm_eval() -> None:
@@ -121,7 +123,8 @@ def _load(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         if not folder.is_dir():
             raise ParamsError(f"--lm-eval-folder {folder} is no folder: name one with task files")
         manager = TaskManager(include_path=str(folder), include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_tasks):  # the harness's take seconds
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        say("  reading the harness's task files, which takes a while")
         manager = TaskManager(include_path=None if folder is None else str(folder))
     for name in names:
         if name not in manager.all_tasks:
