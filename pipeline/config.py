@@ -327,12 +327,15 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
-    """Comparison of teacher, student and baseline on the validation rows."""
+    """Comparison of the teacher and any models on the validation rows."""
 
     batch_rows: Count
     calibration_bins: Count
     prompts: tuple[str, ...]
     new_tokens: Count
+    passage_tokens: Annotated[int, Field(ge=2)] = Field(
+        description="tokens of a validation document that are shown one by one"
+    )
 
 
 class HumanevalParams(Section):

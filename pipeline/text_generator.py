@@ -37,10 +37,14 @@ class PieceDecoder:
     A byte-level token may hold a part of a UTF-8 character, which decodes to U+FFFD: what ends so
     is held back until it is complete. Some tokenizers decode a token in the light of the one before
     it, so each piece is what a short window gains by the new token.
+
+    Args:
+        control_tokens: whether tokens such as <|im_start|> are text too.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, control_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._control_tokens = control_tokens
         self._window: list[int] = []  # tokens of the last piece, then those not yet given out
         self._given = 0  # of the window
 
@@ -48,6 +52,11 @@ class PieceDecoder:
         """Text that the token completes; empty while a character is incomplete."""
         self._window.append(token)
         return self._take(whole_characters=True)
+
+    def peek(self, token: int) -> str:
+        """What `push` would give, incomplete characters as U+FFFD; the token is not taken."""
+        before = self._decode(self._window[: self._given])
+        return self._decode([*self._window, token])[len(before) :]
 
     def flush(self) -> str:
         """What is left at the end, incomplete or not."""
@@ -63,7 +72,7 @@ class PieceDecoder:
         return after[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=not self._control_tokens)
         return text
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from pipeline.capture import Capture, CaptureResult, fingerprint_of
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.evaluation.compare import Comparison, compare
+from pipeline.evaluation.models import open_models
 from pipeline.report import read_curves
 from pipeline.runtime import DTYPES
 from pipeline.store.reader import CacheReader
@@ -39,6 +41,16 @@ def live_teacher(params: Params) -> HuggingFaceTeacher:
         device=torch.device("cpu"),
         head_chunk=params.prepare.head_chunk,
     )
+
+
+def judge(params: Params, folders: dict[str, Path]) -> Comparison:
+    """Models against the live teacher on the validation rows, on the CPU."""
+    corpus = CorpusSplit(params.paths.corpus, "validation")
+    teacher = live_teacher(params)
+    models = open_models(
+        folders, corpus, params.paths.teacher, dtype=teacher.dtype, device=teacher.device
+    )
+    return compare(teacher, models, corpus, params.evaluate, params.prepare.attention)
 
 
 def make_capture(params: Params, split: str, *, repair: bool = False) -> Capture:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from pipeline.config import Params
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
-from pipeline.evaluation.compare import sample
+from pipeline.evaluation.samples import sample
 from pipeline.generation import GenerationSettings
 from pipeline.text_generator import PieceDecoder, TextGenerator
 from stages.generate import main, read_prompts

@@ -1,114 +1,119 @@
-"""Teacher and students judged side by side on the validation rows, against the LIVE teacher."""
+"""Teacher and models judged side by side on the validation rows, against the LIVE teacher.
+
+All models are in memory at once, so that the teacher, which costs as much as all others together,
+runs over the rows only once. Where they do not fit, judge some at a time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.config import EvaluateParams
-from pipeline.data.corpus import load_tokenizer
-from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.data.rows import CorpusSplit
-from pipeline.errors import DecantError
-from pipeline.evaluation.metrics import Scores, ScoreSums
-from pipeline.generation import GenerationSettings
+from pipeline.evaluation.bootstrap import Interval, intervals
+from pipeline.evaluation.metrics import PositionScores, Scores
+from pipeline.evaluation.models import JudgedModel
 from pipeline.model.attention import Attention, documents_apart
-from pipeline.model.weights import open_student, read_config
-from pipeline.runtime import import_transformers, mm_float32, progress
+from pipeline.runtime import progress
 from pipeline.teacher.hf import HuggingFaceTeacher
-from pipeline.text_generator import TextGenerator
+
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per model name: scores, reliability diagram, parameters."""
+    """Per model name, the teacher's first."""
 
     scores: dict[str, Scores]
-    calibration: dict[str, list[dict[str, Any]]]
+    calibration: dict[str, list[dict[str, Any]]]  # reliability diagrams
     parameters: dict[str, int]
+    differences: dict[str, dict[str, Interval]]  # first model minus this one, by metric
+    resampled: str  # what intervals come from, for example "96 documents"
 
 
 @torch.no_grad()
 def compare(
     teacher: HuggingFaceTeacher,
-    students: Mapping[str, Path],
+    models: Mapping[str, JudgedModel],
     corpus: CorpusSplit,
     params: EvaluateParams,
     attention: Attention,
 ) -> Comparison:
-    """Scores of the teacher and of each student folder on all rows of a split.
-
-    Students run in the teacher's number format under autocast, as they were trained; logits are
-    float32 for all.
-    """
-    models = {name: open_student(path).to(teacher.device).eval() for name, path in students.items()}
-    heads = {name: model.head_weight.detach() for name, model in models.items()}
-    if teacher.device.type == "cpu":  # see mm_float32
-        heads = {name: head.float() for name, head in heads.items()}
-    sums = {name: ScoreSums(params.calibration_bins) for name in ("teacher", *models)}
-    starts = range(0, len(corpus), params.batch_rows)
-    half = teacher.dtype != torch.float32
-    for first in progress(starts, what="evaluate", unit="batch"):
+    """Scores of the teacher and of each model on all rows of a split; logits are float32."""
+    found = {name: PositionScores(params.calibration_bins) for name in (TEACHER, *models)}
+    documents, row_numbers = [], []
+    for first in progress(range(0, len(corpus), params.batch_rows), what="evaluate", unit="batch"):
         rows = corpus.rows(first, min(first + params.batch_rows, len(corpus)))
-        tokens = torch.from_numpy(rows.tokens).to(teacher.device)
-        doc_ids, in_loss = torch.from_numpy(rows.doc_ids), torch.from_numpy(rows.in_loss)
-        labels = next_token_labels(torch.from_numpy(rows.tokens), doc_ids, in_loss).flatten()
-        labels = labels.to(teacher.device)
-        apart = documents_apart(doc_ids, attention)
-        if apart is not None:
-            apart = apart.to(teacher.device)
-        with torch.autocast(teacher.device.type, dtype=teacher.dtype, enabled=half):
-            hidden = {
-                name: m.hidden_states(tokens, apart).flatten(0, 1) for name, m in models.items()
-            }
-        for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart):
-            wanted = labels[chunk] != IGNORE
-            target = labels[chunk][wanted]
-            log_p = teacher_logits[wanted].log_softmax(-1)
-            sums["teacher"].add(teacher_logits[wanted], target, log_p)
-            for name in models:
-                logits = mm_float32(hidden[name][chunk][wanted], heads[name].T, teacher.dtype)
-                sums[name].add(logits, target, log_p)
-    parameters = {name: model.count_parameters() for name, model in models.items()}
+        labels = _labels(rows)
+        _judge(teacher, models, rows, labels, attention, found)
+        place = (labels != IGNORE).numpy()
+        documents.append(rows.doc_ids[place])
+        row_numbers.append(first + place.nonzero()[0])
+    clusters = np.concatenate(documents).astype(np.int64)
+    resampled = f"{len(np.unique(clusters)):,} documents"
+    if clusters.min() == clusters.max():  # one alone cannot be resampled
+        clusters = np.concatenate(row_numbers)
+        resampled = f"{len(np.unique(clusters)):,} rows"
+    scores = {name: positions.scores(clusters) for name, positions in found.items()}
+    scores[TEACHER].interval.pop("kl_to_teacher", None)  # it is 0 by definition
     return Comparison(
-        scores={name: total.scores() for name, total in sums.items()},
-        calibration={name: total.calibration() for name, total in sums.items()},
-        parameters={"teacher": teacher.model.num_parameters(), **parameters},
+        scores=scores,
+        calibration={name: positions.calibration() for name, positions in found.items()},
+        parameters={
+            TEACHER: teacher.model.num_parameters(),
+            **{name: model.parameters for name, model in models.items()},
+        },
+        differences=_differences({name: found[name] for name in models}, clusters),
+        resampled=resampled,
     )
 
 
-def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
-    """Greedy continuations of prompts by a Hugging Face folder, on the CPU in float32.
+def _judge(
+    teacher: HuggingFaceTeacher,
+    models: Mapping[str, JudgedModel],
+    rows: Rows,
+    labels: Tensor,
+    attention: Attention,
+    found: Mapping[str, PositionScores],
+) -> None:
+    """Add what teacher and models score on the positions of these rows that have a label."""
+    tokens = torch.from_numpy(rows.tokens).to(teacher.device)
+    apart = documents_apart(torch.from_numpy(rows.doc_ids), attention)
+    if apart is not None:
+        apart = apart.to(teacher.device)
+    targets = labels.flatten().to(teacher.device)
+    states = {name: model.states(tokens, apart) for name, model in models.items()}
+    for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart):
+        wanted = targets[chunk] != IGNORE
+        target = targets[chunk][wanted]
+        log_p = teacher_logits[wanted].log_softmax(-1)
+        found[TEACHER].add(teacher_logits[wanted], target, log_p)
+        for name, model in models.items():
+            found[name].add(model.logits(states[name][chunk][wanted]), target, log_p)
 
-    Ours generates for the folders that it reads; a teacher may be of another architecture, and
-    then transformers does.
-    """
-    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0, repetition_penalty=1)
-    try:
-        read_config(folder)
-    except DecantError:
-        return _sample_by_transformers(folder, prompts, new_tokens)
-    return TextGenerator(folder).generate(prompts, settings)
 
-
-def _sample_by_transformers(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
-    tokenizer = load_tokenizer(folder)
-    model: Any = import_transformers().AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True
-    )
-    texts = []
-    for prompt in progress(prompts, what=f"samples of {folder.name}", unit="prompt"):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=new_tokens,
-            do_sample=False,
+def _differences(
+    found: Mapping[str, PositionScores], clusters: NDArray[np.int64]
+) -> dict[str, dict[str, Interval]]:
+    """Of the first model minus each other one, position by position."""
+    first, *others = found
+    values = found[first].values()
+    return {
+        name: intervals(
+            {key: values[key] - other for key, other in found[name].values().items()}, clusters
         )
-        new = output[0][inputs["input_ids"].shape[1] :]
-        texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    return texts
+        for name in others
+    }
+
+
+def _labels(rows: Rows) -> Tensor:
+    tokens, doc_ids, in_loss = map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss))
+    return next_token_labels(tokens, doc_ids, in_loss)

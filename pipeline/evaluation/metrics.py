@@ -1,7 +1,8 @@
-"""Running sums of what a language model is judged by, position by position.
+"""What a language model is judged by, position by position, and what that comes to.
 
-Everything is accumulated in float64 over chunks of positions, so the result does not depend on the
-chunk size. Shapes: n positions, V vocabulary rows.
+Values of single positions are kept (10 bytes a position and model), since quantiles and resampling
+need them; means are taken in float64 over all, so the result does not depend on how positions were
+chunked. Shapes: n positions, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -10,8 +11,26 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from pipeline.evaluation.bootstrap import Interval, intervals
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLStatistics:
+    """KL(teacher || model) over positions, nats: what llama.cpp's `perplexity --kl-divergence`
+    tells, by the same linear interpolation between positions.
+    """
+
+    mean: float
+    median: float
+    p90: float  # 90 % of the positions are below
+    p95: float
+    p99: float
+    max: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +44,22 @@ class Scores:
     accuracy: float  # share of positions whose most probable id is the next token
     calibration_error: float  # expected calibration error of the most probable id
     tokens: int  # positions judged
+    kl: KLStatistics
+    interval: dict[str, Interval]  # by name of what is above; empty where nothing can be resampled
 
 
-class ScoreSums:
-    """Accumulates `Scores`, with the expected calibration error of Guo et al. 2017, eq. 3.
+class PositionScores:
+    """Collects what positions score, with the expected calibration error of Guo et al. 2017, eq. 3.
 
     ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over equal-width bins of the confidence, which
     is the probability of the most probable id.
     """
 
     def __init__(self, bins: int) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64)  # ce, kl, agreement, accuracy
+        self._parts: dict[str, list[Tensor]] = {
+            name: [] for name in ("loss", "kl_to_teacher", "top1_agreement", "accuracy")
+        }
         self._bins = torch.zeros(3, bins, dtype=torch.float64)  # count, confidence, correct
-        self._count = 0
 
     def add(self, logits: Tensor, labels: Tensor, teacher_log_p: Tensor) -> None:
         """Judge n positions.
@@ -48,44 +70,73 @@ class ScoreSums:
                 carry no teacher mass.
         """
         log_q = logits.log_softmax(-1)
-        ce = -log_q.gather(-1, labels[:, None]).sum()
-        p = teacher_log_p.exp()
-        kl = (p * (teacher_log_p - log_q[:, : p.shape[-1]])).sum()
         top_log_q, guess = log_q.max(-1)
         correct = guess == labels
-        agree = (guess == teacher_log_p.max(-1).indices).sum()  # argmax takes 3.5 times as long
-        self._sums += torch.stack(
-            [ce.double(), kl.double(), agree.double(), correct.sum().double()]
-        ).cpu()
+        found = {
+            "loss": -log_q.gather(-1, labels[:, None])[:, 0],
+            "kl_to_teacher": kl_divergence(teacher_log_p, log_q),
+            # argmax takes 3.5 times as long as max
+            "top1_agreement": guess == teacher_log_p.max(-1).indices,
+            "accuracy": correct,
+        }
+        for name, values in found.items():
+            self._parts[name].append(values.cpu())
         confidence = top_log_q.exp().double().cpu()
         bins = self._bins.shape[1]
         index = (confidence * bins).long().clamp_max(bins - 1)
         values = torch.stack([torch.ones_like(confidence), confidence, correct.double().cpu()])
         self._bins.index_add_(1, index, values)
-        self._count += len(labels)
 
-    def scores(self) -> Scores:
-        """The means over all positions added."""
-        ce, kl, agree, correct = (self._sums / self._count).tolist()
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Of each metric that is a mean over positions, [n], in the order in which they came."""
+        return {name: torch.cat(parts).float().numpy() for name, parts in self._parts.items()}
+
+    def scores(self, clusters: NDArray[np.int64]) -> Scores:
+        """The means over all positions added, and how sure they are.
+
+        Args:
+            clusters: [n], the document that each position belongs to, or what else is resampled.
+        """
+        values = self.values()
+        mean = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
         _, confidence, right = self._bins
         return Scores(
-            loss=ce,
-            perplexity=math.exp(min(ce, 700.0)),
-            kl_to_teacher=kl,
-            top1_agreement=agree,
-            accuracy=correct,
-            calibration_error=float((right - confidence).abs().sum() / self._count),
-            tokens=self._count,
+            **mean,
+            perplexity=math.exp(min(mean["loss"], 700.0)),
+            calibration_error=float((right - confidence).abs().sum() / len(clusters)),
+            tokens=len(clusters),
+            kl=kl_statistics(values["kl_to_teacher"]),
+            interval=intervals(values, clusters),
         )
 
     def calibration(self) -> list[dict[str, Any]]:
         """The reliability diagram: confidence, accuracy and share of each bin that is not empty."""
+        total = self._bins[0].sum()
         return [
             {
                 "confidence": float(confidence / count),
                 "accuracy": float(right / count),
-                "share": float(count / self._count),
+                "share": float(count / total),
             }
             for count, confidence, right in self._bins.T
             if count
         ]
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each position, nats: sum_v p (log p - log q), [n].
+
+    Args:
+        log_p: float32 [n, V_p]. log_q: float32 [n, V] with V_p <= V; p is 0 on the further ids.
+    """
+    divergence: Tensor = (log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(-1)
+    return divergence.clamp_min(0.0)  # below it, only by rounding
+
+
+def kl_statistics(divergences: NDArray[np.float32]) -> KLStatistics:
+    """Mean and exact quantiles over positions [n]."""
+    exact = divergences.astype(np.float64)
+    median, p90, p95, p99, largest = np.quantile(exact, [0.5, 0.9, 0.95, 0.99, 1.0]).tolist()
+    return KLStatistics(
+        mean=float(exact.mean()), median=median, p90=p90, p95=p95, p99=p99, max=largest
+    )

@@ -3,8 +3,9 @@
 Only the library's own classes are used, from a local folder of safetensors: no code of a folder is
 run. Training takes hidden states and the head's matrix apart, so a model that does something to its
 logits after the head is refused: by name where the config says so, and for all others by a probe of
-a few tokens. Document masks are asked of transformers by positions that start again at 0, from
-which it builds the block-diagonal mask of each layer, sliding windows included; a 4D mask of our
+a few tokens. Documents packed into one row are kept apart by their positions alone: where a
+position is not the one before it plus one, transformers sees a new sequence, and masks attention
+accordingly for whatever kernel and layers a model has, sliding windows included; a 4D mask of our
 own would replace those. Models whose layers do not follow (recurrent ones, ALiBi) are found by a
 probe too.
 
@@ -38,6 +39,10 @@ _LOGIT_CHANGES = (
 )
 
 
+class LogitsError(DecantError):
+    """The model does more to its logits than to multiply hidden states by its head's matrix."""
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
     """The model of a local folder, in evaluation mode, its weights complete.
 
@@ -45,8 +50,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
         what: the model's part in the pipeline, for the error's sentence.
 
     Raises:
-        DecantError: no model, an unknown architecture, missing tensors, or logits changed after
-            the head.
+        DecantError: no model, an unknown architecture, or missing tensors.
     """
     try:
         model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
@@ -68,19 +72,26 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: bring the whole "
             "model by stages/fetch.py"
         )
-    require_plain_head(folder, model.config)
     return model.eval()
 
 
 def require_plain_head(folder: Path, config: Any) -> None:
-    """Refuse models whose config says that logits are scaled or capped after the head."""
+    """Refuse, by a LogitsError, configs that say that logits are scaled or capped."""
     for name in _LOGIT_CHANGES:
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
-            raise DecantError(
+            raise LogitsError(
                 f"{folder} changes its logits after the head ({name}={value}), which Decant does "
                 "not follow: choose a model without that"
             )
+
+
+def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
+    """Final hidden states [B, L, D] of a model of transformers."""
+    hidden: Tensor = model.base_model(
+        input_ids=tokens, use_cache=False, **options
+    ).last_hidden_state
+    return hidden
 
 
 @torch.no_grad()
@@ -99,8 +110,7 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
 
     def hidden(*documents: Tensor, **options: Tensor) -> Tensor:
         together = torch.cat(documents, 1)
-        found: Tensor = model.base_model(input_ids=together, use_cache=False, **options)[0]
-        return found.float()
+        return body_states(model, together, **options).float()
 
     alone = hidden(document)
     try:
@@ -120,18 +130,20 @@ class HuggingFaceStudent(Student):
         layers: decoder layers to keep, in order (0-based, may not repeat); None keeps all.
 
     Raises:
-        DecantError: no model, or its logits are not hidden states times the head's matrix.
+        DecantError: no model.
+        LogitsError: its logits are not hidden states times the head's matrix.
         ParamsError: `layers` names what is not there.
     """
 
     def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         model = load_causal_lm(folder, torch.float32, what="student")
+        require_plain_head(folder, model.config)
         if layers is not None:
             model = _keep_layers(model, layers, folder)
         self.model = model
         self._require_product(folder)
-        self._masks_documents = keeps_documents_apart(model, self.vocab_size)
+        self._keeps_apart = keeps_documents_apart(model, self.vocab_size)
         self.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
     @property
@@ -152,33 +164,24 @@ class HuggingFaceStudent(Student):
     def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
         """As in `Student`. Raises DecantError for document masks that the model ignores."""
         if doc_ids is None:
-            return self._hidden_states(tokens)
-        if not self._masks_documents:
+            return body_states(self.model, tokens)
+        if not self._keeps_apart:
             raise DecantError(
                 f"a {self.model.config.model_type!r} student attends across documents whatever it "
                 "is told: train it without document masks, or choose another architecture"
             )
-        return self._hidden_states(tokens, position_ids=document_positions(doc_ids))
-
-    def _hidden_states(self, tokens: Tensor, **options: Tensor) -> Tensor:
-        hidden: Tensor = self.model.base_model(
-            input_ids=tokens, use_cache=False, **options
-        ).last_hidden_state
-        return hidden
+        return body_states(self.model, tokens, position_ids=document_positions(doc_ids))
 
     @torch.no_grad()
     def _require_product(self, folder: Path) -> None:
         tokens = torch.arange(_PROBE_TOKENS)[None]
         logits = self.model(input_ids=tokens, use_cache=False).logits
-        if not _close(self._hidden_states(tokens) @ self.head_weight.T, logits):
-            raise DecantError(
+        product = body_states(self.model, tokens) @ self.head_weight.T
+        if not bool((product - logits).abs().max() <= _TOLERANCE * logits.abs().max()):
+            raise LogitsError(
                 f"the logits of {folder} are not its hidden states times its head's matrix (a "
                 "bias, a scale or a cap follows), which training relies on: choose a model without"
             )
-
-
-def _close(one: Tensor, two: Tensor) -> bool:
-    return bool((one - two).abs().max() <= _TOLERANCE * two.abs().max())
 
 
 def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:

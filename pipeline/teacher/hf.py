@@ -5,10 +5,8 @@ few positions at a time, with products accumulated in float32, and each chunk of
 at once. Rows of the head that no tokenizer id points to are left out (Qwen2.5 has 151,936 rows for
 151,665 ids).
 
-Documents packed into one row are kept apart by their positions alone: where a position is not the
-one before it plus one, transformers sees a new sequence, and masks attention accordingly for
-whatever kernel and layers a model has, sliding windows included, which a mask of ours would switch
-off. Whether an architecture follows is tried out before it is relied on.
+Whether an architecture keeps documents apart that are packed into one row is tried out before it is
+relied on (pipeline/model/hugging_face.py says how they are).
 
 Shapes: B batch, L length, D hidden, V valid vocabulary, K kept ids.
 """
@@ -23,7 +21,12 @@ from torch import Tensor
 
 from pipeline.errors import DecantError
 from pipeline.model.attention import document_positions
-from pipeline.model.hugging_face import keeps_documents_apart, load_causal_lm
+from pipeline.model.hugging_face import (
+    body_states,
+    keeps_documents_apart,
+    load_causal_lm,
+    require_plain_head,
+)
 from pipeline.runtime import dtype_name, mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
@@ -39,7 +42,8 @@ class HuggingFaceTeacher:
             several copies of a chunk.
 
     Raises:
-        DecantError: the folder is no model, or its head is smaller than the vocabulary.
+        DecantError: the folder is no model, its head is smaller than the vocabulary, or logits
+            are changed after the head.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class HuggingFaceTeacher:
         head_chunk: int = 64,
     ) -> None:
         model = load_causal_lm(folder, dtype, what="teacher")
+        require_plain_head(folder, model.config)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.dtype = dtype
@@ -83,7 +88,7 @@ class HuggingFaceTeacher:
             DecantError: this architecture can not keep documents apart.
         """
         if doc_ids is None:
-            return self._body(tokens)
+            return body_states(self.model, tokens.to(self.device))
         if self._keeps_apart is None:
             self._keeps_apart = keeps_documents_apart(self.model, self.vocab_size)
         if not self._keeps_apart:
@@ -92,13 +97,8 @@ class HuggingFaceTeacher:
                 "apart that are packed into one row: set prepare.attention=packed, or choose "
                 "another teacher"
             )
-        return self._body(tokens, position_ids=document_positions(doc_ids).to(self.device))
-
-    def _body(self, tokens: Tensor, **options: Tensor) -> Tensor:
-        hidden: Tensor = self.model.base_model(
-            input_ids=tokens.to(self.device), use_cache=False, **options
-        ).last_hidden_state
-        return hidden
+        positions = document_positions(doc_ids).to(self.device)
+        return body_states(self.model, tokens.to(self.device), position_ids=positions)
 
     @torch.no_grad()
     def logits_by_chunk(

@@ -27,6 +27,7 @@ from pipeline.config import Params, load_params
 from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.metrics import Scores
+from pipeline.evaluation.models import open_models
 from pipeline.runtime import pick_dtype
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
@@ -144,7 +145,10 @@ def main(work: Path, seeds: int, steps: int) -> None:
     for target in targets:
         names = [target.run_name(seed) for seed in range(seeds)]
         folders = {name: work / "runs" / name / "model" for name in names}
-        found = compare(teacher, folders, corpus, params.evaluate, params.prepare.attention).scores
+        models = open_models(
+            folders, corpus, params.paths.teacher, dtype=teacher.dtype, device=device
+        )
+        found = compare(teacher, models, corpus, params.evaluate, params.prepare.attention).scores
         scores[target.name] = [found[name] for name in names]
     print("| | bytes | loss | KL to teacher | agreement | ECE | way: loss | way: KL |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

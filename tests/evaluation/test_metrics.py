@@ -1,28 +1,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Params
-from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.data.rows import CorpusSplit
-from pipeline.evaluation.compare import compare, sample
-from pipeline.evaluation.metrics import ScoreSums
-from pipeline.model.attention import document_positions
-from pipeline.model.weights import load_student
-from pipeline.training.run import run_training
-from tests.helpers import live_teacher
+from pipeline.evaluation.metrics import PositionScores, kl_divergence, kl_statistics
 
 
 def test_worked_by_hand() -> None:
     """Two positions; the model says (0.8, 0.2) twice, the labels are 0 and 1."""
     logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()
     teacher = torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log()
-    sums = ScoreSums(bins=10)
+    sums = PositionScores(bins=10)
     sums.add(logits, torch.tensor([0, 1]), teacher)
-    scores = sums.scores()
+    scores = sums.scores(np.array([0, 1]))
     assert scores.loss == pytest.approx(-(math.log(0.8) + math.log(0.2)) / 2)
     assert scores.perplexity == pytest.approx(math.exp(scores.loss))
     first = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
@@ -38,12 +32,17 @@ def test_worked_by_hand() -> None:
 def test_chunks_do_not_matter() -> None:
     logits, teacher = torch.randn(50, 30), torch.randn(50, 30).log_softmax(-1)
     labels = torch.randint(0, 30, (50,))
-    whole, parts = ScoreSums(15), ScoreSums(15)
+    whole, parts = PositionScores(15), PositionScores(15)
     whole.add(logits, labels, teacher)
     for rows in torch.arange(50).split(7):
         parts.add(logits[rows], labels[rows], teacher[rows])
-    for name, value in vars(whole.scores()).items():
-        assert getattr(parts.scores(), name) == pytest.approx(value, rel=1e-6)
+    documents = np.arange(50) // 5
+    expected, found = (asdict(scores.scores(documents)) for scores in (whole, parts))
+    assert expected.keys() == found.keys()
+    for name in ("loss", "kl_to_teacher", "top1_agreement", "accuracy", "calibration_error", "kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    for name, interval in expected["interval"].items():
+        assert found["interval"][name] == pytest.approx(interval, rel=1e-6)
 
 
 def test_perfect_calibration_has_no_error() -> None:
@@ -51,35 +50,28 @@ def test_perfect_calibration_has_no_error() -> None:
     p = torch.full((40_000,), 0.7)
     labels = (torch.rand(40_000, generator=generator) > p).long()
     logits = torch.stack([p, 1 - p], dim=-1).log()
-    sums = ScoreSums(10)
+    sums = PositionScores(10)
     sums.add(logits, labels, logits)
-    assert sums.scores().calibration_error < 0.01
-    assert sums.scores().kl_to_teacher == pytest.approx(0.0, abs=1e-6)
+    scores = sums.scores(np.arange(40_000) // 100)
+    assert scores.calibration_error < 0.01
+    assert scores.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
 
 
-def test_compare_against_full_logits(tiny_cache: Params) -> None:
-    run = run_training(tiny_cache, "student").folder / "model"
-    corpus = CorpusSplit(tiny_cache.paths.corpus, "validation")
-    teacher = live_teacher(tiny_cache)
-    result = compare(teacher, {"student": run}, corpus, tiny_cache.evaluate, "documents")
-    rows = corpus.rows(0, len(corpus))
-    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
-    wanted = labels != IGNORE
-    with torch.no_grad():
-        positions = document_positions(doc_ids)
-        logits = teacher.model(tokens, position_ids=positions, use_cache=False).logits
-        log_p = logits[..., :300][wanted].log_softmax(-1)
-        log_q = load_student(run)(tokens, doc_ids)[wanted].log_softmax(-1)
-    student, itself = result.scores["student"], result.scores["teacher"]
-    loss = torch.nn.functional.nll_loss(log_q, labels[wanted])
-    assert student.loss == pytest.approx(float(loss), rel=1e-5)
-    kl = (log_p.exp() * (log_p - log_q[:, :300])).sum(-1).mean()
-    assert student.kl_to_teacher == pytest.approx(float(kl), rel=1e-4)
-    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean()
-    assert student.top1_agreement == pytest.approx(float(agreement), abs=2e-3)
-    assert itself.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
-    assert itself.top1_agreement == 1.0
-    assert student.tokens == int(wanted.sum())
-    (text,) = sample(run, ("the cat",), 3)
-    assert isinstance(text, str)
+def test_quantiles_by_hand() -> None:
+    """Of 0, 1, ..., 10 in any order; between positions on a line, as llama.cpp does."""
+    values = np.random.default_rng(0).permutation(11).astype(np.float32)
+    found = kl_statistics(values)
+    assert asdict(found) == pytest.approx(
+        {"mean": 5.0, "median": 5.0, "p90": 9.0, "p95": 9.5, "p99": 9.9, "max": 10.0}
+    )
+    four = kl_statistics(np.array([4.0, 1.0, 2.0, 8.0], np.float32))
+    assert (four.median, four.max) == (3.0, 8.0)
+    assert four.p90 == pytest.approx(4.0 + 0.7 * 4.0)
+
+
+def test_kl_is_never_negative_and_nothing_to_oneself() -> None:
+    log_p = torch.randn(200, 5000).log_softmax(-1)
+    same = kl_divergence(log_p, log_p)
+    assert torch.equal(same, torch.zeros(200))
+    rounded = kl_divergence(log_p, log_p + 1e-7 * torch.randn_like(log_p))
+    assert float(rounded.min()) >= 0.0

@@ -18,9 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.config import LoraParams, Params
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from pipeline.evaluation.compare import compare
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters
@@ -29,7 +27,7 @@ from pipeline.model.weights import open_student
 from pipeline.training.optim import build_optimizer
 from pipeline.training.run import run_training
 from tests.conftest import change, make_tokenizer
-from tests.helpers import live_teacher, run_with_power_cut
+from tests.helpers import judge, run_with_power_cut
 
 LORA: dict[str, Any] = {
     "rank": 4,
@@ -84,10 +82,7 @@ def test_a_student_of_transformers_learns_and_is_judged(
     theirs = AutoModelForCausalLM.from_pretrained(model)
     assert result.parameters == result.trained_parameters == theirs.num_parameters()
     assert (model / "tokenizer.json").exists()
-    corpus = CorpusSplit(params.paths.corpus, "validation")
-    judged = compare(
-        live_teacher(params), {"student": model}, corpus, params.evaluate, params.prepare.attention
-    )
+    judged = judge(params, {"student": model})
     assert judged.parameters["student"] == theirs.num_parameters()
     assert judged.scores["student"].loss == pytest.approx(losses[-1], rel=0.1)
     assert run_training(params, "student").state is None

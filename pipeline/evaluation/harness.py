@@ -1,0 +1,188 @@
+"""lm-evaluation-harness over model folders: its tasks, its HFLM, its numbers.
+
+The harness's `evaluate` is called instead of `simple_evaluate`, which is the same plus questions
+that nobody here asks: to the hub for the model's commit, to git for the folder's, to pip for the
+environment, once for each model. Tasks are loaded once for all models, before anything is run, so
+that a wrong name or a data set that cannot be reached is told at once. Models are loaded as
+everywhere here, from safetensors alone; no code of a model folder or data set is run, and tasks
+that run what a model wrote are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.corpus import load_tokenizer
+from pipeline.errors import DecantError, ParamsError
+from pipeline.model.hugging_face import load_causal_lm
+from pipeline.runtime import say
+
+Results = dict[str, dict[str, dict[str, float | None]]]
+"""By task and metric: {"value": float, "stderr": float or None where the harness gives none}."""
+
+_SEED = 1234  # the harness's own, of its draws of examples and of numpy and PyTorch
+_REPLICATES = 1000  # of its bootstrap, for metrics whose error has no formula
+
+
+class Harness:
+    """Tasks of the harness, loaded.
+
+    Args:
+        names: tasks, groups or tags.
+        folder: task files (.yaml) of the user's own, which come before the harness's.
+        shots: examples before each question; None for what each task says.
+        limit: questions of each task; None for all.
+
+    Raises:
+        ParamsError: there is no such task.
+        DecantError: the harness is not installed, or a task's data cannot be read.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        folder: Path | None = None,
+        shots: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        _import_lm_eval()
+        self._limit = limit
+        self._tasks = _load([name.strip() for name in names], folder)
+        for name, task in self._tasks["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise ParamsError(
+                    f"the task {name} runs code that the model writes, without a sandbox: leave it "
+                    "out of --lm-eval"
+                )
+            set_shots(task, shots)
+
+    def run(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, batch_rows: int
+    ) -> Results:
+        """What the model of a Hugging Face folder scores.
+
+        Raises:
+            DecantError: the folder is no model, or the harness cannot run it.
+        """
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        model = load_causal_lm(folder, dtype, what="model").to(device)
+        seed_as_the_harness()
+        try:
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=load_tokenizer(folder),
+                backend="causal",
+                batch_size=batch_rows,
+                trust_remote_code=False,
+            )
+            found = evaluate(
+                lm=lm,
+                task_dict=self._tasks,
+                limit=self._limit,
+                bootstrap_iters=_REPLICATES,
+                log_samples=False,
+            )
+        except Exception as error:  # tasks are programs and raise what they like
+            raise DecantError(
+                f"lm-evaluation-harness fails on {folder} ({_reason(error)}): leave the task out, "
+                "or mend it"
+            ) from error
+        results = {task: read_metrics(values) for task, values in found["results"].items()}
+        return {task: metrics for task, metrics in results.items() if metrics}
+
+
+def _import_lm_eval() -> None:
+    try:
+        import lm_eval
+    except ImportError:
+        raise DecantError(
+            "--lm-eval needs the package lm-eval: install it by `pip install decant[lm-eval]`"
+        ) from None
+    logging.getLogger(lm_eval.__name__).setLevel(logging.ERROR)
+
+
+def _load(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    manager = None
+    if folder is not None:
+        if not folder.is_dir():
+            raise ParamsError(f"--lm-eval-folder {folder} is no folder: name one with task files")
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        say("  reading the harness's task files, which takes a while")
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f", did you mean {' or '.join(close)}" if close else ""
+            raise ParamsError(
+                f"lm-evaluation-harness knows no task {name!r}{hint}: `lm-eval ls tasks` lists "
+                "them, --lm-eval-folder adds your own"
+            )
+    try:
+        loaded: dict[str, Any] = dict(manager.load(list(names)))
+    except Exception as error:  # a data set's reader raises errors of many libraries
+        raise DecantError(
+            f"the task {', '.join(names)} cannot be loaded ({_reason(error)}): check the "
+            "connection to the hub, or its files"
+        ) from error
+    return loaded
+
+
+def set_shots(task: Any, shots: int | None) -> None:
+    """Examples before each question, as `simple_evaluate` sets them: a task's own 0 stays."""
+    said = task.get_config("num_fewshot")
+    if shots is not None and said != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif said is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_SEED)
+
+
+def seed_as_the_harness() -> None:
+    """The seeds that its command line starts each model from."""
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+
+
+def read_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """{"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": {"value": 0.5, "stderr": 0.1}}.
+
+    A filter of the model's answers, where it is not "none", stays in the name.
+    """
+    metrics = {}
+    for key, value in values.items():
+        metric, has_filter, how = key.partition(",")
+        if not has_filter or metric.endswith("_stderr") or _number(value) is None:
+            continue
+        metrics[metric if how == "none" else key] = {
+            "value": _number(value),
+            "stderr": _number(values.get(f"{metric}_stderr,{how}")),
+        }
+    return metrics
+
+
+def _number(value: Any) -> float | None:
+    """A finite float; None for words such as N/A."""
+    is_number = isinstance(value, int | float | np.number) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,140 @@
+"""A passage token by token: what teacher and models expected at each place, and how far apart.
+
+Text is cut where tokens end, so that the pieces joined are the passage; a character that several
+tokens spell belongs to the last of them, and the others are empty. A choice that is only a part of
+a character, and so no text, is given by its bytes, as <0xE4>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers.pre_tokenizers import ByteLevel
+
+from pipeline.data.packing import PADDING
+from pipeline.data.rows import CorpusSplit
+from pipeline.evaluation.compare import TEACHER
+from pipeline.evaluation.metrics import kl_divergence
+from pipeline.evaluation.models import JudgedModel
+from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.text_generator import PieceDecoder
+
+_CHOICES = 5
+_DIGITS = 6
+_ROWS_SEARCHED = 1024
+
+
+@torch.no_grad()
+def view_passage(
+    teacher: HuggingFaceTeacher,
+    models: Mapping[str, JudgedModel],
+    corpus: CorpusSplit,
+    tokenizer: Any,
+    length: int,
+) -> dict[str, Any]:
+    """The beginning of a document as teacher and models, to whom nothing else is shown, see it.
+
+    Args:
+        length: tokens, at least 2; fewer where no document has as many in a row.
+
+    Returns:
+        {"text_tokens": [str, ...], "models": {name: {"kl", "p_next", "top"}}}: of each position but
+        the last, by which text_tokens[position + 1] is predicted, the KL of the teacher's
+        distribution to the model's (nats), the probability of the token that follows, and the most
+        probable ones as [text, probability].
+    """
+    passage = first_passage(corpus, length)
+    tokens = torch.from_numpy(passage)[None].to(teacher.device)
+    log_p = torch.cat([logits.log_softmax(-1) for _, logits in teacher.logits_by_chunk(tokens)])
+    seen = {TEACHER: log_p[:-1]}
+    for name, model in models.items():
+        seen[name] = model.logits(model.states(tokens, None)[:-1]).log_softmax(-1)
+    best = {name: log_q.topk(_CHOICES, dim=-1) for name, log_q in seen.items()}
+    ids = torch.cat([top.indices for top in best.values()], dim=-1).tolist()
+    texts, choices = read_tokens(tokenizer, passage.tolist(), [set(here) for here in ids])
+    views = {}
+    for name, log_q in seen.items():
+        top = zip(
+            choices, best[name].indices.tolist(), best[name].values.exp().tolist(), strict=True
+        )
+        views[name] = {
+            "kl": _rounded(kl_divergence(log_p[:-1], log_q).tolist()),
+            "p_next": _rounded(log_q.gather(-1, tokens[0, 1:, None])[:, 0].exp().tolist()),
+            "top": [
+                list(zip([names[number] for number in numbers], _rounded(ps), strict=True))
+                for names, numbers, ps in top
+            ],
+        }
+    return {"text_tokens": texts, "models": views}
+
+
+def first_passage(corpus: CorpusSplit, length: int) -> NDArray[np.int64]:
+    """The first `length` tokens of the first document that begins in a row with room for them.
+
+    Where there is none among the first rows, the longest beginning there is, whole.
+    """
+    rows = corpus.rows(0, min(_ROWS_SEARCHED, len(corpus)))
+    doc_ids = rows.doc_ids.ravel()
+    numbers, starts, counts = np.unique(doc_ids, return_index=True, return_counts=True)
+    row_length = corpus.info.row_length
+    sizes = np.minimum(counts, row_length - starts % row_length)  # the next row does not see it
+    sizes[numbers == PADDING] = 0
+    size, start = max(zip(np.minimum(sizes, length), -starts, strict=True))
+    return rows.tokens.ravel()[-start : -start + size]
+
+
+def read_tokens(
+    tokenizer: Any, passage: Sequence[int], choices: Sequence[AbstractSet[int]]
+) -> tuple[list[str], list[dict[int, str]]]:
+    """Readable text of a passage's tokens, and of those that might have followed each.
+
+    Args:
+        tokenizer: Hugging Face's.
+        passage: token ids.
+        choices: ids that might follow each token but the last.
+
+    Returns:
+        The text that each token adds; and for each of `choices` texts by id.
+    """
+    decoder = PieceDecoder(tokenizer, control_tokens=True)
+    texts, named = [], []
+    for token, wanted in zip(passage, [*choices, set[int]()], strict=True):
+        texts.append(decoder.push(token))
+        named.append({choice: _choice_text(decoder, tokenizer, choice) for choice in wanted})
+    texts[-1] += decoder.flush()
+    return texts, named[:-1]
+
+
+def _choice_text(decoder: PieceDecoder, tokenizer: Any, token: int) -> str:
+    if token >= len(tokenizer):  # a row of the model's head beyond the vocabulary
+        return f"<id {token}>"
+    text = decoder.peek(token).lstrip("\ufffd")  # what the passage's own character lacks
+    if text and not text.endswith("\ufffd"):
+        return text
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if not name.isascii() and set(name) <= _BYTES.keys():
+        return "".join(f"<0x{_BYTES[letter]:02X}>" for letter in name)
+    return name
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, _DIGITS) for value in values]
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter stands for in names of byte-level tokens (GPT-2's).
+
+    Printable bytes stand for themselves, the others, in order, are the letters from 256 on.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    own = {letter: ord(letter) for letter in alphabet if ord(letter) < 256}
+    rest = sorted(set(range(256)) - set(own.values()))
+    return own | dict(zip(alphabet[len(own) :], rest, strict=True))
+
+
+_BYTES = _byte_letters()

@@ -1,0 +1,46 @@
+"""What a model writes: greedy continuations of a few prompts, to be read beside the numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.data.corpus import load_tokenizer
+from pipeline.errors import DecantError
+from pipeline.generation import GenerationSettings
+from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.weights import read_config
+from pipeline.runtime import progress
+from pipeline.text_generator import TextGenerator
+
+
+def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
+    """Greedy continuations of prompts by a Hugging Face folder, on the CPU in float32.
+
+    Ours generates for the folders that it reads; a teacher may be of another architecture, and
+    then transformers does.
+    """
+    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0, repetition_penalty=1)
+    try:
+        read_config(folder)
+    except DecantError:
+        return _sample_by_transformers(folder, prompts, new_tokens)
+    return TextGenerator(folder).generate(prompts, settings)
+
+
+def _sample_by_transformers(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
+    tokenizer = load_tokenizer(folder)
+    model = load_causal_lm(folder, torch.float32, what="model")
+    texts = []
+    for prompt in progress(prompts, what=f"samples of {folder.name}", unit="prompt"):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        new = output[0][inputs["input_ids"].shape[1] :]
+        texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    return texts

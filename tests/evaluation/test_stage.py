@@ -1,0 +1,67 @@
+"""stages/evaluate.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeline.config import Params
+from stages.evaluate import main
+from tests.conftest import make_teacher
+
+
+def evaluate(params_file: Path, *words: str) -> Result:
+    return CliRunner().invoke(main, ["--params", str(params_file), *words])
+
+
+def test_any_folders_are_compared(tiny_corpus: Params, tmp_path: Path) -> None:
+    other = make_teacher(tmp_path / "other", seed=4)
+    models = ["--model", f"same={tiny_corpus.paths.teacher}", "--model", f"other={other}"]
+    done = evaluate(tmp_path / "params.yaml", *models)
+    assert done.exit_code == 0, done.output
+    target = tiny_corpus.paths.evaluate
+    metrics = json.loads((target / "metrics.json").read_text())
+    assert list(metrics) == ["teacher", "same", "other"]
+    one = metrics["other"]
+    for name, interval in one["interval"].items():
+        assert interval["low"] <= one[name] <= interval["high"]
+    assert one["kl"]["mean"] == one["kl_to_teacher"]
+    ordered = [one["kl"][name] for name in ("median", "p90", "p95", "p99", "max")]
+    assert ordered == sorted(ordered)
+    assert one["parameters"] > 0
+    assert "kl_to_teacher" not in metrics["teacher"]["interval"]
+    passage = json.loads((target / "passage.json").read_text())
+    assert list(passage["models"]) == list(metrics)
+    positions = len(passage["text_tokens"]) - 1
+    for view in passage["models"].values():
+        assert [len(view[key]) for key in ("kl", "p_next", "top")] == [positions] * 3
+    samples = json.loads((target / "samples.json").read_text())
+    assert list(samples["continuations"]) == list(metrics)
+    half = (one["interval"]["loss"]["high"] - one["interval"]["loss"]["low"]) / 2
+    assert f"{one['loss']:.4f} ± {half:.4f}" in done.output
+    (difference,) = (line for line in done.output.splitlines() if "same - other" in line)
+    gap = metrics["same"]["loss"] - one["loss"]
+    assert f"loss {gap:+.4f} ± " in difference
+    assert "by resampling" in done.output
+    assert "evaluate: 3 models on" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ([], 1, "run stages/train.py --run student first"),
+        (["--model", "folder"], 2, "--model folder is not of the form NAME=FOLDER"),
+        (["--model", "x=absent"], 1, "absent does not exist: name a model folder"),
+        (["--model", "teacher=absent"], 2, "two models are called teacher"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: list[str], code: int, sentence: str, tiny_corpus: Params, tmp_path: Path
+) -> None:
+    done = evaluate(tmp_path / "params.yaml", *words)
+    assert done.exit_code == code
+    assert sentence in done.output
+    assert not tiny_corpus.paths.evaluate.exists()
