@@ -70,6 +70,8 @@ class Paths(Section):
         description="where unfinished runs are saved; null: in the run's folder"
     )
     evaluate: Path = Field(description="metrics, calibration and samples")
+    humaneval: Path = Field(description="HumanEval: a folder of samples a model, and metrics")
+    export: Path = Field(description="one folder a published model, and how it was checked")
     report: Path = Field(description="the HTML page")
     study: Path = Field(description="what a model is made of: pages, pictures, tensors")
 
