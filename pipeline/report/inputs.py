@@ -124,7 +124,7 @@ class Passage(_Record):
 class TaskMetric(_Record):
     """A metric of the evaluation harness."""
 
-    value: float
+    value: float | None
     stderr: float | None = None
 
 
@@ -137,7 +137,7 @@ class HumanEval(_Record):
     samples_per_problem: int
     temperature: float
     tokens_per_second: float
-    new_tokens: int
+    new_tokens: int  # of all samples
     statuses: dict[str, int]
 
 
@@ -169,6 +169,7 @@ class ExportCheck(_Record):
     new_tokens: int
     paths: list[ExportPath]
     tokenizer: list[TokenizerPath]
+    left_out: list[str] = Field(default_factory=list)  # programs that are not there, and the remedy
 
     @property
     def passed(self) -> bool:

@@ -185,7 +185,8 @@ def test_sweep_is_sorted_by_a_click(browser: Browser, file: Path) -> None:
 
 
 def test_paper_is_light_and_holds_no_cards(browser: Browser, file: Path) -> None:
-    with opened(browser, file, media="print", dark=True) as page:
+    with opened(browser, file, width=700, media="print", dark=True) as page:  # A4's, less margins
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert (
             page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         )
