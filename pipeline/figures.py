@@ -6,12 +6,17 @@ matplotlib is optional and takes a second to import, so it is imported when a pi
 from __future__ import annotations
 
 import io
+import re
+import zlib
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 from pipeline.errors import DecantError
 
 INK = "#010203"  # stands for the colour of the surrounding text until the SVG is written
+SERIES = ("#8c2f4a", "#b0761f", "#566b82", "#2e7d6b", "#7a5ea8", "#8a5a44")
+"""Colours of lines, on a light ground; a page may set its own as --series-1, --series-2, ..."""
 _PANEL_INCHES = (5.2, 3.1)
 
 
@@ -20,13 +25,16 @@ def draw_svg(
     *,
     background: str = "none",
     inches: tuple[float, float] | None = None,
+    alt: str = "",
 ) -> str:
     """An SVG element whose ink is the colour of the text about it; black in a file of its own.
 
     Args:
         panels: each draws into the matplotlib axes it is given; they stand side by side.
-        background: what lies behind them, a colour of matplotlib's.
+        background: what lies behind them, a colour of matplotlib's; "none" for a picture within a
+            page, whose colours it takes.
         inches: width and height of one panel; None for the usual size.
+        alt: what is to be seen, in words, for those who do not see it.
 
     Raises:
         DecantError: matplotlib is not installed.
@@ -41,11 +49,13 @@ def draw_svg(
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "decant",  # the same input makes the same file
+        "text.parse_math": False,  # a run may be called a$b$
         "font.family": "sans-serif",
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.facecolor": "none",
+        "axes.prop_cycle": f"cycler('color', {list(SERIES)})",
         **dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
         ),
@@ -61,6 +71,18 @@ def draw_svg(
             axes.grid(color=INK, alpha=0.12, linewidth=0.6)
             axes.set_axisbelow(True)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", facecolor=background, metadata={"Date": None})
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", facecolor=background, metadata=nothing)
     svg = stream.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return _for_a_page(svg, alt) if background == "none" else svg
+
+
+def _for_a_page(svg: str, alt: str) -> str:
+    """Ids that no other picture of the page has, the page's colours, and words for a reader."""
+    own = f"i{zlib.crc32(svg.encode()):08x}-"
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}", svg)
+    for number, colour in enumerate(SERIES, start=1):
+        svg = svg.replace(colour, f"var(--series-{number}, {colour})")
+    words = f' role="img" aria-label="{escape(alt)}"' if alt else ""
+    return svg.replace("<svg", f"<svg{words}", 1)

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import Paths
 from pipeline.errors import DecantError
-from pipeline.figures import draw_svg
+from pipeline.figures import SERIES, draw_svg
 from pipeline.training.run import WITHOUT_EFFECT
 
 _SECTIONS = ("seed", "student", "train")
@@ -142,6 +142,31 @@ def sweep_figures(runs: Sequence[SweepRun]) -> dict[str, str]:
     return {key: _figure(runs, key, [k for k in keys if k != key]) for key in keys[:_FIGURES]}
 
 
+def sweep_scatter(runs: Sequence[SweepRun]) -> str:
+    """Validation loss against distance from the teacher, a point a run: SVG, or nothing to see.
+
+    The distance is the KL to the teacher where all runs that have one were judged, else to the
+    cache.
+    """
+    taught = [run for run in runs if run.kl_to_cache is not None]
+    judged = all(run.kl_to_teacher is not None for run in taught)
+    name = "kl_to_teacher" if judged else "kl_to_cache"
+    if len(taught) < 2:
+        return ""
+
+    def draw(axes: Any) -> None:
+        for run in taught:
+            place = (getattr(run, name), run.loss)
+            axes.plot(*place, "o", ms=5, color=SERIES[0])
+            if len(taught) <= _NAMED:
+                axes.annotate(run.name, place, (5, 3), textcoords="offset points", fontsize=7)
+        axes.margins(0.15)
+        axes.set_xlabel(_RESULTS[name] + ", nats")
+        axes.set_ylabel(_RESULTS["loss"] + ", nats")
+
+    return draw_svg([draw], alt=f"Validation loss against {_RESULTS[name]} of {len(taught)} runs")
+
+
 def _figure(runs: Sequence[SweepRun], key: str, others: Sequence[str]) -> str:
     lines: dict[str, list[SweepRun]] = {}
     for run in runs:
@@ -165,7 +190,7 @@ def _figure(runs: Sequence[SweepRun], key: str, others: Sequence[str]) -> str:
         axes.set_xlabel(key)
         axes.set_ylabel(_RESULTS["loss"] + ", nats")
 
-    return draw_svg([draw])
+    return draw_svg([draw], alt=f"Validation loss of {len(runs)} runs by {key}")
 
 
 def _places(values: Iterable[Any]) -> tuple[dict[str, float], bool]:

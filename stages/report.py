@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from pipeline.cli import stage
 from pipeline.config import Params
 from pipeline.errors import DecantError
-from pipeline.report import markdown_table, write_report
+from pipeline.report import markdown_table, read_scores, write_report
 from pipeline.sweep import SweepRun, dvc_experiments, folder_runs, sweep_markdown, sweep_rows
 
 
@@ -20,15 +18,15 @@ from pipeline.sweep import SweepRun, dvc_experiments, folder_runs, sweep_markdow
     help="Compare all finished runs under paths.runs and DVC's experiments over this commit.",
 )
 def main(params: Params, sweep: bool) -> None:
-    """Write one self-contained HTML page: curves, gate, comparison, calibration, samples.
+    """Write one self-contained HTML page: what was distilled, how well, and how it was checked.
 
-    Reads what verify, train and evaluate wrote; writes paths.report/index.html and prints the
-    comparison as a Markdown table, and with --sweep another of the runs.
+    Reads what prepare, verify, train and evaluate wrote, and what humaneval and export did where
+    they have run; writes paths.report/index.html and prints the comparison as a Markdown table,
+    and with --sweep another of the runs.
     """
     runs = _runs(params) if sweep else []
     page = write_report(params, runs)
-    scores = json.loads((params.paths.evaluate / "metrics.json").read_text())
-    click.echo(markdown_table(scores))
+    click.echo(markdown_table(read_scores(params.paths)))
     if runs:
         click.echo(sweep_markdown(sweep_rows(runs)))
     click.echo(f"report: {page}")

@@ -181,7 +181,7 @@ def test_repro_runs_everything_once(project: Path) -> None:
     assert files["cache/export/check.json"]["data"]["passed"] is True
     assert (project / "cache/export/student/model.safetensors").exists()
     page = (project / "cache/report/index.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert not re.search(r"""(src|href)=["']https?:""", page)  # nothing to load
     assert "the cat" in page
 
@@ -252,7 +252,7 @@ def report_shows_the_sweep(project: Path, names: list[str]) -> None:
     page = (project / "cache" / "report" / "index.html").read_text()
     for name in (*names, "student", "baseline"):
         assert f"| {name} |" in done.stdout
-        assert f"<td>{name}</td>" in page
+        assert f'<th scope="row">{name}</th>' in page
     assert "Validation loss by train.temperature" in page
 
 

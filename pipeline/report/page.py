@@ -1,0 +1,193 @@
+"""The page: inputs and pictures into templates/page.html.
+
+It holds everything it shows and loads nothing, which its content security policy also forbids: the
+one script that may run is the page's own, by its hash, and the page can do without it. Text from
+models and corpora is escaped by the templates.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Params
+from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.errors import DecantError
+from pipeline.files import write_text
+from pipeline.report.inputs import TEACHER, Inputs, read_inputs
+from pipeline.report.passage import KL_STEPS, passage_view
+from pipeline.report.pictures import (
+    draw_calibration,
+    draw_curves,
+    draw_gate,
+    draw_retained_mass,
+)
+from pipeline.report.retained import measure_retained_mass
+from pipeline.report.summary import (
+    COLUMNS,
+    corpus_name,
+    gap_closed,
+    places,
+    readable_count,
+    start_name,
+    student_of,
+    table_cells,
+    teacher_name,
+)
+from pipeline.store.reader import CacheReader
+from pipeline.sweep import SweepRun, sweep_figures, sweep_rows, sweep_scatter
+
+_PACKAGES = ("torch", "transformers", "zarr", "numpy", "dvc")
+_SECTIONS = {  # in the page's order; each has a template of its name
+    "models": ("Models", "Models on the validation text"),
+    "gate": ("Gate", "The gate: cache against live teacher"),
+    "retained": ("Cache", "What the cache keeps"),
+    "training": ("Training", "Training and calibration"),
+    "passage": ("Passage", "A passage, token by token"),
+    "samples": ("Samples", "Samples"),
+    "humaneval": ("HumanEval", "HumanEval"),
+    "harness": ("Harness", "Evaluation harness"),
+    "export": ("Export", "Export"),
+    "sweep": ("Sweep", "Sweep"),
+    "provenance": ("Provenance", "Provenance"),
+}
+
+
+def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
+    """Write `paths.report`/index.html and return its path.
+
+    Args:
+        sweep: runs to be compared in a section of their own; none: no such section.
+
+    Raises:
+        DecantError: a stage that the page shows has not run, which is named, or one of its files
+            cannot be read.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError:
+        raise DecantError(
+            "the report needs jinja2 and matplotlib: install them by `pip install decant[report]`"
+        ) from None
+    inputs = read_inputs(params.paths)
+    values = {
+        **_provenance(params),
+        **_of_models(inputs),
+        **_of_tasks(inputs),
+        **_of_sweep(sweep),
+        "inputs": inputs,
+        "script": _script(),
+    }
+    environment = Environment(
+        loader=PackageLoader("pipeline.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": "{:.1%}".format,
+        "count": "{:,}".format,
+        "readable": readable_count,
+    }
+    shown = {
+        "passage": values["passage"],
+        "retained": values["retained"],
+        "sweep": values["sweep"],
+        "humaneval": inputs.humaneval,
+        "harness": inputs.lm_eval,
+        "export": inputs.export,
+    }
+    sections = {name: titles for name, titles in _SECTIONS.items() if shown.get(name, True)}
+    page = environment.get_template("page.html").render(values, sections=sections)
+    target = params.paths.report / "index.html"
+    write_text(target, page)
+    return target
+
+
+def _provenance(params: Params) -> dict[str, Any]:
+    """What was distilled from what, and where."""
+    corpora = {split: CorpusSplit(params.paths.corpus, split) for split in SPLITS}
+    cache = CacheReader(params.paths.logits, corpora["train"])
+    fingerprint, size = cache.fingerprint, cache.num_bytes()
+    mass = measure_retained_mass(cache)
+    return {
+        "teacher": teacher_name(params.teacher),
+        "text": corpus_name(params.corpus),
+        "start": start_name(params.student),
+        "params": params,
+        "corpora": {split: corpus.info for split, corpus in corpora.items()},
+        "cache_bytes": size,
+        "bytes_a_token": size / (fingerprint.num_rows * fingerprint.row_length),
+        "fingerprint": fingerprint,
+        "retained": mass,
+        "retained_figure": draw_retained_mass(mass) if mass else "",
+        "versions": {name: version(name) for name in _PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _of_models(inputs: Inputs) -> dict[str, Any]:
+    """Numbers and pictures of teacher and students."""
+    scores, curves = inputs.scores, inputs.curves
+    student = student_of(scores)
+    pictures = {
+        "Cross-entropy on validation rows.": draw_curves(
+            curves, "validation/loss", "validation loss, nats"
+        ),
+        "KL to the cached teacher on validation rows, at temperature 1, all other ids as one.": (
+            draw_curves(curves, "validation/kl", "KL to cached teacher, nats")
+        ),
+        "The objective on training batches. Runs that differ in it minimise different functions.": (
+            draw_curves(curves, "train/loss", "training loss, nats")
+        ),
+    }
+    return {
+        "student": student,
+        "teacher_scores": scores.get(TEACHER),
+        "columns": COLUMNS,
+        "cells": {name: table_cells(values) for name, values in scores.items()},
+        "gap": gap_closed(scores),
+        "places": places(scores),
+        "gate_figure": draw_gate(inputs.histogram),
+        "calibration_figure": draw_calibration(inputs.calibration),
+        "curves": {caption: picture for caption, picture in pictures.items() if picture},
+        "passage": passage_view(inputs.passage, student) if inputs.passage else None,
+        "kl_steps": KL_STEPS,
+    }
+
+
+def _of_tasks(inputs: Inputs) -> dict[str, Any]:
+    """Columns of HumanEval's table and rows of the harness's, which models need not share."""
+    passes = (k for values in (inputs.humaneval or {}).values() for k in values.pass_at)
+    rows = (
+        (task, metric)
+        for tasks in (inputs.lm_eval or {}).values()
+        for task, metrics in tasks.items()
+        for metric in metrics
+    )
+    return {
+        "humaneval_ks": {k: f"pass@{k}" for k in passes},
+        "harness_rows": list(dict.fromkeys(rows)),
+    }
+
+
+def _of_sweep(runs: Sequence[SweepRun]) -> dict[str, Any]:
+    return {
+        "sweep": sweep_rows(runs),
+        "sweep_figures": sweep_figures(runs),
+        "sweep_scatter": sweep_scatter(runs),
+    }
+
+
+def _script() -> dict[str, str]:
+    """The page's script and its hash for the content security policy."""
+    text = files("pipeline.report").joinpath("templates/script.js").read_text()
+    digest = hashlib.sha256(text.encode()).digest()
+    return {"text": text, "sha256": base64.b64encode(digest).decode()}

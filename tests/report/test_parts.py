@@ -1,0 +1,148 @@
+"""Passage, retained mass and inputs, against truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Params
+from pipeline.data.packing import PADDING
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError
+from pipeline.model.attention import documents_apart
+from pipeline.report.inputs import Passage, read_inputs
+from pipeline.report.passage import PassageView, passage_view
+from pipeline.report.retained import measure_retained_mass
+from tests.helpers import live_teacher, open_cache
+from tests.report.conftest import passage
+
+
+def view(kls: list[float], tokens: list[str]) -> PassageView:
+    said = passage({"b": kls, "teacher": [0.0] * len(kls), "student": kls[::-1]}, tokens)
+    found = passage_view(Passage.model_validate(said), "student")
+    assert found
+    return found
+
+
+def test_a_token_bears_what_was_said_before_it() -> None:
+    shown = view([0.05, 0.1, 5.0], ["one", " two", "\n", "x"])
+    assert shown.students == ["student", "b"]
+    assert [token.text for token in shown.tokens] == ["one", " two", "↵\n", "x"]
+    assert [token.sign for token in shown.tokens] == ["one", "·two", "↵", "x"]
+    assert [token.levels for token in shown.tokens] == [[], [4, 0], [1, 1], [0, 4]]
+    first, second = shown.tokens[:2]
+    assert first.opinions == []
+    assert [opinion.model for opinion in second.opinions] == ["teacher", "student", "b"]
+    assert second.opinions[1].kl == 5.0
+    assert [choice.text for choice in second.opinions[0].top[:3]] == ["a", "·two", "·b"]
+    assert [choice.follows for choice in second.opinions[0].top[:3]] == [False, True, False]
+
+
+def test_the_worst_come_first_with_what_stood_before() -> None:
+    shown = view([0.05, 0.1, 5.0, 2.0], ["one", " two", " three", " four", "five"])
+    found = [(worst.token.sign, worst.student.kl) for worst in shown.worst]
+    assert found == [("·three", 5.0), ("·two", 2.0), ("·four", 0.1), ("five", 0.05)]
+    assert shown.worst[0].before == "one two"
+    assert shown.worst[-1].before == "one two three four"
+
+
+def test_long_passages_are_cut() -> None:
+    shown = view([0.1] * 699, ["t"] * 700)
+    assert (len(shown.tokens), shown.left_out) == (512, 188)
+
+
+def test_retained_mass_is_the_teachers(finished_run: Params) -> None:
+    """Softmax of the live teacher's logits at each temperature, summed over the cache's ids."""
+    cache = open_cache(finished_run)
+    measured = measure_retained_mass(cache)
+    assert measured
+    assert (measured.shards, measured.all_shards) == (4, cache.layout.num_shards)
+    size = cache.layout.shard_rows
+    chosen = [i * measured.all_shards // 4 for i in range(4)]
+    numbers = [r for s in chosen for r in range(s * size, min(s * size + size, len(cache.corpus)))]
+    corpus = CorpusSplit(finished_run.paths.corpus, "train")
+    teacher = live_teacher(finished_run)
+    kept: dict[float, list[torch.Tensor]] = {tau: [] for tau in (1.0, 2.0, 4.0)}
+    for number in numbers:
+        rows = corpus.rows(number, number + 1)
+        tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+        apart = documents_apart(doc_ids, cache.fingerprint.attention)
+        logits = torch.cat([part for _, part in teacher.logits_by_chunk(tokens, apart)]).double()
+        ids = cache.top_k(np.array([number])).ids[0]
+        real = doc_ids[0] != PADDING
+        for tau, parts in kept.items():
+            parts.append((logits / tau).softmax(-1).gather(-1, ids).sum(-1)[real])
+    for at in measured.temperatures:
+        truth = torch.cat(kept[at.temperature]).numpy()
+        assert measured.positions == len(truth)
+        assert at.mean == pytest.approx(truth.mean(), abs=1e-3)
+        assert at.quantile(0.05) == pytest.approx(np.quantile(truth, 0.05), abs=1e-3)
+        assert at.quantiles[-1] == pytest.approx(truth.max(), abs=1e-3)
+    assert measured.temperatures[0].mean > measured.temperatures[-1].mean
+
+
+def test_what_is_optional_may_be_missing(own_run: Params) -> None:
+    paths = own_run.paths
+    for file in (paths.evaluate / "passage.json", paths.evaluate / "lm_eval.json"):
+        file.unlink()
+    (paths.humaneval / "metrics.json").unlink()
+    (paths.export / "check.json").unlink()
+    found = read_inputs(paths)
+    assert found.passage is found.lm_eval is found.humaneval is found.export is None
+
+
+def broken(text: str) -> Callable[[str], str]:
+    return lambda _: text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "spoil", "sentence"),
+    [
+        ("evaluate", "metrics.json", None, r"does not exist\): run stages/evaluate.py first"),
+        ("verify", "histogram.json", None, r"does not exist\): run stages/verify.py first"),
+        ("evaluate", "samples.json", broken("{"), r"samples.json cannot be read \(Invalid JSON"),
+        (
+            "evaluate",
+            "metrics.json",
+            broken("{}"),
+            r"metrics.json cannot be read \(Dict.* at least 1",
+        ),
+        ("verify", "metrics.json", broken('{"passed": true}'), r"\(batches: Field required\): run"),
+        ("humaneval", "metrics.json", broken("[]"), r"cannot be read .*: run stages/humaneval.py"),
+        ("export", "check.json", broken(""), r"check.json cannot be read .*run stages/export.py"),
+        (
+            "evaluate",
+            "passage.json",
+            lambda text: text.replace('"teacher"', '"other"'),
+            "the teacher is not among its models",
+        ),
+        (
+            "evaluate",
+            "passage.json",
+            lambda text: text.replace('"text_tokens": [', '"text_tokens": ["x", "y",'),
+            "its lists are not as long as its text",
+        ),
+    ],
+)
+def test_unreadable_files_are_one_sentence(
+    own_run: Params, folder: str, name: str, spoil: Callable[[str], str] | None, sentence: str
+) -> None:
+    file = getattr(own_run.paths, folder) / name
+    if spoil:
+        file.write_text(spoil(file.read_text()))
+    else:
+        file.unlink()
+    with pytest.raises(DecantError, match=sentence) as caught:
+        read_inputs(own_run.paths)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_curves_that_are_none_are_named(own_run: Params) -> None:
+    file = own_run.paths.runs / "student/dvclive/plots/metrics/train/loss.tsv"
+    file.write_text("step\tloss\n0\tnothing\n")
+    with pytest.raises(DecantError, match=r"loss.tsv cannot be read .*run stages/train.py again"):
+        read_inputs(own_run.paths)
