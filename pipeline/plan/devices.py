@@ -14,7 +14,7 @@ unless told otherwise. From NVIDIA's own papers:
 
 cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), where the demo was measured, at
 what `torch.mm` of 4096 x 4096 came to in a second of processor time; float16 is multiplied in
-float32.
+float32. Its 16 GB are an assumption.
 """
 
 from __future__ import annotations

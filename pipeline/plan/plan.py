@@ -1,8 +1,9 @@
 """Size, time and memory of each stage, from params and shapes: no teacher, corpus or GPU needed.
 
 Times are operations over the device's peak times advise.utilisation, so they are as good as that
-share; a run's own train/tokens_per_second, and `advise` on a sample, measure it. What else is
-assumed stands in this package's constants, each with where it was measured.
+share; a run's own train/tokens_per_second, and `advise` on a sample, measure it. Several devices
+are taken to share work without loss. What else is assumed stands in this package's constants, each
+with where it was measured.
 """
 
 from __future__ import annotations
@@ -187,13 +188,14 @@ def _stages(
     judged = extent.held_out_rows * length * (1.0 / rates.teacher + 2.0 / rates.student)
     capture = capture_memory(teacher, params, dtype).total
     training = training_memory(student, params).total
+    beside = capture if params.train.teacher == "online" else 0.0  # the teacher, for a batch
     saved = 4.0 * student.parameters
     return (
         StagePlan("fetch", folder, None, None),
         StagePlan("corpus", CORPUS_BYTES * extent.tokens, extent.tokens / TOKENIZED, None),
         StagePlan("prepare", cache_bytes, extent.tokens / rates.teacher, capture),
         StagePlan("verify", None, gate / rates.teacher * alone, capture),
-        StagePlan("train", saved, distilled, training),
+        StagePlan("train", saved, distilled, training + beside),
         StagePlan("baseline", saved, run, training),
         StagePlan("evaluate", None, judged * alone, None),
     )

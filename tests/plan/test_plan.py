@@ -60,6 +60,8 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
     )
     more = (online.stage("train").seconds or 0) - (plan.stage("train").seconds or 0)
     assert more == pytest.approx((5e6 + validated) / plan.rates.teacher)
+    both = (plan.stage("train").memory or 0) + (plan.stage("prepare").memory or 0)
+    assert online.stage("train").memory == both
 
 
 def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> None:
