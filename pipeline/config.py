@@ -50,6 +50,10 @@ Divergence = Literal[
     "total_variation",
 ]
 """How far the student is from the teacher; `pipeline/losses/reference.py` has the mathematics."""
+DeviceName = Literal[
+    "cpu", "t4", "l4", "rtx3090", "rtx4090", "a100-40gb", "a100-80gb", "h100", "h200"
+]
+"""What a plan is made for; `pipeline/plan/devices.py` has their numbers."""
 
 
 class Section(BaseModel):
@@ -162,12 +166,17 @@ class CorpusParams(Section):
 
 
 class AdviseParams(Section):
-    """A look at a few rows, to choose prepare.k and prepare.temperatures by."""
+    """A look at a few rows, to choose prepare.k and prepare.temperatures by; and a plan."""
 
     sample: Fraction = Field(description="share of the training rows looked at")
     min_rows: Count = Field(description="at least so many rows, or all there are")
     ks: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
         description="the K compared; those beyond the vocabulary are left out"
+    )
+    device: DeviceName = Field(description="what the plan is made for, whatever is here")
+    devices: Count = Field(description="of these, so many share each stage of the plan")
+    utilisation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="share of a device's peak that the plan counts on, in capture and training"
     )
 
 

@@ -1,4 +1,7 @@
-"""What each K would keep and cost, before the capture: `python stages/advise.py`."""
+"""What each K would keep and cost, before the capture: `python stages/advise.py`.
+
+Before there is anything at all: `python stages/advise.py --plan --params recipes/NAME.yaml`.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,44 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.files import write_json, write_text
+from pipeline.plan.plan import make_plan
+from pipeline.plan.text import plan_lines
 from pipeline.runtime import pick_device, pick_dtype
 from pipeline.teacher.hf import HuggingFaceTeacher
 
 
 @stage
-def main(params: Params) -> None:
+@click.option(
+    "--plan",
+    "only_plan",
+    is_flag=True,
+    help="Compute size, time and memory of every stage instead, from the parameters alone.",
+)
+def main(params: Params, only_plan: bool) -> None:
     """Look at a sample of the corpus and say what each K would keep and cost.
 
     For each K: the mass it retains at each temperature, the nats it loses, bytes a token and size
     of the cache; then how long a capture takes, and from how many passes over the corpus on it is
     cheaper than an online teacher. Reads advise.*, prepare.*, train.*, paths.teacher and
     paths.corpus; writes paths.advise/metrics.json and advice.svg.
+
+    With --plan nothing is measured, and no teacher, corpus or GPU need be at hand: advise.device
+    says what to plan for. It writes paths.advise/plan.json.
     """
+    if only_plan:
+        _plan(params)
+    else:
+        _look(params)
+
+
+def _plan(params: Params) -> None:
+    plan = make_plan(params)
+    write_json(params.paths.advise / "plan.json", plan.metrics())
+    for line in plan_lines(plan, params):
+        click.echo(line)
+
+
+def _look(params: Params) -> None:
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
     dtype = pick_dtype(params.prepare.dtype, device)

@@ -123,7 +123,9 @@ def test_ks_beyond_the_vocabulary_are_left_out() -> None:
 def test_sample_rows_are_spread_evenly(
     num_rows: int, sample: float, min_rows: int, shard_rows: int
 ) -> None:
-    params = AdviseParams(sample=sample, min_rows=min_rows, ks=(1,))
+    params = AdviseParams(
+        sample=sample, min_rows=min_rows, ks=(1,), device="cpu", devices=1, utilisation=1.0
+    )
     blocks = sample_blocks(num_rows, params, shard_rows)
     rows = sorted(row for block in blocks for row in block)
     assert len(rows) == min(num_rows, max(min_rows, math.ceil(sample * num_rows)))

@@ -1,0 +1,201 @@
+"""Size, time and memory of each stage, from params and shapes: no teacher, corpus or GPU needed.
+
+Times are operations over the device's peak times advise.utilisation, so they are as good as that
+share; a run's own train/tokens_per_second, and `advise` on a sample, measure it. Several devices
+are taken to share work without loss. What else is assumed stands in this package's constants, each
+with where it was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pipeline.advise import break_even_passes
+from pipeline.config import Params
+from pipeline.errors import ParamsError
+from pipeline.plan.devices import DEVICES
+from pipeline.plan.shapes import Shape, student_shape, teacher_shape
+from pipeline.plan.storage import CORPUS_BYTES, CacheSize, Mode, cache_size
+from pipeline.plan.work import capture_memory, step_operations, training_memory
+from pipeline.runtime import dtype_name, pick_dtype
+
+TOKENIZED = 2.1e5  # tokens a second of one processor, by `build_corpus` of Python's library
+READ = 6.1e6  # tokens a second that two threads beside a device read and decode (cache_speed.py)
+WRITTEN = 1.6e6  # tokens a second that two threads encode and commit (cache_speed.py)
+MODES = (Mode(k=64, draws=0), Mode(k=32, draws=0), Mode(k=16, draws=0), Mode(k=0, draws=50))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much text there is, and how much of it a run reads."""
+
+    row_length: int
+    train_rows: int
+    held_out_rows: int
+    run_tokens: int  # that the steps of a run of train.* read
+    validated_tokens: int  # that it looks at besides, from step 0 on
+
+    @property
+    def tokens(self) -> int:
+        """Of both splits, as if no row were padded."""
+        return (self.train_rows + self.held_out_rows) * self.row_length
+
+    @property
+    def passes_a_run(self) -> float:
+        """Over the training split."""
+        return self.run_tokens / (self.train_rows * self.row_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Tokens a second, by all devices together."""
+
+    teacher: float  # forward
+    student: float  # forward
+    train: float  # forward and backward of the student
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage writes and takes; None where that is not computed, or nothing."""
+
+    name: str
+    written: float | None  # bytes
+    seconds: float | None
+    memory: float | None  # bytes on one device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A project's whole way, computed."""
+
+    teacher: str
+    teacher_shape: Shape
+    teacher_dtype: str
+    student: str
+    student_shape: Shape
+    extent: Extent
+    rates: Rates
+    stages: tuple[StagePlan, ...]
+    cache: CacheSize  # of prepare.*
+    modes: tuple[CacheSize, ...]  # of others, over the same corpus
+    break_even: int | None  # passes from which on a cache costs no more than an online teacher
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages, one after the other."""
+        return sum(stage.seconds or 0.0 for stage in self.stages)
+
+    def stage(self, name: str) -> StagePlan:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def metrics(self) -> dict[str, Any]:
+        """For plan.json."""
+        extent = {"tokens": self.extent.tokens, "passes_a_run": self.extent.passes_a_run}
+        return asdict(self) | extent | {"seconds": self.seconds}
+
+
+def make_plan(params: Params) -> Plan:
+    """Compute the plan of params.
+
+    Raises:
+        ParamsError: a model's shape is not known here, or the corpus has no stated size.
+    """
+    teacher_name, teacher = teacher_shape(params.teacher, params.paths.teacher)
+    student_name, student = student_shape(params.student, teacher)
+    dtype = _teacher_dtype(params)
+    extent = _extent(params)
+    rates = _rates(params, teacher, student, dtype)
+    kept = Mode(k=params.prepare.k, draws=params.prepare.draws)
+    rows = (extent.train_rows, extent.held_out_rows)
+    cache, *modes = (
+        cache_size(mode, teacher.vocab_size, rows, extent.row_length, params.prepare)
+        for mode in (kept, *MODES)
+    )
+    live = params.advise.devices / rates.teacher  # seconds a token, of one device
+    return Plan(
+        teacher=teacher_name,
+        teacher_shape=teacher,
+        teacher_dtype=dtype,
+        student=student_name,
+        student_shape=student,
+        extent=extent,
+        rates=rates,
+        stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
+        cache=cache,
+        modes=tuple(modes),
+        break_even=break_even_passes(live + 1.0 / WRITTEN, live, 1.0 / READ),
+    )
+
+
+def _teacher_dtype(params: Params) -> str:
+    """What prepare.dtype comes to on the planned device."""
+    kind = "cpu" if params.advise.device == "cpu" else "cuda"
+    return dtype_name(pick_dtype(params.prepare.dtype, torch.device(kind)))
+
+
+def _extent(params: Params) -> Extent:
+    corpus, train = params.corpus, params.train
+    if corpus.train_tokens is None:
+        raise ParamsError(
+            "corpus.train_tokens=null takes all there is, which a plan can not know: set a number, "
+            "for the plan alone by --set"
+        )
+    held_out = math.ceil(corpus.validation_tokens / corpus.row_length)
+    validations = train.steps // train.eval_every + 1
+    return Extent(
+        row_length=corpus.row_length,
+        train_rows=math.ceil(corpus.train_tokens / corpus.row_length),
+        held_out_rows=held_out,
+        run_tokens=train.steps * train.batch_rows * train.accumulation * corpus.row_length,
+        validated_tokens=validations * min(train.eval_rows, held_out) * corpus.row_length,
+    )
+
+
+def _rates(params: Params, teacher: Shape, student: Shape, dtype: str) -> Rates:
+    device, length = DEVICES[params.advise.device], params.corpus.row_length
+    share = params.advise.utilisation * params.advise.devices
+    return Rates(
+        teacher=share * device.peak(dtype) / teacher.forward_operations(length),
+        student=share * device.peak(params.train.dtype) / student.forward_operations(length),
+        train=share * device.peak(params.train.dtype) / step_operations(student, params),
+    )
+
+
+def _stages(
+    params: Params,
+    teacher: Shape,
+    student: Shape,
+    extent: Extent,
+    rates: Rates,
+    cache_bytes: float,
+    dtype: str,
+) -> tuple[StagePlan, ...]:
+    """As `dvc repro` would run them."""
+    from_gguf = params.teacher.source in ("wheel", "gguf")
+    folder = teacher.parameters * (4.0 if from_gguf else 2.0)  # as published, or dequantised
+    verify, length = params.verify, extent.row_length
+    gate = (verify.batches + verify.noise_batches) * verify.batch_rows * length
+    alone = params.advise.devices  # verify and evaluate run on one device
+    run = extent.run_tokens / rates.train + extent.validated_tokens / rates.student
+    live = (extent.run_tokens + extent.validated_tokens) / rates.teacher
+    distilled = run + (live if params.train.teacher == "online" else 0.0)
+    judged = extent.held_out_rows * length * (1.0 / rates.teacher + 2.0 / rates.student)
+    capture = capture_memory(teacher, params, dtype).total
+    training = training_memory(student, params).total
+    beside = capture if params.train.teacher == "online" else 0.0  # the teacher, for a batch
+    saved = 4.0 * student.parameters
+    return (
+        StagePlan("fetch", folder, None, None),
+        StagePlan("corpus", CORPUS_BYTES * extent.tokens, extent.tokens / TOKENIZED, None),
+        StagePlan("prepare", cache_bytes, extent.tokens / rates.teacher, capture),
+        StagePlan("verify", None, gate / rates.teacher * alone, capture),
+        StagePlan("train", saved, distilled, training + beside),
+        StagePlan("baseline", saved, run, training),
+        StagePlan("evaluate", None, judged * alone, None),
+    )

@@ -1,0 +1,127 @@
+"""Operations and peak memory of capture and training, from shapes alone.
+
+Memory is counted in tensors that live at once at the worst moment; what PyTorch, CUDA and
+fragmentation take besides is left to a margin (`FITS`). Activations are those of our own model
+under autocast (tests/plan/test_work.py holds the formula against what autograd keeps).
+
+Symbols as in shapes.py; L row length, N parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Params, StudentParams
+from pipeline.plan.shapes import Shape
+
+FITS = 0.9  # of a device's memory
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_LOGIT_COPIES = 3  # a chunk of logits in float32, its rounded copy, and what a reduction makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the worst moment."""
+
+    weights: float  # and copies of them, gradients and optimizer's state
+    activations: float
+    logits: float  # a chunk of them, and the head's gradient
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.activations + self.logits
+
+
+def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
+    """Of the teacher's forward over prepare.batch_rows rows, and of the head over a chunk.
+
+    Nothing is kept for a backward: at the worst, a block's feed-forward holds the residual stream,
+    its normalised copy and three tensors of width F.
+    """
+    size = _SIZES[dtype]
+    tokens = params.prepare.batch_rows * params.corpus.row_length
+    width = 4 * teacher.hidden_size + 3 * teacher.intermediate_size
+    return Memory(
+        weights=float(size * teacher.parameters),
+        activations=float(tokens * (size * width + mask_bytes(params))),
+        logits=float(_LOGIT_COPIES * 4 * params.prepare.head_chunk * teacher.vocab_size),
+    )
+
+
+def mask_bytes(params: Params) -> int:
+    """Of the mask that keeps documents apart, a token: a byte for each key of its row."""
+    return params.corpus.row_length if params.prepare.attention == "documents" else 0
+
+
+def training_memory(student: Shape, params: Params) -> Memory:
+    """Of a training step's forward and backward, on each of advise.devices.
+
+    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, shared by fsdp.
+    Autograd keeps a rounded copy of each weight of a block until backward.
+    """
+    train, devices = params.train, params.advise.devices
+    trained = trained_parameters(student, params.student)
+    size = _SIZES[train.dtype]
+    state = 4.0 * student.parameters + 12.0 * trained
+    if train.parallel == "fsdp":
+        state /= devices
+    rounded = 0 if size == 4 or train.activation_checkpointing else size * student.body_matrices
+    rows = -(-train.batch_rows // devices)
+    tokens = rows * params.corpus.row_length
+    head_gradient = 0 if params.student.lora else 4 * student.head
+    chunk = _LOGIT_COPIES * 4 * train.head_chunk * student.vocab_size
+    return Memory(
+        weights=state + rounded,
+        activations=tokens * (activation_bytes(student, params) + mask_bytes(params)),
+        logits=float(chunk + head_gradient + (size * student.head if size == 2 else 0)),
+    )
+
+
+def trained_parameters(student: Shape, params: StudentParams) -> int:
+    """All, or those of adapters."""
+    if params.lora is None:
+        return student.parameters
+    return student.lora_parameters(params.lora)
+
+
+def activation_bytes(student: Shape, params: Params) -> float:
+    """What autograd keeps for backward, a token.
+
+    With activation checkpointing a block keeps its input alone, and one at a time is whole. At the
+    end: the last norm's two, and the loss's gradient for hidden states.
+    """
+    block, width = block_bytes(student, params), 4 * student.hidden_size
+    if params.train.activation_checkpointing:
+        return float(student.num_layers * width + block + 3 * width)
+    return float(student.num_layers * block + 3 * width)
+
+
+def block_bytes(student: Shape, params: Params) -> float:
+    """What autograd keeps of one block, a token; `size` is that of autocast's format.
+
+    Float32: the input of each norm and its normalised copy. Else: what the matrices multiply, of
+    which autocast makes a copy for each; queries, attention's result, keys and values, repeated
+    where a mask keeps documents apart; the angles that turned them; gate, its silu, up and product.
+    """
+    size = _SIZES[params.train.dtype]
+    d, a, f = student.hidden_size, student.query_size, student.intermediate_size
+    copies, turned = (2, 0) if size == 4 else (5, 4 * student.head_size)
+    masked = params.prepare.attention == "documents"
+    keys_and_values = 2 * (a if masked else student.kv_size)
+    rounded = copies * d + 2 * a + keys_and_values + turned + 4 * f
+    return 4.0 * (4 * d + student.num_heads) + size * rounded
+
+
+def step_operations(student: Shape, params: Params) -> float:
+    """Of training, a token: 3 forwards (Kaplan et al. 2020, table 1: 6 N), or what params change.
+
+    Less the products for gradients of frozen weights beside adapters. With activation checkpointing
+    a fourth forward of each block up to its last product, which backward does not need.
+    """
+    length = params.corpus.row_length
+    operations = (2.0 if params.student.lora else 3.0) * student.forward_operations(length)
+    if params.train.activation_checkpointing:
+        last = 2.0 * student.num_layers * student.hidden_size * student.intermediate_size
+        operations += student.body_operations(length) - last
+    return operations
