@@ -55,11 +55,11 @@ def evaluate_model(
         MismatchError: the folder holds samples of another model or other settings.
     """
     fingerprint = fingerprint_of(generator, problems, params, seed)
-    samples = Journal(folder / "samples.jsonl", fingerprint, overwrite=overwrite)
-    write_samples(generator, problems, params, seed, samples)
     limits = {"timeout": params.timeout, "memory": params.memory, "isolated": isolated}
-    results = Journal(folder / "results.jsonl", fingerprint | limits, overwrite=True)
-    statuses = run_samples(problems, params, samples, results, isolated=isolated)
+    with Journal(folder / "samples.jsonl", fingerprint, overwrite=overwrite) as samples:
+        write_samples(generator, problems, params, seed, samples)
+        with Journal(folder / "results.jsonl", fingerprint | limits, overwrite=True) as results:
+            statuses = run_samples(problems, params, samples, results, isolated=isolated)
     seconds = sum(line["seconds"] for line in samples.lines)
     tokens = sum(line["tokens"] for line in samples.lines)
     return summarise(statuses, params.ks) | {

@@ -2,23 +2,25 @@
 
 The first line is the fingerprint: {"fingerprint": {...}}. Further lines are appended and synced
 before they count. A process killed while it writes leaves a torn last line, which the next one
-drops; a line that is damaged before the last is an error, since something else did that.
+drops; a line that is damaged before the last is an error, since something else did that. While a
+process has it open, no other may (flock): their lines would mix.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.errors import DecantError, MismatchError
-from pipeline.files import make_folder, write_bytes
+from pipeline.files import make_folder
 
 
 class Journal:
-    """What was written before is in `lines`; `append` adds to both.
+    """What was written before is in `lines`; `append` adds to both. Closed by `with`.
 
     Args:
         file: made with its folder if absent.
@@ -27,45 +29,60 @@ class Journal:
 
     Raises:
         MismatchError: the file was made of something else, named.
-        DecantError: it is damaged.
+        DecantError: it is damaged, or another process has it open.
     """
 
     def __init__(self, file: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> None:
         self.file = file
         self.lines: list[dict[str, Any]] = []
+        make_folder(file.parent)
+        self._stream = file.open("ab")
+        try:
+            self._open(fingerprint, overwrite=overwrite)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def _open(self, fingerprint: dict[str, Any], *, overwrite: bool) -> None:
+        file = self.file
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DecantError(
+                f"{file} is being written by another process: wait until it has ended, or set "
+                "paths.humaneval to another folder"
+            ) from None
         found, kept = _read(file)
         if found and found[0].get("fingerprint") != fingerprint:
             if not overwrite:
                 _refuse(file, found[0].get("fingerprint"), fingerprint)
             found = []
+        self._stream.truncate(kept if found else 0)
         if not found:
-            make_folder(file.parent)
-            write_bytes(file, _encode([{"fingerprint": fingerprint}]))
-            return
+            self._write([{"fingerprint": fingerprint}])
         self.lines = found[1:]
-        if kept < file.stat().st_size:
-            os.truncate(file, kept)
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines, on the disk before this returns."""
         new = list(lines)
-        with self.file.open("ab") as stream:
-            stream.write(_encode(new))
-            stream.flush()
-            os.fsync(stream.fileno())
+        self._write(new)
         self.lines += new
 
-
-def _encode(lines: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        self._stream.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a file, and the bytes they take; nothing where there is no file."""
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        return [], 0
+    """The whole lines of a file, and the bytes they take."""
+    data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(whole.splitlines(), 1):

@@ -304,13 +304,13 @@ def test_results_are_those_of_the_programs(
     params = settings(tiny_params, easy, **SAMPLED)
     problems = load_problems(easy)
     fingerprint = completions.fingerprint_of(generator, problems, params, 1)
-    samples = Journal(tmp_path / "samples.jsonl", fingerprint, overwrite=False)
     texts = ["\n return 4", "\n import time; time.sleep(0.5); return 2 * x", "\n return x"]
-    samples.append(
-        {"task_id": p.task_id, "sample": n, "completion": texts[n], "tokens": 5, "seconds": 0.5}
-        for p in problems
-        for n in range(3)
-    )
+    with Journal(tmp_path / "samples.jsonl", fingerprint, overwrite=False) as samples:
+        samples.append(
+            {"task_id": p.task_id, "sample": n, "completion": texts[n], "tokens": 5, "seconds": 0.5}
+            for p in problems
+            for n in range(3)
+        )
     scores = evaluate_model(generator, problems, params, tmp_path, seed=1, isolated=False)
     assert scores["statuses"] == {"passed": 8, "failed": 7}  # f=0 takes no continuation
     assert scores["pass_at"]["1"] == pytest.approx(8 / 15)
@@ -341,16 +341,18 @@ def test_samples_of_something_else_are_refused(
 
 def test_journal_drops_a_torn_line_and_names_a_damaged_one(tmp_path: Path) -> None:
     file = tmp_path / "new" / "journal.jsonl"
-    journal = Journal(file, {"a": 1}, overwrite=False)
-    journal.append([{"n": 1}, {"n": 2}])
-    journal.append([{"n": 3}])
+    with Journal(file, {"a": 1}, overwrite=False) as journal:
+        journal.append([{"n": 1}, {"n": 2}])
+        journal.append([{"n": 3}])
+        with pytest.raises(DecantError, match="being written by another process"):
+            Journal(file, {"a": 1}, overwrite=True)
     data = file.read_bytes()
     for cut in range(len(data)):
         file.write_bytes(data[:cut])
-        opened = Journal(file, {"a": 1}, overwrite=False)
         whole = data[:cut].count(b"\n")
-        assert [line["n"] for line in opened.lines] == [1, 2, 3][: max(whole - 1, 0)]
-        opened.append([{"n": 9}])
+        with Journal(file, {"a": 1}, overwrite=False) as opened:
+            assert [line["n"] for line in opened.lines] == [1, 2, 3][: max(whole - 1, 0)]
+            opened.append([{"n": 9}])
         assert [json.loads(line) for line in file.read_text().splitlines()][-1] == {"n": 9}
         assert len(file.read_text().splitlines()) == max(whole, 1) + 1
     file.write_bytes(data.replace(b'{"n": 2}', b'{"n": 2'))
