@@ -119,7 +119,7 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
     except (TypeError, ValueError):  # takes no position ids
         return False
     leak, rounding = (float((found - alone).norm()) for found in (behind, before))
-    return leak <= 8.0 * rounding + _ROUNDING * float(alone.norm())
+    return leak <= 3.0 * rounding + _ROUNDING * float(alone.norm())
 
 
 class HuggingFaceStudent(Student):

@@ -4,7 +4,7 @@ Names know nothing of ranks, parameter order or engine, so what any number of ra
 number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
 where the run took them from), the optimizer's state and each rank's random state.
 The format's `.metadata` is a pickle, which could name any function to be called; ours is read by an
-unpickler that knows a dozen classes and no other name.
+unpickler that knows a dozen names and calls nothing else.
 
 The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict,
 which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
@@ -50,8 +50,9 @@ _IN_METADATA: dict[str, Any] = {
         _StorageInfo,
         _get_layout,
         torch.Size,
-        type(Path()),
     )
+} | {  # Python 3.13 has it elsewhere, and what one version wrote another may read
+    f"{module}.{type(Path()).__name__}": type(Path()) for module in ("pathlib", "pathlib._local")
 }
 """What a checkpoint's `.metadata` is made of, besides dtypes."""
 
