@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import CorpusParams, StudentParams, TeacherParams
-from pipeline.report.inputs import TEACHER, Interval, Scores
+from pipeline.report.formats import TEACHER, Interval, Scores
 
 BASELINE = "baseline"
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import Params
 from pipeline.report import markdown_table
-from pipeline.report.inputs import Scores
+from pipeline.report.formats import Scores
 from pipeline.report.summary import (
     corpus_name,
     gap_closed,
