@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.sweep import (
     sweep_figures,
     sweep_markdown,
     sweep_rows,
+    sweep_scatter,
     varied_keys,
 )
 from pipeline.training.run import run_training
@@ -147,6 +149,15 @@ def test_pictures() -> None:
     assert sweep_figures(runs[:1]) == {}
     many = [made_up(f"run{i}", 3.0 - 0.01 * i, train_alpha=i / 20) for i in range(20)]
     assert "run3" not in words_of(sweep_figures(many)["train.alpha"])
+
+
+def test_scatter_by_distance_from_the_teacher() -> None:
+    runs = [made_up("a", 3.0), made_up("b", 2.5)]
+    assert {"a", "b", "KL to cache, nats"} <= set(words_of(sweep_scatter(runs)))
+    judged = [replace(run, kl_to_teacher=0.5) for run in runs]
+    assert "KL to teacher, nats" in words_of(sweep_scatter(judged))
+    alone = replace(runs[1], kl_to_cache=None)
+    assert sweep_scatter([runs[0], alone]) == ""  # nothing to compare
 
 
 def test_the_optuna_study_runs_and_continues(tiny_cache: Params, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.files import write_text
-from pipeline.report.inputs import TEACHER, Inputs, read_inputs
+from pipeline.report.formats import TEACHER
+from pipeline.report.inputs import Inputs, read_inputs
 from pipeline.report.passage import KL_STEPS, passage_view
 from pipeline.report.pictures import (
     draw_calibration,
@@ -188,6 +189,6 @@ def _of_sweep(runs: Sequence[SweepRun]) -> dict[str, Any]:
 
 def _script() -> dict[str, str]:
     """The page's script and its hash for the content security policy."""
-    text = files("pipeline.report").joinpath("templates/script.js").read_text()
+    text = files("pipeline.report").joinpath("templates/script.js").read_text("utf-8")
     digest = hashlib.sha256(text.encode()).digest()
     return {"text": text, "sha256": base64.b64encode(digest).decode()}

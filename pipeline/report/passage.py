@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from pipeline.report.inputs import TEACHER, Passage, PassageModel
+from pipeline.report.formats import TEACHER, Passage, PassageModel
 
 KL_STEPS = (0.1, 0.5, 1.0, 2.0)  # nats; levels 0 to 4
 _TOKENS = 512  # a page of more is no longer light

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.figures import INK, SERIES, draw_svg
-from pipeline.report.inputs import CalibrationPoint, Curve, GateBar
+from pipeline.report.formats import CalibrationPoint, GateBar
+from pipeline.report.inputs import Curve
 from pipeline.report.retained import RetainedMass
 
 _INCHES = (4.6, 3.0)

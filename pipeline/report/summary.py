@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import CorpusParams, StudentParams, TeacherParams
-from pipeline.report.inputs import TEACHER, Interval, Scores
+from pipeline.report.formats import TEACHER, Interval, Scores
 
 BASELINE = "baseline"
 
@@ -63,7 +63,8 @@ def table_cells(scores: Scores) -> dict[str, tuple[str, str]]:
     cells = {}
     for name, column in COLUMNS.items():
         interval = scores.interval.get(name)
-        margin = f" ± {column.shown((interval.high - interval.low) / 2)}" if interval else ""
+        half = (interval.high - interval.low) / 2 if interval else 0.0
+        margin = f" ± {column.shown(half)}" if half else ""  # the teacher agrees with itself
         cells[name] = column.shown(getattr(scores, name)), margin
     return cells
 

@@ -13,7 +13,8 @@ from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.model.attention import documents_apart
-from pipeline.report.inputs import Passage, read_inputs
+from pipeline.report.formats import Passage
+from pipeline.report.inputs import read_inputs
 from pipeline.report.passage import PassageView, passage_view
 from pipeline.report.retained import measure_retained_mass
 from tests.helpers import live_teacher, open_cache
@@ -103,6 +104,12 @@ def broken(text: str) -> Callable[[str], str]:
     [
         ("evaluate", "metrics.json", None, r"does not exist\): run stages/evaluate.py first"),
         ("verify", "histogram.json", None, r"does not exist\): run stages/verify.py first"),
+        (
+            "evaluate",
+            "samples.json",
+            lambda text: text.replace('"prompts": [', '"prompts": ["one more",'),
+            "a model has not as many continuations",
+        ),
         ("evaluate", "samples.json", broken("{"), r"samples.json cannot be read \(Invalid JSON"),
         (
             "evaluate",

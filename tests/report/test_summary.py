@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import Params
 from pipeline.report import markdown_table
-from pipeline.report.inputs import Scores
+from pipeline.report.formats import Scores
 from pipeline.report.summary import (
     corpus_name,
     gap_closed,
@@ -64,7 +64,7 @@ def test_places_on_the_line() -> None:
 
 def test_markdown_with_margins() -> None:
     models = {"teacher": scores(2.0), "student": scores(3.0, kl=1.0, margin=0.0126)}
-    models["teacher"]["interval"] = {}
+    models["teacher"]["interval"] = {"top1_agreement": {"low": 1.0, "high": 1.0}}
     table = markdown_table({n: Scores.model_validate(values) for n, values in models.items()})
     assert table.splitlines() == [
         "| | validation loss | perplexity | KL to teacher | top-1 agreement | accuracy | "

@@ -1,0 +1,178 @@
+"""What the other stages leave for the page: their JSON files, as typed records.
+
+Keys that the page does not show may come beside these.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.fidelity import GateSummary
+
+TEACHER = "teacher"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Interval(_Record):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+class KlStatistics(_Record):
+    """KL(teacher || model) over positions, nats: mean, quantiles, largest."""
+
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+
+class Scores(_Record):
+    """A model on the validation rows (paths.evaluate/metrics.json)."""
+
+    loss: float  # nats a token
+    perplexity: float
+    kl_to_teacher: float  # nats a token
+    top1_agreement: float
+    accuracy: float
+    calibration_error: float
+    tokens: int
+    parameters: int
+    kl: KlStatistics | None = None
+    interval: dict[str, Interval] = Field(default_factory=dict)  # by name of a field above
+
+
+class Samples(_Record):
+    """Greedy continuations of prompts, by model."""
+
+    prompts: list[str]
+    continuations: dict[str, list[str]]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if any(len(texts) != len(self.prompts) for texts in self.continuations.values()):
+            raise ValueError("a model has not as many continuations as there are prompts")
+        return self
+
+
+class Gate(_Record):
+    """What verify found (paths.verify/metrics.json)."""
+
+    passed: bool
+    batches: int
+    tokens: int
+    cache: GateSummary
+    noise_floor: GateSummary
+    negative_control: GateSummary
+
+
+class GateBar(_Record):
+    """A bin of the gate's histogram, by its lower edge."""
+
+    series: str
+    log10_one_minus_cosine: float
+    share: float
+
+
+class CalibrationPoint(_Record):
+    """A bin of the reliability diagram."""
+
+    model: str
+    confidence: float
+    accuracy: float
+
+
+class PassageModel(_Record):
+    """What a model said at each position of a passage."""
+
+    kl: list[float]  # from the teacher, nats
+    p_next: list[float]  # probability of the token that follows
+    top: list[list[tuple[str, float]]]  # its most probable tokens, with probabilities
+
+
+class Passage(_Record):
+    """A text token by token; position i predicts text_tokens[i + 1]."""
+
+    text_tokens: list[str]
+    models: dict[str, PassageModel]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if TEACHER not in self.models:
+            raise ValueError("the teacher is not among its models")
+        counts = {len(v) for m in self.models.values() for v in (m.kl, m.p_next, m.top)}
+        if len(counts) != 1 or not 0 <= len(self.text_tokens) - max(counts) <= 1:
+            raise ValueError("its lists are not as long as its text")
+        return self
+
+
+class TaskMetric(_Record):
+    """A metric of the evaluation harness."""
+
+    value: float | None
+    stderr: float | None = None
+
+
+class HumanEval(_Record):
+    """A model's samples for HumanEval's problems, run."""
+
+    pass_at: dict[str, float]  # by k
+    interval: Interval | None = None  # of pass@1
+    problems: int
+    samples_per_problem: int
+    temperature: float
+    tokens_per_second: float
+    new_tokens: int  # of all samples
+    statuses: dict[str, int]
+
+
+class ExportPath(_Record):
+    """A program that generated from the exported model, against our own generation."""
+
+    name: str
+    tokens: int
+    equal_tokens: int
+    equal_prompts: int
+    required: bool
+    passed: bool
+
+
+class TokenizerPath(_Record):
+    """A program's tokenizer on lines of text, against the teacher's."""
+
+    name: str
+    lines: int
+    equal_lines: int
+    passed: bool
+
+
+class ExportCheck(_Record):
+    """The check of an exported model."""
+
+    model: str
+    prompts: int
+    new_tokens: int
+    paths: list[ExportPath]
+    tokenizer: list[TokenizerPath]
+    left_out: list[str] = Field(default_factory=list)  # programs that are not there, and the remedy
+
+    @property
+    def passed(self) -> bool:
+        """Whether every path that had to agree did."""
+        return all(path.passed for path in self.paths if path.required) and all(
+            path.passed for path in self.tokenizer
+        )
+
+
+AllScores = Annotated[dict[str, Scores], Field(min_length=1)]
+LmEval = dict[str, dict[str, dict[str, TaskMetric]]]
+"""By model, task and metric."""
