@@ -8,7 +8,8 @@ its form does as well.
 
 A prompt is given without the newline that it ends with, which the model has to write itself. To
 many tokenizers a newline and the indentation behind it are one token; behind the newline alone,
-which its texts never held there, the demo's student ended all 164 programs at once.
+which its texts never held there, the demo's student ended all 164 programs at once, and its teacher
+solved none instead of 8.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Limits:
     memory: int = 512 * _MIB  # bytes of address space, of each process
     processes: int = 4  # threads included
     disk: int = 16 * _MIB  # bytes in its folder, all files together
-    output: int = 64 * 1024  # bytes printed
+    output: int = _MIB  # bytes printed
 
 
 @dataclass(frozen=True)
