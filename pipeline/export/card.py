@@ -147,7 +147,7 @@ def _evaluation(metrics: Mapping[str, Any], run: str) -> str:
     rows = [
         (words, *(f"{scores[key]:.4f}" for scores in shown.values()))
         for key, words in _METRICS.items()
-        if all(key in scores for scores in shown.values())
+        if all(scores.get(key) is not None for scores in shown.values())
     ]
     tokens = f"{shown[run]['tokens']:,} tokens" if "tokens" in shown[run] else "text"
     return (

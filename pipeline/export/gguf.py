@@ -174,7 +174,8 @@ def _placed(target: str, shape: tuple[int, ...], kind: str) -> _Stored:
 def _sources(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that goes into the file, as the folder has it."""
     for name, tensor in stream_tensors(folder):
-        if name != "lm_head.weight" or not config.tie_embeddings:  # tied, llama.cpp knows
+        tied = name == "lm_head.weight" and config.tie_embeddings  # llama.cpp takes the embedding
+        if not tied and not name.endswith(".rotary_emb.inv_freq"):  # old folders store what follows
             yield name, tensor
     if isinstance(config.rope_scaling, Llama3Scaling):
         plain = inverse_frequencies(config.head_size, config.rope_theta, None)
