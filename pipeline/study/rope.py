@@ -44,7 +44,7 @@ def rope(subject: Subject) -> Section:
         prose=[
             f"Positions 0 to {length - 1}. Dimension i turns with dimension i + {half} (halves, "
             "not neighbours) by position x frequency: fast in the first pairs, hardly at all "
-            "in the last.",
+            "in the last. Plain RoPE has the frequencies theta^(-2i / E), E the width of a head.",
             f"Angles are float32 on both sides; cos itself is up to {rounding:.1e} from what "
             "float64 gives at these positions.",
         ],

@@ -31,6 +31,8 @@ def swiglu(subject: Subject) -> Section:
         "swiglu",
         f"SwiGLU, layer {subject.layer}",
         prose=[
+            "down(silu(gate(x)) * up(x)): two projections widen x, one of them decides by silu how "
+            "much of the other passes, and a third returns to the old width.",
             "silu(g) = g / (1 + exp(-g)). It passes large positive gates and closes for "
             "negative ones, but not quite.",
             f"On the prompt {float((found['gate_proj.output'] < 0).float().mean()):.0%} of the "
