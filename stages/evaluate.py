@@ -13,6 +13,7 @@ from pipeline.cli import stage
 from pipeline.config import Params
 from pipeline.data.corpus import load_tokenizer
 from pipeline.data.rows import CorpusSplit
+from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.compare import TEACHER, Comparison, compare
 from pipeline.evaluation.harness import Harness, Results
@@ -124,6 +125,7 @@ def name_folders(place: Path, runs: Sequence[str], models: Sequence[str]) -> dic
 def judge(params: Params, folders: Mapping[str, Path]) -> Comparison:
     """Compare, look at a passage and at samples, and write all that."""
     corpus = CorpusSplit(params.paths.corpus, "validation")
+    require_tokenizer(params.paths.teacher, corpus)
     device = pick_device(params.device)
     dtype = pick_dtype(params.prepare.dtype, device)
     models = open_models(folders, corpus, params.paths.teacher, dtype=dtype, device=device)
