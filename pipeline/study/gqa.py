@@ -43,8 +43,8 @@ def gqa(subject: Subject) -> Section:
             f"{heads} query heads, {groups} key/value heads of {attention.head_size} dimensions: "
             f"each key/value head serves {heads // groups} query heads, and the cache is "
             f"{heads // groups} times smaller than with a key/value head for each.",
-            "Q, K and V are linear in x; Q and K are rotated; each query sees the keys up to its "
-            "own position. What comes out is o(softmax(Q K^T / sqrt(E)) V).",
+            "Q, K and V are linear in x; Q and K are rotated; a query sees the keys up to its own "
+            "position. What comes out is o(softmax(Q K^T / sqrt(E)) V).",
             _order_matters(steps, heads, groups),
         ],
         tables=[
