@@ -81,20 +81,13 @@ def read_config(folder: Path) -> ModelConfig:
         DecantError: no readable config.json.
     """
     raw = _read_json(folder / "config.json")
-    try:
-        return _parse_config(folder, raw)
-    except KeyError as error:
-        raise DecantError(
-            f"{folder / 'config.json'} lacks {error}: add it, or bring the file again"
-        ) from None
-
-
-def _parse_config(folder: Path, raw: dict[str, Any]) -> ModelConfig:
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
     if absent := [name for name in _NEEDED if not raw.get(name)]:
-        raise VariantError(f"{folder}/config.json says nothing of {absent[0]}")
+        raise VariantError(
+            f"{folder}/config.json lacks {absent[0]}: add it, or bring the file again"
+        )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     scaling = _read_rope(folder, raw, rope)
     head_size = raw["hidden_size"] // raw["num_attention_heads"]

@@ -231,7 +231,7 @@ def test_stored_frequencies_of_older_llamas_are_passed_over(tmp_path: Path) -> N
     ("content", "message"),
     [
         ("[]", r"config\.json must hold a JSON object"),
-        ('{"model_type": "llama"}', r"config\.json lacks 'max_position_embeddings'"),
+        ('{"model_type": "llama"}', r"config\.json lacks hidden_size"),
     ],
 )
 def test_config_without_what_it_needs_is_named(content: str, message: str, tmp_path: Path) -> None:
