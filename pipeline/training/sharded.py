@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ from torch.serialization import _get_layout
 from pipeline.errors import DecantError
 from pipeline.training.parallel import Ranks
 
+
+def _enum_member(owner: Any, name: str) -> Enum:
+    """What stands in for `getattr`, by which some releases of Python pickle members of an enum."""
+    if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"builtins.getattr of {owner!r}")
+
+
 _IN_METADATA: dict[str, Any] = {
     f"{known.__module__}.{known.__qualname__}": known
     for known in (
@@ -54,6 +63,7 @@ _IN_METADATA: dict[str, Any] = {
 } | {  # Python 3.13 has it elsewhere, and what one version wrote another may read
     f"{module}.{type(Path()).__name__}": type(Path()) for module in ("pathlib", "pathlib._local")
 }
+_IN_METADATA["builtins.getattr"] = _enum_member
 """What a checkpoint's `.metadata` is made of, besides dtypes."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
 from pipeline.training.checkpoint import Checkpoints, TrainState, _damage, _sum
 from pipeline.training.parallel import Ranks
 from pipeline.training.run import run_training
-from pipeline.training.sharded import Learner
+from pipeline.training.sharded import Learner, _MetadataUnpickler
 from tests.conftest import change
 from tests.helpers import SMALL, assert_same_run
 from tests.training.ranks import train_stage
@@ -142,6 +144,29 @@ def test_metadata_that_names_what_it_should_not_is_refused(
     assert not (tmp_path / "made").exists()
     pickle.loads(data)
     assert (tmp_path / "made").exists()  # PyTorch's own reader would have made it
+
+
+class Attribute:
+    """Pickled, it is a call of getattr when it is read."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.words = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.words
+
+
+def test_getattr_in_metadata_gives_members_of_enums_alone() -> None:
+    """As Python 3.11.2 pickles them; of anything else it would be a way to any function."""
+
+    def read(owner: Any, name: str) -> Any:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    assert read(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST") is member
+    for owner, name in ((torch.Size, "count"), (_MEM_FORMAT_ENCODING, "mro")):
+        with pytest.raises(pickle.UnpicklingError, match=r"builtins\.getattr"):
+            read(owner, name)
 
 
 def test_without_a_whole_one_it_is_refused_or_begun_again(saved: Checkpoints) -> None:
