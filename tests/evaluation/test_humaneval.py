@@ -159,11 +159,14 @@ def test_bad_problems_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(DecantError, match=sentence):
             load_problems(tmp_path / name)
 
+    packed = gzip.compress(json.dumps(list(range(2000))).encode())
+    flipped = packed[:200] + bytes([packed[200] ^ 0x55]) + packed[201:]  # within the deflate stream
     refuses(b"", "holds no problems")
     refuses(b'{"task_id": "a"}\n', "line 1 is no problem with task_id, prompt")
     refuses(json.dumps(EASY[0]).encode() + b"\n[1]", "line 2 is no problem")
     refuses((json.dumps(EASY[0]) + "\n").encode() * 2, "a task_id twice")
     refuses(b"not gzip", "cannot be read as problems", "bad.jsonl.gz")
+    refuses(flipped, "cannot be read as problems", "bad.jsonl.gz")
     refuses(b"\xff", "cannot be read as problems")
     with pytest.raises(DecantError, match=r"humaneval\.problems"):
         load_problems(tmp_path / "absent.jsonl")
@@ -388,6 +391,10 @@ def test_stage_puts_scores_beside_those_of_others(
     done = stage(tmp_path, *words, "--model", f"two={tiny_params.paths.teacher}")
     assert done.exit_code == 1
     assert "metrics.json cannot be read as JSON" in done.output
+    file.write_text("[]")
+    done = stage(tmp_path, *words, "--model", f"two={tiny_params.paths.teacher}")
+    assert done.exit_code == 1
+    assert "metrics.json holds no scores by model" in done.output
 
 
 def test_stage_refuses_in_one_sentence(
@@ -398,6 +405,9 @@ def test_stage_refuses_in_one_sentence(
         (["--model", "a"], 2, "is not NAME=FOLDER"),
         (["--model", f"../a={easy}"], 2, "with a plain name"),
         (["--model", f"a={tmp_path}"], 1, "holds no model for a"),
+        (["--model", model, "--model", model], 2, "two models are called a"),
+        (["--model", f"absent={tiny_params.paths.teacher}", "--run", "absent"], 2, "are called ab"),
+        (["--run", "../absent"], 2, "is no plain name"),
         (["--run", "absent"], 1, "stages/train.py --run NAME"),
         ([], 1, "holds no model for student"),
         (["--model", model, "--set", "humaneval.ks=[2]"], 2, r"exceed samples=1"),
