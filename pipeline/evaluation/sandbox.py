@@ -10,8 +10,9 @@ make. bubblewrap would build the same walls but is one more thing to install, se
 limits, and as root keeps uid 0, to which RLIMIT_NPROC does not apply; nsjail and firejail are
 larger still, firejail setuid root. What a program meets:
 
-- Files: a root of its own that holds Python's prefix and the system's libraries, read-only, three
-  devices, and a /tmp in memory of limited size, which is its HOME. No home, no /proc, no sockets.
+- Files: a root of its own that holds Python's bin and lib and the system's libraries, read-only,
+  three devices, and a /tmp in memory of limited size, which is its HOME. No /proc, no sockets, and
+  of your home nothing but that Python, if it lies there.
 - Processes: a PID namespace, so that it sees and signals its own alone, and ends as a whole when
   its first process is killed, whatever its children ignore or have forked into.
 - Network: none, not even a loopback interface, and no sockets but pairs. Environment: four
@@ -124,10 +125,15 @@ def _run(program: str, limits: Limits, folder: str, *, isolated: bool) -> Outcom
 
 
 def _readable() -> list[str]:
-    """What Python needs to start: the system's libraries and its own prefix."""
+    """What Python needs to start: the system's libraries and its own programs and libraries.
+
+    Not its whole prefix, which may be the user's home, or ~/.local with keyrings in share.
+    """
     prefix = os.path.realpath(sys.base_prefix)
-    paths = [path for path in _SYSTEM if os.path.lexists(path)]
-    return paths if prefix == "/usr" or prefix.startswith("/usr/") else [*paths, prefix]
+    paths = list(_SYSTEM)
+    if prefix != "/usr" and not prefix.startswith("/usr/"):
+        paths += [f"{prefix}/{name}" for name in ("bin", "lib", "lib64")]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def _write_all(stream: IO[bytes], data: bytes) -> None:

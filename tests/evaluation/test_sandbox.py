@@ -235,6 +235,19 @@ print(sorted(os.listdir("/")))
     assert "HF_TOKEN" not in plain.output.splitlines()[0]  # nor without the sandbox
 
 
+def test_of_pythons_prefix_only_python_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the home itself."""
+    for name in ("bin", "lib", ".ssh", "share"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    shown = [path for path in sandbox._readable() if path.startswith(str(tmp_path))]
+    assert shown == [str(tmp_path / "bin"), str(tmp_path / "lib")]
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    assert all(path in sandbox._SYSTEM for path in sandbox._readable())
+
+
 @sandboxed
 def test_no_listener_is_reached(tmp_path: Path) -> None:
     path, abstract = str(tmp_path / "socket"), f"\0decant-{uuid.uuid4().hex}"
