@@ -415,6 +415,8 @@ def test_stage_refuses_in_one_sentence(
         ([], 1, "holds no model for student"),
         (["--model", model, "--set", "humaneval.ks=[2]"], 2, r"exceed samples=1"),
         (["--model", model, "--set", "humaneval.samples=2"], 2, "would all be the same"),
+        (["--model", model, "--set", "humaneval.timeout=1e12"], 2, "humaneval.timeout"),
+        (["--model", model, "--set", f"humaneval.memory={2**60}"], 2, "humaneval.memory"),
         (["--model", model, "--set", "humaneval.problems=absent.jsonl"], 1, "absent.jsonl cannot"),
         (["--model", model, "--set", "humaneval.max_new_tokens=200"], 2, "easy/0 has"),
     ]
