@@ -367,8 +367,10 @@ class HumanevalParams(Section):
     max_new_tokens: Count = Field(description="at most so many tokens a program")
     batch_rows: Count = Field(description="programs written at once")
     dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
-    timeout: Positive = Field(description="seconds a program may run, by the clock")
-    memory: Annotated[int, Field(ge=64)] = Field(
+    timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = Field(
+        description="seconds a program may run, by the clock"
+    )
+    memory: Annotated[int, Field(ge=64, le=2**20)] = Field(
         description="MiB of address space of each of a program's processes"
     )
     workers: Count | None = Field(description="programs run at once; null: as many as cores")

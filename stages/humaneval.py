@@ -84,25 +84,37 @@ def choose_folders(
     """Folder by name, of what was asked for, or of teacher and student.
 
     Raises:
-        ParamsError: a --model that is not NAME=FOLDER, or a name that cannot be a folder's.
+        ParamsError: a --model that is not NAME=FOLDER, a name that cannot be a folder's, or a name
+            twice.
         DecantError: a folder that is not there.
     """
-    folders: dict[str, Path] = {}
+    named: list[tuple[str, Path]] = []
     for text in models:
         name, _, place = text.partition("=")
-        if not name or not place or name in (".", "..") or "/" in name:
+        if not place or not _is_plain(name):
             raise ParamsError(f"--model {text!r} is not NAME=FOLDER with a plain name: give both")
-        folders[name] = Path(place)
+        named.append((name, Path(place)))
     if not models and not runs:
-        folders["teacher"], runs = params.paths.teacher, ("student",)
-    folders |= {run: params.paths.runs / run / "model" for run in runs}
-    for name, folder in folders.items():
+        named, runs = [("teacher", params.paths.teacher)], ("student",)
+    for run in runs:
+        if not _is_plain(run):
+            raise ParamsError(f"--run {run!r} is no plain name: give a run's own, without slashes")
+        named.append((run, params.paths.runs / run / "model"))
+    folders: dict[str, Path] = {}
+    for name, folder in named:
+        if name in folders:
+            raise ParamsError(f"two models are called {name}: give each a name of its own")
+        folders[name] = folder
         if not (folder / "config.json").is_file():
             raise DecantError(
                 f"{folder} holds no model for {name}: run stages/fetch.py for the teacher, "
                 "stages/train.py --run NAME for a run, or name a folder by --model NAME=FOLDER"
             )
     return folders
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name
 
 
 def require_sandbox() -> None:
@@ -120,7 +132,9 @@ def keep(file: Path, name: str, scores: dict[str, Any]) -> None:
         metrics = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
         raise DecantError(f"{file} cannot be read as JSON ({error}): remove it") from None
-    write_json(file, {**metrics, name: scores})
+    if not isinstance(metrics, dict):
+        raise DecantError(f"{file} holds no scores by model: remove it")
+    write_json(file, metrics | {name: scores})
 
 
 def show(name: str, scores: dict[str, Any]) -> None:

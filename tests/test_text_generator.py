@@ -226,6 +226,15 @@ def test_samples_of_any_teacher(gpt2: Path, generator: TextGenerator, folder: Pa
     assert len(sample(gpt2, ("the cat",), 5)) == 1
 
 
+def test_samples_are_greedy_whatever_the_folder_says(gpt2: Path, tmp_path: Path) -> None:
+    expected = sample(gpt2, ("the cat", "a"), 12)
+    shutil.copytree(gpt2, tmp_path / "model")
+    habits = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 9.0, "num_beams": 3}
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | habits))
+    assert sample(tmp_path / "model", ("the cat", "a"), 12) == expected
+
+
 def stage(params: Params, tmp_path: Path, *words: str, typed: str | None = None) -> Result:
     """stages/generate.py with tiny settings; `params` has written params.yaml."""
     command = ["--params", str(tmp_path / "params.yaml"), "--set", "generate.max_new_tokens=6"]

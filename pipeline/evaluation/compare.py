@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.config import EvaluateParams
 from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.data.rows import CorpusSplit
+from pipeline.errors import DecantError
 from pipeline.evaluation.bootstrap import Interval, intervals
 from pipeline.evaluation.metrics import PositionScores, Scores
 from pipeline.evaluation.models import JudgedModel
@@ -47,8 +48,13 @@ def compare(
     params: EvaluateParams,
     attention: Attention,
 ) -> Comparison:
-    """Scores of the teacher and of each model on all rows of a split; logits are float32."""
-    found = {name: PositionScores(params.calibration_bins) for name in (TEACHER, *models)}
+    """Scores of the teacher and of each model on all rows of a split; logits are float32.
+
+    Raises:
+        DecantError: a model's predictions are no numbers, or no token of the split is in the loss.
+    """
+    names = (TEACHER, *models)
+    found = {name: PositionScores(params.calibration_bins, name) for name in names}
     documents, row_numbers = [], []
     for first in progress(range(0, len(corpus), params.batch_rows), what="evaluate", unit="batch"):
         rows = corpus.rows(first, min(first + params.batch_rows, len(corpus)))
@@ -58,6 +64,11 @@ def compare(
         documents.append(rows.doc_ids[place])
         row_numbers.append(first + place.nonzero()[0])
     clusters = np.concatenate(documents).astype(np.int64)
+    if not len(clusters):
+        raise DecantError(
+            "no token of the corpus's validation rows is in the loss: raise "
+            "corpus.validation_fraction, or set corpus.loss_on=all, and make it again"
+        )
     resampled = f"{len(np.unique(clusters)):,} documents"
     if clusters.min() == clusters.max():  # one alone cannot be resampled
         clusters = np.concatenate(row_numbers)

@@ -13,9 +13,10 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import cpu_count
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 from pipeline.config import HumanevalParams
@@ -55,7 +56,7 @@ def evaluate_model(
         MismatchError: the folder holds samples of another model or other settings.
     """
     fingerprint = fingerprint_of(generator, problems, params, seed)
-    limits = {"timeout": params.timeout, "memory": params.memory, "isolated": isolated}
+    limits = asdict(_limits(params)) | {"isolated": isolated, "python": python_version()}
     with Journal(folder / "samples.jsonl", fingerprint, overwrite=overwrite) as samples:
         write_samples(generator, problems, params, seed, samples)
         with Journal(folder / "results.jsonl", fingerprint | limits, overwrite=True) as results:
@@ -156,7 +157,7 @@ def run_samples(
     }
     found = {line["program"]: line["status"] for line in results.lines}
     missing = {_hash(p): p for p in programs.values() if _hash(p) not in found}
-    limits = Limits(seconds=params.timeout, memory=params.memory * 2**20)
+    limits = _limits(params)
     pool = ThreadPoolExecutor(params.workers or cpu_count() or 1)
     try:
         running: dict[Future[Outcome], str] = {
@@ -175,6 +176,10 @@ def run_samples(
         problem.task_id: [found[_hash(programs[problem.task_id, n])] for n in range(params.samples)]
         for problem in problems
     }
+
+
+def _limits(params: HumanevalParams) -> Limits:
+    return Limits(seconds=params.timeout, memory=params.memory * 2**20)
 
 
 def _hash(program: str) -> str:

@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def load_problems(file: Path | None) -> list[Problem]:
     try:
         data = file.read_bytes()
         text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DecantError(
             f"{file} cannot be read as problems ({error}): name a .jsonl or .jsonl.gz file by "
             "humaneval.problems"

@@ -46,14 +46,14 @@ _MACHINES: dict[str, dict[str, Any]] = {
         "pivot_root": 155,
         "clone": 56,
         # unshare setns mount umount2 pivot_root chroot ptrace bpf userfaultfd perf_event_open
-        # keyctl add_key request_key memfd_create shmget msgget semget mq_open
-        "denied": "272 308 165 166 155 161 101 321 323 298 250 248 249 319 29 68 64 240",
+        # keyctl add_key request_key memfd_create shmget msgget semget mq_open socket setsockopt
+        "denied": "272 308 165 166 155 161 101 321 323 298 250 248 249 319 29 68 64 240 41 54",
     },
     "aarch64": {
         "arch": 0xC00000B7,
         "pivot_root": 41,
         "clone": 220,
-        "denied": "97 268 40 39 41 51 117 280 282 241 219 217 218 279 194 186 190 180",
+        "denied": "97 268 40 39 41 51 117 280 282 241 219 217 218 279 194 186 190 180 198 208",
     },
 }
 # io_uring_setup open_tree move_mount fsopen fsmount fspick mount_setattr memfd_secret
@@ -282,8 +282,10 @@ def _restrict(path: str, attributes: int, flags: int) -> None:
 def _filter_system_calls() -> None:
     """Refuse what would lead around the limits (seccomp, a list of what is denied).
 
-    New namespaces could mount a larger tmpfs; memfd, System V memory and message queues hold memory
-    that RLIMIT_AS does not count; keyrings are the user's. The rest is known for its bugs.
+    New namespaces could mount a larger tmpfs; memfd, System V memory, message queues and sockets
+    with large buffers hold memory that RLIMIT_AS does not count; keyrings are the user's. Sockets
+    of some families (vsock, to a virtual machine's host) know no network namespaces. Pairs of
+    sockets are let through, since asyncio needs one. The rest is known for its bugs.
     """
     machine = _machine()
     allow, refuse, absent, kill = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 1 << 31

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.errors import DecantError
 from pipeline.evaluation.bootstrap import Interval, intervals
 
 
@@ -55,7 +56,8 @@ class PositionScores:
     is the probability of the most probable id.
     """
 
-    def __init__(self, bins: int) -> None:
+    def __init__(self, bins: int, name: str = "the model") -> None:
+        self._name = name
         self._parts: dict[str, list[Tensor]] = {
             name: [] for name in ("loss", "kl_to_teacher", "top1_agreement", "accuracy")
         }
@@ -68,6 +70,9 @@ class PositionScores:
             logits: float32 [n, V]. labels: int64 [n].
             teacher_log_p: float32 [n, V_teacher] with V_teacher <= V; further ids of the student
                 carry no teacher mass.
+
+        Raises:
+            DecantError: a loss or a divergence is not finite.
         """
         log_q = logits.log_softmax(-1)
         top_log_q, guess = log_q.max(-1)
@@ -79,6 +84,11 @@ class PositionScores:
             "top1_agreement": guess == teacher_log_p.max(-1).indices,
             "accuracy": correct,
         }
+        if not bool(torch.isfinite(found["loss"] + found["kl_to_teacher"]).all()):
+            raise DecantError(
+                f"{self._name} predicts probabilities that are 0 or not numbers: its training has "
+                "diverged, or its logits overflow: set prepare.dtype=float32, or leave it out"
+            )
         for name, values in found.items():
             self._parts[name].append(values.cpu())
         confidence = top_log_q.exp().double().cpu()

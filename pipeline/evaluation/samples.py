@@ -40,6 +40,8 @@ def _sample_by_transformers(folder: Path, prompts: tuple[str, ...], new_tokens: 
             attention_mask=inputs["attention_mask"],
             max_new_tokens=new_tokens,
             do_sample=False,
+            num_beams=1,  # whatever the folder's generation_config.json says
+            repetition_penalty=1.0,
         )
         new = output[0][inputs["input_ids"].shape[1] :]
         texts.append(tokenizer.decode(new, skip_special_tokens=True))

@@ -10,11 +10,13 @@ make. bubblewrap would build the same walls but is one more thing to install, se
 limits, and as root keeps uid 0, to which RLIMIT_NPROC does not apply; nsjail and firejail are
 larger still, firejail setuid root. What a program meets:
 
-- Files: a root of its own that holds Python's prefix and the system's libraries, read-only, three
-  devices, and a /tmp in memory of limited size, which is its HOME. No home, no /proc, no sockets.
+- Files: a root of its own that holds Python's bin and lib and the system's libraries, read-only,
+  three devices, and a /tmp in memory of limited size, which is its HOME. No /proc, no sockets, and
+  of your home nothing but that Python, if it lies there.
 - Processes: a PID namespace, so that it sees and signals its own alone, and ends as a whole when
   its first process is killed, whatever its children ignore or have forked into.
-- Network: none, not even a loopback interface. Environment: four variables, none of the user's.
+- Network: none, not even a loopback interface, and no sockets but pairs. Environment: four
+  variables, none of the user's.
 - Limits: wall-clock time, CPU time, address space and file size of each process, number of
   processes, bytes of /tmp, bytes of output, which is read no further than to its limit.
 - Rights: no capabilities, no_new_privs, a seccomp filter against new namespaces and against memory
@@ -22,7 +24,8 @@ larger still, firejail setuid root. What a program meets:
 
 Memory of all its processes together is bounded by processes x memory + disk, not by memory: a
 limit over all would need a cgroup of one's own, which neither an ordinary user nor a container's
-root can count on. The default is 4 x 512 + 16 MiB.
+root can count on. The default is 4 x 512 + 16 MiB. What the kernel holds for a process comes on
+top, above all the buffers of its 64 descriptors: some 30 MiB in pipes, half that in socket pairs.
 
 Standard library only: no site-packages, so that a result does not depend on what is installed.
 "passed" means that the program ran to its end; one that leaves early by `exit(0)` has not. It is no
@@ -122,10 +125,15 @@ def _run(program: str, limits: Limits, folder: str, *, isolated: bool) -> Outcom
 
 
 def _readable() -> list[str]:
-    """What Python needs to start: the system's libraries and its own prefix."""
+    """What Python needs to start: the system's libraries and its own programs and libraries.
+
+    Not its whole prefix, which may be the user's home, or ~/.local with keyrings in share.
+    """
     prefix = os.path.realpath(sys.base_prefix)
-    paths = [path for path in _SYSTEM if os.path.lexists(path)]
-    return paths if prefix == "/usr" or prefix.startswith("/usr/") else [*paths, prefix]
+    paths = list(_SYSTEM)
+    if prefix != "/usr" and not prefix.startswith("/usr/"):
+        paths += [f"{prefix}/{name}" for name in ("bin", "lib", "lib64")]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def _write_all(stream: IO[bytes], data: bytes) -> None:

@@ -166,6 +166,26 @@ def test_one_document_is_resampled_by_rows(tiny_corpus: Params, tmp_path: Path) 
     assert found.scores["it"].interval["loss"].half_width > 0.0
 
 
+def test_nothing_in_the_loss_is_one_sentence(
+    tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.evaluation.compare._labels",
+        lambda rows: torch.full(rows.tokens.shape, IGNORE),
+    )
+    with pytest.raises(DecantError, match="no token of the corpus's validation rows is in the"):
+        judge(tiny_corpus, {"it": tiny_corpus.paths.teacher})
+
+
+def test_a_model_that_has_diverged_is_named(tiny_corpus: Params, tmp_path: Path) -> None:
+    student = StudentModel(ModelConfig(**SMALL))
+    with torch.no_grad():
+        student.head_weight[3] = torch.nan
+    save_student(student, tmp_path / "it", tokenizer_from=tiny_corpus.paths.teacher)
+    with pytest.raises(DecantError, match="it predicts probabilities that are 0 or not numbers"):
+        judge(tiny_corpus, {"fine": tiny_corpus.paths.teacher, "it": tmp_path / "it"})
+
+
 def test_models_that_do_not_fit_the_corpus_are_refused(tiny_corpus: Params, tmp_path: Path) -> None:
     other = tmp_path / "other"
     make_teacher(other)

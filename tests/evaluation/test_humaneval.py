@@ -159,11 +159,14 @@ def test_bad_problems_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(DecantError, match=sentence):
             load_problems(tmp_path / name)
 
+    packed = gzip.compress(json.dumps(list(range(2000))).encode())
+    flipped = packed[:200] + bytes([packed[200] ^ 0x55]) + packed[201:]  # within the deflate stream
     refuses(b"", "holds no problems")
     refuses(b'{"task_id": "a"}\n', "line 1 is no problem with task_id, prompt")
     refuses(json.dumps(EASY[0]).encode() + b"\n[1]", "line 2 is no problem")
     refuses((json.dumps(EASY[0]) + "\n").encode() * 2, "a task_id twice")
     refuses(b"not gzip", "cannot be read as problems", "bad.jsonl.gz")
+    refuses(flipped, "cannot be read as problems", "bad.jsonl.gz")
     refuses(b"\xff", "cannot be read as problems")
     with pytest.raises(DecantError, match=r"humaneval\.problems"):
         load_problems(tmp_path / "absent.jsonl")
@@ -294,7 +297,10 @@ def test_a_run_stopped_anywhere_ends_with_the_same_samples(
     again = evaluate(tmp_path / "whole")
     assert again == scores
     assert not ran
-    assert programs <= count
+    assert 0 < programs <= count
+    monkeypatch.setattr(completions, "python_version", lambda: "2.7")  # may judge otherwise
+    assert evaluate(tmp_path / "whole")["statuses"] == scores["statuses"]
+    assert len(ran) == programs
 
 
 def test_results_are_those_of_the_programs(
@@ -388,6 +394,10 @@ def test_stage_puts_scores_beside_those_of_others(
     done = stage(tmp_path, *words, "--model", f"two={tiny_params.paths.teacher}")
     assert done.exit_code == 1
     assert "metrics.json cannot be read as JSON" in done.output
+    file.write_text("[]")
+    done = stage(tmp_path, *words, "--model", f"two={tiny_params.paths.teacher}")
+    assert done.exit_code == 1
+    assert "metrics.json holds no scores by model" in done.output
 
 
 def test_stage_refuses_in_one_sentence(
@@ -398,10 +408,15 @@ def test_stage_refuses_in_one_sentence(
         (["--model", "a"], 2, "is not NAME=FOLDER"),
         (["--model", f"../a={easy}"], 2, "with a plain name"),
         (["--model", f"a={tmp_path}"], 1, "holds no model for a"),
+        (["--model", model, "--model", model], 2, "two models are called a"),
+        (["--model", f"absent={tiny_params.paths.teacher}", "--run", "absent"], 2, "are called ab"),
+        (["--run", "../absent"], 2, "is no plain name"),
         (["--run", "absent"], 1, "stages/train.py --run NAME"),
         ([], 1, "holds no model for student"),
         (["--model", model, "--set", "humaneval.ks=[2]"], 2, r"exceed samples=1"),
         (["--model", model, "--set", "humaneval.samples=2"], 2, "would all be the same"),
+        (["--model", model, "--set", "humaneval.timeout=1e12"], 2, "humaneval.timeout"),
+        (["--model", model, "--set", f"humaneval.memory={2**60}"], 2, "humaneval.memory"),
         (["--model", model, "--set", "humaneval.problems=absent.jsonl"], 1, "absent.jsonl cannot"),
         (["--model", model, "--set", "humaneval.max_new_tokens=200"], 2, "easy/0 has"),
     ]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import DecantError
 from pipeline.evaluation.metrics import PositionScores, kl_divergence, kl_statistics
 
 
@@ -27,6 +28,15 @@ def test_worked_by_hand() -> None:
     assert scores.calibration_error == pytest.approx(0.3)  # confident 0.8, right 0.5
     (point,) = sums.calibration()
     assert point == pytest.approx({"confidence": 0.8, "accuracy": 0.5, "share": 1.0})
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_what_is_no_number_is_one_sentence(bad: float) -> None:
+    """Not an index out of range, nor a NaN that the report would have to show."""
+    teacher = torch.zeros(2, 4).log_softmax(-1)
+    logits = torch.tensor([[0.0, bad, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
+    with pytest.raises(DecantError, match="far predicts probabilities that are 0 or not numbers"):
+        PositionScores(10, "far").add(logits, torch.tensor([0, 1]), teacher)
 
 
 def test_chunks_do_not_matter() -> None:

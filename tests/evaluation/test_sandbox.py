@@ -155,6 +155,8 @@ def test_memory_bomb_ends_out_of_memory(name: str) -> None:
         "libc.ptrace(16, 1, 0, 0)",
         "libc.syscall(250, 1, 0, 0, 0, 0)",  # keyctl
         "libc.setuid(0)",
+        "libc.socket(16, 3, 0)",  # netlink
+        "libc.socket(40, 1, 0)",  # vsock, which reaches a virtual machine's host
     ],
 )
 def test_ways_around_the_limits_are_closed(attempt: str) -> None:
@@ -163,6 +165,22 @@ def test_ways_around_the_limits_are_closed(attempt: str) -> None:
     program = f"import ctypes\nlibc = ctypes.CDLL(None)\nassert {attempt} == -1"
     outcome = run_program(program, replace(LIMITS, seconds=10.0))
     assert (outcome.status, outcome.detail) == ("passed", "")
+
+
+@sandboxed
+def test_socket_pairs_work_and_hold_little() -> None:
+    """Their buffers are the kernel's, which RLIMIT_AS does not count."""
+    program = """
+import asyncio, socket
+asyncio.run(asyncio.sleep(0))
+one, other = socket.socketpair()
+try:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)
+except PermissionError:
+    print("refused")
+"""
+    outcome = run_program(program, replace(LIMITS, seconds=10.0))
+    assert (outcome.status, outcome.output) == ("passed", "refused\n")
 
 
 @sandboxed
@@ -217,6 +235,19 @@ print(sorted(os.listdir("/")))
     assert "HF_TOKEN" not in plain.output.splitlines()[0]  # nor without the sandbox
 
 
+def test_of_pythons_prefix_only_python_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the home itself."""
+    for name in ("bin", "lib", ".ssh", "share"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    shown = [path for path in sandbox._readable() if path.startswith(str(tmp_path))]
+    assert shown == [str(tmp_path / "bin"), str(tmp_path / "lib")]
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    assert all(path in sandbox._SYSTEM for path in sandbox._readable())
+
+
 @sandboxed
 def test_no_listener_is_reached(tmp_path: Path) -> None:
     path, abstract = str(tmp_path / "socket"), f"\0decant-{uuid.uuid4().hex}"
@@ -224,9 +255,11 @@ def test_no_listener_is_reached(tmp_path: Path) -> None:
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_UNIX) as file,
         socket.socket(socket.AF_UNIX) as hidden,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as letters,
     ):
         file.bind(path)
         hidden.bind(abstract)
+        letters.bind(abstract + "-letters")
         file.listen()
         hidden.listen()
         program = f"""
@@ -242,6 +275,12 @@ for family, address in [
         print("connected", address)
     except OSError:
         pass
+try:  # a pair needs no socket(2), and one of it may be sent elsewhere
+    one, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    one.connect({abstract + "-letters"!r})
+    print("connected", one.send(b"x"))
+except ConnectionRefusedError:
+    pass
 """
         outcome = run_program(program, replace(LIMITS, seconds=10.0))
         assert (outcome.status, outcome.output) == ("passed", "")
