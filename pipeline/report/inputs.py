@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config import Paths
+from pipeline.config import Params, Paths
 from pipeline.errors import DecantError
 from pipeline.report.formats import (
     TEACHER,
@@ -84,6 +84,28 @@ def read_scores(paths: Paths) -> dict[str, Scores]:
     """
     scores: dict[str, Scores] = _read(paths.evaluate / "metrics.json", AllScores, "evaluate")
     return scores
+
+
+def params_of_run(params: Params, run: str | None) -> Params:
+    """`params` with what run.json says that a run was made by; unchanged for what is no run.
+
+    Raises:
+        DecantError: run.json cannot be read.
+    """
+    file = params.paths.runs / run / "run.json" if run else None
+    if file is None or not file.exists():
+        return params
+    said: dict[str, Any] = _read(file, dict[str, Any], "train")
+    values = params.model_dump()
+    try:
+        for section in ("student", "train"):
+            values[section] |= said.get(section, {})
+        return Params.model_validate(values)
+    except (TypeError, ValueError):
+        raise DecantError(
+            f"{file} cannot be read (its parameters are not those of a run): run stages/train.py "
+            "again"
+        ) from None
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

@@ -21,7 +21,7 @@ from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.files import write_text
 from pipeline.report.formats import TEACHER
-from pipeline.report.inputs import Inputs, read_inputs
+from pipeline.report.inputs import Inputs, params_of_run, read_inputs
 from pipeline.report.passage import KL_STEPS, passage_view
 from pipeline.report.pictures import (
     draw_calibration,
@@ -77,6 +77,7 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
             "the report needs jinja2 and matplotlib: install them by `pip install decant[report]`"
         ) from None
     inputs = read_inputs(params.paths)
+    params = params_of_run(params, student_of(inputs.scores))
     values = {
         **_provenance(params),
         **_of_models(inputs),
