@@ -197,7 +197,7 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
 def _read(file: Path) -> Shape:
     try:
         return _from_config(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DecantError(
             f"{file} does not give the shape of a decoder ({type(error).__name__}: {error}): plans "
             "are made for models whose config.json has the keys of Qwen2's or Llama's"
