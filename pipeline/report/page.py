@@ -21,7 +21,7 @@ from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.files import write_text
 from pipeline.report.formats import TEACHER
-from pipeline.report.inputs import Inputs, params_of_run, read_inputs
+from pipeline.report.inputs import Inputs, differences, params_of_run, read_inputs
 from pipeline.report.passage import KL_STEPS, passage_view
 from pipeline.report.pictures import (
     draw_calibration,
@@ -31,6 +31,7 @@ from pipeline.report.pictures import (
 )
 from pipeline.report.retained import measure_retained_mass
 from pipeline.report.summary import (
+    BASELINE,
     COLUMNS,
     corpus_name,
     gap_closed,
@@ -84,6 +85,7 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
         **_of_tasks(inputs),
         **_of_sweep(sweep),
         "inputs": inputs,
+        "unlike": differences(params.paths, student_of(inputs.scores), BASELINE),
         "script": _script(),
     }
     environment = Environment(

@@ -194,6 +194,23 @@ def test_the_summary_says_how_it_was_trained(own_run: Params, how: str, said: st
     assert ("of which the cache holds" in whole) is (how != "cached")
 
 
+def test_a_baseline_of_another_kind_is_no_equal(own_run: Params) -> None:
+    """The sentence on a fair comparison stands where run.json of both bears it out."""
+    made_by(own_run, "student", train={"teacher": "cached", "alpha": 0.5, "steps": 8})
+    made_by(own_run, "baseline", train={"teacher": "none", "alpha": 0.0, "steps": 8})
+    shown = Reader(write_report(own_run).read_text())
+    fair = "The baseline has the student's start, data and steps"
+    assert fair in words_of(shown.whole)
+    assert "Baseline: the same start" in shown.text["models"]
+    made_by(own_run, "baseline", train={"teacher": "none", "steps": 99})
+    shown = Reader(write_report(own_run).read_text())
+    assert "The baseline has no teacher and differs from student in train.steps too." in words_of(
+        shown.whole
+    )
+    assert fair not in words_of(shown.whole)
+    assert "Baseline: the same start" not in shown.text["models"]
+
+
 def test_parameters_of_a_run_that_are_none(own_run: Params) -> None:
     for damaged in ({"train": {"steps": -1}}, {"train": 3}, {"student": {"no": 1}}):
         made_by(own_run, "student", **damaged)  # type: ignore[arg-type]
