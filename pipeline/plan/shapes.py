@@ -150,9 +150,15 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
     """A word on the student's start, and its shape.
 
     Raises:
-        ParamsError: the checkpoint is neither here nor in the table.
+        ParamsError: the checkpoint is neither here nor in the table, or the teacher has not as many
+            layers.
     """
     if params.init == "layers":
+        if outside := [i for i in params.layers if not 0 <= i < teacher.num_layers]:
+            raise ParamsError(
+                f"student.layers names layer {outside[0]}, and the teacher's are 0 to "
+                f"{teacher.num_layers - 1}: choose among these"
+            )
         return f"{len(params.layers)} layers of the teacher", replace(
             teacher, num_layers=len(params.layers)
         )
