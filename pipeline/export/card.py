@@ -83,7 +83,10 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
     front = ModelCardData(
         license=found, library_name="transformers", pipeline_tag="text-generation"
     )
-    said = f"# {name}\n\nA causal language model, converted by Decant and otherwise as it was."
+    said = (
+        f"# {name}\n\nA causal language model, converted by Decant: its weights rounded to the "
+        "format that config.json names, otherwise as it was."
+    )
     return _page(front, [said, _use(files), _terms(found, "the model it was made of")])
 
 

@@ -209,7 +209,9 @@ def test_card_of_hub_teacher_and_data(params_of_run: Params) -> None:
 def test_licence_comes_from_the_models_own_card(tmp_path: Path) -> None:
     assert card_license(tmp_path) is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A model\n")
-    assert front(folder_card(tmp_path, "name", []))["license"] == "mit"
+    card = folder_card(tmp_path, "name", [])
+    assert front(card)["license"] == "mit"
+    assert "rounded to the format that config.json names" in card
     for unreadable in ("# no front matter\n", "---\n: [\n---\n", "---\nlicense: [a]\n---\n"):
         (tmp_path / "README.md").write_text(unreadable)
         assert card_license(tmp_path) is None
