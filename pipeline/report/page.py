@@ -78,14 +78,16 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
             "the report needs jinja2 and matplotlib: install them by `pip install decant[report]`"
         ) from None
     inputs = read_inputs(params.paths)
-    params = params_of_run(params, student_of(inputs.scores))
+    student = student_of(inputs.scores)
+    params = params_of_run(params, student)
     values = {
         **_provenance(params),
         **_of_models(inputs),
         **_of_tasks(inputs),
         **_of_sweep(sweep),
         "inputs": inputs,
-        "unlike": differences(params.paths, student_of(inputs.scores), BASELINE),
+        "how": params.train.teacher if student is None or student in inputs.curves else "elsewhere",
+        "unlike": differences(params.paths, student, BASELINE),
         "script": _script(),
     }
     environment = Environment(

@@ -182,8 +182,8 @@ def test_the_page_tells_what_the_run_was_made_by(own_run: Params) -> None:
     ("how", "said"),
     [
         ("cached", "a teacher of 85.0 M, offline:"),
-        ("online", "a teacher of 85.0 M, live:"),
-        ("none", "and trained without a teacher:"),
+        ("online", "a teacher of 85.0 M, live. The cache holds 3,0"),
+        ("none", "and trained without a teacher. The cache holds 3,0"),
     ],
 )
 def test_the_summary_says_how_it_was_trained(own_run: Params, how: str, said: str) -> None:
@@ -191,7 +191,7 @@ def test_the_summary_says_how_it_was_trained(own_run: Params, how: str, said: st
     whole = words_of(shown.whole)
     assert said in whole
     assert ("offline" in whole) is (how == "cached")
-    assert ("of which the cache holds" in whole) is (how != "cached")
+    assert ("The cache holds" in whole) is (how != "cached")
 
 
 def test_a_baseline_of_another_kind_is_no_equal(own_run: Params) -> None:
@@ -209,6 +209,19 @@ def test_a_baseline_of_another_kind_is_no_equal(own_run: Params) -> None:
     )
     assert fair not in words_of(shown.whole)
     assert "Baseline: the same start" not in shown.text["models"]
+
+
+def test_of_a_model_made_elsewhere_no_training_is_told(own_run: Params) -> None:
+    write_json(
+        own_run.paths.evaluate / "metrics.json", {"teacher": scores(2.0), "other": scores(2.5)}
+    )
+    shown = Reader(write_report(own_run).read_text())
+    whole = words_of(shown.whole)
+    assert "A other of 85.0 M parameters, which is no run of this project. The cache holds" in whole
+    assert "distilled" not in whole
+    assert "This run:" not in shown.text["retained"]
+    assert "learning_rate" not in shown.text["provenance"]
+    assert "teacher_sha256" in shown.text["provenance"]
 
 
 def test_parameters_of_a_run_that_are_none(own_run: Params) -> None:
