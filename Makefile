@@ -4,13 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test deliver lint clean
 
 demo: $(VENV)/demo
 	dvc repro
 
 test: $(VENV)/ready
 	python -m pytest
+
+# A finished run for others: judged, as Hugging Face folder and GGUF, checked on three paths, and its
+# page, all in INTO, so that what `dvc repro` made stays: `make deliver RUN=t2`. ARGS go to each stage.
+RUN ?= student
+INTO ?= cache/delivery/$(RUN)
+DELIVERY = $(ARGS) $(foreach stage,evaluate export report,--set 'paths.$(stage)=$(INTO)/$(stage)')
+deliver:
+	python stages/evaluate.py --run '$(RUN)' $(DELIVERY)
+	python stages/export.py --run '$(RUN)' $(DELIVERY)
+	python stages/report.py $(DELIVERY)
 
 lint: $(VENV)/ready
 	ruff check .

@@ -412,7 +412,8 @@ class ExportParams(Section):
     new_tokens: Count = Field(description="greedy tokens a prompt")
     lines: Count = Field(description="of the text, tokenized on each path, or all there are")
     min_agreement: Fraction = Field(
-        description="share of equal tokens where rounding forbids that all be: bf16 and q8_0"
+        description="share of equal tokens that a path needs; beside them f32 and f16 may have "
+        "near ties alone, bf16 and q8_0 any"
     )
 
 

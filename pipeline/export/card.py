@@ -38,6 +38,13 @@ _METRICS = {
 }
 
 
+_HOW = {
+    "cached": "distilled offline from a cache of its teacher's logits",
+    "online": "distilled from its live teacher",
+}
+"""train.teacher -> what was done."""
+
+
 def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     """The card of a run, with what its run.json and paths.evaluate say of it.
 
@@ -45,20 +52,23 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         run: its name under paths.runs. files: names of the GGUF files beside the card.
     """
     about = _read_json(params.paths.runs / run / "run.json")
-    taught = about.get("train", {}).get("teacher") != "none"
+    how = about.get("train", {}).get("teacher")
+    taught = how in ("cached", "online")
+    start = about.get("student", {}).get("init")
     hub = params.teacher.hub.id if params.teacher.source == "hub" else None
     front = ModelCardData(
         license=run_license(params),
-        base_model=hub or params.export.base_model,
+        base_model=(hub or params.export.base_model) if taught or start == "layers" else None,
         datasets=[params.corpus.hub.id] if params.corpus.source == "hub" else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["decant", *(["knowledge-distillation"] if taught else [])],
     )
-    what = "distilled offline from a cache of its teacher's top logits" if taught else "trained"
-    origin = [("teacher", _teacher(params)), ("data", _data(params))]
+    origin = [*_start(about), ("data", _data(params))]
+    if taught or start == "layers":
+        origin.insert(0, ("teacher", _teacher(params)))
     sections = [
-        f"# {run}\n\nA causal language model, {what} by Decant.",
+        f"# {run}\n\nA causal language model, {_HOW.get(how, 'trained')} by Decant.",
         _use(files),
         "## Training\n\n" + _table(("", ""), [*origin, *_training(about)]),
         _evaluation(_read_json(params.paths.evaluate / "metrics.json"), run),
@@ -73,7 +83,10 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
     front = ModelCardData(
         license=found, library_name="transformers", pipeline_tag="text-generation"
     )
-    said = f"# {name}\n\nA causal language model, converted by Decant and otherwise as it was."
+    said = (
+        f"# {name}\n\nA causal language model, converted by Decant: its weights rounded to the "
+        "format that config.json names, otherwise as it was."
+    )
     return _page(front, [said, _use(files), _terms(found, "the model it was made of")])
 
 
@@ -128,6 +141,17 @@ def _data(params: Params) -> str:
         return f"local files, their column {corpus.files.column!r}"
     hub = corpus.hub
     return " ".join(filter(None, (hub.id, hub.name, hub.split, f"at revision {hub.revision}")))
+
+
+def _start(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the student was before training, as run.json has it."""
+    student = about.get("student", {})
+    said = {
+        "random": "random weights",
+        "layers": f"layers {', '.join(map(str, student.get('layers') or ()))} of the teacher",
+        "checkpoint": Path(student.get("checkpoint") or "").name,
+    }.get(student.get("init"))
+    return [("start", said)] if said else []
 
 
 def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:

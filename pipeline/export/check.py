@@ -10,9 +10,10 @@ that the path, left alone, would have written the same text.
 Rounding differs between programs, and tips a choice that is nearly a tie. So a different token is a
 near tie where the reference's own logit of it is below that of its choice by no more than
 `NEAR_TIE`. Paths that compute in float32, and f16, pass when every token is equal or a near tie
-(and these stand beside the equal ones, not among them). llama.cpp rounds what a bf16 matrix is
-multiplied with to bf16, and to q8_0 for q8_0, so that they compute another function: they pass from
-`export.min_agreement` on and are not required to.
+(and these stand beside the equal ones, not among them), and no fewer than `export.min_agreement`
+are equal: where a model hardly prefers any token, ties would excuse anything. llama.cpp rounds what
+a bf16 matrix is multiplied with to bf16, and to q8_0 for q8_0, so that they compute another
+function: they pass from `export.min_agreement` on and are not required to.
 
 Tokenizers are compared on lines of the same text. llama.cpp normalises nothing, so it gets a line
 as the tokenizer's own normaliser leaves it.
@@ -273,8 +274,10 @@ def judge(
             logits = reference.logits(prompt + wanted[:i])
             gap = float(logits[wanted[i]] - logits[found[i]])
             ties += near_tie is not None and gap <= near_tie
-    passed = equal / tokens >= params.min_agreement if near_tie is None else equal + ties == tokens
-    return PathResult(name, tokens, equal, ties, prompts, near_tie is not None, passed)
+    required = near_tie is not None
+    agrees = equal / tokens >= params.min_agreement
+    passed = agrees and (equal + ties == tokens or not required)
+    return PathResult(name, tokens, equal, ties, prompts, required, passed)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

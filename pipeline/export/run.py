@@ -22,6 +22,8 @@ from pipeline.runtime import DTYPES
 def export_model(params: Params, model: Exported) -> Path:
     """Write <paths.export>/<name>, in place of an older one; returns it.
 
+    check.json goes when the new folder comes: it told of another.
+
     Raises:
         DecantError: the model or its tokenizer cannot be exported, or a package is missing.
     """
@@ -42,6 +44,7 @@ def export_model(params: Params, model: Exported) -> Path:
             else folder_card(model.folder, model.name, names)
         )
         write_text(partial / "README.md", card)
+        (params.paths.export / "check.json").unlink(missing_ok=True)
     return folder
 
 

@@ -31,7 +31,13 @@ def find_model(params: Params, run: str, model: Path | None) -> Exported:
 
     Raises:
         DecantError: there is none.
+        ParamsError: the export would be written over a run, or over what is exported.
     """
+    if model is None and (run in ("", ".", "..") or "/" in run):
+        raise ParamsError(
+            f"--run {run!r} is not the name of one folder in {params.paths.runs}: give a word, or "
+            "a folder by --model"
+        )
     folder = params.paths.runs / run / "model" if model is None else model
     if not (folder / "config.json").exists():
         remedy = (
@@ -43,6 +49,11 @@ def find_model(params: Params, run: str, model: Path | None) -> Exported:
     name = folder.resolve().name
     if name == "model":  # of a run elsewhere
         name = folder.resolve().parent.name
+    if (params.paths.export / name).resolve() == folder.resolve():
+        raise ParamsError(
+            f"--model {model} is an export already, and would be replaced by itself: name the "
+            "folder that it was made of, or another place in paths.export"
+        )
     return Exported(name, folder, None)
 
 

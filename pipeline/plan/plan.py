@@ -104,9 +104,15 @@ def make_plan(params: Params) -> Plan:
     """Compute the plan of params.
 
     Raises:
-        ParamsError: a model's shape is not known here, or the corpus has no stated size.
+        ParamsError: a model's shape is not known here, the corpus has no stated size, or prepare.k
+            or student.layers ask for more than the teacher has.
     """
     teacher_name, teacher = teacher_shape(params.teacher, params.paths.teacher)
+    if params.prepare.k > teacher.vocab_size:
+        raise ParamsError(
+            f"prepare.k={params.prepare.k} exceeds the {teacher.vocab_size} rows of the teacher's "
+            "vocabulary: lower it"
+        )
     student_name, student = student_shape(params.student, teacher)
     dtype = _teacher_dtype(params)
     extent = _extent(params)

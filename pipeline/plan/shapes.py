@@ -150,9 +150,15 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
     """A word on the student's start, and its shape.
 
     Raises:
-        ParamsError: the checkpoint is neither here nor in the table.
+        ParamsError: the checkpoint is neither here nor in the table, or the teacher has not as many
+            layers.
     """
     if params.init == "layers":
+        if outside := [i for i in params.layers if not 0 <= i < teacher.num_layers]:
+            raise ParamsError(
+                f"student.layers names layer {outside[0]}, and the teacher's are 0 to "
+                f"{teacher.num_layers - 1}: choose among these"
+            )
         return f"{len(params.layers)} layers of the teacher", replace(
             teacher, num_layers=len(params.layers)
         )
@@ -197,7 +203,7 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
 def _read(file: Path) -> Shape:
     try:
         return _from_config(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DecantError(
             f"{file} does not give the shape of a decoder ({type(error).__name__}: {error}): plans "
             "are made for models whose config.json has the keys of Qwen2's or Llama's"

@@ -136,11 +136,12 @@ class HumanEval(_Record):
 
 
 class ExportPath(_Record):
-    """A program that generated from the exported model, against our own generation."""
+    """A program that generated from the exported model, against the reference."""
 
     name: str
     tokens: int
     equal_tokens: int
+    near_ties: int = 0  # of the others
     equal_prompts: int
     required: bool
     passed: bool
@@ -159,6 +160,7 @@ class ExportCheck(_Record):
     """The check of an exported model."""
 
     model: str
+    reference: str = "ours, float32"  # what the others were compared with
     prompts: int
     new_tokens: int
     paths: list[ExportPath]

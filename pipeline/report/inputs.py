@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config import Paths
+from pipeline.config import Params, Paths
 from pipeline.errors import DecantError
 from pipeline.report.formats import (
     TEACHER,
@@ -32,6 +32,10 @@ from pipeline.report.formats import (
 )
 
 Content = TypeVar("Content")
+_OBJECTIVE = {
+    f"train.{key}" for key in ("teacher", "alpha", "alpha_end", "divergence", "temperature", "k")
+}
+"""What a distilled run and a baseline are to differ in."""
 Curve = tuple[list[float], list[float]]
 """Optimizer steps, and the value at each."""
 
@@ -84,6 +88,53 @@ def read_scores(paths: Paths) -> dict[str, Scores]:
     """
     scores: dict[str, Scores] = _read(paths.evaluate / "metrics.json", AllScores, "evaluate")
     return scores
+
+
+def differences(paths: Paths, one: str | None, other: str) -> list[str]:
+    """What two runs were made from differently, the objective apart; keys as in params.yaml.
+
+    Empty, too, where either is no run or has left no run.json.
+
+    Raises:
+        DecantError: a run.json cannot be read.
+    """
+    files = [paths.runs / run / "run.json" for run in (one or "", other)]
+    if not all(file.exists() for file in files):
+        return []
+    first, second = (_flat(_read(file, dict[str, Any], "train")) for file in files)
+    shared = [key for key in first if key in second and key not in _OBJECTIVE]
+    return [key for key in shared if first[key] != second[key]]
+
+
+def _flat(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections opened: {"train.steps": 48, ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in said.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{name}.{part}" if part else name: inner for part, inner in parts}
+    return flat
+
+
+def params_of_run(params: Params, run: str | None) -> Params:
+    """`params` with what run.json says that a run was made by; unchanged for what is no run.
+
+    Raises:
+        DecantError: run.json cannot be read.
+    """
+    file = params.paths.runs / run / "run.json" if run else None
+    if file is None or not file.exists():
+        return params
+    said: dict[str, Any] = _read(file, dict[str, Any], "train")
+    values = params.model_dump()
+    try:
+        for section in ("student", "train"):
+            values[section] |= said.get(section, {})
+        return Params.model_validate(values)
+    except (TypeError, ValueError):
+        raise DecantError(
+            f"{file} cannot be read (its parameters are not those of a run): run stages/train.py "
+            "again"
+        ) from None
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

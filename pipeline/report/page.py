@@ -21,7 +21,7 @@ from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.files import write_text
 from pipeline.report.formats import TEACHER
-from pipeline.report.inputs import Inputs, read_inputs
+from pipeline.report.inputs import Inputs, differences, params_of_run, read_inputs
 from pipeline.report.passage import KL_STEPS, passage_view
 from pipeline.report.pictures import (
     draw_calibration,
@@ -31,6 +31,7 @@ from pipeline.report.pictures import (
 )
 from pipeline.report.retained import measure_retained_mass
 from pipeline.report.summary import (
+    BASELINE,
     COLUMNS,
     corpus_name,
     gap_closed,
@@ -77,12 +78,16 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
             "the report needs jinja2 and matplotlib: install them by `pip install decant[report]`"
         ) from None
     inputs = read_inputs(params.paths)
+    student = student_of(inputs.scores)
+    params = params_of_run(params, student)
     values = {
         **_provenance(params),
         **_of_models(inputs),
         **_of_tasks(inputs),
         **_of_sweep(sweep),
         "inputs": inputs,
+        "how": params.train.teacher if student is None or student in inputs.curves else "elsewhere",
+        "unlike": differences(params.paths, student, BASELINE),
         "script": _script(),
     }
     environment = Environment(

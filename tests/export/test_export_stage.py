@@ -171,6 +171,37 @@ def test_an_export_that_fails_leaves_the_older_one(
     assert [entry.name for entry in tiny_run.paths.export.iterdir()] == ["student"]
 
 
+def test_a_check_tells_of_the_folder_beside_it(
+    tiny_run: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was stopped leaves no older check, which told of another model."""
+    words = ["--params", str(tmp_path / "params.yaml"), "--set", "export.gguf=[]"]
+    assert CliRunner().invoke(stage.main, words).exit_code == 0
+    check_file = tiny_run.paths.export / "check.json"
+    assert check_file.exists()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "check_model", stopped)
+    assert CliRunner().invoke(stage.main, words).exit_code == 130
+    assert (tiny_run.paths.export / "student").is_dir()
+    assert not check_file.exists()
+
+
+@pytest.mark.parametrize("run", ["../runs/student", "a/b", "..", "", "."])
+def test_a_run_is_a_word(run: str, tiny_run: Params) -> None:
+    """A path could name a folder that the export would be written over."""
+    with pytest.raises(ParamsError, match="is not the name of one folder in"):
+        find_model(tiny_run, run, None)
+
+
+def test_an_export_is_not_made_of_itself(tiny_run: Params) -> None:
+    folder = export_model(tiny_run, find_model(tiny_run, "student", None))
+    with pytest.raises(ParamsError, match="would be replaced by itself"):
+        find_model(tiny_run, "student", folder)
+
+
 def test_exporting_twice_gives_the_same_bytes(tiny_run: Params) -> None:
     model = find_model(tiny_run, "student", None)
     folder = export_model(tiny_run, model)

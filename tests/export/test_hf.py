@@ -167,6 +167,29 @@ def test_card_of_a_run(params_of_run: Params, tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student", "said", "silent"),
+    [
+        ("online", {"init": "random"}, "distilled from its live teacher by", "offline"),
+        ("none", {"init": "random"}, "A causal language model, trained by", "SmolLM2"),
+        ("none", {"init": "layers", "layers": [0, 2]}, "| start | layers 0, 2 of the", "distil"),
+        ("cached", {"init": "checkpoint", "checkpoint": "a/start"}, "| start | start |", "a/start"),
+        (None, {}, "A causal language model, trained by", "distil"),  # nothing is known of it
+    ],
+)
+def test_card_says_what_the_run_did(
+    teacher: str | None, student: dict[str, Any], said: str, silent: str, params_of_run: Params
+) -> None:
+    run = {"train": {"teacher": teacher} if teacher else {}, "student": student}
+    (params_of_run.paths.runs / "student" / "run.json").write_text(json.dumps(run))
+    text = run_card(params_of_run, "student", [])
+    assert said in text
+    assert silent not in text
+    has_teacher = teacher in ("cached", "online") or student.get("init") == "layers"
+    assert ("base_model" in front(text)) is has_teacher
+    assert ("\n| teacher |" in text) is has_teacher
+
+
 def test_card_invents_nothing(params_of_run: Params) -> None:
     params = change(params_of_run, export={"license": None, "base_model": None})
     text = run_card(params, "baseline", [])
@@ -186,7 +209,9 @@ def test_card_of_hub_teacher_and_data(params_of_run: Params) -> None:
 def test_licence_comes_from_the_models_own_card(tmp_path: Path) -> None:
     assert card_license(tmp_path) is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A model\n")
-    assert front(folder_card(tmp_path, "name", []))["license"] == "mit"
+    card = folder_card(tmp_path, "name", [])
+    assert front(card)["license"] == "mit"
+    assert "rounded to the format that config.json names" in card
     for unreadable in ("# no front matter\n", "---\n: [\n---\n", "---\nlicense: [a]\n---\n"):
         (tmp_path / "README.md").write_text(unreadable)
         assert card_license(tmp_path) is None

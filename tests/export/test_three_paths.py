@@ -236,6 +236,8 @@ def test_a_path_is_led_along_the_reference() -> None:
     strict = judge("p", chosen, reference, 0.05, export_params())
     assert (strict.near_ties, strict.required, strict.passed) == (1, True, False)
     assert judge("p", chosen, reference, 0.31, export_params()).passed
+    few = judge("p", chosen, reference, 0.31, export_params(min_agreement=0.7))
+    assert (few.equal_tokens, few.near_ties, few.passed) == (4, 2, False)  # of 6
 
 
 def test_prompts_start_at_lines_all_over_the_text(qwen_folder: Path) -> None:

@@ -148,6 +148,14 @@ def test_a_corpus_without_a_size_has_no_plan(tiny_params: Params) -> None:
         make_plan(change(tiny_params, corpus={"train_tokens": None}))
 
 
+def test_what_the_teacher_has_not_has_no_plan(tiny_params: Params, tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"prepare\.k=49153 exceeds the 49152 rows"):
+        make_plan(big(tiny_params, tmp_path, prepare={"k": 49_153}))
+    layers = {"init": "layers", "layers": [0, 30]}
+    with pytest.raises(ParamsError, match=r"student\.layers names layer 30, .* 0 to 29"):
+        make_plan(big(tiny_params, tmp_path, student=layers))
+
+
 def test_the_stage_prints_it_and_needs_nothing(tiny_params: Params, tmp_path: Path) -> None:
     file = str(tmp_path / "params.yaml")
     done = CliRunner().invoke(main, ["--plan", "--params", file], catch_exceptions=False)

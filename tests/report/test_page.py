@@ -160,6 +160,90 @@ def test_sweep_has_table_and_pictures(own_run: Params) -> None:
     assert len(shown.all("svg")) == 8
 
 
+def made_by(params: Params, run: str, **sections: dict[str, Any]) -> Params:
+    """Leave run.json as train does, with other parameters than those at hand."""
+    write_json(params.paths.runs / run / "run.json", {"seed": 0, **sections})
+    return params
+
+
+def words_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_page_tells_what_the_run_was_made_by(own_run: Params) -> None:
+    """Not what params.yaml says by now, or said to a run beside."""
+    made_by(own_run, "student", student={"init": "random"}, train={"temperature": 3.5})
+    shown = Reader(write_report(own_run).read_text())
+    assert "begun from random weights and distilled from" in words_of(shown.whole)
+    assert "This run: temperature 3.5." in shown.text["retained"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("cached", "a teacher of 85.0 M, offline:"),
+        ("online", "a teacher of 85.0 M, live. The cache holds 3,0"),
+        ("none", "and trained without a teacher. The cache holds 3,0"),
+    ],
+)
+def test_the_summary_says_how_it_was_trained(own_run: Params, how: str, said: str) -> None:
+    shown = Reader(write_report(made_by(own_run, "student", train={"teacher": how})).read_text())
+    whole = words_of(shown.whole)
+    assert said in whole
+    assert ("offline" in whole) is (how == "cached")
+    assert ("The cache holds" in whole) is (how != "cached")
+
+
+def test_a_baseline_of_another_kind_is_no_equal(own_run: Params) -> None:
+    """The sentence on a fair comparison stands where run.json of both bears it out."""
+    made_by(own_run, "student", train={"teacher": "cached", "alpha": 0.5, "steps": 8})
+    made_by(own_run, "baseline", train={"teacher": "none", "alpha": 0.0, "steps": 8})
+    shown = Reader(write_report(own_run).read_text())
+    fair = "The baseline has the student's start, data and steps"
+    assert fair in words_of(shown.whole)
+    assert "Baseline: the same start" in shown.text["models"]
+    made_by(own_run, "baseline", train={"teacher": "none", "steps": 99})
+    shown = Reader(write_report(own_run).read_text())
+    assert "The baseline has no teacher and differs from student in train.steps too." in words_of(
+        shown.whole
+    )
+    assert fair not in words_of(shown.whole)
+    assert "Baseline: the same start" not in shown.text["models"]
+
+
+def test_of_a_model_made_elsewhere_no_training_is_told(own_run: Params) -> None:
+    write_json(
+        own_run.paths.evaluate / "metrics.json", {"teacher": scores(2.0), "other": scores(2.5)}
+    )
+    shown = Reader(write_report(own_run).read_text())
+    whole = words_of(shown.whole)
+    assert "A other of 85.0 M parameters, which is no run of this project. The cache holds" in whole
+    assert "distilled" not in whole
+    assert "This run:" not in shown.text["retained"]
+    assert "learning_rate" not in shown.text["provenance"]
+    assert "teacher_sha256" in shown.text["provenance"]
+
+
+def test_parameters_of_a_run_that_are_none(own_run: Params) -> None:
+    for damaged in ({"train": {"steps": -1}}, {"train": 3}, {"student": {"no": 1}}):
+        made_by(own_run, "student", **damaged)  # type: ignore[arg-type]
+        with pytest.raises(
+            DecantError, match=r"run\.json cannot be read .* stages/train\.py again"
+        ):
+            write_report(own_run)
+
+
+def test_an_export_of_another_model_is_named_as_such(own_run: Params) -> None:
+    file = own_run.paths.export / "check.json"
+    content = json.loads(file.read_text()) | {"model": "t2", "reference": "before the export"}
+    content["paths"][0] |= {"near_ties": 3}
+    write_json(file, content)
+    shown = Reader(write_report(own_run).read_text())
+    assert "t2: 1 path against a reference" in shown.whole
+    assert "301 of 320, 3 near ties" in shown.text["export"]
+    assert "with a reference: before the export" in shown.text["export"]
+
+
 def test_what_is_missing_is_left_out(own_run: Params) -> None:
     (own_run.paths.evaluate / "passage.json").unlink()
     (own_run.paths.evaluate / "lm_eval.json").unlink()
@@ -185,6 +269,7 @@ def test_any_models_make_a_page(own_run: Params, models: list[str]) -> None:
     assert all(name in shown.text["models"] for name in models)
     assert "bootstrap" not in shown.text["models"]
     assert "of the gap" not in shown.whole
+    assert "Baseline: the same start" not in shown.text["models"]
     assert len(shown.all("svg")) == (6 if "student" in models else 3)
 
 
