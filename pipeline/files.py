@@ -62,6 +62,20 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, for whoever does without."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def names_one_folder(name: str) -> bool:
+    """Whether a name stays in the folder that it is looked up in: no path, not that folder."""
+    return name not in ("", ".", "..") and "/" not in name
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder that takes its name, replacing any older one, only if the block ends well."""

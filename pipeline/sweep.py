@@ -15,12 +15,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Paths
 from pipeline.errors import DecantError
 from pipeline.figures import SERIES, draw_svg
+from pipeline.files import read_json_object
 from pipeline.training.run import WITHOUT_EFFECT
 
 _SECTIONS = ("seed", "student", "train")
@@ -59,11 +59,11 @@ _RESULTS = {
 
 def folder_runs(paths: Paths) -> list[SweepRun]:
     """The finished runs under paths.runs."""
-    judged = _json(paths.evaluate / "metrics.json")
+    judged = read_json_object(paths.evaluate / "metrics.json")
     runs = []
     for folder in sorted(paths.runs.glob("*/")):
-        identity = _json(folder / "run.json")
-        metrics = _json(folder / "dvclive" / "metrics.json")
+        identity = read_json_object(folder / "run.json")
+        metrics = read_json_object(folder / "dvclive" / "metrics.json")
         if not identity or not metrics or not (folder / "model").exists():
             continue
         params = _flat({key: identity.get(key) for key in _SECTIONS})
@@ -263,12 +263,4 @@ def _number(value: float | None) -> str:
 def _data(file: Mapping[str, Any] | None) -> dict[str, Any]:
     """The content of a file in DVC's listing; empty where it is missing or could not be read."""
     content = (file or {}).get("data")
-    return content if isinstance(content, dict) else {}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
     return content if isinstance(content, dict) else {}

@@ -14,7 +14,7 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.completions import evaluate_model
 from pipeline.evaluation.humaneval import load_problems
 from pipeline.evaluation.sandbox import probe
-from pipeline.files import write_json
+from pipeline.files import names_one_folder, write_json
 from pipeline.runtime import pick_device, pick_dtype
 from pipeline.text_generator import TextGenerator
 
@@ -91,13 +91,13 @@ def choose_folders(
     named: list[tuple[str, Path]] = []
     for text in models:
         name, _, place = text.partition("=")
-        if not place or not _is_plain(name):
+        if not place or not names_one_folder(name):
             raise ParamsError(f"--model {text!r} is not NAME=FOLDER with a plain name: give both")
         named.append((name, Path(place)))
     if not models and not runs:
         named, runs = [("teacher", params.paths.teacher)], ("student",)
     for run in runs:
-        if not _is_plain(run):
+        if not names_one_folder(run):
             raise ParamsError(f"--run {run!r} is no plain name: give a run's own, without slashes")
         named.append((run, params.paths.runs / run / "model"))
     folders: dict[str, Path] = {}
@@ -111,10 +111,6 @@ def choose_folders(
                 "stages/train.py --run NAME for a run, or name a folder by --model NAME=FOLDER"
             )
     return folders
-
-
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and "/" not in name
 
 
 def require_sandbox() -> None:

@@ -6,7 +6,6 @@ teacher's own card give them, metrics only where they were measured, and no path
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from pipeline.config import Params
+from pipeline.files import read_json_object
 
 _FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
 _FROM_CACHE = (
@@ -51,7 +51,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     Args:
         run: its name under paths.runs. files: names of the GGUF files beside the card.
     """
-    about = _read_json(params.paths.runs / run / "run.json")
+    about = read_json_object(params.paths.runs / run / "run.json")
     how = about.get("train", {}).get("teacher")
     taught = how in ("cached", "online")
     start = about.get("student", {}).get("init")
@@ -71,7 +71,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         f"# {run}\n\nA causal language model, {_HOW.get(how, 'trained')} by Decant.",
         _use(files),
         "## Training\n\n" + _table(("", ""), [*origin, *_training(about)]),
-        _evaluation(_read_json(params.paths.evaluate / "metrics.json"), run),
+        _evaluation(read_json_object(params.paths.evaluate / "metrics.json"), run),
         _terms(run_license(params), "the teacher and the data"),
     ]
     return _page(front, sections)
@@ -189,12 +189,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none: a card does without."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

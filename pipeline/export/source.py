@@ -11,6 +11,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.files import names_one_folder
 from pipeline.model.weights import hash_tokenizer
 
 _ROWS_AT_ONCE = 256
@@ -33,7 +34,7 @@ def find_model(params: Params, run: str, model: Path | None) -> Exported:
         DecantError: there is none.
         ParamsError: the export would be written over a run, or over what is exported.
     """
-    if model is None and (run in ("", ".", "..") or "/" in run):
+    if model is None and not names_one_folder(run):
         raise ParamsError(
             f"--run {run!r} is not the name of one folder in {params.paths.runs}: give a word, or "
             "a folder by --model"

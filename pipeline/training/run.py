@@ -22,6 +22,7 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
+from pipeline.files import names_one_folder
 from pipeline.losses.reference import require_expressible
 from pipeline.model.weights import hash_weights
 from pipeline.runtime import DTYPES, pick_dtype, say, seed_everything
@@ -74,7 +75,7 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
         MismatchError: cache, corpus, teacher or an earlier run of that name do not belong together.
         ParamsError: the student cannot express the teacher's vocabulary, and the like.
     """
-    if name in ("", ".", "..") or "/" in name:  # --overwrite deletes the folder that it names
+    if not names_one_folder(name):  # --overwrite deletes the folder that it names
         raise ParamsError(
             f"--run {name!r} is not the name of one folder in {params.paths.runs}: give a word"
         )
