@@ -31,7 +31,7 @@ from pipeline.store.codec import RankTable
 from pipeline.store.layout import load_layout
 from pipeline.store.schema import COMMITS, FORMAT_VERSION, Fingerprint
 from pipeline.store.writer import CacheWriter
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher
 from pipeline.topk import TopK, row_uniforms
 
 COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 bytes a token more
@@ -199,13 +199,7 @@ def open_captures(
         for split in SPLITS:  # commits first: a removal that is killed leaves nothing committed
             open_folder(params.paths.logits / split).remove(COMMITS)
         open_folder(params.paths.logits).remove()
-    teacher = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpora[0].info.vocab_size,
-        dtype=dtype,
-        device=device,
-        head_chunk=params.prepare.head_chunk,
-    )
+    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     return [
         Capture(teacher, corpus, fingerprint, params, repair=repair)
         for corpus, fingerprint in zip(corpora, fingerprints, strict=True)

@@ -17,7 +17,7 @@ from pipeline.files import write_json, write_text
 from pipeline.plan.plan import make_plan
 from pipeline.plan.text import plan_lines
 from pipeline.runtime import pick_device, pick_dtype
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import open_teacher
 
 
 @stage
@@ -56,13 +56,7 @@ def _look(params: Params) -> None:
     device = pick_device(params.device)
     dtype = pick_dtype(params.prepare.dtype, device)
     fingerprint = fingerprint_of(params, corpus, dtype)
-    teacher = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpus.info.vocab_size,
-        dtype=dtype,
-        device=device,
-        head_chunk=params.prepare.head_chunk,
-    )
+    teacher = open_teacher(params, corpus.info.vocab_size, dtype, device)
     advice = advise(teacher, corpus, fingerprint, params)
     write_json(params.paths.advise / "metrics.json", advice.metrics())
     for line in [*table_lines(advice), *cost_lines(advice)]:

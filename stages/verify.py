@@ -15,7 +15,7 @@ from pipeline.files import write_json
 from pipeline.runtime import DTYPES, pick_device
 from pipeline.store.check import check_cache
 from pipeline.store.reader import CacheReader
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import open_teacher
 
 
 @stage
@@ -50,13 +50,7 @@ def main(params: Params, structure: bool) -> None:
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
-    teacher = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpora[0].info.vocab_size,
-        dtype=dtype,
-        device=pick_device(params.device),
-        head_chunk=params.prepare.head_chunk,
-    )
+    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, pick_device(params.device))
     report = run_gate(teacher, splits, params.verify, seed=params.seed)
     write_json(params.paths.verify / "metrics.json", report.metrics())
     write_json(params.paths.verify / "histogram.json", report.histogram)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.config import Params
 from pipeline.errors import DecantError
 from pipeline.model.attention import document_positions
 from pipeline.model.hugging_face import (
@@ -150,3 +151,16 @@ class HuggingFaceTeacher:
                 "bfloat16 or float32"
             )
         return topk
+
+
+def open_teacher(
+    params: Params, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> HuggingFaceTeacher:
+    """The teacher of paths.teacher, its head in chunks of prepare.head_chunk positions."""
+    return HuggingFaceTeacher(
+        params.paths.teacher,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=params.prepare.head_chunk,
+    )

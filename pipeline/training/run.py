@@ -30,7 +30,7 @@ from pipeline.storage import Folder, open_folder
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import open_teacher
 from pipeline.teacher.online import OnlineTeacher
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
@@ -159,12 +159,8 @@ def _teachers(
         return CachedTeacher(readers[0]), CachedTeacher(readers[1])
     require_tokenizer(params.paths.teacher, corpus)
     temperature = params.train.temperature
-    live = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpus.info.vocab_size,
-        dtype=pick_dtype(params.prepare.dtype, device),
-        device=device,
-        head_chunk=params.prepare.head_chunk,
+    live = open_teacher(
+        params, corpus.info.vocab_size, pick_dtype(params.prepare.dtype, device), device
     )
     training, validation = (
         OnlineTeacher(

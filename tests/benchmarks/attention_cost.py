@@ -24,7 +24,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
 from pipeline.runtime import DTYPES, pick_device, pick_dtype
 from pipeline.teacher.base import NoTeacher
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher
 from pipeline.training.batches import make_batch
 from pipeline.training.run import build_student
 from pipeline.training.trainer import _losses
@@ -87,12 +87,8 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     params = load_params(Path("params.yaml"), overrides)
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
-    teacher = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpus.info.vocab_size,
-        dtype=pick_dtype(params.prepare.dtype, device),
-        device=device,
-        head_chunk=params.prepare.head_chunk,
+    teacher = open_teacher(
+        params, corpus.info.vocab_size, pick_dtype(params.prepare.dtype, device), device
     )
     rows = min(rows, len(corpus))
     several = sum(len(set(ids.tolist())) > 1 for ids in corpus.rows(0, rows).doc_ids)

@@ -23,7 +23,7 @@ from pipeline.config import Params, PrepareParams, load_params
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
 from pipeline.runtime import pick_device, pick_dtype
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher
 
 
 def bare(
@@ -78,12 +78,8 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...], peak: float) -> Non
     params = load_params(Path("params.yaml"), [*sizes, *overrides])
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
-    teacher = HuggingFaceTeacher(
-        params.paths.teacher,
-        vocab_size=corpus.info.vocab_size,
-        dtype=pick_dtype(params.prepare.dtype, device),
-        device=device,
-        head_chunk=params.prepare.head_chunk,
+    teacher = open_teacher(
+        params, corpus.info.vocab_size, pick_dtype(params.prepare.dtype, device), device
     )
     ratio, capture_seconds = measure(teacher, corpus, params, rounds)
     tokens = 2 * rows * corpus.info.row_length
