@@ -16,7 +16,7 @@ import optuna
 from pipeline.cli import stage
 from pipeline.config import Params, TrainParams
 from pipeline.errors import DecantError
-from pipeline.runtime import say
+from pipeline.runtime.console import say
 from pipeline.training.run import run_training
 
 

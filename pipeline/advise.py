@@ -38,7 +38,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.figures import draw_svg
 from pipeline.model.attention import documents_apart
-from pipeline.runtime import progress, progress_bar
+from pipeline.runtime.console import progress, progress_bar
 from pipeline.sharding import decode_shard, encode_shard
 from pipeline.store.codec import RankTable, encode, restore, to_topk
 from pipeline.store.layout import CacheLayout, rank_table_name

@@ -23,7 +23,8 @@ from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
 from pipeline.model.weights import hash_weights
-from pipeline.runtime import dtype_name, pick_device, pick_dtype, progress_bar, say
+from pipeline.runtime.console import progress_bar, say
+from pipeline.runtime.device import dtype_name, pick_device
 from pipeline.sharding import DamagedError
 from pipeline.storage import open_folder
 from pipeline.store.check import Damage, repair_cache
@@ -31,7 +32,7 @@ from pipeline.store.codec import RankTable
 from pipeline.store.layout import load_layout
 from pipeline.store.schema import COMMITS, FORMAT_VERSION, Fingerprint
 from pipeline.store.writer import CacheWriter
-from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher
+from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.topk import TopK, row_uniforms
 
 COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 bytes a token more
@@ -193,7 +194,7 @@ def open_captures(
     """
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     device = pick_device(params.device)
-    dtype = pick_dtype(params.prepare.dtype, device)
+    dtype = teacher_dtype(params, device)
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
     if overwrite and _holds_something_else(params, dict(zip(SPLITS, fingerprints, strict=True))):
         for split in SPLITS:  # commits first: a removal that is killed leaves nothing committed

@@ -34,7 +34,8 @@ import torch
 from pipeline.capture import Capture, CaptureResult, disk_errors, open_captures, say_repaired
 from pipeline.config import Params
 from pipeline.errors import DecantError, ParamsError
-from pipeline.runtime import import_ray, progress_bar
+from pipeline.runtime.console import progress_bar
+from pipeline.runtime.optional import import_ray
 from pipeline.store.check import Damage
 
 # A shard that kills its actor each time (memory) must come to an end. Its tries are not what is

@@ -18,6 +18,7 @@ import click
 
 from pipeline.config import load_params
 from pipeline.errors import DecantError, OtherRankError, accident
+from pipeline.runtime.launch import launch
 
 _INTERRUPTED = 130
 
@@ -64,8 +65,6 @@ def stage(function: Callable[..., None]) -> click.Command:
 
 
 def _stop(sentence: str, code: int) -> None:
-    from pipeline.runtime import launch  # here, since it takes PyTorch, and --help need not wait
-
     here = launch()
     who = f"rank {here.rank}: " if here and here.ranks > 1 else ""
     if not (who and code == _INTERRUPTED and here and here.rank):  # ranks stop together

@@ -40,6 +40,10 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Temperature = Annotated[float, Field(ge=0.01, le=1000.0)]
 """Below 0.01, logit / tau leaves the range in which float32 normalisers mean anything."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_AUTO = (
+    "auto: float16 on a GPU, on a CPU bfloat16 where it has units for it, else float32; on a CPU "
+    "float16 rounds the weights, which are computed in float32"
+)
 Divergence = Literal[
     "forward_kl",
     "renormalised_kl",
@@ -188,7 +192,7 @@ class PrepareParams(Section):
         description="M, ids drawn from the teacher's distribution outside the K; 0 for none"
     )
     temperatures: tuple[Temperature, ...] = Field(description="whose normalisers are stored")
-    dtype: Dtype = Field(description="teacher's format; auto: float16 on a GPU, bfloat16 on CPU")
+    dtype: Dtype = Field(description=f"the teacher's format; {_AUTO}")
     attention: Literal["documents", "packed"] = Field(
         description="whether documents in a row are kept apart, by teacher and student; a run on a "
         "cache attends as the cache's teacher did, anything else as is said here"
@@ -300,7 +304,10 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)]
     betas: tuple[Beta, Beta]
     clip_norm: Positive
-    dtype: Literal["bfloat16", "float32"] = Field(description="autocast's format")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        description="autocast's format; auto: bfloat16 where the hardware has units for it, else "
+        "float32"
+    )
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
     parallel: Literal["ddp", "fsdp"] = Field(
         description="under torchrun: a whole student on each rank, or one sharded over them"
@@ -339,6 +346,7 @@ class EvaluateParams(Section):
     """Comparison of the teacher and any models on the validation rows."""
 
     batch_rows: Count
+    dtype: Dtype = Field(description=f"of teacher and models; {_AUTO}")
     calibration_bins: Count
     prompts: tuple[str, ...]
     new_tokens: Count
@@ -366,7 +374,7 @@ class HumanevalParams(Section):
     )
     max_new_tokens: Count = Field(description="at most so many tokens a program")
     batch_rows: Count = Field(description="programs written at once")
-    dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
+    dtype: Dtype = Field(description=f"the model's format; {_AUTO}")
     timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = Field(
         description="seconds a program may run, by the clock"
     )
@@ -432,12 +440,15 @@ class GenerateParams(Section):
         description="above 1, ids that the text holds already lose; 1 for none"
     )
     batch_rows: Count = Field(description="prompts of a file that are continued at once")
-    dtype: Dtype = Field(description="the model's format; auto: float16 on a GPU, bfloat16 on CPU")
+    dtype: Dtype = Field(description=f"the model's format; {_AUTO}")
 
 
 class StudyParams(Section):
     """What a model is looked at with, number by number."""
 
+    dtype: Dtype = Field(
+        description=f"in which speed is measured (comparisons are in float32); {_AUTO}"
+    )
     prompt: Annotated[str, Field(min_length=1)] = Field(description="run through the model")
     new_tokens: Count = Field(description="tokens generated after the prompt")
     temperature: Temperature = Field(description="of the sampled golden reference")

@@ -29,7 +29,7 @@ from pipeline.config import VerifyParams
 from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
-from pipeline.runtime import progress
+from pipeline.runtime.console import progress
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, top_k_from_logits

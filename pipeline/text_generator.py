@@ -28,7 +28,8 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.generation import GenerationSettings, decode_steps, generate_ids
 from pipeline.model.weights import load_student
-from pipeline.runtime import progress
+from pipeline.runtime.console import progress
+from pipeline.runtime.device import place_rounded
 
 
 class PieceDecoder:
@@ -76,6 +77,9 @@ class PieceDecoder:
         return text
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass
 class Counts:
     """What a generator has done so far; tokens exclude padding."""
@@ -104,12 +108,12 @@ class TextGenerator:
         self,
         folder: Path,
         *,
-        device: torch.device | None = None,
+        device: torch.device = _CPU,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.folder = folder
         self.tokenizer = load_tokenizer(folder)
-        self.student = load_student(folder).eval().to(device=device, dtype=dtype)
+        self.student = place_rounded(load_student(folder).eval(), dtype, device)
         self.defaults = _folder_defaults(folder, self.tokenizer)
         self.counts = Counts()
 

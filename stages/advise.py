@@ -16,8 +16,8 @@ from pipeline.errors import DecantError
 from pipeline.files import write_json, write_text
 from pipeline.plan.plan import make_plan
 from pipeline.plan.text import plan_lines
-from pipeline.runtime import pick_device, pick_dtype
-from pipeline.teacher.hf import open_teacher
+from pipeline.runtime.device import pick_device
+from pipeline.teacher.hf import open_teacher, teacher_dtype
 
 
 @stage
@@ -54,7 +54,7 @@ def _plan(params: Params) -> None:
 def _look(params: Params) -> None:
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
-    dtype = pick_dtype(params.prepare.dtype, device)
+    dtype = teacher_dtype(params, device)
     fingerprint = fingerprint_of(params, corpus, dtype)
     teacher = open_teacher(params, corpus.info.vocab_size, dtype, device)
     advice = advise(teacher, corpus, fingerprint, params)

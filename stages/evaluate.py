@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+import torch
 
 from pipeline.cli import stage
 from pipeline.config import Params
@@ -22,7 +23,7 @@ from pipeline.evaluation.passage import view_passage
 from pipeline.evaluation.samples import sample
 from pipeline.evaluation.tables import comparison_lines, harness_lines
 from pipeline.files import write_json, write_text
-from pipeline.runtime import pick_device, pick_dtype
+from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
 from pipeline.teacher.hf import HuggingFaceTeacher
 
 DEFAULT_RUNS = ("student", "baseline")
@@ -87,14 +88,16 @@ def main(
         )
     elif any(option is not None for option in (lm_eval_folder, lm_eval_shots, lm_eval_limit)):
         raise ParamsError("--lm-eval-folder, -shots and -limit say how: name tasks by --lm-eval")
-    comparison = judge(params, folders)
+    device = pick_device(params.device)
+    dtype = inference_dtype(params.evaluate.dtype, device, key="evaluate.dtype")
+    comparison = judge(params, folders, dtype, device)
     for line in comparison_lines(comparison):
         click.echo(line)
     (params.paths.evaluate / "lm_eval.json").unlink(missing_ok=True)
     if harness is not None:
-        run_harness(harness, params, {TEACHER: params.paths.teacher, **folders})
+        run_harness(harness, params, {TEACHER: params.paths.teacher, **folders}, dtype, device)
     tokens = comparison.scores[TEACHER].tokens
-    click.echo(f"evaluate: {len(folders) + 1} models on {tokens:,} tokens")
+    click.echo(f"evaluate: {len(folders) + 1} models on {tokens:,} tokens in {dtype_name(dtype)}")
 
 
 def name_folders(place: Path, runs: Sequence[str], models: Sequence[str]) -> dict[str, Path]:
@@ -122,12 +125,12 @@ def name_folders(place: Path, runs: Sequence[str], models: Sequence[str]) -> dic
     return folders
 
 
-def judge(params: Params, folders: Mapping[str, Path]) -> Comparison:
+def judge(
+    params: Params, folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device
+) -> Comparison:
     """Compare, look at a passage and at samples, and write all that."""
     corpus = CorpusSplit(params.paths.corpus, "validation")
     require_tokenizer(params.paths.teacher, corpus)
-    device = pick_device(params.device)
-    dtype = pick_dtype(params.prepare.dtype, device)
     models = open_models(folders, corpus, params.paths.teacher, dtype=dtype, device=device)
     teacher = HuggingFaceTeacher(
         params.paths.teacher, vocab_size=corpus.info.vocab_size, dtype=dtype, device=device
@@ -159,10 +162,14 @@ def judge(params: Params, folders: Mapping[str, Path]) -> Comparison:
     return comparison
 
 
-def run_harness(harness: Harness, params: Params, folders: Mapping[str, Path]) -> None:
+def run_harness(
+    harness: Harness,
+    params: Params,
+    folders: Mapping[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     """Run the harness on each model; what is finished is written at once."""
-    device = pick_device(params.device)
-    dtype = pick_dtype(params.prepare.dtype, device)
     results: dict[str, Results] = {}
     for name, folder in folders.items():
         results[name] = harness.run(

@@ -15,7 +15,7 @@ from pipeline.config import Params
 from pipeline.errors import DecantError, ParamsError
 from pipeline.files import write_text
 from pipeline.generation import GenerationSettings
-from pipeline.runtime import pick_device, pick_dtype
+from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
 from pipeline.text_generator import TextGenerator
 
 
@@ -62,11 +62,8 @@ def main(
             "first by stages/train.py"
         )
     device = pick_device(params.device)
-    generator = TextGenerator(
-        folder,
-        device=device,
-        dtype=pick_dtype(params.generate.dtype, device),
-    )
+    dtype = inference_dtype(params.generate.dtype, device, key="generate.dtype")
+    generator = TextGenerator(folder, device=device, dtype=dtype)
     settings = GenerationSettings(
         seed=params.seed, **params.generate.model_dump(exclude={"batch_rows", "dtype"})
     )
@@ -85,7 +82,8 @@ def main(
     counts = generator.counts
     click.echo(
         f"generate: {counts.new_tokens:,} tokens from {counts.prompt_tokens:,} in "
-        f"{counts.seconds:.1f} s, {counts.new_tokens / max(counts.seconds, 1e-9):.1f} tokens/s"
+        f"{counts.seconds:.1f} s, {counts.new_tokens / max(counts.seconds, 1e-9):.1f} tokens/s in "
+        f"{dtype_name(dtype)}"
     )
 
 

@@ -15,7 +15,7 @@ from pipeline.evaluation.completions import evaluate_model
 from pipeline.evaluation.humaneval import load_problems
 from pipeline.evaluation.sandbox import probe
 from pipeline.files import names_one_folder, write_json
-from pipeline.runtime import pick_device, pick_dtype
+from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
 from pipeline.text_generator import TextGenerator
 
 
@@ -58,7 +58,7 @@ def main(
     if not unsandboxed:
         require_sandbox()
     device = pick_device(params.device)
-    dtype = pick_dtype(params.humaneval.dtype, device)
+    dtype = inference_dtype(params.humaneval.dtype, device, key="humaneval.dtype")
     click.echo(f"  {'model':12} {'pass@1':>7} {'95 %':>14} {'tokens/s':>9}  programs")
     for name, folder in folders.items():
         scores = evaluate_model(
@@ -74,7 +74,8 @@ def main(
         show(name, scores)
     click.echo(
         f"humaneval: {len(folders)} models on {len(problems)} problems, "
-        f"{params.humaneval.samples} samples each; {params.paths.humaneval / 'metrics.json'}"
+        f"{params.humaneval.samples} samples each, in {dtype_name(dtype)}; "
+        f"{params.paths.humaneval / 'metrics.json'}"
     )
 
 

@@ -81,12 +81,14 @@ def main(
         click.echo(f"{summary}; {missing} are left to the other processes")
         return
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
-    num_bytes = sum(CacheReader(params.paths.logits, corpus).num_bytes() for corpus in corpora)
+    readers = [CacheReader(params.paths.logits, corpus) for corpus in corpora]
+    num_bytes = sum(reader.num_bytes() for reader in readers)
     positions = sum(corpus.info.num_rows * corpus.info.row_length for corpus in corpora)
     draws = f" + {params.prepare.draws} draws" if params.prepare.draws else ""
     click.echo(
         f"{summary}; {params.paths.logits} holds {positions:,} positions x top {params.prepare.k}"
-        f"{draws}, {num_bytes / positions:.1f} bytes a token"
+        f"{draws}, {num_bytes / positions:.1f} bytes per token, from a teacher in "
+        f"{readers[0].fingerprint.dtype}"
     )
 
 

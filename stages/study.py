@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli import stage
 from pipeline.config import Params
-from pipeline.runtime import pick_device
+from pipeline.runtime.device import pick_device
 from pipeline.study.report import require_packages, write_study
 from pipeline.study.run import PARTS, run_parts
 from pipeline.study.section import Section, shown

@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli import stage
 from pipeline.config import Params
-from pipeline.runtime import say
+from pipeline.runtime.console import say
 from pipeline.training.run import run_training
 
 
@@ -40,7 +40,8 @@ def main(params: Params, run: str, overwrite: bool) -> None:
     say(
         f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters"
         f"{trained}, "
-        f"validation loss {first:.4f} -> {last:.4f} in {result.state.step} steps, "
+        f"validation loss {first:.4f} -> {last:.4f} in {result.state.step} steps in "
+        f"{result.dtype}, "
         f"{result.state.skipped} skipped"
     )
 

@@ -12,7 +12,7 @@ from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.fidelity import run_gate
 from pipeline.files import write_json
-from pipeline.runtime import DTYPES, pick_device
+from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
 from pipeline.store.check import check_cache
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import open_teacher
@@ -36,7 +36,8 @@ def main(params: Params, structure: bool) -> None:
         return
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
-    dtype = DTYPES[splits[0][1].fingerprint.dtype]
+    device = pick_device(params.device)
+    dtype = inference_dtype(splits[0][1].fingerprint.dtype, device, key="prepare.dtype")
     for corpus, reader in splits:
         stored = reader.fingerprint
         # What was kept, and how, is the cache's own affair; what it was made from must be here.
@@ -50,7 +51,7 @@ def main(params: Params, structure: bool) -> None:
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
-    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, pick_device(params.device))
+    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     report = run_gate(teacher, splits, params.verify, seed=params.seed)
     write_json(params.paths.verify / "metrics.json", report.metrics())
     write_json(params.paths.verify / "histogram.json", report.histogram)
@@ -65,7 +66,10 @@ def main(params: Params, structure: bool) -> None:
             f"normalisers off by {summary.normaliser_error:.4f}"
         )
     verdict = "passed" if report.passed else "FAILED: " + "; ".join(report.failures)
-    click.echo(f"verify: {report.batches} batches, {report.tokens:,} tokens, gate {verdict}")
+    click.echo(
+        f"verify: {report.batches} batches, {report.tokens:,} tokens in "
+        f"{dtype_name(dtype)}, gate {verdict}"
+    )
     sys.exit(0 if report.passed else 1)
 
 

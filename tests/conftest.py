@@ -165,7 +165,7 @@ TINY: dict[str, dict[str, Any]] = {
         "checkpoint_every": 2,
         "min_retained_mass": 0.0,
     },
-    "evaluate": {"prompts": ["the cat"], "new_tokens": 3},
+    "evaluate": {"dtype": "float32", "prompts": ["the cat"], "new_tokens": 3},
     "humaneval": {"dtype": "float32", "max_new_tokens": 12, "batch_rows": 2, "workers": 2},
     "export": {"prompts": 4, "prompt_tokens": 8, "new_tokens": 4, "lines": 12},
 }

@@ -15,7 +15,7 @@ from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.report import read_curves
-from pipeline.runtime import DTYPES
+from pipeline.runtime.device import DTYPES
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.training import trainer

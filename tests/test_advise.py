@@ -38,7 +38,7 @@ from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention import document_positions
-from pipeline.runtime import DTYPES
+from pipeline.runtime.device import DTYPES
 from pipeline.topk import top_k_from_logits
 from tests.conftest import ROOT, change
 from tests.helpers import live_teacher, open_cache

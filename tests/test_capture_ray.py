@@ -25,7 +25,7 @@ from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.files import create_bytes
-from pipeline.runtime import import_ray
+from pipeline.runtime.optional import import_ray
 from pipeline.storage import LocalFolder
 from pipeline.store.check import check_cache
 from pipeline.store.schema import marker_key
@@ -89,7 +89,7 @@ def test_two_actors_make_the_local_store(
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
         r"prepare: 3,616 tokens captured in \d+ s, 29 of 29 shards new; cache/logits.zarr holds "
-        r"3,616 positions x top 16, [\d.]+ bytes a token\n",
+        r"3,616 positions x top 16, [\d.]+ bytes per token, from a teacher in float32\n",
         done.stdout,
     )
     require_same_as_local(many_shards)

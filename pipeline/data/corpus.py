@@ -29,7 +29,8 @@ from pipeline.data.packing import PACKERS, Document
 from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.weights import hash_tokenizer
-from pipeline.runtime import import_transformers, progress_bar
+from pipeline.runtime.console import progress_bar
+from pipeline.runtime.optional import import_transformers
 from pipeline.storage import Address
 
 _DOCUMENTS_AT_ONCE = 32

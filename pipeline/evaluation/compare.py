@@ -23,7 +23,7 @@ from pipeline.evaluation.bootstrap import Interval, intervals
 from pipeline.evaluation.metrics import PositionScores, Scores
 from pipeline.evaluation.models import JudgedModel
 from pipeline.model.attention import Attention, documents_apart
-from pipeline.runtime import progress
+from pipeline.runtime.console import progress
 from pipeline.teacher.hf import HuggingFaceTeacher
 
 TEACHER = "teacher"

@@ -27,7 +27,8 @@ from pipeline.evaluation.sandbox import Limits, Outcome, run_program
 from pipeline.evaluation.stop import complete
 from pipeline.generation import GenerationSettings
 from pipeline.model.weights import hash_tokenizer, hash_weights
-from pipeline.runtime import dtype_name, progress
+from pipeline.runtime.console import progress
+from pipeline.runtime.device import dtype_name
 from pipeline.text_generator import TextGenerator
 
 Request = tuple[Problem, int]  # the problem, and which of its samples

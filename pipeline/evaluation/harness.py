@@ -24,7 +24,8 @@ import torch
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.hugging_face import load_causal_lm
-from pipeline.runtime import say
+from pipeline.runtime.console import say
+from pipeline.runtime.device import place_rounded
 
 Results = dict[str, dict[str, dict[str, float | None]]]
 """By task and metric: {"value": float, "stderr": float or None where the harness gives none}."""
@@ -77,7 +78,7 @@ class Harness:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = load_causal_lm(folder, dtype, what="model").to(device)
+        model = place_rounded(load_causal_lm(folder, dtype, what="model"), dtype, device)
         seed_as_the_harness()
         try:
             lm = HFLM(

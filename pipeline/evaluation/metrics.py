@@ -87,7 +87,7 @@ class PositionScores:
         if not bool(torch.isfinite(found["loss"] + found["kl_to_teacher"]).all()):
             raise DecantError(
                 f"{self._name} predicts probabilities that are 0 or not numbers: its training has "
-                "diverged, or its logits overflow: set prepare.dtype=float32, or leave it out"
+                "diverged, or its logits overflow: set evaluate.dtype=float32, or leave it out"
             )
         for name, values in found.items():
             self._parts[name].append(values.cpu())

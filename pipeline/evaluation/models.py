@@ -24,7 +24,8 @@ from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
 from pipeline.model.hugging_face import LogitsError, keeps_documents_apart, load_causal_lm
 from pipeline.model.weights import open_student
-from pipeline.runtime import mm_float32
+from pipeline.runtime.device import compute_dtype, place_rounded
+from pipeline.runtime.numerics import mm_float32
 
 
 class JudgedModel(Protocol):
@@ -56,7 +57,7 @@ class ProductModel:
 
     def __init__(self, student: Student, dtype: torch.dtype) -> None:
         self._student = student.eval()
-        self._dtype = dtype
+        self._dtype = compute_dtype(dtype, student.head_weight.device)
         head = student.head_weight.detach()
         self._head = head.float() if head.device.type == "cpu" else head  # see mm_float32
         self.parameters = student.count_parameters()
@@ -79,7 +80,7 @@ class WholeModel:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._model = load_causal_lm(folder, dtype, what="model").to(device)
+        self._model = place_rounded(load_causal_lm(folder, dtype, what="model"), dtype, device)
         config = self._model.config.get_text_config(decoder=True)
         self.parameters: int = self._model.num_parameters()
         self.vocab_size: int = len(self._model.get_output_embeddings().weight)

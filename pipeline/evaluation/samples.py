@@ -11,7 +11,7 @@ from pipeline.errors import DecantError
 from pipeline.generation import GenerationSettings
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.model.weights import read_config
-from pipeline.runtime import progress
+from pipeline.runtime.console import progress
 from pipeline.text_generator import TextGenerator
 
 

@@ -36,7 +36,9 @@ from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.generation import GenerationSettings, generate_ids, pad_left
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.model.weights import VariantError, load_student
-from pipeline.runtime import DTYPES, import_transformers, progress
+from pipeline.runtime.console import progress
+from pipeline.runtime.device import DTYPES
+from pipeline.runtime.optional import import_transformers
 
 NEAR_TIE = {"float32": 1e-3, "f32": 1e-3, "f16": 0.05}
 """Logits by which the reference may prefer its own token, by what a path computes in."""

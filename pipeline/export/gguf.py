@@ -27,7 +27,7 @@ from pipeline.files import fsync
 from pipeline.model.rope import Llama3Scaling, YarnScaling, inverse_frequencies
 from pipeline.model.student import ModelConfig
 from pipeline.model.weights import VariantError, read_config, stream_tensors
-from pipeline.runtime import progress
+from pipeline.runtime.console import progress
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _LARGEST_F16 = 65504.0

@@ -19,7 +19,8 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.model.weights import TOKENIZER_FILES
-from pipeline.runtime import dtype_name, import_transformers
+from pipeline.runtime.device import dtype_name
+from pipeline.runtime.optional import import_transformers
 from pipeline.text_generator import default_eos_ids
 
 _LOCAL = ("is_local", "local_files_only", "backend")

@@ -16,7 +16,7 @@ from pipeline.export.gguf import require_convertible, require_gguf, write_gguf
 from pipeline.export.hf import write_hugging_face
 from pipeline.export.source import Exported, text_to_check_by
 from pipeline.files import atomic_folder, write_json, write_text
-from pipeline.runtime import DTYPES
+from pipeline.runtime.device import DTYPES
 
 
 def export_model(params: Params, model: Exported) -> Path:

@@ -33,7 +33,8 @@ from pipeline.losses.reference import (
     require_expressible,
     sampled_target,
 )
-from pipeline.runtime import has_triton, mm_float32
+from pipeline.runtime.numerics import mm_float32
+from pipeline.runtime.optional import has_triton
 from pipeline.topk import TopK
 
 

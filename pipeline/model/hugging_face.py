@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
-from pipeline.runtime import import_transformers
+from pipeline.runtime.optional import import_transformers
 
 _PROBE_TOKENS = 8
 _TOLERANCE = 1e-3  # of the largest value; float32 differs by 1e-6 between shapes of a product

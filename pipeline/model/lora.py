@@ -17,7 +17,7 @@ from pipeline.config import LoraParams
 from pipeline.errors import ParamsError
 from pipeline.files import atomic_folder
 from pipeline.model.base import Student
-from pipeline.runtime import import_peft
+from pipeline.runtime.optional import import_peft
 
 _LINEAR = ("Linear", "Conv1D")  # GPT-2 calls its linear layers Conv1D
 

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from pipeline.advise import break_even_passes
 from pipeline.config import Params
 from pipeline.errors import ParamsError
-from pipeline.plan.devices import DEVICES
+from pipeline.plan.devices import DEVICES, Device
 from pipeline.plan.shapes import Shape, student_shape, teacher_shape
 from pipeline.plan.storage import CORPUS_BYTES, CacheSize, Mode, cache_size
 from pipeline.plan.work import capture_memory, step_operations, training_memory
-from pipeline.runtime import dtype_name, pick_dtype
 
 TOKENIZED = 2.1e5  # tokens a second of one processor, by `build_corpus` of Python's library
 READ = 6.1e6  # tokens a second that two threads beside a device read and decode (cache_speed.py)
@@ -78,6 +75,7 @@ class Plan:
     teacher_dtype: str
     student: str
     student_shape: Shape
+    student_dtype: str  # of autocast
     extent: Extent
     rates: Rates
     stages: tuple[StagePlan, ...]
@@ -107,6 +105,7 @@ def make_plan(params: Params) -> Plan:
         ParamsError: a model's shape is not known here, the corpus has no stated size, or prepare.k
             or student.layers ask for more than the teacher has.
     """
+    params = _settled(params)
     teacher_name, teacher = teacher_shape(params.teacher, params.paths.teacher)
     if params.prepare.k > teacher.vocab_size:
         raise ParamsError(
@@ -130,6 +129,7 @@ def make_plan(params: Params) -> Plan:
         teacher_dtype=dtype,
         student=student_name,
         student_shape=student,
+        student_dtype=params.train.dtype,
         extent=extent,
         rates=rates,
         stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
@@ -141,8 +141,22 @@ def make_plan(params: Params) -> Plan:
 
 def _teacher_dtype(params: Params) -> str:
     """What prepare.dtype comes to on the planned device."""
-    kind = "cpu" if params.advise.device == "cpu" else "cuda"
-    return dtype_name(pick_dtype(params.prepare.dtype, torch.device(kind)))
+    if params.prepare.dtype != "auto":
+        return params.prepare.dtype
+    device = DEVICES[params.advise.device]
+    return "float16" if device.has_float16 else _wide_range(device)
+
+
+def _wide_range(device: Device) -> Literal["bfloat16", "float32"]:
+    return "bfloat16" if device.has_bfloat16 else "float32"
+
+
+def _settled(params: Params) -> Params:
+    """The same parameters with what train.dtype=auto comes to on the planned device."""
+    if params.train.dtype != "auto":
+        return params
+    dtype = _wide_range(DEVICES[params.advise.device])
+    return params.model_copy(update={"train": params.train.model_copy(update={"dtype": dtype})})
 
 
 def _extent(params: Params) -> Extent:

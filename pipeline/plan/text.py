@@ -43,7 +43,7 @@ def _subject(plan: Plan, params: Params) -> list[str]:
         f"teacher {plan.teacher}: {plan.teacher_shape.parameters / 1e6:,.0f} M parameters, in "
         f"{plan.teacher_dtype}",
         f"student {plan.student}: {plan.student_shape.parameters / 1e6:,.0f} M parameters, in "
-        f"{params.train.dtype}",
+        f"{plan.student_dtype}",
         f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
         f"{params.train.steps:,} steps of {extent.run_tokens // params.train.steps:,} tokens "
         f"passes over it {extent.passes_a_run:.3g} times",
@@ -101,7 +101,7 @@ def _fits(plan: Plan, params: Params) -> list[str]:
         of = f"{readable_bytes(memory)} of {readable_bytes(device.memory)}"
         fits = memory <= FITS * device.memory
         lines.append(f"{name} fits: {of}" if fits else f"{name} does NOT fit: {of}; {remedy}")
-    for key, dtype in (("prepare", plan.teacher_dtype), ("train", params.train.dtype)):
+    for key, dtype in (("prepare", plan.teacher_dtype), ("train", plan.student_dtype)):
         if dtype == "bfloat16" and not device.has_bfloat16:
             lines.append(
                 f"{params.advise.device} has no units for bfloat16 and computes at the rate of "

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.data.rows import CorpusSplit
-from pipeline.runtime import progress
+from pipeline.runtime.console import progress
 from pipeline.sharding import DamagedError, encode_shard, find_damaged_metadata, write_group
 from pipeline.storage import Address, Folder, open_folder
 from pipeline.store.codec import RankTable

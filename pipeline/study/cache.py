@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.model.kv_cache import KVCache
-from pipeline.runtime import import_transformers
+from pipeline.runtime.optional import import_transformers
 from pipeline.study.section import Picture, Section, Table, compare, compare_tokens
 from pipeline.study.subject import Subject
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.runtime import import_transformers
+from pipeline.runtime.optional import import_transformers
 from pipeline.study.section import Comparison, Section, Table, compare, compare_tokens
 from pipeline.study.subject import Subject
 

@@ -1,7 +1,7 @@
 """How fast the model reads and writes, and what it takes: ours beside Hugging Face's.
 
 Both generate greedily from the same random prompts through the same number of tokens, in turns, in
-float32: Hugging Face's `generate` with its default attention (`sdpa`), ours as
+the format of `study.dtype`: Hugging Face's `generate` with its default attention (`sdpa`), ours as
 pipeline/generation.py does it. One run gives both speeds: prefill is the time to the first token,
 decode the time from there to the last. Medians over `study.repeats`, after one run that does not
 count; memory in a run of its own. On a machine that does other things too the numbers are noisy;
@@ -10,6 +10,7 @@ their ratio is less so.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import re
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from pipeline.errors import ParamsError
 from pipeline.generation import GenerationSettings, decode_steps
+from pipeline.runtime.device import compute_dtype, dtype_name, inference_dtype, place_rounded
 from pipeline.study.section import Picture, Section, Table
 from pipeline.study.subject import Subject
 
@@ -53,7 +55,11 @@ def speed(subject: Subject) -> Section:
         )
     if params.new_tokens < 2:
         raise ParamsError("study.new_tokens=1 leaves no decode step to time: set it to 2 or more")
-    measured = {size: _measure(subject, size) for size in params.batch_sizes}
+    dtype = inference_dtype(params.dtype, subject.device, key="study.dtype")
+    ours, theirs = (
+        _in_format(model, dtype, subject.device) for model in (subject.ours, subject.theirs)
+    )
+    measured = {size: _measure(subject, ours, theirs, size) for size in params.batch_sizes}
     smallest = measured[params.batch_sizes[0]]
     ratio = smallest["ours"].decode / smallest["Hugging Face"].decode
     return Section(
@@ -63,8 +69,9 @@ def speed(subject: Subject) -> Section:
             f"Ours decodes {ratio:.2f} times as fast as Hugging Face's generate at batch "
             f"{params.batch_sizes[0]}, on {subject.device.type} with {torch.get_num_threads()} "
             "threads. Measured, and noisy: nothing here passes or fails.",
-            f"Prompts of {params.prompt_tokens} tokens, {params.new_tokens} new ones, float32; "
-            f"medians of {params.repeats}. Memory is what generating takes beyond the model.",
+            f"Prompts of {params.prompt_tokens} tokens, {params.new_tokens} new ones, "
+            f"{dtype_name(dtype)}; medians of {params.repeats}. Memory is what generating takes "
+            "beyond the model.",
         ],
         tables=[
             Table(
@@ -101,7 +108,13 @@ def speed(subject: Subject) -> Section:
     )
 
 
-def _measure(subject: Subject, batch: int) -> dict[str, Speed]:
+def _in_format(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model itself in float32, in which comparisons need it, else a copy in `dtype`."""
+    same = compute_dtype(dtype, device) == torch.float32
+    return model if same else place_rounded(copy.deepcopy(model), dtype, device)
+
+
+def _measure(subject: Subject, ours: Any, theirs: Any, batch: int) -> dict[str, Speed]:
     """Both models in turns on the same prompts, int64 [batch, prompt_tokens]."""
     params = subject.params
     ids = max(subject.tokenizer.get_vocab().values()) + 1
@@ -110,7 +123,10 @@ def _measure(subject: Subject, batch: int) -> dict[str, Speed]:
         (batch, params.prompt_tokens),
         generator=torch.Generator().manual_seed(subject.seed),
     )
-    runs = {"ours": partial(_ours, subject), "Hugging Face": partial(_theirs, subject)}
+    runs = {
+        "ours": partial(_ours, ours, params.new_tokens),
+        "Hugging Face": partial(_theirs, theirs, params.new_tokens),
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     peaks: dict[str, float | None] = {}
     for turn in range(params.repeats + 1):
@@ -136,10 +152,10 @@ def _timed(run: Callable[[Tensor], list[float]], prompts: Tensor) -> tuple[float
     return marks[0] - start, marks[-1] - marks[0]
 
 
-def _ours(subject: Subject, prompts: Tensor) -> list[float]:
+def _ours(model: Any, new_tokens: int, prompts: Tensor) -> list[float]:
     """When each token came; a token is on the CPU by then, so a GPU has finished it."""
-    settings = GenerationSettings(max_new_tokens=subject.params.new_tokens)
-    steps = decode_steps(subject.ours, prompts.tolist(), settings)
+    settings = GenerationSettings(max_new_tokens=new_tokens)
+    steps = decode_steps(model, prompts.tolist(), settings)
     return [time.perf_counter() for _ in steps]
 
 
@@ -156,11 +172,10 @@ class _Clock:
         pass
 
 
-def _theirs(subject: Subject, prompts: Tensor) -> list[float]:
-    clock, tokens = _Clock(), prompts.to(subject.device)
-    new_tokens = subject.params.new_tokens
-    with _default_attention(subject.theirs):
-        subject.theirs.generate(
+def _theirs(model: Any, new_tokens: int, prompts: Tensor) -> list[float]:
+    clock, tokens = _Clock(), prompts.to(model.device)
+    with _default_attention(model):
+        model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,

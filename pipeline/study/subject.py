@@ -18,7 +18,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.student import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.weights import load_student, read_config
-from pipeline.runtime import import_transformers
+from pipeline.runtime.optional import import_transformers
 from pipeline.teacher.fetch import download_snapshot
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

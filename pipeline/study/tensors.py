@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pipeline.runtime import dtype_name
+from pipeline.runtime.device import dtype_name
 from pipeline.study.section import Comparison, Section, Table
 from pipeline.study.subject import Subject
 

@@ -23,7 +23,8 @@ from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.files import atomic_folder
 from pipeline.model.weights import TOKENIZER_FILES
-from pipeline.runtime import import_transformers, say
+from pipeline.runtime.console import say
+from pipeline.runtime.optional import import_transformers
 
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
 

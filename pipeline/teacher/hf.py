@@ -28,7 +28,8 @@ from pipeline.model.hugging_face import (
     load_causal_lm,
     require_plain_head,
 )
-from pipeline.runtime import dtype_name, mm_float32
+from pipeline.runtime.device import compute_dtype, dtype_name, inference_dtype, place_rounded
+from pipeline.runtime.numerics import mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
 
@@ -38,7 +39,8 @@ class HuggingFaceTeacher:
     Args:
         folder: Hugging Face folder with safetensors; no code from it is run.
         vocab_size: V, ids the tokenizer can produce; the head's further rows are left out.
-        dtype: weights and activations; logits are float32 in any case.
+        dtype: weights and activations; logits are float32 in any case. On a CPU, float16 weights
+            are computed in float32 (pipeline/runtime/device.py).
         head_chunk: positions whose logits exist at once; the default suits callers that make
             several copies of a chunk.
 
@@ -58,9 +60,10 @@ class HuggingFaceTeacher:
     ) -> None:
         model = load_causal_lm(folder, dtype, what="teacher")
         require_plain_head(folder, model.config)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = place_rounded(model, dtype, device).eval().requires_grad_(False)
         self.device = device
         self.dtype = dtype
+        self._compute_dtype = compute_dtype(dtype, device)
         self.vocab_size = vocab_size
         self.head_chunk = head_chunk
         self._keeps_apart: bool | None = None  # unknown yet
@@ -79,7 +82,7 @@ class HuggingFaceTeacher:
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """Tokens int64 [B, L] -> final hidden states [B, L, D] in the teacher's dtype.
+        """Tokens int64 [B, L] -> final hidden states [B, L, D], as the body computes them.
 
         Args:
             doc_ids: integers [B, L], of documents to be kept apart (pipeline/model/attention.py);
@@ -114,7 +117,7 @@ class HuggingFaceTeacher:
         for start in range(0, len(hidden), self.head_chunk):
             rows = slice(start, min(start + self.head_chunk, len(hidden)))
             logits = work[: rows.stop - rows.start]
-            mm_float32(hidden[rows], self._head, self.dtype, out=logits)
+            mm_float32(hidden[rows], self._head, self._compute_dtype, out=logits)
             if self._bias is not None:
                 logits += self._bias
             yield rows, logits
@@ -151,6 +154,11 @@ class HuggingFaceTeacher:
                 "bfloat16 or float32"
             )
         return topk
+
+
+def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
+    """What prepare.dtype comes to on this device; raises ParamsError as `inference_dtype` does."""
+    return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
 
 
 def open_teacher(

@@ -57,7 +57,7 @@ class OnlineTeacher:
     def in_background(self) -> bool:
         """On a GPU alone.
 
-        On a CPU both would share the cores anyway, and `runtime.mm_float32` sets the precision of
+        On a CPU both would share the cores anyway, and `mm_float32` sets the precision of
         matrix products for the whole process, the student's included.
         """
         return self.teacher.device.type != "cpu"

@@ -29,7 +29,7 @@ import google_crc32c
 
 from pipeline.errors import DecantError
 from pipeline.files import fsync
-from pipeline.runtime import say
+from pipeline.runtime.console import say
 from pipeline.storage import Address, Url, open_folder
 from pipeline.training.parallel import ALONE, Ranks
 from pipeline.training.sharded import Learner, read_tensors, write_tensors

@@ -9,7 +9,7 @@ from dvclive import Live
 from scmrepo.exceptions import SCMError
 
 from pipeline.errors import DecantError
-from pipeline.runtime import is_first_rank
+from pipeline.runtime.launch import is_first_rank
 from pipeline.training.checkpoint import TrainState
 
 

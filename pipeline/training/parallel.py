@@ -40,7 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import TrainParams
 from pipeline.errors import DecantError, OtherRankError, ParamsError
-from pipeline.runtime import Launch, launch, pick_device, require_compiler
+from pipeline.runtime.device import pick_device, require_compiler
+from pipeline.runtime.launch import Launch, launch
 
 Value = TypeVar("Value")
 

@@ -25,12 +25,13 @@ from pipeline.errors import MismatchError, ParamsError
 from pipeline.files import names_one_folder
 from pipeline.losses.reference import require_expressible
 from pipeline.model.weights import hash_weights
-from pipeline.runtime import DTYPES, pick_dtype, say, seed_everything
+from pipeline.runtime.console import say
+from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
 from pipeline.storage import Folder, open_folder
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
-from pipeline.teacher.hf import open_teacher
+from pipeline.teacher.hf import open_teacher, teacher_dtype
 from pipeline.teacher.online import OnlineTeacher
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
@@ -60,6 +61,7 @@ class RunResult:
     state: TrainState | None
     parameters: int = 0
     trained_parameters: int = 0  # fewer with adapters
+    dtype: str = ""  # autocast's format
 
 
 def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunResult:
@@ -93,7 +95,8 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
         ranks,
         start_again=overwrite,
     )
-    identity = _identity(params, corpus)
+    dtype = training_dtype(params.train.dtype, ranks.device)
+    identity = _identity(params, corpus, ranks.device)
     if ranks.on_first(lambda: _claim(folder, checkpoints, identity, overwrite)):
         return RunResult(folder, None)
     seed_everything(params.seed)
@@ -112,7 +115,6 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
         pin=ranks.device.type == "cuda",
     )
     _warn_of_lost_mass(training, params)
-    dtype = DTYPES[params.train.dtype]
     step = DistillationStep(student.model, dtype=dtype, head_chunk=params.train.head_chunk)
     state = train(
         parallelise(step, ranks, params.train),
@@ -127,7 +129,7 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
     gather_parameters(student.model, ranks)
     ranks.on_first(lambda: student.save(folder))
     ranks.on_first(checkpoints.remove)
-    return RunResult(folder, state, student.model.count_parameters(), trained)
+    return RunResult(folder, state, student.model.count_parameters(), trained, dtype_name(dtype))
 
 
 def _require_rows(params: Params, ranks: Ranks) -> None:
@@ -159,9 +161,7 @@ def _teachers(
         return CachedTeacher(readers[0]), CachedTeacher(readers[1])
     require_tokenizer(params.paths.teacher, corpus)
     temperature = params.train.temperature
-    live = open_teacher(
-        params, corpus.info.vocab_size, pick_dtype(params.prepare.dtype, device), device
-    )
+    live = open_teacher(params, corpus.info.vocab_size, teacher_dtype(params, device), device)
     training, validation = (
         OnlineTeacher(
             live,
@@ -212,10 +212,11 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
         )
 
 
-def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
+def _identity(params: Params, corpus: CorpusSplit, device: torch.device) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student"})
     identity["train"] = params.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    identity["train"]["dtype"] = dtype_name(training_dtype(params.train.dtype, device))
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled
     if params.train.teacher == "cached":
@@ -225,7 +226,8 @@ def _identity(params: Params, corpus: CorpusSplit) -> dict[str, Any]:
     else:
         identity["attention"] = params.prepare.attention
     if params.train.teacher == "online":
-        kept = params.prepare.model_dump(mode="json", include={"k", "draws", "dtype"})
+        kept = params.prepare.model_dump(mode="json", include={"k", "draws"})
+        kept["dtype"] = dtype_name(teacher_dtype(params, device))
         identity |= {"online": kept, "teacher_sha256": hash_weights(params.paths.teacher)}
     if start := start_folder(params.student, params.paths.teacher):
         identity["start_sha256"] = hash_weights(start)

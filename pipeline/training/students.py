@@ -21,7 +21,7 @@ from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters, save_adapters
 from pipeline.model.student import ModelConfig, StudentModel
 from pipeline.model.weights import open_student, save_student
-from pipeline.runtime import say
+from pipeline.runtime.console import say
 
 
 def start_folder(params: StudentParams, teacher: Path) -> Path | None:

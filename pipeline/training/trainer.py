@@ -19,7 +19,7 @@ from torch import nn
 from pipeline.config import TrainParams
 from pipeline.errors import DecantError
 from pipeline.model.base import Student
-from pipeline.runtime import StopRequest, progress, say
+from pipeline.runtime.console import StopRequest, progress, say
 from pipeline.training.batches import Batch, BatchStream
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves

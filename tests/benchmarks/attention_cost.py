@@ -22,9 +22,9 @@ from pipeline.config import Params, load_params
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
-from pipeline.runtime import DTYPES, pick_device, pick_dtype
+from pipeline.runtime.device import DTYPES, pick_device
 from pipeline.teacher.base import NoTeacher
-from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher
+from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.training.batches import make_batch
 from pipeline.training.run import build_student
 from pipeline.training.trainer import _losses
@@ -88,7 +88,10 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
     teacher = open_teacher(
-        params, corpus.info.vocab_size, pick_dtype(params.prepare.dtype, device), device
+        params,
+        corpus.info.vocab_size,
+        teacher_dtype(params, device),
+        device,
     )
     rows = min(rows, len(corpus))
     several = sum(len(set(ids.tolist())) > 1 for ids in corpus.rows(0, rows).doc_ids)

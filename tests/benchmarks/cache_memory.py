@@ -25,7 +25,7 @@ from pipeline.config import Params, load_params
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, SplitWriter
 from pipeline.model.weights import hash_tokenizer
-from pipeline.runtime import DTYPES, pick_device
+from pipeline.runtime.device import DTYPES, pick_device
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.cached import CachedTeacher
 from pipeline.teacher.hf import HuggingFaceTeacher

@@ -22,8 +22,8 @@ from pipeline.capture import Capture, fingerprint_of
 from pipeline.config import Params, PrepareParams, load_params
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
-from pipeline.runtime import pick_device, pick_dtype
-from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher
+from pipeline.runtime.device import pick_device
+from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 
 
 def bare(
@@ -79,7 +79,10 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...], peak: float) -> Non
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
     teacher = open_teacher(
-        params, corpus.info.vocab_size, pick_dtype(params.prepare.dtype, device), device
+        params,
+        corpus.info.vocab_size,
+        teacher_dtype(params, device),
+        device,
     )
     ratio, capture_seconds = measure(teacher, corpus, params, rounds)
     tokens = 2 * rows * corpus.info.row_length

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import cross_entropy, full_kl
 from pipeline.model.student import ModelConfig, StudentModel
-from pipeline.runtime import mm_float32
+from pipeline.runtime.numerics import mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
 TOKENS, ALPHA = 1024, 0.5

@@ -28,9 +28,8 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.models import open_models
-from pipeline.runtime import pick_dtype
 from pipeline.store.reader import CacheReader
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.hf import HuggingFaceTeacher, teacher_dtype
 from pipeline.topk import block_top_k
 from pipeline.training.run import run_training
 
@@ -138,7 +137,7 @@ def main(work: Path, seeds: int, steps: int) -> None:
     teacher = HuggingFaceTeacher(
         params.paths.teacher,
         vocab_size=vocab_size,
-        dtype=pick_dtype(params.prepare.dtype, device),
+        dtype=teacher_dtype(params, device),
         device=device,
     )
     scores: dict[str, list[Scores]] = {}

@@ -31,7 +31,7 @@ from pipeline.export.check import (
 from pipeline.export.gguf import write_gguf
 from pipeline.export.hf import write_hugging_face
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
-from pipeline.runtime import DTYPES
+from pipeline.runtime.device import DTYPES
 from tests.export.conftest import export_params, make_llama, text_of_many_lines
 from tests.export.test_gguf import LLAMA3, yarn
 from tests.study.conftest import make_qwen_tokenizer

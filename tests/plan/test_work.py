@@ -18,7 +18,7 @@ from pipeline.plan.work import (
     step_operations,
     training_memory,
 )
-from pipeline.runtime import DTYPES
+from pipeline.runtime.device import DTYPES
 from pipeline.teacher.base import NoTeacher
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.distillation import DistillationStep

@@ -1,0 +1,77 @@
+"""Messages, progress bars and Ctrl-C. PyTorch is not imported here."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any, Self, TypeVar
+
+from tqdm import tqdm
+
+from pipeline.runtime.launch import is_first_rank
+
+Item = TypeVar("Item")
+
+
+def progress(
+    items: Iterable[Item], *, what: str, unit: str, total: int | None = None
+) -> tqdm[Item]:
+    """Iterate with a progress bar: rate and time left; on a log file a line every ten seconds.
+
+    Only rank 0 shows it.
+    """
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        dynamic_ncols=interactive,
+        mininterval=0.2 if interactive else 10.0,
+        maxinterval=10.0,
+        leave=interactive,
+        disable=not is_first_rank(),
+    )
+
+
+def progress_bar(*, what: str, total: int | None, unit: str) -> tqdm[Any]:
+    """The same bar for loops that count by `update`."""
+    nothing: tuple[Any, ...] = ()
+    return progress(nothing, what=what, unit=unit, total=total)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag, so that a step can end and be saved.
+
+    A second Ctrl-C interrupts at once. Outside the main thread it does nothing.
+    """
+
+    requested = False
+
+    def __enter__(self) -> Self:
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        say("stopping after this step; Ctrl-C again stops at once")
+
+
+def say(message: str) -> None:
+    """Print a line for the user above any progress bar; of several ranks only the first does."""
+    if not is_first_rank():
+        return
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
