@@ -110,6 +110,7 @@ def study_params(**changes: Any) -> StudyParams:
         "batch_sizes": (1, 3),
         "prompt_tokens": 12,
         "repeats": 1,
+        "dtype": "float32",
     }
     return StudyParams(**(values | changes))
 
