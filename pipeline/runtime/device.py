@@ -111,8 +111,15 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Model:
-    """`model` on `device` with its weights rounded to `dtype`, ready to compute (compute_dtype)."""
-    return model.to(dtype).to(device=device, dtype=compute_dtype(dtype, device))
+    """`model` on `device` with its weights rounded to `dtype`, ready to compute (compute_dtype).
+
+    Buffers keep their format: RoPE's frequencies are float32 whatever the weights are, and rounding
+    them would turn distant positions by wrong angles.
+    """
+    target = compute_dtype(dtype, device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(device=device, dtype=target)
+    return model.to(device)
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
