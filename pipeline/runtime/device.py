@@ -13,6 +13,7 @@ import platform
 import random
 import shutil
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
@@ -187,6 +188,16 @@ def _linear_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a piece of work takes once warm: it runs twice, and the second run is timed."""
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def dtype_name(dtype: torch.dtype) -> str:
