@@ -55,7 +55,7 @@ Divergence = Literal[
 ]
 """How far the student is from the teacher; `pipeline/losses/reference.py` has the mathematics."""
 DeviceName = Literal[
-    "cpu", "t4", "l4", "rtx3090", "rtx4090", "a100-40gb", "a100-80gb", "h100", "h200"
+    "cpu", "cpu-avx2", "t4", "l4", "rtx3090", "rtx4090", "a100-40gb", "a100-80gb", "h100", "h200"
 ]
 """What a plan is made for; `pipeline/plan/devices.py` has their numbers."""
 

@@ -14,7 +14,8 @@ unless told otherwise. From NVIDIA's own papers:
 
 cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), where the demo was measured, at
 what `torch.mm` of 4096 x 4096 came to in a second of processor time; float16 is multiplied in
-float32. Its 16 GB are an assumption.
+float32. cpu-avx2 is two cores of a server processor (AMD EPYC) without units for half formats, at
+what `torch.mm` of 2048 x 2048 came to; there `auto` is float32. Their 16 GB are an assumption.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Device:
 
 DEVICES: dict[DeviceName, Device] = {
     "cpu": Device(half=1.86e12, single=0.36e12, memory=16e9, has_float16=False),
+    "cpu-avx2": Device(
+        half=0.082e12, single=0.082e12, memory=16e9, has_bfloat16=False, has_float16=False
+    ),
     "t4": Device(half=65e12, single=8.1e12, memory=16e9, has_bfloat16=False),
     "l4": Device(half=121e12, single=30.3e12, memory=24e9),
     "rtx3090": Device(half=71e12, single=35.6e12, memory=24e9),

@@ -64,6 +64,27 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
     assert online.stage("train").memory == both
 
 
+@pytest.mark.parametrize(
+    ("device", "teacher", "student"),
+    [
+        ("cpu", "bfloat16", "bfloat16"),
+        ("cpu-avx2", "float32", "float32"),
+        ("t4", "float16", "float32"),
+        ("a100-40gb", "float16", "bfloat16"),
+    ],
+)
+def test_auto_is_what_the_planned_device_computes_fastest(
+    device: str, teacher: str, student: str, tiny_params: Params, tmp_path: Path
+) -> None:
+    auto = {"prepare": {"dtype": "auto"}, "train": {"dtype": "auto"}, "advise": {"device": device}}
+    params = big(tiny_params, tmp_path, **auto)
+    plan = make_plan(params)
+    assert (plan.teacher_dtype, plan.student_dtype) == (teacher, student)
+    assert f"in {student}" in " ".join(plan_lines(plan, params))
+    asked = {"prepare": {"dtype": teacher}, "train": {"dtype": student}}
+    assert make_plan(big(tiny_params, tmp_path, **(auto | asked))).seconds == plan.seconds
+
+
 def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> None:
     one = make_plan(big(tiny_params, tmp_path))
     four = make_plan(big(tiny_params, tmp_path, advise={"devices": 4}))
