@@ -32,7 +32,7 @@ def main(params: Params, only_plan: bool) -> None:
 
     For each K: the mass it retains at each temperature, the nats it loses, bytes a token and size
     of the cache; then how long a capture takes, and from how many passes over the corpus on it is
-    cheaper than an online teacher. Reads advise.*, prepare.*, train.*, paths.teacher and
+    cheaper than an online teacher. Reads advise.*, prepare.*, capture.*, train.*, paths.teacher and
     paths.corpus; writes paths.advise/metrics.json and advice.svg.
 
     With --plan nothing is measured, and no teacher, corpus or GPU need be at hand: advise.device

@@ -44,8 +44,8 @@ def main(
     """Run the teacher over the corpus and store each position's top-K logits.
 
     Continues at the first missing shard after a crash or Ctrl-C; refuses a cache made from another
-    teacher, corpus or K, naming what differs. Reads prepare.*, paths.teacher and paths.corpus;
-    writes paths.logits.
+    teacher, corpus or K, naming what differs. Reads prepare.*, capture.*, paths.teacher and
+    paths.corpus; writes paths.logits.
     """
     started = time.perf_counter()
     number, parts = _part(part)

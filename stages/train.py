@@ -1,6 +1,6 @@
 """Train a student from the cache, a live teacher, or none: `python stages/train.py`.
 
-On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with train.parallel=ddp or fsdp.
+On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with run.parallel=ddp or fsdp.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(params: Params, run: str, overwrite: bool) -> None:
 
     Continues exactly after a crash or Ctrl-C. Started by torchrun, several processes share the
     work, with the same losses as one. train.teacher chooses the cache (`cached`), the live
-    teacher (`online`) or plain language modelling (`none`). Reads train.*, student.*, seed,
+    teacher (`online`) or plain language modelling (`none`). Reads train.*, run.*, student.*, seed,
     paths.corpus and paths.logits; writes paths.runs/RUN.
     """
     result = run_training(params, run, overwrite=overwrite)

@@ -186,6 +186,16 @@ def test_repro_runs_everything_once(project: Path) -> None:
     assert "the cat" in page
 
 
+def test_how_stages_are_run_reruns_nothing(project: Path) -> None:
+    """Sections that no result depends on: memory, time, messages."""
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["run"] |= {"checkpoint_every": 3, "activation_checkpointing": True}
+    values["capture"]["batch_rows"] = 2
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert stages_run(dvc(project, "repro")) == []
+    git(project, "checkout", "-q", "--", ".")
+
+
 def test_temperature_reruns_train_and_what_follows_only(project: Path) -> None:
     before = teacher_files(project)
     text = (project / "params.yaml").read_text()

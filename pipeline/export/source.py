@@ -12,7 +12,7 @@ from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.files import names_one_folder
-from pipeline.model.weights import hash_tokenizer
+from pipeline.model.folder import hash_tokenizer
 
 _ROWS_AT_ONCE = 256
 _CHARACTERS_A_PROMPT = 1000
