@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -522,6 +520,10 @@ def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
 
 
 def _apply(values: dict[str, Any], text: str) -> None:
+    # Here, since importing them takes longer than all else before a stage's own work.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:

@@ -5,12 +5,14 @@ On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with run.paralle
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.runtime.console import say
-from pipeline.training.run import run_training
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -26,6 +28,9 @@ def main(params: Params, run: str, overwrite: bool) -> None:
     teacher (`online`) or plain language modelling (`none`). Reads train.*, run.*, student.*, seed,
     paths.corpus and paths.logits; writes paths.runs/RUN.
     """
+    from pipeline.runtime.console import say
+    from pipeline.training.run import run_training
+
     result = run_training(params, run, overwrite=overwrite)
     if result.state is None:
         say(f"train: {result.folder} was finished already; --overwrite does not repeat it")

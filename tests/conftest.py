@@ -59,7 +59,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     """Children fork from a process that has imported everything: they start in milliseconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.store.test_crash", "stages.train", "transformers.models.llama"]
+        ["tests.store.test_crash", "pipeline.training.run", "transformers.models.llama"]
     )
     return context
 

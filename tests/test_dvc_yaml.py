@@ -31,6 +31,7 @@ NO_EFFECT = {
     "pipeline.config": "checks values, of which each stage names those it reads",
     "pipeline.errors": "words",
     "pipeline.files": "how bytes get to a disk, not which",
+    "pipeline.named_models": "which folders flags name, of which DVC gives one: --run NAME",
     "pipeline.storage": "how bytes get to a disk or an object store, not which",
     "pipeline.runtime.console": "progress bars and messages",
     "pipeline.runtime.launch": "ranks, of which DVC starts one",

@@ -22,9 +22,9 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.files import names_one_folder
 from pipeline.losses.reference import require_expressible
 from pipeline.model.folder import hash_weights
+from pipeline.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
 from pipeline.storage import Folder, open_folder
@@ -66,21 +66,19 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
         MismatchError: cache, corpus, teacher or an earlier run of that name do not belong together.
         ParamsError: the student cannot express the teacher's vocabulary, and the like.
     """
-    if not names_one_folder(name):  # --overwrite deletes the folder that it names
-        raise ParamsError(
-            f"--run {name!r} is not the name of one folder in {params.paths.runs}: give a word"
-        )
+    folder = run_folder(params.paths.runs, name)  # which --overwrite deletes
     with join_ranks(params.device) as ranks:
-        return _run(params, name, overwrite, ranks)
+        return _run(params, folder, overwrite, ranks)
 
 
-def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
+def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResult:
     _require_rows(params, ranks)
     corpus = CorpusSplit(params.paths.corpus, "train")
     held_out = CorpusSplit(params.paths.corpus, "validation")
-    folder = params.paths.runs / name
     checkpoints = Checkpoints(
-        params.paths.checkpoints / name if params.paths.checkpoints else folder / "checkpoints",
+        params.paths.checkpoints / folder.name
+        if params.paths.checkpoints
+        else folder / "checkpoints",
         ranks,
         start_again=overwrite,
     )
