@@ -38,7 +38,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.figures import draw_svg
 from pipeline.model.attention import documents_apart
-from pipeline.runtime.console import progress, progress_bar
+from pipeline.runtime.console import progress, progress_bar, readable_bytes, readable_seconds
 from pipeline.sharding import decode_shard, encode_shard
 from pipeline.store.codec import RankTable, encode, restore, to_topk
 from pipeline.store.layout import CacheLayout, rank_table_name
@@ -474,20 +474,3 @@ def plot(advice: Advice) -> str:
         axes.set_ylim(bottom=0.0)
 
     return draw_svg([mass, size], background="white")
-
-
-def readable_bytes(count: float) -> str:
-    """1.5e9 -> "1.5 GB"; powers of ten."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000.0
-    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
-
-
-def readable_seconds(seconds: float) -> str:
-    """5400 -> "1.5 h"; in the largest unit that leaves at least one."""
-    for size, unit in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10.0 else f"{seconds:.0f} s"

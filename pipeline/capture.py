@@ -23,8 +23,8 @@ from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
 from pipeline.model.folder import hash_weights
-from pipeline.runtime.console import progress_bar, say
-from pipeline.runtime.device import dtype_name, pick_device
+from pipeline.runtime.console import announce, progress_bar, say
+from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
 from pipeline.storage import open_folder
 from pipeline.store.check import Damage, repair_cache
@@ -160,6 +160,13 @@ class Capture:
                 bar.update(batch.tokens.size)  # type: ignore[attr-defined]
         return TopK.cat(parts), hash_rows(rows)
 
+    def seconds_per_token(self) -> float:
+        """What teacher and reduction take on this machine: timed on a row, on a GPU on a batch."""
+        rows = self._batch_rows if self.teacher.device.type == "cuda" else 1
+        batch = self.corpus.rows(0, min(rows, len(self.corpus)))
+        seconds = seconds_of(lambda: self._top_k(batch, 0), self.teacher.device)
+        return seconds / batch.tokens.size
+
     def count_ranks(self) -> RankTable:
         """The rank table of a new cache: what the teacher says of a few rows spread evenly."""
         number = min(COUNTED_ROWS, len(self.corpus))
@@ -231,7 +238,26 @@ def capture_locally(
     captures = open_captures(params, overwrite=overwrite, repair=repair)
     for capture in captures:
         say_repaired(capture.corpus.split, capture.repaired)
-    return [capture.run(part_of(capture.writer.missing(), part, parts)) for capture in captures]
+    todo = [part_of(capture.writer.missing(), part, parts) for capture in captures]
+    _announce(captures, todo)
+    return [capture.run(shards) for capture, shards in zip(captures, todo, strict=True)]
+
+
+def _announce(captures: list[Capture], todo: list[list[int]]) -> None:
+    shards = sum(map(len, todo))
+    if not shards:
+        announce("prepare", "every shard is captured already")
+        return
+    tokens = sum(
+        capture.tokens_of(numbers) for capture, numbers in zip(captures, todo, strict=True)
+    )
+    teacher, made_from = captures[0].teacher, captures[0].fingerprint
+    kept = f"top {made_from.k}" + (f" + {made_from.draws} draws" if made_from.draws else "")
+    announce(
+        "prepare",
+        f"keeps the {kept} of {tokens:,} tokens, {shards} shards, from {teacher.describe()}",
+        tokens * captures[0].seconds_per_token(),
+    )
 
 
 def say_repaired(split: str, damages: tuple[Damage, ...]) -> None:

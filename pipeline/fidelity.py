@@ -29,7 +29,8 @@ from pipeline.config import VerifyParams
 from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
-from pipeline.runtime.console import progress
+from pipeline.runtime.console import announce, progress
+from pipeline.runtime.device import seconds_of
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, top_k_from_logits
@@ -180,6 +181,7 @@ def run_gate(
         number = int(np.searchsorted(ends, place, side="right"))
         chosen.append((splits[number], place - int(ends[number]) + len(splits[number][0])))
     batches = [chosen[i : i + params.batch_rows] for i in range(0, len(chosen), params.batch_rows)]
+    _announce(teacher, batches, params)
     cached: list[Agreement] = []
     noise: list[Agreement] = []
     control: list[Agreement] = []
@@ -215,6 +217,28 @@ def run_gate(
         histogram=_histogram({"cache": cached, "noise floor": noise, "shifted by one": control}),
         batches=len(batches),
         tokens=sum(len(part.cosine) for part in cached),
+    )
+
+
+def _announce(
+    teacher: HuggingFaceTeacher,
+    batches: list[list[tuple[tuple[CorpusSplit, CacheReader], int]]],
+    params: VerifyParams,
+) -> None:
+    (corpus, reader), row = batches[0][0]
+    rows = corpus.rows(row, row + 1)
+    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+    apart = documents_apart(doc_ids, reader.fingerprint.attention)
+    stored = reader.top_k(np.array([row]))
+    wanted = [said_ids(stored)] * 2
+    a_row = seconds_of(
+        lambda: _live(teacher, tokens, apart, wanted, stored.temperatures), teacher.device
+    )
+    again = 3 * min(params.noise_batches, len(batches))
+    announce(
+        "verify",
+        f"recomputes {len(batches)} batches of the cache by {teacher.describe()}",
+        a_row * params.batch_rows * (len(batches) + again),
     )
 
 

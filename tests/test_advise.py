@@ -25,8 +25,6 @@ from pipeline.advise import (
     cost_lines,
     nats_lost,
     plot,
-    readable_bytes,
-    readable_seconds,
     recommendation,
     sample_blocks,
     table_lines,
@@ -38,6 +36,7 @@ from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention import document_positions
+from pipeline.runtime.console import readable_bytes, readable_seconds
 from pipeline.runtime.device import DTYPES
 from pipeline.topk import top_k_from_logits
 from tests.conftest import ROOT, change

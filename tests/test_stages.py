@@ -34,6 +34,9 @@ STAGES = (
 )
 
 
+DVC_STAGES = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+
+
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
@@ -156,9 +159,14 @@ def project(
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     git(folder, "init", "-q", "-b", "main")
     commit(folder, "the project")
-    dvc(folder, "repro")
+    log_of(folder).write_text(dvc(folder, "repro"))
     commit(folder, "first run")
     return folder
+
+
+def log_of(project: Path) -> Path:
+    """What the first `dvc repro` printed."""
+    return project.with_suffix(".log")
 
 
 def git(folder: Path, *words: str) -> str:
@@ -209,6 +217,20 @@ def test_repro_runs_everything_once(project: Path) -> None:
     assert page.count("<svg") == 6
     assert not re.search(r"""(src|href)=["']https?:""", page)  # nothing to load
     assert "the cat" in page
+
+
+def test_each_stage_says_first_what_it_will_do(project: Path) -> None:
+    """Those that run a model say how long it takes, too: measured here, not looked up."""
+    blocks = log_of(project).read_text().split("Running stage ")[1:]
+    first = {
+        block.split("'")[1]: block.split("> python -m ")[1].splitlines()[1] for block in blocks
+    }
+    assert set(first) == set(DVC_STAGES)
+    for stage, line in first.items():
+        name = "train" if stage == "baseline" else stage
+        assert line.startswith(f"{name}: "), line
+        measured = re.search(r", about [\d.]+ (s|min) on this machine$", line)
+        assert bool(measured) is (name in ("prepare", "verify", "train", "evaluate")), line
 
 
 def test_how_stages_are_run_reruns_nothing(project: Path) -> None:

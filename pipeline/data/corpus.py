@@ -29,7 +29,7 @@ from pipeline.data.packing import PACKERS, Document
 from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.folder import hash_tokenizer
-from pipeline.runtime.console import progress_bar
+from pipeline.runtime.console import announce, progress_bar
 from pipeline.runtime.optional import import_transformers
 from pipeline.storage import Address
 
@@ -52,11 +52,18 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
     Raises:
         DecantError: a split came out empty, or the source cannot be read.
     """
+    limits = {"train": params.train_tokens, "validation": params.validation_tokens}
+    sizes = " and ".join(
+        f"all tokens for {split}" if limit is None else f"up to {limit:,} tokens for {split}"
+        for split, limit in limits.items()
+    )
+    announce(
+        "corpus", f"cuts corpus.source={params.source} into rows of {params.row_length}, {sizes}"
+    )
     tokenizer = load_tokenizer(teacher)
     tokenizer_sha256 = hash_tokenizer(teacher)
     to_documents = DocumentTokenizer(tokenizer, completions_only=params.loss_on == "completions")
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    limits = {"train": params.train_tokens, "validation": params.validation_tokens}
     writers = {
         split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
         for split in SPLITS

@@ -23,7 +23,8 @@ from pipeline.evaluation.bootstrap import Interval, intervals
 from pipeline.evaluation.metrics import PositionScores, Scores
 from pipeline.evaluation.models import JudgedModel
 from pipeline.model.attention import Attention, documents_apart
-from pipeline.runtime.console import progress
+from pipeline.runtime.console import announce, progress
+from pipeline.runtime.device import seconds_of
 from pipeline.teacher.hf import HuggingFaceTeacher
 
 TEACHER = "teacher"
@@ -55,6 +56,7 @@ def compare(
     """
     names = (TEACHER, *models)
     found = {name: PositionScores(params.calibration_bins, name) for name in names}
+    _announce(teacher, models, corpus, params, attention)
     documents, row_numbers = [], []
     for first in progress(range(0, len(corpus), params.batch_rows), what="evaluate", unit="batch"):
         rows = corpus.rows(first, min(first + params.batch_rows, len(corpus)))
@@ -84,6 +86,28 @@ def compare(
         },
         differences=_differences({name: found[name] for name in models}, clusters),
         resampled=resampled,
+    )
+
+
+def _announce(
+    teacher: HuggingFaceTeacher,
+    models: Mapping[str, JudgedModel],
+    corpus: CorpusSplit,
+    params: EvaluateParams,
+    attention: Attention,
+) -> None:
+    rows = corpus.rows(0, params.batch_rows if teacher.device.type == "cuda" else 1)
+
+    def judge() -> None:
+        unused = {
+            name: PositionScores(params.calibration_bins, name) for name in (TEACHER, *models)
+        }
+        _judge(teacher, models, rows, _labels(rows), attention, unused)
+
+    announce(
+        "evaluate",
+        f"judges {', '.join(models)} against {teacher.describe()} on {len(corpus):,} rows",
+        seconds_of(judge, teacher.device) * len(corpus) / len(rows),
     )
 
 

@@ -16,6 +16,7 @@ from pipeline.export.gguf import require_convertible, require_gguf, write_gguf
 from pipeline.export.hf import write_hugging_face
 from pipeline.export.source import Exported, text_to_check_by
 from pipeline.files import atomic_folder, write_json, write_text
+from pipeline.runtime.console import announce, readable_bytes
 from pipeline.runtime.device import DTYPES
 
 
@@ -31,6 +32,13 @@ def export_model(params: Params, model: Exported) -> Path:
         require_gguf()
         require_convertible(model.folder)
     folder = params.paths.export / model.name
+    kinds = ", ".join((params.export.dtype, *params.export.gguf))
+    size = sum(file.stat().st_size for file in model.folder.glob("*.safetensors"))
+    announce(
+        "export",
+        f"writes {model.name}, {readable_bytes(size)} of weights, as {kinds}, then checks each by "
+        f"{params.export.prompts} prompts of {params.export.new_tokens} new tokens",
+    )
     files = gguf_files(params, model)
     license_id = run_license(params) if model.run else card_license(model.folder)
     with atomic_folder(folder) as partial:

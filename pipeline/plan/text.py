@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 
-from pipeline.advise import readable_bytes, readable_seconds
 from pipeline.config import Params
 from pipeline.plan.devices import DEVICES
 from pipeline.plan.plan import READ, Plan, StagePlan
 from pipeline.plan.storage import CacheSize
 from pipeline.plan.work import FITS
+from pipeline.runtime.console import readable_bytes, readable_seconds
 
 
 def plan_lines(plan: Plan, params: Params) -> list[str]:

