@@ -34,5 +34,5 @@ def _prompt_of(line: str, where: str) -> str:
     except (ValueError, KeyError, TypeError):
         prompt = None
     if not isinstance(prompt, str):
-        raise ParamsError(f'{where} is not of the form {{"prompt": "text"}}: mend the line')
+        raise ParamsError(f'{where} is not of the form {{"prompt": "text"}}: fix the line')
     return prompt
