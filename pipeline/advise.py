@@ -138,8 +138,8 @@ def advise(
     """
     ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
     blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
-    costs = _measure_costs(teacher, corpus, fingerprint, params.prepare, blocks[0])
-    kept = _measure_kept(teacher, corpus, fingerprint, params.prepare, blocks, ks)
+    costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
+    kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length
     stored = {1.0, *fingerprint.temperatures}  # that of 1 needs no normaliser
     wanted = params.train
@@ -266,18 +266,18 @@ def _measure_kept(
     teacher: HuggingFaceTeacher,
     corpus: CorpusSplit,
     fingerprint: Fingerprint,
-    prepare: PrepareParams,
+    params: Params,
     blocks: list[list[int]],
     ks: list[int],
 ) -> tuple[KeptAtK, ...]:
     """One teacher pass over all blocks at the largest of the rising `ks`; a result for each."""
-    meters = [_Meter(k, fingerprint, prepare) for k in ks]
+    meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:
         for block in blocks:
             rows = _rows_at(corpus, block)
             parts: list[TopK] = []
-            for tokens, doc_ids in _batches(rows, prepare.batch_rows, fingerprint):
+            for tokens, doc_ids in _batches(rows, params.capture.batch_rows, fingerprint):
                 topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures, doc_ids=doc_ids)
                 parts.append(topk.map(Tensor.cpu))
                 bar.update(tokens.numel())
@@ -291,20 +291,22 @@ def _measure_costs(
     teacher: HuggingFaceTeacher,
     corpus: CorpusSplit,
     fingerprint: Fingerprint,
-    prepare: PrepareParams,
+    params: Params,
     block: list[int],
 ) -> PassCosts:
     """Time the work of a capture, and of reading it back, on the rows of a block."""
     rows = _rows_at(corpus, block)
     length, draws = fingerprint.row_length, fingerprint.draws
     uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
-    chances = torch.split(uniforms, prepare.batch_rows)
+    chances = torch.split(uniforms, params.capture.batch_rows)
 
     def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
         topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance, doc_ids)
         return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
 
-    batches = list(zip(_batches(rows, prepare.batch_rows, fingerprint), chances, strict=True))
+    batches = list(
+        zip(_batches(rows, params.capture.batch_rows, fingerprint), chances, strict=True)
+    )
     (tokens, doc_ids), chance = batches[0]  # the first call of all is slow
     top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
     forward, reduced, parts = 0.0, 0.0, []
@@ -316,7 +318,7 @@ def _measure_costs(
         parts.append(part)
     topk = TopK.cat(parts)
     table = _count_ranks(topk)
-    layout = _layout_of(fingerprint, prepare, table, rows=len(block))
+    layout = _layout_of(fingerprint, params.prepare, table, rows=len(block))
     encoded, objects = _timed(lambda: _to_objects(topk, table, layout))
     decoded, _ = _timed(lambda: _from_objects(objects, table, layout))
     passes = len(corpus) / len(block)

@@ -22,7 +22,7 @@ from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
-from pipeline.model.weights import hash_weights
+from pipeline.model.folder import hash_weights
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
@@ -103,7 +103,7 @@ class Capture:
         self.teacher = teacher
         self.corpus = corpus
         self.fingerprint = fingerprint
-        self._batch_rows = params.prepare.batch_rows
+        self._batch_rows = params.capture.batch_rows
         address, cut = params.paths.logits, params.prepare
         sizes = {"chunk_rows": cut.chunk_rows, "shard_rows": cut.shard_rows}
         self.repaired: tuple[Damage, ...] = ()

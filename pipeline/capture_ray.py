@@ -219,6 +219,6 @@ def _errors_unwrapped(ray: Any) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
             f"Ray lost the capture for good ({reason}): see to it that an actor has the "
-            "memory it needs (prepare.batch_rows, prepare.shard_rows) and run the same command to "
+            "memory it needs (capture.batch_rows, prepare.shard_rows) and run the same command to "
             "continue"
         ) from error

@@ -3,7 +3,12 @@
 A stage is a click command that receives checked `Params` first:
 
     @stage
-    def main(params: Params) -> None: ...
+    def main(params: Params) -> None:
+        from pipeline.data.corpus import build_corpus
+        ...
+
+It imports what it runs inside its functions, so that --help and a mistake among the parameters need
+not wait for PyTorch and its like (tests/test_stages.py names them).
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ from typing import Any
 
 import click
 
-from pipeline.config import load_params
 from pipeline.errors import DecantError, OtherRankError, accident
 from pipeline.runtime.launch import launch
 
@@ -46,6 +50,8 @@ def stage(function: Callable[..., None]) -> click.Command:
     )
     @functools.wraps(function)
     def run(file: Path, overrides: tuple[str, ...], **options: Any) -> None:
+        from pipeline.config import load_params
+
         try:
             function(load_params(file, overrides), **options)
         except OtherRankError as error:

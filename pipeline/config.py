@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -197,8 +195,6 @@ class PrepareParams(Section):
         description="whether documents in a row are kept apart, by teacher and student; a run on a "
         "cache attends as the cache's teacher did, anything else as is said here"
     )
-    batch_rows: Count = Field(description="rows a teacher forward")
-    head_chunk: Count = Field(description="positions whose logits are in memory at once")
     chunk_rows: Count = Field(description="rows a zarr chunk, the unit of reading")
     shard_rows: Count = Field(description="rows a shard, the unit of writing and of resuming")
 
@@ -213,6 +209,13 @@ class PrepareParams(Section):
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} repeat")
         return self
+
+
+class CaptureParams(Section):
+    """How a teacher of top-K targets is run: beyond rounding, no result depends on it."""
+
+    batch_rows: Count = Field(description="rows a teacher forward")
+    head_chunk: Count = Field(description="positions whose logits are in memory at once")
 
 
 class VerifyParams(Section):
@@ -276,7 +279,7 @@ class StudentParams(Section):
 
 
 class TrainParams(Section):
-    """Optimisation of the student."""
+    """Optimisation of the student: what decides weights and curves, hence a run's identity."""
 
     teacher: Literal["cached", "online", "none"]
     alpha: Fraction = Field(description="weight of the divergence against cross-entropy")
@@ -308,23 +311,10 @@ class TrainParams(Section):
         description="autocast's format; auto: bfloat16 where the hardware has units for it, else "
         "float32"
     )
-    head_chunk: Count = Field(description="positions whose logits are in memory at once")
-    parallel: Literal["ddp", "fsdp"] = Field(
-        description="under torchrun: a whole student on each rank, or one sharded over them"
-    )
-    activation_checkpointing: bool = Field(
-        description="compute each block again in backward instead of keeping what it computed"
-    )
-    compile: bool = Field(description="compile the blocks by torch.compile; needs a compiler")
     shuffle_shards: Count = Field(description="shards whose rows are mixed with each other")
-    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
-        description="steps with a non-finite loss or gradient tolerated before the run fails"
-    )
-    min_retained_mass: Fraction = Field(description="warn when the kept ids hold less")
     log_every: Count = Field(description="steps between points of the curves")
     eval_every: Count = Field(description="steps between validations")
     eval_rows: Count = Field(description="validation rows looked at during training")
-    checkpoint_every: Count = Field(description="steps between checkpoints")
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
@@ -340,6 +330,27 @@ class TrainParams(Section):
                 f"steps={self.steps}, {decay}, overlap: lower one of them"
             )
         return self
+
+
+class RunParams(Section):
+    """How training is carried out: beyond rounding, no result depends on it.
+
+    So a run that was stopped may continue under other values.
+    """
+
+    head_chunk: Count = Field(description="positions whose logits are in memory at once")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        description="under torchrun: a whole student on each rank, or one sharded over them"
+    )
+    activation_checkpointing: bool = Field(
+        description="compute each block again in backward instead of keeping what it computed"
+    )
+    compile: bool = Field(description="compile the blocks by torch.compile; needs a compiler")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        description="steps with a non-finite loss or gradient tolerated before the run fails"
+    )
+    min_retained_mass: Fraction = Field(description="warn when the kept ids hold less")
+    checkpoint_every: Count = Field(description="steps between checkpoints")
 
 
 class EvaluateParams(Section):
@@ -469,9 +480,11 @@ class Params(Section):
     corpus: CorpusParams
     advise: AdviseParams
     prepare: PrepareParams
+    capture: CaptureParams
     verify: VerifyParams
     student: StudentParams
     train: TrainParams
+    run: RunParams
     evaluate: EvaluateParams
     humaneval: HumanevalParams
     export: ExportParams
@@ -507,6 +520,10 @@ def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
 
 
 def _apply(values: dict[str, Any], text: str) -> None:
+    # Here, since importing them takes longer than all else before a stage's own work.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -536,14 +553,24 @@ def _sentence(error: ValidationError) -> str:
     if kind == "missing":
         sentence = f"the key {key} is missing: params.yaml of the project shows all keys"
     elif kind == "extra_forbidden":
-        close = difflib.get_close_matches(key, _all_keys(Params), n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else "remove it"
+        close = _closest_key(key)
+        hint = f"did you mean {close}?" if close else "remove it"
         sentence = f"{key} is not a known key: {hint}"
     else:
         message = first["msg"].removeprefix("Value error, ")
         value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
         sentence = f"{key}{value} is refused: {message[:1].lower()}{message[1:]}"
     return sentence + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _closest_key(key: str) -> str | None:
+    """The known key that was probably meant: one of that name in another section, else any near."""
+    known = _all_keys(Params)
+    namesakes = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+    for candidates in (namesakes, known):
+        if close := difflib.get_close_matches(key, candidates, n=1):
+            return close[0]
+    return None
 
 
 def _all_keys(section: type[Section], prefix: str = "") -> list[str]:

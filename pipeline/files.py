@@ -71,11 +71,6 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def names_one_folder(name: str) -> bool:
-    """Whether a name stays in the folder that it is looked up in: no path, not that folder."""
-    return name not in ("", ".", "..") and "/" not in name
-
-
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder that takes its name, replacing any older one, only if the block ends well."""

@@ -21,10 +21,9 @@ from pipeline.config import Paths
 from pipeline.errors import DecantError
 from pipeline.figures import SERIES, draw_svg
 from pipeline.files import read_json_object
-from pipeline.training.run import WITHOUT_EFFECT
 
 _SECTIONS = ("seed", "student", "train")
-_OF_A_TEACHER = (  # idle with train.teacher=none
+OF_A_TEACHER = (  # idle with train.teacher=none
     "train.alpha",
     "train.alpha_end",
     "train.divergence",
@@ -214,7 +213,7 @@ def _run(
     name: str, params: dict[str, Any], metrics: Mapping[str, Any], judged: Mapping[str, Any]
 ) -> SweepRun:
     if params.get("train.teacher") == "none":
-        params = {key: value for key, value in params.items() if key not in _OF_A_TEACHER}
+        params = {key: value for key, value in params.items() if key not in OF_A_TEACHER}
     return SweepRun(
         name=name,
         params=params,
@@ -229,8 +228,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections by dotted keys; a section that may be null leaves its own key too."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if prefix == "train." and key in WITHOUT_EFFECT:
-            continue
         if isinstance(value, dict):
             if prefix:
                 flat[prefix + key] = "given"

@@ -5,19 +5,16 @@ Before there is anything at all: `python stages/advise.py --plan --params docs/r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from pipeline.advise import advise, cost_lines, plot, recommendation, table_lines
-from pipeline.capture import fingerprint_of
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.files import write_json, write_text
-from pipeline.plan.plan import make_plan
-from pipeline.plan.text import plan_lines
-from pipeline.runtime.device import pick_device
-from pipeline.teacher.hf import open_teacher, teacher_dtype
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -32,7 +29,7 @@ def main(params: Params, only_plan: bool) -> None:
 
     For each K: the mass it retains at each temperature, the nats it loses, bytes a token and size
     of the cache; then how long a capture takes, and from how many passes over the corpus on it is
-    cheaper than an online teacher. Reads advise.*, prepare.*, train.*, paths.teacher and
+    cheaper than an online teacher. Reads advise.*, prepare.*, capture.*, train.*, paths.teacher and
     paths.corpus; writes paths.advise/metrics.json and advice.svg.
 
     With --plan nothing is measured, and no teacher, corpus or GPU need be at hand: advise.device
@@ -45,6 +42,9 @@ def main(params: Params, only_plan: bool) -> None:
 
 
 def _plan(params: Params) -> None:
+    from pipeline.plan.plan import make_plan
+    from pipeline.plan.text import plan_lines
+
     plan = make_plan(params)
     write_json(params.paths.advise / "plan.json", plan.metrics())
     for line in plan_lines(plan, params):
@@ -52,6 +52,12 @@ def _plan(params: Params) -> None:
 
 
 def _look(params: Params) -> None:
+    from pipeline.advise import advise, cost_lines, plot, recommendation, table_lines
+    from pipeline.capture import fingerprint_of
+    from pipeline.data.rows import CorpusSplit
+    from pipeline.runtime.device import pick_device
+    from pipeline.teacher.hf import open_teacher, teacher_dtype
+
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)

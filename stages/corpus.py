@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.data.corpus import build_corpus
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -18,6 +21,8 @@ def main(params: Params) -> None:
     whole; document ids are kept. Conversations go through the teacher's chat template. Reads
     corpus.* and the teacher's tokenizer; writes paths.corpus.
     """
+    from pipeline.data.corpus import build_corpus
+
     splits = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
     for name, info in splits.items():
         click.echo(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
 from pipeline.errors import ParamsError
-from pipeline.export.check import ExportCheck
-from pipeline.export.push import files_of, push, require_repo_id
-from pipeline.export.run import check_model, export_model
-from pipeline.export.source import find_model
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+    from pipeline.export.check import ExportCheck
 
 
 @stage
@@ -36,6 +36,10 @@ def main(
     paths.evaluate; writes paths.export/NAME and paths.export/check.json. Leaves with status 1 when
     a path that must agree does not; then nothing is pushed.
     """
+    from pipeline.export.push import files_of, push, require_repo_id
+    from pipeline.export.run import check_model, export_model
+    from pipeline.export.source import find_model
+
     if (public or dry_run) and repo_id is None:
         raise ParamsError("--public and --dry-run go with --push ORG/NAME: add it")
     if repo_id is not None:
@@ -43,7 +47,7 @@ def main(
     found = find_model(params, run, model)
     folder = export_model(params, found)
     check = check_model(params, found)
-    say_check(check)
+    _say_check(check)
     files = files_of(folder)
     total = sum(size for _, size in files) / 1e6
     agrees = "agrees" if check.passed else "does NOT agree"
@@ -60,7 +64,7 @@ def main(
             click.echo(f"export: pushed to {push(folder, repo_id, public=public)}, new ones {kind}")
 
 
-def say_check(check: ExportCheck) -> None:
+def _say_check(check: ExportCheck) -> None:
     """A line for each path and tokenizer."""
     for path in check.paths:
         ties = f", {path.near_ties} near ties" if path.near_ties else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.teacher.fetch import describe, fetch_teacher
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -15,6 +18,8 @@ def main(params: Params) -> None:
 
     The only stage that touches the network. Reads teacher.*; writes paths.teacher.
     """
+    from pipeline.teacher.fetch import describe, fetch_teacher
+
     fetch_teacher(params.teacher, params.paths.teacher)
     click.echo(f"fetch: {params.paths.teacher} holds {describe(params.paths.teacher)}")
 

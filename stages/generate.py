@@ -7,16 +7,19 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import ParamsError
 from pipeline.files import write_text
-from pipeline.generation import GenerationSettings
-from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-from pipeline.text_generator import TextGenerator
+from pipeline.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+    from pipeline.generation import GenerationSettings
+    from pipeline.text_generator import TextGenerator
 
 
 @stage
@@ -50,17 +53,17 @@ def main(
     and a model folder of paths.runs or --model; writes only what --output names. Run by hand; no
     other stage depends on it.
     """
+    from pipeline.generation import GenerationSettings
+    from pipeline.named_models import require_model, run_model
+    from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
+    from pipeline.text_generator import TextGenerator
+
     if prompt is not None and prompts is not None:
         raise ParamsError("--prompt and --prompts exclude each other: give one of them")
     if output is not None and prompts is None:
         raise ParamsError("--output needs --prompts: a single text is printed")
     texts = None if prompts is None else read_prompts(prompts)
-    folder = model or params.paths.runs / "student" / "model"
-    if not (folder / "config.json").exists():
-        raise DecantError(
-            f"{folder} holds no config.json: name a model folder by --model, or train a student "
-            "first by stages/train.py"
-        )
+    folder = require_model(model) if model else run_model(params.paths.runs, "student")
     device = pick_device(params.device)
     dtype = inference_dtype(params.generate.dtype, device, key="generate.dtype")
     generator = TextGenerator(folder, device=device, dtype=dtype)
@@ -85,36 +88,6 @@ def main(
         f"{counts.seconds:.1f} s, {counts.new_tokens / max(counts.seconds, 1e-9):.1f} tokens/s in "
         f"{dtype_name(dtype)}"
     )
-
-
-def read_prompts(file: Path) -> list[str]:
-    """One prompt a line, or the "prompt" of each line of a .jsonl file; blank lines are skipped.
-
-    Raises:
-        ParamsError: no such file, no prompts in it, or a line without one, by its number.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and such end no line
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(
-            f"{file} cannot be read as text ({error}): name it by --prompts"
-        ) from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise ParamsError(f"{file} holds no prompts: write one a line")
-    if file.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_of(line, f"{file} line {number}") for number, line in numbered]
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise ParamsError(f'{where} is not of the form {{"prompt": "text"}}: mend the line')
-    return prompt
 
 
 def hand_out(prompts: list[str], texts: list[str], output: Path | None) -> None:

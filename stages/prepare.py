@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.capture import capture_locally
-from pipeline.capture_ray import capture_on_ray
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import ParamsError
-from pipeline.store.reader import CacheReader
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -44,9 +43,14 @@ def main(
     """Run the teacher over the corpus and store each position's top-K logits.
 
     Continues at the first missing shard after a crash or Ctrl-C; refuses a cache made from another
-    teacher, corpus or K, naming what differs. Reads prepare.*, paths.teacher and paths.corpus;
-    writes paths.logits.
+    teacher, corpus or K, naming what differs. Reads prepare.*, capture.*, paths.teacher and
+    paths.corpus; writes paths.logits.
     """
+    from pipeline.capture import capture_locally
+    from pipeline.capture_ray import capture_on_ray
+    from pipeline.data.rows import SPLITS, CorpusSplit
+    from pipeline.store.reader import CacheReader
+
     started = time.perf_counter()
     number, parts = _part(part)
     if overwrite and parts > 1:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
 from pipeline.errors import DecantError
-from pipeline.report import markdown_table, read_scores, write_report
-from pipeline.sweep import SweepRun, dvc_experiments, folder_runs, sweep_markdown, sweep_rows
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+    from pipeline.sweep import SweepRun
 
 
 @stage
@@ -24,6 +27,9 @@ def main(params: Params, sweep: bool) -> None:
     they have run; writes paths.report/index.html and prints the comparison as a Markdown table,
     and with --sweep another of the runs.
     """
+    from pipeline.report import markdown_table, read_scores, write_report
+    from pipeline.sweep import sweep_markdown, sweep_rows
+
     runs = _runs(params) if sweep else []
     page = write_report(params, runs)
     click.echo(markdown_table(read_scores(params.paths)))
@@ -34,6 +40,8 @@ def main(params: Params, sweep: bool) -> None:
 
 def _runs(params: Params) -> list[SweepRun]:
     """Runs made by hand, and experiments where DVC has any."""
+    from pipeline.sweep import dvc_experiments, folder_runs
+
     runs = folder_runs(params.paths)
     try:
         runs += dvc_experiments(params.paths)

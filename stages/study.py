@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.runtime.device import pick_device
-from pipeline.study.report import require_packages, write_study
-from pipeline.study.run import PARTS, run_parts
-from pipeline.study.section import Section, shown
-from pipeline.study.subject import Subject, locate
+from pipeline.study.parts import NAMES
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+    from pipeline.study.section import Section
 
 
 @stage
@@ -25,7 +25,7 @@ from pipeline.study.subject import Subject, locate
 @click.option(
     "--part",
     "parts",
-    type=click.Choice(list(PARTS)),
+    type=click.Choice(NAMES),
     multiple=True,
     show_default="all",
     help="Only this part; may be repeated.",
@@ -51,6 +51,11 @@ def main(
     and its tolerance. Reads study.*, seed and the model; writes paths.study/index.html, report.md,
     its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
     """
+    from pipeline.runtime.device import pick_device
+    from pipeline.study.report import require_packages, write_study
+    from pipeline.study.run import run_parts
+    from pipeline.study.subject import Subject, locate
+
     require_packages()
     subject = Subject(
         locate(model, revision) if model else params.paths.teacher,
@@ -60,7 +65,7 @@ def main(
         seed=params.seed,
     )
     sections: list[Section] = []
-    for section in run_parts(subject, parts or tuple(PARTS)):
+    for section in run_parts(subject, parts or NAMES):
         _print(section)
         sections.append(section)
     page = write_study(output or params.paths.study, subject.describe(), sections)
@@ -72,6 +77,8 @@ def main(
 
 
 def _print(section: Section) -> None:
+    from pipeline.study.section import shown
+
     click.echo(section.title)
     if not section.comparisons:
         click.echo(f"  {section.prose[0]}" if section.prose else "  nothing is compared")

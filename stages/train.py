@@ -1,16 +1,18 @@
 """Train a student from the cache, a live teacher, or none: `python stages/train.py`.
 
-On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with train.parallel=ddp or fsdp.
+On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with run.parallel=ddp or fsdp.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.runtime.console import say
-from pipeline.training.run import run_training
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -23,9 +25,12 @@ def main(params: Params, run: str, overwrite: bool) -> None:
 
     Continues exactly after a crash or Ctrl-C. Started by torchrun, several processes share the
     work, with the same losses as one. train.teacher chooses the cache (`cached`), the live
-    teacher (`online`) or plain language modelling (`none`). Reads train.*, student.*, seed,
+    teacher (`online`) or plain language modelling (`none`). Reads train.*, run.*, student.*, seed,
     paths.corpus and paths.logits; writes paths.runs/RUN.
     """
+    from pipeline.runtime.console import say
+    from pipeline.training.run import run_training
+
     result = run_training(params, run, overwrite=overwrite)
     if result.state is None:
         say(f"train: {result.folder} was finished already; --overwrite does not repeat it")

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.capture import fingerprint_of
 from pipeline.cli import stage
-from pipeline.config import Params
-from pipeline.data.rows import SPLITS, CorpusSplit
-from pipeline.fidelity import run_gate
-from pipeline.files import write_json
-from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-from pipeline.store.check import check_cache
-from pipeline.store.reader import CacheReader
-from pipeline.teacher.hf import open_teacher
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 
 @stage
@@ -33,7 +28,19 @@ def main(params: Params, structure: bool) -> None:
     """
     if structure:
         _check_structure(params)
-        return
+    else:
+        _run_gate(params)
+
+
+def _run_gate(params: Params) -> None:
+    from pipeline.capture import fingerprint_of
+    from pipeline.data.rows import SPLITS, CorpusSplit
+    from pipeline.fidelity import run_gate
+    from pipeline.files import write_json
+    from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
+    from pipeline.store.reader import CacheReader
+    from pipeline.teacher.hf import open_teacher
+
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
     device = pick_device(params.device)
@@ -74,6 +81,9 @@ def main(params: Params, structure: bool) -> None:
 
 
 def _check_structure(params: Params) -> None:
+    from pipeline.data.rows import SPLITS, CorpusSplit
+    from pipeline.store.check import check_cache
+
     whole, shards = True, 0
     for split in SPLITS:
         result = check_cache(params.paths.logits, CorpusSplit(params.paths.corpus, split))

@@ -59,7 +59,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     """Children fork from a process that has imported everything: they start in milliseconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.store.test_crash", "stages.train", "transformers.models.llama"]
+        ["tests.store.test_crash", "pipeline.training.run", "transformers.models.llama"]
     )
     return context
 
@@ -144,11 +144,10 @@ TINY: dict[str, dict[str, Any]] = {
     "prepare": {
         "k": 16,
         "dtype": "float32",
-        "batch_rows": 4,
-        "head_chunk": 50,
         "chunk_rows": 4,
         "shard_rows": 16,
     },
+    "capture": {"batch_rows": 4, "head_chunk": 50},
     "verify": {"batches": 20, "noise_batches": 5},
     "student": {"layers": [0, 2]},
     "train": {
@@ -158,13 +157,11 @@ TINY: dict[str, dict[str, Any]] = {
         "warmup_steps": 2,
         "learning_rate": 0.003,
         "min_learning_rate": 0.0003,
-        "head_chunk": 50,
         "shuffle_shards": 2,
         "eval_every": 4,
         "eval_rows": 8,
-        "checkpoint_every": 2,
-        "min_retained_mass": 0.0,
     },
+    "run": {"head_chunk": 50, "checkpoint_every": 2, "min_retained_mass": 0.0},
     "evaluate": {"dtype": "float32", "prompts": ["the cat"], "new_tokens": 3},
     "humaneval": {"dtype": "float32", "max_new_tokens": 12, "batch_rows": 2, "workers": 2},
     "export": {"prompts": 4, "prompt_tokens": 8, "new_tokens": 4, "lines": 12},

@@ -39,7 +39,7 @@ def live_teacher(params: Params) -> HuggingFaceTeacher:
         vocab_size=CorpusSplit(params.paths.corpus, "train").info.vocab_size,
         dtype=DTYPES[params.prepare.dtype],
         device=torch.device("cpu"),
-        head_chunk=params.prepare.head_chunk,
+        head_chunk=params.capture.head_chunk,
     )
 
 

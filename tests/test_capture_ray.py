@@ -56,7 +56,7 @@ def cluster(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def many_shards(tiny_corpus: Params) -> Params:
     """24 shards to train on and 5 to validate."""
-    return change(tiny_corpus, prepare={"shard_rows": 4, "batch_rows": 2})
+    return change(tiny_corpus, prepare={"shard_rows": 4}, capture={"batch_rows": 2})
 
 
 def arrays_of(params: Params, split: str) -> dict[str, np.ndarray]:
@@ -85,7 +85,7 @@ def test_two_actors_make_the_local_store(
 ) -> None:
     """By the stage, with a cache at a relative path, since actors work elsewhere."""
     words = ["--actors", "2", "--set", "paths.logits=cache/logits.zarr"]
-    done = stage(tmp_path, *words, "--set", "prepare.shard_rows=4", "--set", "prepare.batch_rows=2")
+    done = stage(tmp_path, *words, "--set", "prepare.shard_rows=4", "--set", "capture.batch_rows=2")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
         r"prepare: 3,616 tokens captured in \d+ s, 29 of 29 shards new; cache/logits.zarr holds "

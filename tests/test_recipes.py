@@ -166,7 +166,7 @@ def tiny(teacher: Path, text: Path, start: Path, work: Path) -> list[str]:
         "train.warmup_steps": 2,
         "train.learning_rate": 0.003,
         "train.eval_every": 10,
-        "train.checkpoint_every": 10,
+        "run.checkpoint_every": 10,
         "evaluate.new_tokens": 3,
     }
     for name in Params.model_fields["paths"].annotation.model_fields:  # type: ignore[union-attr]

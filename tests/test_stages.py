@@ -59,6 +59,31 @@ def test_help_explains(stage: str) -> None:
         assert word in " ".join(done.stdout.split()), word
 
 
+HEAVY = {"torch", "numpy", "transformers", "datasets", "zarr", "hydra", "dvclive"}
+"""Packages that take from a tenth of a second to several to import."""
+
+
+def heavy_imports(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """What `python -X importtime` says was imported, of those."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert len(lines) > 20
+    return HEAVY & {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize("stage", sorted(file.stem for file in (ROOT / "stages").glob("*.py")))
+def test_help_waits_for_no_heavy_package(stage: str) -> None:
+    done = run("-X", "importtime", "-m", f"stages.{stage}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert not heavy_imports(done)
+
+
+def test_a_mistake_waits_for_no_heavy_package() -> None:
+    mistake = ("--params", "params.yaml", "--set", "seed=-1")
+    done = run("-X", "importtime", "-m", "stages.train", *mistake)
+    assert done.returncode == 2, done.stderr
+    assert heavy_imports(done) <= {"hydra"}  # which parses --set
+
+
 def test_no_stage_takes_the_name_of_a_standard_module() -> None:
     """`python stages/x.py` puts stages/ first on the path: such a name would shadow the module."""
     assert not {file.stem for file in (ROOT / "stages").glob("*.py")} & sys.stdlib_module_names
@@ -206,6 +231,16 @@ def test_each_stage_says_first_what_it_will_do(project: Path) -> None:
         assert line.startswith(f"{name}: "), line
         measured = re.search(r", about [\d.]+ (s|min) on this machine$", line)
         assert bool(measured) is (name in ("prepare", "verify", "train", "evaluate")), line
+
+
+def test_how_stages_are_run_reruns_nothing(project: Path) -> None:
+    """Sections that no result depends on: memory, time, messages."""
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    values["run"] |= {"checkpoint_every": 3, "activation_checkpointing": True}
+    values["capture"]["batch_rows"] = 2
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert stages_run(dvc(project, "repro")) == []
+    git(project, "checkout", "-q", "--", ".")
 
 
 def test_temperature_reruns_train_and_what_follows_only(project: Path) -> None:

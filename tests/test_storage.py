@@ -332,7 +332,7 @@ def test_two_ranks_save_to_an_object_store_and_one_continues(
 ) -> None:
     alone = run_training(tiny_cache, "student")
     paths = {"checkpoints": str(bucket / "runs"), "runs": str(tmp_path / "other")}
-    sharded = change(tiny_cache, paths=paths, train={"parallel": "fsdp"})
+    sharded = change(tiny_cache, paths=paths, run={"parallel": "fsdp"})
     access = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     run_ranks(forkserver, 2, train_and_stop, sharded, access)
     keys = open_folder(bucket / "runs" / "student" / "step_00000004").sizes()

@@ -39,7 +39,7 @@ def made_up(name: str, loss: float, **params: Any) -> SweepRun:
 
 def test_runs_made_by_hand_are_found(tiny_cache: Params) -> None:
     run_training(tiny_cache, "student")
-    run_training(change(tiny_cache, train={"temperature": 2.0, "log_every": 4}), "t2")
+    run_training(change(tiny_cache, train={"temperature": 2.0}, run={"checkpoint_every": 4}), "t2")
     run_training(change(tiny_cache, train={"teacher": "none", "alpha": 0.3}), "baseline")
     unfinished = tiny_cache.paths.runs / "unfinished"
     write_json(unfinished / "run.json", {"seed": 0})
@@ -94,7 +94,8 @@ def experiment(name: str, values: dict[str, Any], state: str | None, loss: float
 def test_experiments_of_dvc(tiny_params: Params, tmp_path: Path) -> None:
     values = yaml.safe_load((tmp_path / "params.yaml").read_text())
     hot = copy.deepcopy(values)
-    hot["train"] |= {"temperature": 2, "checkpoint_every": 7}
+    hot["train"]["temperature"] = 2
+    hot["run"]["checkpoint_every"] = 7
     hot["student"]["lora"] = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj"]}
     broken = {"name": "broken", "revs": [{"data": None}], "executor": None}
     shown = [

@@ -17,8 +17,9 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.samples import sample
 from pipeline.generation import GenerationSettings
+from pipeline.prompts import read_prompts
 from pipeline.text_generator import PieceDecoder, TextGenerator
-from stages.generate import main, read_prompts
+from stages.generate import main
 from tests.conftest import make_teacher, make_tokenizer
 
 PROMPTS = ["the cat sees", "Note 3: the river", "a"]
@@ -304,7 +305,11 @@ def test_stage_refuses_in_one_sentence(
         ([*model, "--prompts", str(tmp_path / "bad.jsonl")], 2, "bad.jsonl line 2 is not of"),
         ([*model, "--prompt", "a", "--set", "generate.top_p=0"], 2, "generate.top_p=0 is refused"),
         (["--model", str(teacher_folder)], 1, "has no chat template"),
-        (["--prompt", "a"], 1, "model holds no config.json: name a model folder by --model"),
+        (
+            ["--prompt", "a"],
+            1,
+            "model holds no config.json: run stages/train.py --run student first",
+        ),
         (["--model", str(tmp_path / "absent")], 1, "absent holds no config.json"),
     ]
     for words, code, sentence in cases:

@@ -28,7 +28,7 @@ from pipeline.data.chat import ChatTokenizer, Message
 from pipeline.data.packing import PACKERS, Document
 from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.errors import DecantError, ParamsError
-from pipeline.model.weights import hash_tokenizer
+from pipeline.model.folder import hash_tokenizer
 from pipeline.runtime.console import announce, progress_bar
 from pipeline.runtime.optional import import_transformers
 from pipeline.storage import Address

@@ -26,7 +26,7 @@ import numpy as np
 
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
-from pipeline.model.weights import hash_tokenizer
+from pipeline.model.folder import hash_tokenizer
 
 _ROWS_AT_ONCE = 1024
 

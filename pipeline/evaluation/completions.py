@@ -26,7 +26,7 @@ from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.sandbox import Limits, Outcome, run_program
 from pipeline.evaluation.stop import complete
 from pipeline.generation import GenerationSettings
-from pipeline.model.weights import hash_tokenizer, hash_weights
+from pipeline.model.folder import hash_tokenizer, hash_weights
 from pipeline.runtime.console import progress
 from pipeline.runtime.device import dtype_name
 from pipeline.text_generator import TextGenerator

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
+from pipeline.files import write_json
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -158,3 +159,18 @@ def summarise(statuses: Mapping[str, Sequence[str]], ks: Sequence[int]) -> dict[
         "samples_per_problem": samples,
         "statuses": dict(Counter(s for found in statuses.values() for s in found).most_common()),
     }
+
+
+def keep_scores(file: Path, name: str, scores: Mapping[str, Any]) -> None:
+    """Put a model's scores beside those of others.
+
+    Raises:
+        DecantError: the file holds something else.
+    """
+    try:
+        metrics = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise DecantError(f"{file} cannot be read as JSON ({error}): remove it") from None
+    if not isinstance(metrics, dict):
+        raise DecantError(f"{file} holds no scores by model: remove it")
+    write_json(file, metrics | {name: scores})

@@ -255,6 +255,19 @@ print("; ".join(held), flush=True)
 """
 
 
+def require_sandbox() -> None:
+    """Check that the sandbox holds on this machine.
+
+    Raises:
+        DecantError: it does not.
+    """
+    if reason := probe():
+        raise DecantError(
+            f"programs written by a model would not be contained here: {reason}; for models that "
+            "you trust, --unsandboxed runs them with your own rights"
+        )
+
+
 def probe() -> str | None:
     """Try the sandbox on a program that tries to get out: None where it holds, else why not.
 

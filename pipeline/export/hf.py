@@ -17,8 +17,8 @@ import torch
 
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError
+from pipeline.model.folder import TOKENIZER_FILES
 from pipeline.model.hugging_face import load_causal_lm
-from pipeline.model.weights import TOKENIZER_FILES
 from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
 from pipeline.text_generator import default_eos_ids

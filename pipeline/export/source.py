@@ -10,9 +10,9 @@ from pipeline.config import Params
 from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
-from pipeline.errors import DecantError, MismatchError, ParamsError
-from pipeline.files import names_one_folder
-from pipeline.model.weights import hash_tokenizer
+from pipeline.errors import MismatchError, ParamsError
+from pipeline.model.folder import hash_tokenizer
+from pipeline.named_models import require_model, run_model
 
 _ROWS_AT_ONCE = 256
 _CHARACTERS_A_PROMPT = 1000
@@ -32,21 +32,12 @@ def find_model(params: Params, run: str, model: Path | None) -> Exported:
 
     Raises:
         DecantError: there is none.
-        ParamsError: the export would be written over a run, or over what is exported.
+        ParamsError: the run's name is no word, or the export would be written over what is
+            exported.
     """
-    if model is None and not names_one_folder(run):
-        raise ParamsError(
-            f"--run {run!r} is not the name of one folder in {params.paths.runs}: give a word, or "
-            "a folder by --model"
-        )
-    folder = params.paths.runs / run / "model" if model is None else model
-    if not (folder / "config.json").exists():
-        remedy = (
-            f"run stages/train.py --run {run} first" if model is None else "name a model folder"
-        )
-        raise DecantError(f"{folder} holds no config.json: {remedy}")
     if model is None:
-        return Exported(run, folder, run)
+        return Exported(run, run_model(params.paths.runs, run), run)
+    folder = require_model(model)
     name = folder.resolve().name
     if name == "model":  # of a run elsewhere
         name = folder.resolve().parent.name

@@ -11,13 +11,11 @@ student need not know how it was trained.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +27,11 @@ from torch import Tensor
 from pipeline.errors import DecantError
 from pipeline.files import atomic_folder
 from pipeline.model.base import Student
+from pipeline.model.folder import TOKENIZER_FILES
 from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import ModelConfig, StudentModel
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 _NEEDED = (
     "hidden_size",
     "intermediate_size",
@@ -195,40 +186,6 @@ def _write_model(student: StudentModel, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(_hugging_face_config(student.config), indent=2)
     (folder / "config.json").write_text(text + "\n")
-
-
-def hash_weights(folder: Path) -> str:
-    """sha256 over config.json and every *.safetensors file of a model folder, in name order."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    if len(files) == 1:
-        raise DecantError(
-            f"{folder} holds no *.safetensors: run stages/fetch.py for a teacher, or name a folder "
-            "that holds a model"
-        )
-    return _hash_files(files)
-
-
-def hash_tokenizer(folder: Path) -> str:
-    """sha256 of tokenizer.json: vocabulary, merges, splitting and normalisation."""
-    return _hash_files([folder / "tokenizer.json"])
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        try:
-            about = file.stat()
-            total.update(_hash_file(file, about.st_size, about.st_mtime_ns))
-        except FileNotFoundError:
-            raise DecantError(f"{file} does not exist: run stages/fetch.py first") from None
-    return total.hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _hash_file(file: Path, size: int, changed: int) -> bytes:
-    """sha256 of a file of that size and time of change: a teacher is hashed for each split."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -91,9 +91,9 @@ def advice(plan: Plan, params: Params) -> list[str]:
 def _fits(plan: Plan, params: Params) -> list[str]:
     device = DEVICES[params.advise.device]
     remedies = {
-        "prepare": "lower prepare.batch_rows or prepare.head_chunk, or choose a larger device",
-        "train": "set train.activation_checkpointing, halve train.batch_rows and double "
-        "train.accumulation, or share it by train.parallel=fsdp",
+        "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device",
+        "train": "set run.activation_checkpointing, halve train.batch_rows and double "
+        "train.accumulation, or share it by run.parallel=fsdp",
     }
     lines = []
     for name, remedy in remedies.items():

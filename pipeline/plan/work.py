@@ -34,18 +34,18 @@ class Memory:
 
 
 def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
-    """Of the teacher's forward over prepare.batch_rows rows, and of the head over a chunk.
+    """Of the teacher's forward over capture.batch_rows rows, and of the head over a chunk.
 
     Nothing is kept for a backward: at the worst, a block's feed-forward holds the residual stream,
     its normalised copy and three tensors of width F.
     """
     size = _SIZES[dtype]
-    tokens = params.prepare.batch_rows * params.corpus.row_length
+    tokens = params.capture.batch_rows * params.corpus.row_length
     width = 4 * teacher.hidden_size + 3 * teacher.intermediate_size
     return Memory(
         weights=float(size * teacher.parameters),
         activations=float(tokens * (size * width + mask_bytes(params))),
-        logits=float(_LOGIT_COPIES * 4 * params.prepare.head_chunk * teacher.vocab_size),
+        logits=float(_LOGIT_COPIES * 4 * params.capture.head_chunk * teacher.vocab_size),
     )
 
 
@@ -60,17 +60,17 @@ def training_memory(student: Shape, params: Params) -> Memory:
     Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, shared by fsdp.
     Autograd keeps a rounded copy of each weight of a block until backward.
     """
-    train, devices = params.train, params.advise.devices
+    train, run, devices = params.train, params.run, params.advise.devices
     trained = trained_parameters(student, params.student)
     size = _SIZES[train.dtype]
     state = 4.0 * student.parameters + 12.0 * trained
-    if train.parallel == "fsdp":
+    if run.parallel == "fsdp":
         state /= devices
-    rounded = 0 if size == 4 or train.activation_checkpointing else size * student.body_matrices
+    rounded = 0 if size == 4 or run.activation_checkpointing else size * student.body_matrices
     rows = -(-train.batch_rows // devices)
     tokens = rows * params.corpus.row_length
     head_gradient = 0 if params.student.lora else 4 * student.head
-    chunk = _LOGIT_COPIES * 4 * train.head_chunk * student.vocab_size
+    chunk = _LOGIT_COPIES * 4 * run.head_chunk * student.vocab_size
     return Memory(
         weights=state + rounded,
         activations=tokens * (activation_bytes(student, params) + mask_bytes(params)),
@@ -92,7 +92,7 @@ def activation_bytes(student: Shape, params: Params) -> float:
     end: the last norm's two, and the loss's gradient for hidden states.
     """
     block, width = block_bytes(student, params), 4 * student.hidden_size
-    if params.train.activation_checkpointing:
+    if params.run.activation_checkpointing:
         return float(student.num_layers * width + block + 3 * width)
     return float(student.num_layers * block + 3 * width)
 
@@ -121,7 +121,7 @@ def step_operations(student: Shape, params: Params) -> float:
     """
     length = params.corpus.row_length
     operations = (2.0 if params.student.lora else 3.0) * student.forward_operations(length)
-    if params.train.activation_checkpointing:
+    if params.run.activation_checkpointing:
         last = 2.0 * student.num_layers * student.hidden_size * student.intermediate_size
         operations += student.body_operations(length) - last
     return operations

@@ -9,8 +9,6 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.fidelity import GateSummary
-
 TEACHER = "teacher"
 
 
@@ -62,6 +60,19 @@ class Samples(_Record):
         if any(len(texts) != len(self.prompts) for texts in self.continuations.values()):
             raise ValueError("a model has not as many continuations as there are prompts")
         return self
+
+
+class GateSummary(_Record):
+    """How a cache agrees with the teacher: means over positions but for the two extremes."""
+
+    mean_cosine: float
+    worst_batch_cosine: float  # the lowest mean of a batch
+    mean_kl: float  # nats
+    max_kl: float  # nats
+    top1: float
+    overlap: float
+    lse_error: float  # nats
+    normaliser_error: float  # nats
 
 
 class Gate(_Record):

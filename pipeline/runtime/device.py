@@ -65,9 +65,9 @@ def require_compiler(device: torch.device) -> None:
     wanted = os.environ.get(variable, usual).split()
     if not any(shutil.which(name) for name in wanted):
         raise ParamsError(
-            f"train.compile=true needs a compiler on this machine, and {' or '.join(wanted)} is "
+            f"run.compile=true needs a compiler on this machine, and {' or '.join(wanted)} is "
             f"not found: install one, name another in the variable {variable}, or set "
-            "train.compile=false"
+            "run.compile=false"
         )
 
 

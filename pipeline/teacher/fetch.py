@@ -22,7 +22,7 @@ import torch
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.files import atomic_folder
-from pipeline.model.weights import TOKENIZER_FILES
+from pipeline.model.folder import TOKENIZER_FILES
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
 

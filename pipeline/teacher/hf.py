@@ -171,11 +171,11 @@ def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
 def open_teacher(
     params: Params, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> HuggingFaceTeacher:
-    """The teacher of paths.teacher, its head in chunks of prepare.head_chunk positions."""
+    """The teacher of paths.teacher, its head in chunks of capture.head_chunk positions."""
     return HuggingFaceTeacher(
         params.paths.teacher,
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,
-        head_chunk=params.prepare.head_chunk,
+        head_chunk=params.capture.head_chunk,
     )

@@ -11,7 +11,7 @@ ddp keeps a whole student, gradient and optimizer state on each rank. fsdp shard
 ranks and gathers one transformer block at a time (FSDP2: `fully_shard` per block, and once around
 the rest, so that a tied embedding and head stay one parameter). Weights are gathered in float32 and
 rounded by autocast, as on one rank, so the two give the same losses. Autograd then keeps the
-rounded copies until backward, unless `train.activation_checkpointing` is on, which belongs to fsdp
+rounded copies until backward, unless `run.activation_checkpointing` is on, which belongs to fsdp
 where memory is short.
 
 Words between ranks (counts, flags, names of files) go over gloo on the CPU, so they never wait for
@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import TrainParams
+from pipeline.config import RunParams
 from pipeline.errors import DecantError, OtherRankError, ParamsError
 from pipeline.runtime.device import pick_device, require_compiler
 from pipeline.runtime.launch import Launch, launch
@@ -169,7 +169,7 @@ def _lost_touch(error: BaseException) -> bool:
     )
 
 
-def parallelise(step: nn.Module, ranks: Ranks, params: TrainParams) -> nn.Module:
+def parallelise(step: nn.Module, ranks: Ranks, params: RunParams) -> nn.Module:
     """A module put on this rank's device and made one of several; what training is to call.
 
     Parameters keep their names and their places in `step`. Blocks are changed in place: their

@@ -22,9 +22,9 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.files import names_one_folder
 from pipeline.losses.reference import require_expressible
-from pipeline.model.weights import hash_weights
+from pipeline.model.folder import hash_weights
+from pipeline.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
 from pipeline.storage import Folder, open_folder
@@ -40,17 +40,6 @@ from pipeline.training.parallel import Ranks, gather_parameters, join_ranks, par
 from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass
-
-WITHOUT_EFFECT = {
-    "activation_checkpointing",
-    "checkpoint_every",
-    "compile",
-    "log_every",
-    "max_skipped_steps",
-    "min_retained_mass",
-    "parallel",
-}
-"""Parameters of `train` that may change when a run is continued."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +66,19 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
         MismatchError: cache, corpus, teacher or an earlier run of that name do not belong together.
         ParamsError: the student cannot express the teacher's vocabulary, and the like.
     """
-    if not names_one_folder(name):  # --overwrite deletes the folder that it names
-        raise ParamsError(
-            f"--run {name!r} is not the name of one folder in {params.paths.runs}: give a word"
-        )
+    folder = run_folder(params.paths.runs, name)  # which --overwrite deletes
     with join_ranks(params.device) as ranks:
-        return _run(params, name, overwrite, ranks)
+        return _run(params, folder, overwrite, ranks)
 
 
-def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
+def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResult:
     _require_rows(params, ranks)
     corpus = CorpusSplit(params.paths.corpus, "train")
     held_out = CorpusSplit(params.paths.corpus, "validation")
-    folder = params.paths.runs / name
     checkpoints = Checkpoints(
-        params.paths.checkpoints / name if params.paths.checkpoints else folder / "checkpoints",
+        params.paths.checkpoints / folder.name
+        if params.paths.checkpoints
+        else folder / "checkpoints",
         ranks,
         start_again=overwrite,
     )
@@ -115,13 +102,13 @@ def _run(params: Params, name: str, overwrite: bool, ranks: Ranks) -> RunResult:
         pin=ranks.device.type == "cuda",
     )
     _warn_of_lost_mass(training, params)
-    step = DistillationStep(student.model, dtype=dtype, head_chunk=params.train.head_chunk)
+    step = DistillationStep(student.model, dtype=dtype, head_chunk=params.run.head_chunk)
     state = train(
-        parallelise(step, ranks, params.train),
+        parallelise(step, ranks, params.run),
         student.model,
         stream,
         Validation(validation, params.train.eval_rows),
-        params.train,
+        params,
         folder,
         checkpoints,
         ranks,
@@ -204,18 +191,17 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
             "train.temperature to 1, or capture with prepare.draws=0"
         )
     mass = retained_mass(batch, temperature)
-    if mass < params.train.min_retained_mass:
+    if mass < params.run.min_retained_mass:
         say(
             f"warning: at temperature {temperature:g} the kept ids hold {mass:.1%} of the "
-            f"teacher's mass, less than train.min_retained_mass="
-            f"{params.train.min_retained_mass:g}: lower the temperature or store more ids"
+            f"teacher's mass, less than run.min_retained_mass="
+            f"{params.run.min_retained_mass:g}: lower the temperature or store more ids"
         )
 
 
 def _identity(params: Params, corpus: CorpusSplit, device: torch.device) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
-    identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student"})
-    identity["train"] = params.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student", "train"})
     identity["train"]["dtype"] = dtype_name(training_dtype(params.train.dtype, device))
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled

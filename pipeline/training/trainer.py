@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.config import TrainParams
+from pipeline.config import Params, RunParams, TrainParams
 from pipeline.errors import DecantError
 from pipeline.model.base import Student
 from pipeline.runtime.console import StopRequest, announce, progress, say
@@ -35,12 +35,12 @@ def train(
     student: Student,
     stream: BatchStream,
     validation: Validation,
-    params: TrainParams,
-    run: Path,
+    params: Params,
+    folder: Path,
     checkpoints: Checkpoints,
     ranks: Ranks,
 ) -> TrainState:
-    """Train to `params.steps`, continuing the newest whole checkpoint if there is one.
+    """Train to `train.steps`, continuing the newest whole checkpoint if there is one.
 
     A continued run logs and ends exactly as one that was never stopped. Ctrl-C or SIGTERM, on any
     rank, ends all of them after the same step, with a checkpoint.
@@ -48,35 +48,37 @@ def train(
     Args:
         model: the student in its DistillationStep, as `parallelise` returns it.
         student: whose parameters are trained in place, by their own names.
-        run: the run's folder, where curves are written.
+        folder: the run's, where curves are written.
 
     Raises:
-        DecantError: more than `max_skipped_steps` steps had a non-finite loss or gradient.
+        DecantError: more than `run.max_skipped_steps` steps had a non-finite loss or gradient.
     """
-    optimizer = build_optimizer(student, params)
+    recipe = params.train
+    optimizer = build_optimizer(student, recipe)
     learner = Learner(student, optimizer)
     state = checkpoints.load_newest(learner) or TrainState()
     if state.step:
-        say(f"continuing from step {state.step} of {params.steps}")
-    batches = stream.starting_at(state.step * params.accumulation)
-    with Curves(run / "dvclive", state) as curves, StopRequest() as stop:
-        _announce(model, student, validation, params, state, ranks)
+        say(f"continuing from step {state.step} of {recipe.steps}")
+    batches = stream.starting_at(state.step * recipe.accumulation)
+    with Curves(folder / "dvclive", state) as curves, StopRequest() as stop:
+        _announce(model, student, validation, recipe, state, ranks)
         if state.step == 0:
-            curves.record(validate(model, validation, params, ranks))
-        bar = progress(range(state.step, params.steps), what="train", unit="step")
+            curves.record(validate(model, validation, recipe, ranks))
+        bar = progress(range(state.step, recipe.steps), what="train", unit="step")
         for _ in bar:
-            values = _train_step(model, optimizer, batches, state, params, ranks)
+            values = _train_step(model, optimizer, batches, state, recipe, ranks)
+            _require_few_skipped(state, params.run)
             state.step += 1
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-            due = state.step % params.eval_every == 0 or state.step == params.steps
+            due = state.step % recipe.eval_every == 0 or state.step == recipe.steps
             if due:
-                values |= validate(model, validation, params, ranks)
+                values |= validate(model, validation, recipe, ranks)
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if "validation" in k)
-                say(f"step {state.step}/{params.steps}: {shown}")
-            if due or state.step % params.log_every == 0:
+                say(f"step {state.step}/{recipe.steps}: {shown}")
+            if due or state.step % recipe.log_every == 0:
                 curves.record(values)
             stopping = ranks.any(stop.requested)
-            if state.step % params.checkpoint_every == 0 or stopping:
+            if state.step % params.run.checkpoint_every == 0 or stopping:
                 checkpoints.save(learner, state)
             if stopping:
                 raise KeyboardInterrupt
@@ -140,8 +142,8 @@ def _train_step(
     norm = clip_gradients(model, params.clip_norm)
     if math.isfinite(means["train/loss"]) and math.isfinite(norm):
         optimizer.step()
-    else:
-        _count_skipped(state, params)
+    else:  # left out, on all ranks
+        state.skipped += 1
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return {
@@ -178,11 +180,9 @@ def _forward_backward(
     return means | ({"train/divergence": divergence} if params.teacher != "none" else {})
 
 
-def _count_skipped(state: TrainState, params: TrainParams) -> None:
-    """A step with a non-finite loss or gradient is left out, on all ranks."""
-    state.skipped += 1
+def _require_few_skipped(state: TrainState, params: RunParams) -> None:
     if state.skipped > params.max_skipped_steps:
         raise DecantError(
             f"{state.skipped} steps had a non-finite loss or gradient, the limit is "
-            f"train.max_skipped_steps={params.max_skipped_steps}: lower train.learning_rate"
+            f"run.max_skipped_steps={params.max_skipped_steps}: lower train.learning_rate"
         )

@@ -24,7 +24,7 @@ from pipeline.capture import Capture, fingerprint_of
 from pipeline.config import Params, load_params
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, SplitWriter
-from pipeline.model.weights import hash_tokenizer
+from pipeline.model.folder import hash_tokenizer
 from pipeline.runtime.device import DTYPES, pick_device
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.cached import CachedTeacher
@@ -93,7 +93,8 @@ def main() -> None:
         for scale in SCALES:
             values = tiny_values(teacher, folder, folder / f"x{scale}")
             values["paths"]["teacher"] = str(teacher)
-            values["prepare"] |= {"k": 64, "shard_rows": 64, "chunk_rows": 16, "batch_rows": 16}
+            values["prepare"] |= {"k": 64, "shard_rows": 64, "chunk_rows": 16}
+            values["capture"]["batch_rows"] = 16
             values["train"]["shuffle_shards"] = 4
             file = folder / f"x{scale}.yaml"
             file.write_text(yaml.safe_dump(values))

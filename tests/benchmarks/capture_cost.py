@@ -19,20 +19,19 @@ import click
 import torch
 
 from pipeline.capture import Capture, fingerprint_of
-from pipeline.config import Params, PrepareParams, load_params
+from pipeline.config import Params, load_params
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
 from pipeline.runtime.device import pick_device
 from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 
 
-def bare(
-    teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, prepare: PrepareParams
-) -> None:
+def bare(teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, params: Params) -> None:
     """Hidden states and all logits, chunk by chunk, thrown away."""
-    for first in range(rows.start, rows.stop, prepare.batch_rows):
-        batch = corpus.rows(first, min(first + prepare.batch_rows, rows.stop))
-        doc_ids = documents_apart(torch.from_numpy(batch.doc_ids), prepare.attention)
+    batch_rows = params.capture.batch_rows
+    for first in range(rows.start, rows.stop, batch_rows):
+        batch = corpus.rows(first, min(first + batch_rows, rows.stop))
+        doc_ids = documents_apart(torch.from_numpy(batch.doc_ids), params.prepare.attention)
         for _ in teacher.logits_by_chunk(torch.from_numpy(batch.tokens), doc_ids):
             pass
     if teacher.device.type == "cuda":
@@ -52,7 +51,7 @@ def measure(
             capture = Capture(teacher, corpus, fingerprint_of(here, corpus, teacher.dtype), here)
             rows = range(capture.writer.layout.rows_of(shards[-1])[1])
             started = time.perf_counter()
-            bare(teacher, corpus, rows, params.prepare)
+            bare(teacher, corpus, rows, params)
             middle = time.perf_counter()
             capture.run(shards)
             ended = time.perf_counter()

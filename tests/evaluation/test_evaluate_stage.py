@@ -53,8 +53,11 @@ def test_any_folders_are_compared(tiny_corpus: Params, tmp_path: Path) -> None:
     ("words", "code", "sentence"),
     [
         ([], 1, "run stages/train.py --run student first"),
-        (["--model", "folder"], 2, "--model folder is not of the form NAME=FOLDER"),
-        (["--model", "x=absent"], 1, "absent does not exist: name a model folder"),
+        (["--run", "../student"], 2, "--run '../student' is not the name of one folder in"),
+        (["--run", "student", "--run", "student"], 2, "two models are called student"),
+        (["--model", "folder"], 2, "--model 'folder' is not of the form NAME=FOLDER"),
+        (["--model", "a/b=folder"], 2, "with a word for a name"),
+        (["--model", "x=absent"], 1, "absent holds no config.json: name a model folder by --model"),
         (["--model", "teacher=absent"], 2, "two models are called teacher"),
     ],
 )

@@ -23,10 +23,9 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-import stages.humaneval
 from pipeline.config import HumanevalParams, Params, load_params
 from pipeline.errors import DecantError, MismatchError
-from pipeline.evaluation import completions
+from pipeline.evaluation import completions, sandbox
 from pipeline.evaluation.completions import evaluate_model
 from pipeline.evaluation.humaneval import (
     STOP,
@@ -40,6 +39,7 @@ from pipeline.evaluation.sandbox import Limits, probe, run_program
 from pipeline.evaluation.stop import StopStrings, complete
 from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.text_generator import TextGenerator
+from stages.humaneval import main
 from tests.conftest import ROOT, change, make_teacher
 
 _reason = probe()
@@ -368,7 +368,7 @@ def test_journal_drops_a_torn_line_and_names_a_damaged_one(tmp_path: Path) -> No
 
 def stage(tmp_path: Path, *words: str) -> Result:
     command = ["--params", str(tmp_path / "params.yaml"), *words]
-    return CliRunner().invoke(stages.humaneval.main, command, catch_exceptions=False)
+    return CliRunner().invoke(main, command, catch_exceptions=False)
 
 
 @sandboxed
@@ -405,14 +405,14 @@ def test_stage_refuses_in_one_sentence(
 ) -> None:
     model, problems = f"a={tiny_params.paths.teacher}", f"humaneval.problems={easy}"
     cases = [
-        (["--model", "a"], 2, "is not NAME=FOLDER"),
-        (["--model", f"../a={easy}"], 2, "with a plain name"),
-        (["--model", f"a={tmp_path}"], 1, "holds no model for a"),
+        (["--model", "a"], 2, "is not of the form NAME=FOLDER"),
+        (["--model", f"../a={easy}"], 2, "with a word for a name"),
+        (["--model", f"a={tmp_path}"], 1, "holds no config.json: name a model folder by --model"),
         (["--model", model, "--model", model], 2, "two models are called a"),
         (["--model", f"absent={tiny_params.paths.teacher}", "--run", "absent"], 2, "are called ab"),
-        (["--run", "../absent"], 2, "is no plain name"),
-        (["--run", "absent"], 1, "stages/train.py --run NAME"),
-        ([], 1, "holds no model for student"),
+        (["--run", "../absent"], 2, "is not the name of one folder in"),
+        (["--run", "absent"], 1, "run stages/train.py --run absent first"),
+        ([], 1, "run stages/train.py --run student first"),
         (["--model", model, "--set", "humaneval.ks=[2]"], 2, r"exceed samples=1"),
         (["--model", model, "--set", "humaneval.samples=2"], 2, "would all be the same"),
         (["--model", model, "--set", "humaneval.timeout=1e12"], 2, "humaneval.timeout"),
@@ -420,7 +420,7 @@ def test_stage_refuses_in_one_sentence(
         (["--model", model, "--set", "humaneval.problems=absent.jsonl"], 1, "absent.jsonl cannot"),
         (["--model", model, "--set", "humaneval.max_new_tokens=200"], 2, "easy/0 has"),
     ]
-    monkeypatch.setattr(stages.humaneval, "probe", lambda: None)
+    monkeypatch.setattr(sandbox, "probe", lambda: None)
     for words, code, sentence in cases:
         done = stage(tmp_path, "--set", problems, *words)
         assert done.exit_code == code, (words, done.output)
@@ -434,7 +434,7 @@ def test_stage_refuses_in_one_sentence(
 def test_stage_without_a_sandbox_refuses_unless_told(
     tiny_params: Params, easy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.humaneval, "probe", lambda: "the network is there")
+    monkeypatch.setattr(sandbox, "probe", lambda: "the network is there")
     words = ["--model", f"a={tiny_params.paths.teacher}", "--set", f"humaneval.problems={easy}"]
     done = stage(tmp_path, *words)
     assert done.exit_code == 1

@@ -83,7 +83,9 @@ def test_a_path_that_differs_is_status_1_and_nothing_is_pushed(
     tiny_run: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: list[str] = []
-    monkeypatch.setattr(stage, "push", lambda folder, name, public: pushed.append(name) or "there")
+    monkeypatch.setattr(
+        "pipeline.export.push.push", lambda folder, name, public: pushed.append(name) or "there"
+    )
     words = ["--params", str(tmp_path / "params.yaml"), "--set", "export.gguf=[]", "--push", "o/n"]
     done = CliRunner().invoke(stage.main, words)
     assert done.exit_code == 0
@@ -183,7 +185,7 @@ def test_a_check_tells_of_the_folder_beside_it(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "check_model", stopped)
+    monkeypatch.setattr("pipeline.export.run.check_model", stopped)
     assert CliRunner().invoke(stage.main, words).exit_code == 130
     assert (tiny_run.paths.export / "student").is_dir()
     assert not check_file.exists()

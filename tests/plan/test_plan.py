@@ -145,7 +145,7 @@ def test_advice_says_what_fits(tiny_params: Params, tmp_path: Path) -> None:
     assert "bfloat16" not in text
     text = sentences(tiny_params, tmp_path, train={"batch_rows": 500, "dtype": "bfloat16"})
     assert "train does NOT fit: " in text
-    assert "set train.activation_checkpointing" in text
+    assert "set run.activation_checkpointing" in text
     assert "t4 has no units for bfloat16 and computes at the rate of float32: set train" in text
 
 

@@ -39,7 +39,7 @@ def kept_bytes(params: Params, batch: Batch) -> float:
     """What autograd keeps of a batch until backward, without parameters, a token."""
     _, student = small_shape(**WIDE)
     step = DistillationStep(student, dtype=DTYPES[params.train.dtype], head_chunk=64)
-    model = parallelise(step, ALONE, params.train)
+    model = parallelise(step, ALONE, params.run)
     sizes: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # so that no address is used twice
 
@@ -74,7 +74,7 @@ def test_activations_are_what_autograd_keeps(
 
 def test_a_recomputed_block_keeps_its_input(tiny_params: Params) -> None:
     shape, _ = small_shape(**WIDE)
-    params = change(tiny_params, train={"activation_checkpointing": True})
+    params = change(tiny_params, run={"activation_checkpointing": True})
     assert activation_bytes(shape, params) == 4 * 4 * 64 + block_bytes(shape, params) + 3 * 4 * 64
 
 
@@ -85,11 +85,11 @@ def test_a_step_makes_the_operations_that_pytorch_counts(
     params = change(
         tiny_corpus,
         prepare={"attention": "packed"},
-        train={"activation_checkpointing": checkpointing},
+        run={"activation_checkpointing": checkpointing},
     )
     shape, student = small_shape(**WIDE)
     model = parallelise(
-        DistillationStep(student, dtype=torch.float32, head_chunk=64), ALONE, params.train
+        DistillationStep(student, dtype=torch.float32, head_chunk=64), ALONE, params.run
     )
     batch = batch_of(params, "packed")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -103,12 +103,12 @@ def test_a_step_makes_the_operations_that_pytorch_counts(
 def test_memory_worked_by_hand(tiny_params: Params) -> None:
     """Qwen2.5-0.5B: 16 bytes a parameter; halves of what is shared over two devices by fsdp."""
     shape = KNOWN["Qwen2.5-0.5B"]
-    one = change(tiny_params, train={"dtype": "float32", "batch_rows": 4, "head_chunk": 50})
+    one = change(tiny_params, train={"dtype": "float32", "batch_rows": 4}, run={"head_chunk": 50})
     memory = training_memory(shape, one)
     assert memory.weights == 16 * 494_032_768
     assert memory.logits == 3 * 4 * 50 * 151_936 + 4 * 151_936 * 896
     assert memory.activations == 4 * 32 * (activation_bytes(shape, one) + 32)
-    two = change(one, advise={"devices": 2}, train={"parallel": "fsdp"})
+    two = change(one, advise={"devices": 2}, run={"parallel": "fsdp"})
     assert training_memory(shape, two).weights == memory.weights / 2
     assert training_memory(shape, two).activations == memory.activations / 2
     assert memory.total == memory.weights + memory.logits + memory.activations

@@ -35,7 +35,8 @@ def test_fifty_kills(
 ) -> None:
     params = change(
         tiny_corpus,
-        prepare={"shard_rows": 1, "chunk_rows": 1, "batch_rows": 1, "k": 8, "draws": 4},
+        prepare={"shard_rows": 1, "chunk_rows": 1, "k": 8, "draws": 4},
+        capture={"batch_rows": 1},
         paths={"logits": str(tmp_path / "killed.zarr")},
     )
     corpus = CorpusSplit(params.paths.corpus, "train")

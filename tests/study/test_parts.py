@@ -18,6 +18,7 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.model.student import GQAAttention, RMSNorm, RotaryEmbedding, SwiGLUFFN
 from pipeline.study import cache, gqa, rope
 from pipeline.study.architecture import module_tree
+from pipeline.study.parts import NAMES
 from pipeline.study.report import write_study
 from pipeline.study.run import PARTS, run_parts
 from pipeline.study.section import Section
@@ -33,6 +34,10 @@ def run_one(subject: Subject, part: str) -> Section:
 
 def failed(section: Section) -> set[str]:
     return {comparison.name for comparison in section.comparisons if not comparison.passed}
+
+
+def test_parts_have_the_names_that_the_stage_offers() -> None:
+    assert tuple(PARTS) == NAMES
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
-from pipeline.model.weights import hash_weights
+from pipeline.model.folder import hash_weights
 from pipeline.teacher.fetch import describe, fetch_teacher
 from tests.conftest import change
 

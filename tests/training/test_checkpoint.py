@@ -214,8 +214,8 @@ def test_thirty_kills_change_nothing(
 ) -> None:
     """SIGKILL at random moments; most of a run's time goes into writing its checkpoints."""
     student = {"init": "random"} | SMALL | {"dropout": 0.1}
-    train = {"steps": 40, "checkpoint_every": 1, "eval_every": 20}
-    params = change(tiny_cache, student=student, train=train)
+    train = {"steps": 40, "eval_every": 20}
+    params = change(tiny_cache, student=student, train=train, run={"checkpoint_every": 1})
     runs, chance = params.paths.runs, random.Random(0)
     kills, while_writing, moments = 0, 0, set()
     number = 0

@@ -65,11 +65,13 @@ def test_losses_are_those_of_one_rank(
 
     The largest seed there is: each rank's own goes round.
     """
-    train = {"batch_rows": 5, "eval_rows": 6, "accumulation": accumulation, "parallel": parallel}
+    train = {"batch_rows": 5, "eval_rows": 6, "accumulation": accumulation}
     moving = {"alpha_end": 0.1} if accumulation == 1 else {}
-    params = change(tiny_cache, train=train | moving).model_copy(update={"seed": 2**32 - 1})
+    params = change(tiny_cache, train=train | moving, run={"parallel": parallel}).model_copy(
+        update={"seed": 2**32 - 1}
+    )
     run_training(params, "one")
-    checkpointing = change(params, train={"activation_checkpointing": accumulation == 2})
+    checkpointing = change(params, run={"activation_checkpointing": accumulation == 2})
     run_ranks(forkserver, 2, train_run, checkpointing, "two")
     one, two = params.paths.runs / "one", params.paths.runs / "two"
     assert_same_losses(one, two)
@@ -91,8 +93,8 @@ def test_students_of_transformers_train_on_two_ranks(
     start = make_qwen3(tmp_path / "qwen3")
     params = from_folder(tiny_cache, start, lora=LORA if adapters else None)
     run_training(params, "one")
-    train = {"parallel": parallel, "activation_checkpointing": adapters}
-    run_ranks(forkserver, 2, train_run, change(params, train=train), "two")
+    run = {"parallel": parallel, "activation_checkpointing": adapters}
+    run_ranks(forkserver, 2, train_run, change(params, run=run), "two")
     one, two = params.paths.runs / "one", params.paths.runs / "two"
     assert_same_losses(one, two)
     for name, tensor in weights(one).items():
@@ -135,8 +137,7 @@ def compare_gradients(params: Params) -> None:
             norm = clip_gradients(alone, 1e9)
             for engine in ("ddp", "fsdp"):
                 step = make_step(tied)
-                train = params.train.model_copy(update={"parallel": engine})
-                model = parallelise(step, ranks, train)
+                model = parallelise(step, ranks, params.run.model_copy(update={"parallel": engine}))
                 share = backward(model, part, 2, whole.num_labels)
                 assert ranks.sum(share)[0] == pytest.approx(loss, rel=1e-6)
                 found = gradients_of(step)
@@ -155,7 +156,7 @@ def accumulate(params: Params) -> None:
         part = next(first_rows(teacher, 4, 4, rank=ranks.rank, ranks=2))
         for engine, apart in (("ddp", True), ("fsdp", False)):
             step = make_step(tied=True)
-            model = parallelise(step, ranks, params.train.model_copy(update={"parallel": engine}))
+            model = parallelise(step, ranks, params.run.model_copy(update={"parallel": engine}))
             sums = []
             for last in (False, True):
                 with local_gradients(model, last=last):
@@ -198,7 +199,7 @@ def bad_on_one_rank(params: Params, out: Path) -> None:
 def test_a_bad_loss_on_one_rank_is_skipped_by_all(
     parallel: str, forkserver: ForkServerContext, tiny_cache: Params, tmp_path: Path
 ) -> None:
-    params = change(tiny_cache, train={"parallel": parallel})
+    params = change(tiny_cache, run={"parallel": parallel})
     run_ranks(forkserver, 2, bad_on_one_rank, params, tmp_path)
     assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[1, 8.0]] * 2
     for tensor in weights(params.paths.runs / "poisoned").values():
@@ -218,7 +219,7 @@ def lines(log: Path, rank: int) -> list[str]:
     return text.splitlines()
 
 
-LONG = ("--set", "train.steps=30", "--set", "train.checkpoint_every=3")
+LONG = ("--set", "train.steps=30", "--set", "run.checkpoint_every=3")
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "ddp")])
@@ -232,7 +233,7 @@ def test_one_rank_is_killed_and_the_run_goes_on(
     chance = random.Random(before)
     for engine, victim in ((before, 1), (after, 0)):
         newest = checkpoints.names()[-1:]
-        command = (train_stage, log, *words, "--set", f"train.parallel={engine}", "--run", "killed")
+        command = (train_stage, log, *words, "--set", f"run.parallel={engine}", "--run", "killed")
         with start_ranks(forkserver, 2, *command) as processes:
             wait_until(lambda newest=newest: checkpoints.names()[-1:] != newest)
             time.sleep(chance.uniform(0.0, 0.2))
@@ -251,7 +252,7 @@ def test_one_rank_is_killed_and_the_run_goes_on(
 
 def test_torchrun_starts_again_what_was_killed(tiny_cache: Params, tmp_path: Path) -> None:
     """The command of the README; `--` because torchrun would take --run for its own --run-path."""
-    words = ["--params", str(tmp_path / "params.yaml"), *LONG, "--set", "train.parallel=fsdp"]
+    words = ["--params", str(tmp_path / "params.yaml"), *LONG, "--set", "run.parallel=fsdp"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "--monitor-interval", "0.1", "--standalone"]
     command += ["--", str(ROOT / "stages/train.py"), *words, "--run", "restarted"]
@@ -267,7 +268,7 @@ def test_torchrun_starts_again_what_was_killed(tiny_cache: Params, tmp_path: Pat
     assert process.returncode == 0, output
     assert output.count("continuing from step") == 1
     assert output.count("holds 0.1 M parameters") == 1
-    run_training(change(tiny_cache, train={"steps": 30, "checkpoint_every": 3}), "whole")
+    run_training(change(tiny_cache, train={"steps": 30}, run={"checkpoint_every": 3}), "whole")
     assert_same_losses(runs / "restarted", runs / "whole")
 
 
@@ -275,7 +276,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     forkserver: ForkServerContext, tiny_cache: Params, tmp_path: Path
 ) -> None:
     words = ["--params", str(tmp_path / "params.yaml"), "--set", "train.steps=5000"]
-    words += ["--set", "train.checkpoint_every=1000", "--set", "train.parallel=fsdp"]
+    words += ["--set", "run.checkpoint_every=1000", "--set", "run.parallel=fsdp"]
     folder, log = tiny_cache.paths.runs / "student", tmp_path / "log"
     with start_ranks(forkserver, 2, train_stage, log, *words) as processes:
         wait_until((folder / "dvclive/plots/metrics/train/loss.tsv").exists)

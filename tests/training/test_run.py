@@ -103,8 +103,10 @@ def test_temperature_not_stored_is_refused(tiny_cache: Params) -> None:
 def test_low_retained_mass_is_warned_about(
     tiny_cache: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = {"temperature": 4.0, "min_retained_mass": 0.9, "steps": 1}
-    run_training(change(tiny_cache, train=train), "student")
+    params = change(
+        tiny_cache, train={"temperature": 4.0, "steps": 1}, run={"min_retained_mass": 0.9}
+    )
+    run_training(params, "student")
     assert "warning: at temperature 4 the kept ids hold" in capsys.readouterr().out
 
 

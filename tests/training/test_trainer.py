@@ -61,7 +61,7 @@ def test_interrupted_run_continues_exactly(tiny_cache: Params) -> None:
 def test_ctrl_c_saves_and_continues(tiny_cache: Params, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "stages/train.py"), "--params"]
     command += [str(tmp_path / "params.yaml"), "--set", "train.steps=5000"]
-    command += ["--set", "train.checkpoint_every=1000"]
+    command += ["--set", "run.checkpoint_every=1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     curves = tiny_cache.paths.runs / "student" / "dvclive" / "plots" / "metrics" / "train"
     deadline = time.monotonic() + 120
@@ -150,8 +150,8 @@ def test_bad_steps_are_skipped_counted_and_fatal_in_the_end(
     for tensor in weights(tiny_cache.paths.runs / "poisoned").values():
         assert bool(torch.isfinite(tensor).all())
     calls = iter(range(10**6))
-    with pytest.raises(DecantError, match=r"2 steps had .* train\.max_skipped_steps=1"):
-        run_training(change(tiny_cache, train={"max_skipped_steps": 1}), "fatal")
+    with pytest.raises(DecantError, match=r"2 steps had .* run\.max_skipped_steps=1"):
+        run_training(change(tiny_cache, run={"max_skipped_steps": 1}), "fatal")
 
 
 def test_a_student_that_overflowed_is_not_saved(tiny_cache: Params) -> None:
@@ -228,8 +228,8 @@ def test_compiled_and_recomputed_blocks_change_nothing(
         return compile_with(function)
 
     monkeypatch.setattr(torch, "compile", counted)
-    train = {"compile": True, "activation_checkpointing": checkpointing}
-    state = run_training(change(tiny_cache, train=train), "compiled").state
+    run = {"compile": True, "activation_checkpointing": checkpointing}
+    state = run_training(change(tiny_cache, run=run), "compiled").state
     assert len(compiled) == 2  # blocks
     assert plain is not None
     assert state is not None
@@ -246,8 +246,8 @@ def test_recomputing_keeps_less(tiny_cache: Params) -> None:
     for checkpointing in (False, True):
         student = StudentModel(ModelConfig(**SMALL, max_seq_len=32))
         step = DistillationStep(student, dtype=torch.float32, head_chunk=50)
-        train = tiny_cache.train.model_copy(update={"activation_checkpointing": checkpointing})
-        model = parallelise(step, ALONE, train)
+        run = tiny_cache.run.model_copy(update={"activation_checkpointing": checkpointing})
+        model = parallelise(step, ALONE, run)
         sizes: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -263,5 +263,5 @@ def test_recomputing_keeps_less(tiny_cache: Params) -> None:
 
 def test_no_compiler_is_one_sentence(tiny_cache: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ParamsError, match=r"no-such-compiler is not found.* train\.compile=false"):
-        run_training(change(tiny_cache, train={"compile": True}), "student")
+    with pytest.raises(ParamsError, match=r"no-such-compiler is not found.* run\.compile=false"):
+        run_training(change(tiny_cache, run={"compile": True}), "student")

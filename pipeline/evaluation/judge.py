@@ -1,0 +1,84 @@
+"""What stages/evaluate.py does with a set of models: judge them, and write what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Params
+from pipeline.data.corpus import load_tokenizer
+from pipeline.data.rows import CorpusSplit
+from pipeline.data.vocabulary import require_tokenizer
+from pipeline.evaluation.compare import TEACHER, Comparison, compare
+from pipeline.evaluation.harness import Harness, Results
+from pipeline.evaluation.models import open_models
+from pipeline.evaluation.passage import view_passage
+from pipeline.evaluation.samples import sample
+from pipeline.evaluation.tables import harness_lines
+from pipeline.files import write_json, write_text
+from pipeline.runtime.console import say
+from pipeline.teacher.hf import HuggingFaceTeacher
+
+
+def judge(
+    params: Params, folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device
+) -> Comparison:
+    """Compare models with the teacher, look at a passage and at samples, and write all that.
+
+    Args:
+        folders: by name, the teacher's among them.
+    """
+    corpus = CorpusSplit(params.paths.corpus, "validation")
+    require_tokenizer(folders[TEACHER], corpus)
+    others = {name: folder for name, folder in folders.items() if name != TEACHER}
+    models = open_models(others, corpus, folders[TEACHER], dtype=dtype, device=device)
+    teacher = HuggingFaceTeacher(
+        folders[TEACHER], vocab_size=corpus.info.vocab_size, dtype=dtype, device=device
+    )
+    comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.attention)
+    tokenizer = load_tokenizer(folders[TEACHER])
+    length = params.evaluate.passage_tokens
+    passage = view_passage(teacher, models, corpus, tokenizer, length)
+    del teacher, models  # samples are made by others, and may need the room
+    continuations = {
+        name: sample(folder, params.evaluate.prompts, params.evaluate.new_tokens)
+        for name, folder in folders.items()
+    }
+    metrics = {
+        name: asdict(scores) | {"parameters": comparison.parameters[name]}
+        for name, scores in comparison.scores.items()
+    }
+    calibration = [
+        {"model": name, **point}
+        for name, points in comparison.calibration.items()
+        for point in points
+    ]
+    samples = {"prompts": params.evaluate.prompts, "continuations": continuations}
+    target = params.paths.evaluate
+    write_json(target / "metrics.json", metrics)
+    write_json(target / "calibration.json", calibration)
+    write_json(target / "samples.json", samples)
+    write_text(target / "passage.json", json.dumps(passage, ensure_ascii=False) + "\n")
+    return comparison
+
+
+def run_harness(
+    harness: Harness,
+    params: Params,
+    folders: Mapping[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Run the harness on each model; what is finished is written and shown at once."""
+    results: dict[str, Results] = {}
+    for name, folder in folders.items():
+        results[name] = harness.run(
+            folder, dtype=dtype, device=device, batch_rows=params.evaluate.batch_rows
+        )
+        write_json(params.paths.evaluate / "lm_eval.json", results)
+        for line in harness_lines(name, results[name]):
+            say(line)

@@ -1,0 +1,53 @@
+"""The files of a Hugging Face model folder, without opening the model: their names and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from pipeline.errors import DecantError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def hash_weights(folder: Path) -> str:
+    """sha256 over config.json and every *.safetensors file of a model folder, in name order."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    if len(files) == 1:
+        raise DecantError(
+            f"{folder} holds no *.safetensors: run stages/fetch.py for a teacher, or name a folder "
+            "that holds a model"
+        )
+    return _hash_files(files)
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """sha256 of tokenizer.json: vocabulary, merges, splitting and normalisation."""
+    return _hash_files([folder / "tokenizer.json"])
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            about = file.stat()
+            total.update(_hash_file(file, about.st_size, about.st_mtime_ns))
+        except FileNotFoundError:
+            raise DecantError(f"{file} does not exist: run stages/fetch.py first") from None
+    return total.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _hash_file(file: Path, size: int, changed: int) -> bytes:
+    """sha256 of a file of that size and time of change: a teacher is hashed for each split."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

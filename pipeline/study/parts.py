@@ -1,0 +1,18 @@
+"""The names of the study's parts, in the order of the report: what `--part` may be.
+
+Apart from the parts themselves (run.py), which import PyTorch.
+"""
+
+NAMES = (
+    "reference",
+    "architecture",
+    "tensors",
+    "tokenizer",
+    "layer",
+    "rmsnorm",
+    "rope",
+    "gqa",
+    "swiglu",
+    "cache",
+    "speed",
+)
