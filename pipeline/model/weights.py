@@ -27,11 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.files import atomic_folder
 from pipeline.model.base import Student
 from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.storage import atomic_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -176,7 +176,7 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
 
 def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None) -> None:
     """Write a Hugging Face folder atomically: complete under `folder`, or not there at all."""
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, "model", key="paths.runs") as partial:
         if isinstance(student, HuggingFaceStudent):
             student.model.save_pretrained(partial)
         elif isinstance(student, StudentModel):
