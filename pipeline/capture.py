@@ -26,11 +26,11 @@ from pipeline.model.folder import hash_weights
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
-from pipeline.storage import open_folder
+from pipeline.storage import open_folder, require_ours
 from pipeline.store.check import Damage, repair_cache
 from pipeline.store.codec import RankTable
-from pipeline.store.layout import load_layout
-from pipeline.store.schema import COMMITS, FORMAT_VERSION, Fingerprint
+from pipeline.store.layout import load_layout, remove_cache
+from pipeline.store.schema import FORMAT_VERSION, Fingerprint
 from pipeline.store.writer import CacheWriter
 from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.topk import TopK, row_uniforms
@@ -203,10 +203,10 @@ def open_captures(
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
+    require_ours(params.paths.logits, "logits", key="paths.logits")
     if overwrite and _holds_something_else(params, dict(zip(SPLITS, fingerprints, strict=True))):
-        for split in SPLITS:  # commits first: a removal that is killed leaves nothing committed
-            open_folder(params.paths.logits / split).remove(COMMITS)
-        open_folder(params.paths.logits).remove()
+        for split in SPLITS:
+            remove_cache(open_folder(params.paths.logits / split))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     return [
         Capture(teacher, corpus, fingerprint, params, repair=repair)

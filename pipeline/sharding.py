@@ -21,6 +21,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import xxhash
 import zarr
 from numcodecs import Blosc
 from numpy.typing import NDArray
@@ -65,6 +66,17 @@ class ArraySpec:
     def key_of(self, shard: int) -> str:
         """The object that holds a shard, as zarr names it: `<array>/c/<shard>/0/0`."""
         return "/".join([self.name, "c", str(shard), *["0"] * (len(self.shape) - 1)])
+
+
+def object_hash(key: str, data: bytes) -> str:
+    """xxh3 (128 bits, hexadecimal) of an object and its key, for a shard's commit marker.
+
+    A crc32c would say nothing here: that of data which ends with its own crc32c is a constant, so
+    that of a shard, whose chunks and index each end so, depends on their lengths alone.
+    """
+    digest = xxhash.xxh3_128(key.encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def crc32c(data: bytes) -> int:

@@ -9,19 +9,24 @@ tools do (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, .
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pipeline.errors import DecantError
-from pipeline.files import create_bytes, write_bytes
+from pipeline.errors import DecantError, MismatchError
+from pipeline.files import create_bytes, fsync, write_bytes
 
 Result = TypeVar("Result")
+
+MARK = ".decant.json"
+"""The file by which a folder is known as Decant's own; no stage removes anything from another."""
 
 _SCHEMES = ("s3", "gs")
 _TRIES = 6
@@ -106,6 +111,81 @@ def open_folder(address: Address) -> Folder:
     return ObjectFolder(address) if isinstance(address, Url) else LocalFolder(address)
 
 
+def claim(address: Address, kind: str, *, key: str) -> None:
+    """Mark a folder as one of Decant's, unless it is marked already; see `require_ours`."""
+    if not require_ours(address, kind, key=key):
+        open_folder(address).write(MARK, json.dumps({"kind": kind}).encode())
+
+
+def require_ours(address: Address, kind: str, *, key: str) -> bool:
+    """Whether a folder bears the mark of what a stage is to write; False where it holds nothing.
+
+    Args:
+        kind: what the stage writes, for example "corpus".
+        key: the parameter that holds the address, for the error.
+
+    Raises:
+        MismatchError: it holds anything else, which no stage may remove or write over.
+    """
+    folder = open_folder(address)
+    try:
+        found = json.loads(folder.read(MARK))
+    except FileNotFoundError:
+        found = None
+    except (ValueError, RecursionError):
+        found = {}
+    if found == {"kind": kind}:
+        return True
+    if found is not None:
+        what = found.get("kind") if isinstance(found, dict) else None
+        raise MismatchError(
+            f"{address} holds another thing of Decant's ({what or 'its mark is damaged'}) than "
+            f"{kind}: set {key} to another place, or remove the folder yourself"
+        )
+    if (present := folder.sizes()) and MARK in present:  # another process has just written it
+        return require_ours(address, kind, key=key)
+    if present:
+        raise MismatchError(
+            f"{address} holds files that Decant did not write, for example {min(present)}, which "
+            f"are left alone: set {key} to another place"
+        )
+    return False
+
+
+@contextmanager
+def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
+    """A new folder that takes its name, replacing an older one, only if the block ends well.
+
+    A link to a folder is followed: the folder that it names is replaced.
+
+    Args:
+        kind, key: as of `require_ours`; only a folder that bears the mark is replaced.
+
+    Raises:
+        MismatchError: something else lies there; the block does not run.
+    """
+    folder = folder.resolve()
+    partial = folder.with_name(folder.name + ".partial")
+    require_ours(folder, kind, key=key)
+    if partial.exists():
+        require_ours(partial, kind, key=key)
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    claim(partial, kind, key=key)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            fsync(file)
+        fsync(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 class LocalFolder:
     """A folder on a disk (or a shared file system); writes are fsynced."""
 
@@ -137,7 +217,7 @@ class LocalFolder:
 
     def remove(self, prefix: str = "") -> None:
         target = self._path / prefix
-        if target.is_dir():
+        if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.files import atomic_folder, create_bytes, write_json, write_text
+from pipeline.files import create_bytes, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_the_older_file_and_nothing_beside_it(tmp_path):
@@ -23,19 +23,6 @@ def test_a_file_linked_into_dvcs_cache_is_replaced_not_written_through(tmp_path)
     os.link(cached, linked)
     write_text(linked, "new")
     assert (cached.read_text(), linked.read_text()) == ("old", "new")
-
-
-def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
-    folder = tmp_path / "model"
-    with atomic_folder(folder) as partial:
-        (partial / "old").write_text("1")
-    with pytest.raises(FileNotFoundError), atomic_folder(folder) as partial:
-        (partial / "absent").rename(partial / "new")
-    assert [entry.name for entry in folder.iterdir()] == ["old"]
-    with atomic_folder(folder) as partial:
-        (partial / "new").write_text("2")
-    assert [entry.name for entry in folder.iterdir()] == ["new"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -19,6 +19,7 @@ from pipeline.sharding import (
     decode_shard,
     encode_shard,
     find_damaged_metadata,
+    object_hash,
     read_group,
     read_shard,
     write_group,
@@ -133,3 +134,19 @@ def test_damaged_metadata_is_named(tmp_path: Path) -> None:
         "a/zarr.json does not match its crc32c",
         "b/zarr.json is missing",
     ]
+
+
+def test_the_hash_of_an_object_tells_shards_of_one_length_apart() -> None:
+    """Their crc32c does not: chunks and index end with their own, so lengths alone decide it."""
+    spec = ArraySpec(name="a", shape=(64, 512), dtype="uint16", chunk_rows=8, shard_rows=32)
+    generator = np.random.default_rng(0)
+    one, two = (
+        encode_shard(spec, generator.integers(0, 2**16, (32, 512), dtype=np.uint16))
+        for _ in range(2)
+    )
+    assert len(one) == len(two)
+    assert one != two
+    assert crc32c(one) == crc32c(two)
+    assert object_hash(spec.key_of(0), one) != object_hash(spec.key_of(0), two)
+    assert object_hash(spec.key_of(0), one) != object_hash(spec.key_of(1), one)  # in its place
+    assert object_hash("", b"") == "99aa06d3014798d86001c324468d497f"  # xxh3's own test vector

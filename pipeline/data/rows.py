@@ -11,7 +11,6 @@ be paired with other tokens, documents or targets.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -30,7 +29,7 @@ from pipeline.sharding import (
     read_shard,
     write_group,
 )
-from pipeline.storage import Address, Folder, open_folder
+from pipeline.storage import Address, claim, open_folder
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -87,13 +86,13 @@ class SplitWriter:
             come, so a source that cannot be read costs nothing.
 
     Raises:
-        MismatchError: something else lies there, for example a logit cache.
+        MismatchError: something else lies there, for example a logit cache or the user's own text.
     """
 
     def __init__(self, address: Address, split: str, *, row_length: int, vocab_size: int) -> None:
         self._root = open_folder(address)
         self._folder = open_folder(address / split)
-        _require_replaceable(self._folder, str(address / split))
+        claim(address, "corpus", key="paths.corpus")
         self._row_length = row_length
         self._used = np.zeros(vocab_size, dtype=bool)
         self._digest = hashlib.sha256()
@@ -104,8 +103,8 @@ class SplitWriter:
     def add(self, rows: Rows) -> None:
         """Append rows, of which there is one at least; full shards are written at once."""
         if not self._num_rows:
-            self._folder.remove("zarr.json")  # first: what is being removed no longer exists
-            self._folder.remove()
+            for name in ("zarr.json", *self._open_specs()):  # in this order: first it is no split
+                self._folder.remove(name)
         self._digest.update(_row_bytes(rows))
         real = rows.doc_ids != PADDING
         self._used[rows.tokens[real]] = True
@@ -157,21 +156,6 @@ class SplitWriter:
 
     def _open_specs(self) -> dict[str, ArraySpec]:
         return _array_specs(self._num_rows, self._row_length, len(self._used))
-
-
-def _require_replaceable(folder: Folder, where: str) -> None:
-    """Nothing, or a corpus of any version and in any state, may be written over."""
-    try:
-        about = json.loads(folder.read("zarr.json"))["attributes"].get("decant", {})
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # damaged: making the corpus again is the remedy
-    if "num_documents" not in about:
-        raise MismatchError(
-            f"{where} holds something else than a corpus: set paths.corpus to another place, or "
-            "remove it"
-        )
 
 
 class CorpusSplit:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import DecantError, ParamsError
+from pipeline.storage import MARK
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of each file that would go, in order of names."""
-    return [(file.name, file.stat().st_size) for file in sorted(folder.iterdir())]
+    files = (file for file in sorted(folder.iterdir()) if file.name != MARK)
+    return [(file.name, file.stat().st_size) for file in files]
 
 
 def require_repo_id(repo_id: str) -> None:

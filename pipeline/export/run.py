@@ -15,9 +15,10 @@ from pipeline.export.check import ExportCheck, check_export
 from pipeline.export.gguf import require_convertible, require_gguf, write_gguf
 from pipeline.export.hf import write_hugging_face
 from pipeline.export.source import Exported, text_to_check_by
-from pipeline.files import atomic_folder, write_json, write_text
+from pipeline.files import write_json, write_text
 from pipeline.runtime.console import announce, readable_bytes
 from pipeline.runtime.device import DTYPES
+from pipeline.storage import atomic_folder
 
 
 def export_model(params: Params, model: Exported) -> Path:
@@ -41,7 +42,7 @@ def export_model(params: Params, model: Exported) -> Path:
     )
     files = gguf_files(params, model)
     license_id = run_license(params) if model.run else card_license(model.folder)
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, "export", key="paths.export") as partial:
         write_hugging_face(model.folder, partial, DTYPES[params.export.dtype])
         for kind, file in files.items():
             write_gguf(partial, partial / file.name, kind, name=model.name, license_id=license_id)

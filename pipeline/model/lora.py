@@ -15,9 +15,9 @@ from torch import nn
 
 from pipeline.config import LoraParams
 from pipeline.errors import ParamsError
-from pipeline.files import atomic_folder
 from pipeline.model.base import Student
 from pipeline.runtime.optional import import_peft
+from pipeline.storage import atomic_folder
 
 _LINEAR = ("Linear", "Conv1D")  # GPT-2 calls its linear layers Conv1D
 
@@ -51,7 +51,7 @@ def merge_adapters(adapters: Any) -> None:
 def save_adapters(adapters: Any, folder: Path, *, start: Path) -> None:
     """Write a folder, atomically, that `peft.PeftModel.from_pretrained` puts over `start`."""
     adapters.peft_config["default"].base_model_name_or_path = str(start)
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, "adapter", key="paths.runs") as partial:
         # Otherwise PEFT asks the hub whether the vocabulary was enlarged.
         adapters.save_pretrained(str(partial), save_embedding_layers=False)
 

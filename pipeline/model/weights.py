@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.files import atomic_folder
 from pipeline.model.base import Student
 from pipeline.model.folder import TOKENIZER_FILES
 from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.storage import atomic_folder
 
 _NEEDED = (
     "hidden_size",
@@ -167,7 +167,7 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
 
 def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None) -> None:
     """Write a Hugging Face folder atomically: complete under `folder`, or not there at all."""
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, "model", key="paths.runs") as partial:
         if isinstance(student, HuggingFaceStudent):
             student.model.save_pretrained(partial)
         elif isinstance(student, StudentModel):

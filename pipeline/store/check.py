@@ -27,7 +27,7 @@ from pipeline.store.layout import (
     shards_with_marker,
 )
 from pipeline.store.reader import read_shard_arrays, require_corpus
-from pipeline.store.schema import COMMITS, Fingerprint, marker_key
+from pipeline.store.schema import COMMITS, RANK_TABLE, Fingerprint, marker_key
 
 _WORKERS = 4
 
@@ -161,7 +161,7 @@ def _surviving_table(folder: Folder, lost: CacheLayout) -> str | None:
     """
     names = {key.partition("/")[0] for key in folder.sizes()}
     whole = []
-    for name in sorted(n for n in names if n.startswith("rank_to_id_")):
+    for name in sorted(n for n in names if n.startswith(RANK_TABLE)):
         layout = replace(lost, rank_table=name)
         with suppress(DamagedError):
             load_table(folder, layout)

@@ -22,8 +22,17 @@ from pipeline.sharding import (
 )
 from pipeline.storage import Folder
 from pipeline.store.codec import RankTable
-from pipeline.store.schema import COMMITS, FORMAT_VERSION, Fingerprint, marker_key
+from pipeline.store.schema import COMMITS, FORMAT_VERSION, RANK_TABLE, Fingerprint, marker_key
 
+_ARRAYS = (
+    "id_ranks",
+    "logprob_steps",
+    "lse",
+    "lse_tau",
+    "entropy",
+    "draw_rank_steps",
+    "draw_logprobs",
+)
 _MARKERS_AT_ONCE = 16  # requests to an object store
 
 
@@ -129,6 +138,18 @@ def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
     return table
 
 
+def remove_cache(folder: Folder) -> None:
+    """Delete a split's cache, whatever its K was, and nothing else that lies there.
+
+    Commits go first: a removal that is killed leaves nothing committed.
+    """
+    folder.remove(COMMITS)
+    folder.remove("zarr.json")
+    for name in {key.partition("/")[0] for key in folder.sizes()}:
+        if name in _ARRAYS or name.startswith(RANK_TABLE):
+            folder.remove(name)
+
+
 @contextmanager
 def damage_as_sentence(what: str) -> Iterator[None]:
     """DamagedError -> MismatchError with the remedy; `what` names the shard or the cache."""
@@ -142,7 +163,7 @@ def damage_as_sentence(what: str) -> Iterator[None]:
 
 def rank_table_name(table: RankTable) -> str:
     """The array's name: `rank_to_id_` and the crc32c of its bytes."""
-    return f"rank_to_id_{crc32c(table.to_bytes()):08x}"
+    return f"{RANK_TABLE}{crc32c(table.to_bytes()):08x}"
 
 
 def read_marker(folder: Folder, shard: int) -> dict[str, Any]:

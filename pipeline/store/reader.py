@@ -1,7 +1,7 @@
 """Read a cache: whole shards, checked and decoded, and the shuffled order that training reads in.
 
 Opening checks the fingerprint against the corpus and that every shard is committed. Reading a shard
-checks each object against length and crc32c in the marker, every chunk against its own crc32c, and
+checks each object against length and hash in the marker, every chunk against its own crc32c, and
 the corpus rows it belongs to against the marker's sha256: a cache never pairs with other tokens in
 silence. Objects are read whole, so an object store sees one request an object, and in training each
 object of the cache once an epoch. A corpus shard, which holds the tokens of several of the cache's,
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, hash_rows
 from pipeline.errors import MismatchError
-from pipeline.sharding import DamagedError, crc32c, decode_shard
+from pipeline.sharding import DamagedError, decode_shard, object_hash
 from pipeline.storage import Address, Folder, open_folder
 from pipeline.store.codec import Arrays, restore, to_topk
 from pipeline.store.layout import (
@@ -196,11 +196,11 @@ def read_shard_arrays(
             data = folder.read(key)
         except FileNotFoundError:
             raise DamagedError(f"{key} is missing") from None
-        size, checksum = marker["objects"].get(name, (0, 0))
+        size, checksum = marker["objects"].get(name, (0, ""))
         if len(data) != size:
             raise DamagedError(f"{key} has {len(data)} bytes, its marker says {size}")
-        if crc32c(data) != checksum:
-            raise DamagedError(f"{key} does not match its marker's crc32c")
+        if object_hash(key, data) != checksum:
+            raise DamagedError(f"{key} does not match its marker's hash")
         try:
             arrays[name] = restore(name, decode_shard(spec, data, shard))
         except DamagedError as error:

@@ -46,12 +46,13 @@ of the JSON text of the other attributes, keys sorted, with "," and ":" as separ
 
 Commit markers: `commits/<shard, six digits>.json` in the group,
     {"shard": i, "rows": [first, end), "cache": crc32c, "tokens_sha256": hex,
-     "objects": {array: [bytes, crc32c]}, "crc32c": of the JSON text of the rest, as above}
+     "objects": {array: [bytes, xxh3]}, "crc32c": of the JSON text of the rest, as above}
 where cache is the crc32c of the JSON text of the group's attribute "decant", tokens_sha256 is
 `pipeline.data.rows.hash_rows` of the corpus rows, and objects says how long each array's shard is
-and its crc32c. A shard WITHOUT a marker does not exist, whatever its files hold: zarr reads a
-missing shard as zeros. One writer owns a whole shard; it writes all arrays' objects durably (on a
-disk: write, fsync, rename, fsync of the folder), then the marker likewise.
+and the 128-bit xxh3, in hexadecimal, of its key followed by its bytes: a shard that lies in the
+place of another is found, too. A shard WITHOUT a marker does not exist, whatever its files hold:
+zarr reads a missing shard as zeros. One writer owns a whole shard; it writes all arrays' objects
+durably (on a disk: write, fsync, rename, fsync of the folder), then the marker likewise.
 
 A reader refuses a format_version other than its own. The version rises too when the same inputs
 would give other numbers (pipeline/topk.py), since a cache is continued whatever program began it.
@@ -68,6 +69,8 @@ from pipeline.model.attention import Attention
 
 FORMAT_VERSION = 1
 COMMITS = "commits"
+RANK_TABLE = "rank_to_id_"
+"""How the name of a rank table begins; the crc32c of its bytes follows."""
 
 
 @dataclass(frozen=True, kw_only=True)

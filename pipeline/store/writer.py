@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pipeline.sharding import crc32c, encode_shard, seal, write_group
-from pipeline.storage import Address, open_folder
+from pipeline.sharding import encode_shard, object_hash, seal, write_group
+from pipeline.storage import Address, claim, open_folder
 from pipeline.store.codec import RankTable, encode
 from pipeline.store.layout import (
     CacheLayout,
@@ -71,6 +71,7 @@ class CacheWriter:
     ) -> tuple[CacheLayout, RankTable]:
         where = str(self.address)
         if load_layout(self._folder, where) is None:
+            claim(address, "logits", key="paths.logits")
             table = count()
             layout = CacheLayout(
                 fingerprint=fingerprint,
@@ -109,7 +110,7 @@ class CacheWriter:
             assert len(arrays[name]) == stop - start
             data = encode_shard(spec, arrays[name])
             self._folder.write(spec.key_of(shard), data)
-            objects[name] = [len(data), crc32c(data)]
+            objects[name] = [len(data), object_hash(spec.key_of(shard), data)]
         marker = {
             "shard": shard,
             "rows": [start, stop],

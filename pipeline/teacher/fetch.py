@@ -21,10 +21,10 @@ import torch
 
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
-from pipeline.files import atomic_folder
 from pipeline.model.folder import TOKENIZER_FILES
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
+from pipeline.storage import atomic_folder
 
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
 
@@ -52,7 +52,10 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> None:
     """
     announce("fetch", _WORK[params.source].format(**params.model_dump()))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as partial, tempfile.TemporaryDirectory() as scratch:
+    with (
+        atomic_folder(folder, "teacher", key="paths.teacher") as partial,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         if params.source == "folder":
             _from_folder(params.folder.path, partial)
         elif params.source == "hub":

@@ -20,7 +20,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,13 @@ class Checkpoints:
         return TrainState(**values)
 
     def remove(self) -> None:
-        """Delete all of them."""
-        self._folder.remove()
+        """Delete all of them, and what says which run they are of; nothing else that lies there."""
+        for name in self._begun():
+            self._drop(name)
+        self._folder.remove("run.json")
+        if not isinstance(self.address, Url) and self.address.is_dir():
+            with suppress(OSError):  # not empty: something else lies there
+                self.address.rmdir()
 
     def _begun(self) -> list[str]:
         """Checkpoints of which there is anything, complete or not, oldest first."""

@@ -27,7 +27,7 @@ from pipeline.model.folder import hash_weights
 from pipeline.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
-from pipeline.storage import Folder, open_folder
+from pipeline.storage import Folder, open_folder, require_ours
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
@@ -40,6 +40,9 @@ from pipeline.training.parallel import Ranks, gather_parameters, join_ranks, par
 from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass
+
+_FOLDERS = ("model", "adapter")
+"""Folders of a run that bear a mark of their own, by which --overwrite knows what it may remove."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,8 @@ def _claim(
     folder: Path, checkpoints: Checkpoints, identity: dict[str, Any], overwrite: bool
 ) -> bool:
     """Take the folder for this run; returns whether the run is finished already."""
+    for name in _FOLDERS:
+        require_ours(folder / name, name, key="paths.runs")
     finished = (folder / "model").exists()
     places = [open_folder(folder), open_folder(checkpoints.address)]
     if finished or checkpoints.names():
@@ -234,7 +239,8 @@ def _claim(
                     " replace it, or choose another --run"
                 )
             checkpoints.remove()
-            open_folder(folder).remove()
+            for name in ("run.json", *_FOLDERS, "dvclive"):
+                open_folder(folder).remove(name)
         elif finished:
             return True
     text = json.dumps(identity, indent=2) + "\n"

@@ -1,0 +1,171 @@
+"""No stage removes or replaces what Decant did not write, wherever a path points."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.capture import open_captures
+from pipeline.config import Params
+from pipeline.data.corpus import build_corpus
+from pipeline.data.rows import CorpusSplit
+from pipeline.errors import MismatchError
+from pipeline.export.run import export_model
+from pipeline.export.source import find_model
+from pipeline.storage import MARK, atomic_folder, claim
+from pipeline.teacher.fetch import fetch_teacher
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.run import run_training
+from tests.conftest import change
+from tests.helpers import capture_all, open_cache
+
+
+def put(folder: Path, *names: str) -> dict[str, bytes]:
+    """Files of a user's own; returns their contents by name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+    return files(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with atomic_folder(folder, "model", key="paths.runs") as partial:
+        (partial / "old").write_text("1")
+    with (
+        pytest.raises(FileNotFoundError),
+        atomic_folder(folder, "model", key="paths.runs") as partial,
+    ):
+        (partial / "absent").rename(partial / "new")
+    assert {entry.name for entry in folder.iterdir()} == {"old", MARK}
+    with atomic_folder(folder, "model", key="paths.runs") as partial:
+        (partial / "new").write_text("2")
+    assert {entry.name for entry in folder.iterdir()} == {"new", MARK}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for number in ("1", "2"):
+        with atomic_folder(tmp_path / "link", "teacher", key="paths.teacher") as partial:
+            (partial / "file").write_text(number)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "file").read_text() == "2"
+
+
+def test_claims_of_several_processes_at_once(tmp_path: Path) -> None:
+    """One sees an empty folder; before it looks again the other has marked and filled it."""
+    claim(tmp_path, "logits", key="paths.logits")
+    put(tmp_path, "train/zarr.json")
+    claim(tmp_path, "logits", key="paths.logits")
+    with pytest.raises(MismatchError, match=r"another thing of Decant's \(logits\) than corpus"):
+        claim(tmp_path, "corpus", key="paths.corpus")
+    (tmp_path / MARK).write_text("{")
+    with pytest.raises(MismatchError, match="its mark is damaged"):
+        claim(tmp_path, "logits", key="paths.logits")
+
+
+def test_text_at_paths_corpus_is_left_alone(tiny_params: Params, tmp_path: Path) -> None:
+    """The text of a user who keeps it in data/train and sets paths.corpus=data."""
+    mine = put(tmp_path / "data", "train/a.jsonl", "validation/b.jsonl")
+    with pytest.raises(MismatchError, match=r"for example train/a\.jsonl, .* set paths\.corpus"):
+        build_corpus(tiny_params.corpus, tiny_params.paths.teacher, tmp_path / "data")
+    assert files(tmp_path / "data") == mine
+
+
+def test_a_corpus_is_replaced_and_what_lies_beside_it_stays(tiny_corpus: Params) -> None:
+    place = tiny_corpus.paths.corpus
+    put(place, "notes.txt", "train/notes.txt")
+    (place / "train" / "zarr.json").unlink()  # as where the process was killed before its end
+    shorter = tiny_corpus.corpus.model_copy(update={"train_tokens": 1000})
+    build_corpus(shorter, tiny_corpus.paths.teacher, place)
+    assert CorpusSplit(place, "train").info.num_tokens == 1000
+    assert len(list(place.rglob("notes.txt"))) == 2
+
+
+def test_overwrite_of_prepare_removes_a_cache_alone(tiny_cache: Params, tmp_path: Path) -> None:
+    other = change(tiny_cache, prepare={"k": 5})
+    mine = put(tmp_path / "data", "train/zarr.json", "a.txt")
+    elsewhere = change(tiny_cache, paths={"logits": str(tmp_path / "data")})
+    with pytest.raises(MismatchError, match="files that Decant did not write"):
+        open_captures(elsewhere, overwrite=True)
+    assert files(tmp_path / "data") == mine
+    over_corpus = change(tiny_cache, paths={"logits": str(tiny_cache.paths.corpus)})
+    with pytest.raises(MismatchError, match=r"\(corpus\) than logits"):
+        open_captures(over_corpus, overwrite=True)
+    assert len(CorpusSplit(tiny_cache.paths.corpus, "train"))
+    put(tiny_cache.paths.logits, "notes.txt", "train/notes.txt")
+    for capture in open_captures(other, overwrite=True):
+        assert len(capture.writer.missing()) == capture.writer.layout.num_shards
+    capture_all(other)
+    assert open_cache(other).fingerprint.k == 5
+    assert len(list(tiny_cache.paths.logits.rglob("notes.txt"))) == 2
+
+
+def test_overwrite_removes_a_cache_through_a_link(tiny_cache: Params, tmp_path: Path) -> None:
+    disk = tiny_cache.paths.logits.rename(tmp_path / "disk")
+    tiny_cache.paths.logits.symlink_to(disk)
+    open_captures(change(tiny_cache, prepare={"k": 5}), overwrite=True)
+    assert tiny_cache.paths.logits.is_symlink()
+
+
+@pytest.mark.parametrize("names", [("config.json", "notes.txt"), ("llama/config.json",)])
+def test_fetch_replaces_a_fetched_teacher_alone(
+    names: tuple[str, ...], tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    mine = put(tmp_path / "models", *names)
+    with pytest.raises(MismatchError, match=r"set paths\.teacher to another place"):
+        fetch_teacher(tiny_params.teacher, tmp_path / "models")
+    assert files(tmp_path / "models") == mine
+    for _ in range(2):
+        fetch_teacher(tiny_params.teacher, tmp_path / "teacher")
+    assert json.loads((tmp_path / "teacher" / MARK).read_text()) == {"kind": "teacher"}
+    before = files(teacher_folder)
+    with pytest.raises(MismatchError, match=r"set paths\.teacher to another place"):
+        fetch_teacher(tiny_params.teacher, teacher_folder)  # its own source
+    assert files(teacher_folder) == before
+
+
+def test_overwrite_of_train_removes_a_run_alone(tiny_cache: Params) -> None:
+    folder = tiny_cache.paths.runs / "mine"
+    mine = put(folder, "model/config.json", "notes.txt")
+    with pytest.raises(MismatchError, match="files that Decant did not write"):
+        run_training(tiny_cache, "mine", overwrite=True)
+    assert files(folder) == mine
+    shutil.rmtree(folder / "model")
+    run_training(tiny_cache, "mine")
+    run_training(change(tiny_cache, train={"steps": 4}), "mine", overwrite=True)
+    assert (folder / "notes.txt").exists()
+    assert json.loads((folder / "run.json").read_text())["train"]["steps"] == 4
+
+
+def test_checkpoints_go_and_what_lies_beside_them_stays(tmp_path: Path) -> None:
+    mine = put(tmp_path / "checkpoints", "notes.txt", "archive/step_1.txt")
+    put(tmp_path / "checkpoints", "run.json", "step_00000002/complete.json")
+    Checkpoints(tmp_path / "checkpoints").remove()
+    assert files(tmp_path / "checkpoints") == mine
+
+
+def test_export_replaces_an_export_alone(tiny_cache: Params) -> None:
+    params = change(tiny_cache, export={"gguf": []})
+    run_training(params, "student")
+    found = find_model(params, "student", None)
+    mine = put(params.paths.export / "student", "weights.txt")
+    with pytest.raises(MismatchError, match=r"set paths\.export to another place"):
+        export_model(params, found)
+    assert files(params.paths.export / "student") == mine
+    shutil.rmtree(params.paths.export / "student")
+    for _ in range(2):
+        export_model(params, found)
