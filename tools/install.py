@@ -108,11 +108,14 @@ def find_uv() -> list[str]:
     Raises:
         NotForUv: it could not be installed.
     """
-    if found := shutil.which("uv"):
-        return [found]
-    if not importlib.util.find_spec("uv") and run([*_PIP, "install", *_CONSTRAINTS, "uv"]):
+    own, found = [sys.executable, "-m", "uv"], shutil.which("uv")
+    for command in [own, [found]] if found else [own]:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        if version.stdout.startswith("uv "):  # a shim of another Python's uv says something else
+            return command
+    if run([*_PIP, "install", *_CONSTRAINTS, "uv"]):
         raise NotForUv("uv could not be installed")
-    return [sys.executable, "-m", "uv"]
+    return own
 
 
 def has_nvidia_driver() -> bool:
@@ -136,8 +139,8 @@ def cuda_notice(planned: str | None) -> str:
         return ""
     unless = "" if planned is not None else ", unless pip is configured with another source"
     return (
-        "No NVIDIA driver was found, and PyPI's PyTorch is a CUDA build: about 3 GB to download, "
-        f"7 GB on disk{unless}. It runs on the CPU as well.\n"
+        "No NVIDIA driver was found, and PyPI's PyTorch is a CUDA build: about 2.7 GB to download, "
+        f"5 GB on disk{unless}. It runs on the CPU as well.\n"
         "For the CPU build, 0.2 GB, stop this and give the same command PyTorch's CPU index: "
         f"TORCH_INDEX={CPU_INDEX}"
     )
