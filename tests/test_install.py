@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tools import install
+
+ROOT = Path(__file__).parents[1]
 
 LISTED = """\
 :env:.find-links='/wheels /more'
