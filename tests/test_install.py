@@ -167,4 +167,4 @@ def test_pip_alone_when_asked_for(fake_uv: Path) -> None:
     done = run_install(fake_uv, "demo", "--installer", "pip")
     assert done.returncode == 0
     assert "uv " not in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("install --constraint constraints.txt -e .[demo]")
+    assert done.stdout.splitlines()[-1].endswith(" --constraint constraints.txt -e .[demo]")

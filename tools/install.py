@@ -176,7 +176,9 @@ def install_by_uv(what: Sequence[str], torch_index: Sequence[str]) -> int:
     Raises:
         NotForUv: pip is to install instead.
     """
-    listed = subprocess.run([*_PIP, "config", "list"], capture_output=True, text=True, check=True)
+    listed = subprocess.run([*_PIP, "config", "list"], capture_output=True, text=True)
+    if listed.returncode:
+        raise NotForUv("pip's configuration could not be read")
     arguments, variables = for_uv(pip_settings(listed.stdout))
     uv = [*find_uv(), "pip", "install", "--python", sys.executable, *arguments, *torch_index]
     environment = {**variables, **os.environ}
@@ -190,7 +192,10 @@ def install_by_pip(what: Sequence[str], torch_index: Sequence[str]) -> int:
     """Returns pip's exit status."""
     if not torch_index and not importlib.util.find_spec("torch"):
         warn_of_size(None)
-    return run([*_PIP, "install", *torch_index, *what])
+    # A current pip resolves faster than the one that a Python brings. Compiling all modules takes
+    # as long as the rest, and Python compiles those that it imports.
+    run([*_PIP, "install", "--upgrade", "pip"])
+    return run([*_PIP, "install", "--no-compile", *torch_index, *what])
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
