@@ -1,5 +1,9 @@
 # `make demo` and `make test` do all set-up on a machine with Python 3.11 and make.
 PYTHON ?= python3
+# uv, pip, or auto: uv where it can be had and would do what pip is configured to do.
+INSTALLER ?= auto
+# An index of PyTorch's builds beside PyPI: https://download.pytorch.org/whl/cpu has those for CPUs.
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -33,9 +37,9 @@ $(VENV)/demo: EXTRA := demo
 $(VENV)/ready: EXTRA := dev
 $(VENV)/demo $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Decant needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'installing into $(VENV) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV)'
+	@$(BIN)/python tools/install.py '$(EXTRA)' --installer '$(INSTALLER)' --torch-index '$(TORCH_INDEX)'
 	@touch $@
 
 clean:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from pipeline.errors import DecantError
+from pipeline.extras import require
 
 INK = "#010203"  # stands for the colour of the surrounding text until the SVG is written
 SERIES = ("#8c2f4a", "#b0761f", "#566b82", "#2e7d6b", "#7a5ea8", "#8a5a44")
@@ -39,13 +39,9 @@ def draw_svg(
     Raises:
         DecantError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DecantError(
-            "pictures need matplotlib: install it by `pip install decant[report]`"
-        ) from None
+    mpl = require("matplotlib", "report", "a picture")
+    from matplotlib.figure import Figure
+
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "decant",  # the same input makes the same file

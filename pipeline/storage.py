@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import DecantError, MismatchError
+from pipeline.extras import require
 from pipeline.files import create_bytes, fsync, write_bytes
 
 Result = TypeVar("Result")
@@ -231,13 +232,9 @@ class ObjectFolder:
     """
 
     def __init__(self, url: Url) -> None:
-        try:
-            import obstore
-            from obstore.store import from_url
-        except ImportError:
-            raise DecantError(
-                f"{url} needs the package obstore: install it by `pip install decant[objects]`"
-            ) from None
+        obstore = require("obstore", "objects", str(url))
+        from obstore.store import from_url
+
         self._url = url
         self._obstore = obstore
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,6 +36,7 @@ from pipeline.config import AdviseParams, Params
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
+from pipeline.extras import install_hint
 from pipeline.model.attention import document_positions
 from pipeline.runtime.console import readable_bytes, readable_seconds
 from pipeline.runtime.device import DTYPES
@@ -224,7 +226,7 @@ def test_costs_are_those_of_what_prepare_would_store(tiny_corpus: Params) -> Non
 
 def test_a_plot_without_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DecantError, match=r"pip install decant\[report\]"):
+    with pytest.raises(DecantError, match=re.escape(install_hint("report"))):
         plot(made_up())
 
 
@@ -263,7 +265,7 @@ def test_stage_without_matplotlib_prints_the_table(tiny_corpus: Params, tmp_path
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = run_stage(tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "the plot is left out: pictures need matplotlib" in done.stdout
+    assert "the plot is left out: a picture needs the package matplotlib" in done.stdout
     assert "bytes a token" in done.stdout
     assert (tiny_corpus.paths.advise / "metrics.json").exists()
     assert not (tiny_corpus.paths.advise / "advice.svg").exists()

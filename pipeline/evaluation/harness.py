@@ -23,6 +23,7 @@ import torch
 
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
+from pipeline.extras import require
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.runtime.console import say
 from pipeline.runtime.device import place_rounded
@@ -105,12 +106,7 @@ class Harness:
 
 
 def _import_lm_eval() -> None:
-    try:
-        import lm_eval
-    except ImportError:
-        raise DecantError(
-            "--lm-eval needs the package lm-eval: install it by `pip install decant[lm-eval]`"
-        ) from None
+    lm_eval = require("lm_eval", "lm-eval", "--lm-eval")
     logging.getLogger(lm_eval.__name__).setLevel(logging.ERROR)
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
+from pipeline.extras import install_hint
 from pipeline.files import write_json
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -84,8 +85,8 @@ def _packaged() -> Path:
         return Path(str(metadata.distribution(_PACKAGE).locate_file(_FILE)))
     except metadata.PackageNotFoundError:
         raise DecantError(
-            f"the package {_PACKAGE} is not installed: install it by `pip install decant[eval]`, "
-            "or name a file of problems by humaneval.problems"
+            f"the package {_PACKAGE} is not installed: {install_hint('eval')}, or name a file of "
+            "problems by humaneval.problems"
         ) from None
 
 

@@ -33,6 +33,7 @@ from pipeline.config import ExportParams
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
+from pipeline.extras import install_hint
 from pipeline.generation import GenerationSettings, generate_ids, pad_left
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.model.weights import VariantError, load_student
@@ -43,7 +44,7 @@ from pipeline.runtime.optional import import_transformers
 NEAR_TIE = {"float32": 1e-3, "f32": 1e-3, "f16": 0.05}
 """Logits by which the reference may prefer its own token, by what a path computes in."""
 
-WITHOUT_LLAMA_CPP = "llama.cpp is left out: install it by `pip install decant[llama]`"
+WITHOUT_LLAMA_CPP = f"llama.cpp is left out: {install_hint('llama')}"
 
 Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
 """Prompts, and how many tokens -> at most so many greedy tokens each."""

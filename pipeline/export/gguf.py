@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import DecantError
 from pipeline.export.vocabulary import add_tokenizer
+from pipeline.extras import require
 from pipeline.files import fsync
 from pipeline.model.rope import Llama3Scaling, YarnScaling, inverse_frequencies
 from pipeline.model.student import ModelConfig
@@ -39,14 +40,7 @@ def require_gguf() -> Any:
     Raises:
         DecantError: it is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise DecantError(
-            "GGUF files need the package gguf: install it by `pip install decant[gguf]`, or set "
-            "export.gguf=[]"
-        ) from None
-    return gguf
+    return require("gguf", "gguf", "a GGUF file", instead=", or set export.gguf=[]")
 
 
 def require_convertible(folder: Path) -> ModelConfig:

@@ -15,8 +15,8 @@ from torch import nn
 
 from pipeline.config import LoraParams
 from pipeline.errors import ParamsError
+from pipeline.extras import require
 from pipeline.model.base import Student
-from pipeline.runtime.optional import import_peft
 from pipeline.storage import atomic_folder
 
 _LINEAR = ("Linear", "Conv1D")  # GPT-2 calls its linear layers Conv1D
@@ -32,7 +32,7 @@ def add_adapters(student: Student, params: LoraParams) -> Any:
         ParamsError: a target that the student does not have.
         DecantError: peft is not installed.
     """
-    peft = import_peft()
+    peft = require("peft", "lora", "student.lora")
     _require_targets(student, params.targets)
     config = peft.LoraConfig(
         r=params.rank,

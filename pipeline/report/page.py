@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.config import Params
 from pipeline.data.rows import SPLITS, CorpusSplit
-from pipeline.errors import DecantError
+from pipeline.extras import require
 from pipeline.files import write_text
 from pipeline.report.formats import TEACHER
 from pipeline.report.inputs import Inputs, differences, params_of_run, read_inputs
@@ -73,12 +73,9 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
             cannot be read.
     """
     announce("report", f"draws what the stages wrote under {params.paths.runs.parent}, in seconds")
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise DecantError(
-            "the report needs jinja2 and matplotlib: install them by `pip install decant[report]`"
-        ) from None
+    require("jinja2", "report", "the report")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     inputs = read_inputs(params.paths)
     student = student_of(inputs.scores)
     params = params_of_run(params, student)

@@ -1,4 +1,4 @@
-"""Packages that are slow to import, and extras that may not be installed."""
+"""Packages that are slow to import or that must be told something first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from functools import cache
 from typing import Any
 
-from pipeline.errors import DecantError
+from pipeline.extras import require
 
 
 def import_transformers() -> Any:
@@ -28,28 +28,7 @@ def import_ray() -> Any:
         DecantError: it is not installed.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # for the clusters that this process starts
-    try:
-        import ray
-    except ImportError:
-        raise DecantError(
-            "--engine ray needs the package ray: install it by `pip install decant[ray]`"
-        ) from None
-    return ray
-
-
-def import_peft() -> Any:
-    """PEFT, an extra, for adapters of low rank.
-
-    Raises:
-        DecantError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise DecantError(
-            "student.lora needs the package peft: install it by `pip install decant[lora]`"
-        ) from None
-    return peft
+    return require("ray", "ray", "--engine ray")
 
 
 @cache

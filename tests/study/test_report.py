@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 
 from pipeline.errors import DecantError
+from pipeline.extras import install_hint
 from pipeline.study.report import write_study
 from pipeline.study.section import Comparison, Picture, Section, Table
 from tests.conftest import ROOT
@@ -72,7 +73,7 @@ def test_markdown_tables_are_whole(tmp_path: Path) -> None:
 
 def test_without_jinja_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(DecantError, match=r"pip install decant\[report\]"):
+    with pytest.raises(DecantError, match=re.escape(install_hint("report"))):
         write_study(tmp_path, "a model", [made_up()])
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.config import LoraParams, Params
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.extras import install_hint
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters
@@ -244,7 +246,7 @@ def test_without_peft_one_sentence_says_how_to_get_it(
     tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(DecantError, match=r"pip install decant\[lora\]"):
+    with pytest.raises(DecantError, match=re.escape(install_hint("lora"))):
         run_training(change(tiny_cache, student={"lora": LORA}), "student")
 
 

@@ -1,0 +1,37 @@
+"""The extras of pyproject.toml: packages that are imported when something needs them.
+
+Decant is installed from its own folder. The package index has another project of the same name, so
+no message may tell a user to install `decant` by name; tests/test_extras.py looks for that.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from pipeline.errors import DecantError
+
+
+def install_hint(extra: str) -> str:
+    """How to install one extra, to be put after a colon in a message."""
+    return f"install it by `pip install -e '.[{extra}]'` in Decant's folder"
+
+
+def require(package: str, extra: str, user: str, *, instead: str = "") -> Any:
+    """Import a package that an extra installs.
+
+    Args:
+        package: as it is imported.
+        extra: its name in pyproject.toml.
+        user: what needs the package, the subject of the message.
+        instead: another remedy, appended to the message.
+
+    Raises:
+        DecantError: it is not installed, or its own import fails.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise DecantError(
+            f"{user} needs the package {package} ({error}): {install_hint(extra)}{instead}"
+        ) from None
