@@ -9,6 +9,11 @@ import json
 import multiprocessing
 import os
 import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +67,52 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
         ["tests.store.test_crash", "stages.train", "transformers.models.llama"]
     )
     return context
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[Path]:
+    """A `python` that has imported the large libraries when it starts (see tests/warm.py)."""
+    server = ROOT / "tests" / "warm.py"
+    with (
+        tempfile.TemporaryDirectory(prefix="warm") as name,  # a socket's path has to be short
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        address, command = Path(name) / "socket", Path(name) / "python"
+        listener.bind(str(address))
+        listener.listen()
+        client = f"'{sys.executable}' -I -S '{server}' '{address}'"
+        command.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+        command.chmod(0o755)
+        process = subprocess.Popen(
+            [sys.executable, str(server), str(listener.fileno())],
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            pass_fds=[listener.fileno()],
+            start_new_session=True,  # Ctrl-C is for pytest
+        )
+        listener.close()  # a server that has died is a refused connection
+        yield command
+        process.terminate()
+        process.wait()
+
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_python(warm_python: Path) -> RunPython:
+    """`run_python("stages/x.py", "--words")`: a warm process, by default in the project."""
+
+    def run(*words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(warm_python), *words],
+            cwd=cwd,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
 
 
 def make_sentences(count: int, seed: int) -> list[str]:
