@@ -10,7 +10,7 @@ sys.path and exit status as they would be. Third-party libraries alone are impor
 `pipeline` and `stages` come from where the command finds them, which may be a copy.
 
 A signal reaches the client alone, and a variable that a library reads when it is imported (HF_HOME)
-comes too late: tests of either start `sys.executable`.
+comes too late; the hub is out of reach (HF_HUB_OFFLINE). Tests of these start `sys.executable`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def gradients(
     return grad, (grad.T @ hidden).flatten()[None]
 
 
+@click.command()
 def main() -> None:
     """Print the table."""
     torch.manual_seed(0)

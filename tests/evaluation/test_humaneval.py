@@ -40,7 +40,7 @@ from pipeline.evaluation.sandbox import Limits, probe, run_program
 from pipeline.evaluation.stop import StopStrings, complete
 from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.text_generator import TextGenerator
-from tests.conftest import ROOT, change, make_teacher
+from tests.conftest import ROOT, RunPython, change, make_teacher
 
 _reason = probe()
 sandboxed = pytest.mark.skipif(_reason is not None, reason=f"no sandbox here: {_reason}")
@@ -447,7 +447,7 @@ def test_stage_without_a_sandbox_refuses_unless_told(
 
 @sandboxed
 def test_killed_while_it_writes_and_continued(
-    tiny_params: Params, generator: TextGenerator, tmp_path: Path
+    tiny_params: Params, generator: TextGenerator, tmp_path: Path, run_python: RunPython
 ) -> None:
     """The process itself is killed by -9 while samples are made; the same command ends the work."""
     many = [EASY[number % len(EASY)] | {"task_id": f"many/{number:03}"} for number in range(60)]
@@ -463,7 +463,7 @@ def test_killed_while_it_writes_and_continued(
         running.kill()
         running.wait()
     made = samples.read_bytes()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(*command[1:])
     assert done.returncode == 0, done.stderr
     assert samples.read_bytes().startswith(made[: made.rfind(b"\n") + 1])
     lines = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
