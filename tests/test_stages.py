@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.config import Params
 from tests.conftest import ROOT, RunPython, tiny_values
+from tests.waiting import PATIENCE
 
 STAGES = (
     "fetch",
@@ -287,7 +288,7 @@ def run_queue(project: Path) -> set[str]:
 
 
 def wait_for_queue(project: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         status = dvc(project, "queue", "status")
         if "Queued" not in status.split("Worker")[0] and "Running" not in status.split("Worker")[0]:

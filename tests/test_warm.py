@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import RunPython
+from tests.waiting import wait_until
 
 SHOWS = """
 import os, sys
@@ -75,17 +75,10 @@ def test_it_ends_as_python_does(
 def test_it_dies_with_who_started_it(warm_python: Path, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     (tmp_path / "waits.py").write_text(
-        f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+        f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
     )
     process = subprocess.Popen([warm_python, "waits.py"], cwd=tmp_path)
     wait_until(lambda: pid.exists() and pid.read_text())
     process.kill()
     process.wait()
     wait_until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
-
-
-def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -8,8 +8,6 @@ import json
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from importlib import metadata
@@ -41,6 +39,7 @@ from pipeline.evaluation.stop import StopStrings, complete
 from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.text_generator import TextGenerator
 from tests.conftest import ROOT, RunPython, change, make_teacher
+from tests.waiting import wait_until
 
 _reason = probe()
 sandboxed = pytest.mark.skipif(_reason is not None, reason=f"no sandbox here: {_reason}")
@@ -458,7 +457,7 @@ def test_killed_while_it_writes_and_continued(
     samples = tiny_params.paths.humaneval / "one" / "samples.jsonl"
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 4)
+        wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 4)
     finally:
         running.kill()
         running.wait()
@@ -469,13 +468,6 @@ def test_killed_while_it_writes_and_continued(
     lines = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
     assert sorted(line["task_id"] for line in lines) == [problem["task_id"] for problem in many]
     assert made.count(b"\n") < 61, "it was done before it was killed"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_projects_own_values_are_of_use() -> None:

@@ -18,6 +18,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.store.check import check_cache
 from tests.conftest import change
 from tests.helpers import capture_all, make_capture
+from tests.waiting import PATIENCE
 
 KILLS = 52
 PROCESSES = 2
@@ -64,7 +65,7 @@ def test_fifty_kills(
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
         for process in parts:
-            process.join(120)
+            process.join(PATIENCE)
             assert process.exitcode in (0, -signal.SIGKILL)
         result = check_cache(params.paths.logits, corpus)
         if (params.paths.logits / "train" / "zarr.json").exists():
