@@ -44,7 +44,7 @@ hypothesis.settings.load_profile("decant")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Of two processes that share the files, none begins with the longest when the other has ended.
+    # The longest files come first, so that no process begins one when the others have finished.
     items.sort(key=lambda item: item.path.name not in LONG)
     conditions = {
         "gpu": (torch.cuda.is_available(), "needs a CUDA GPU"),
@@ -91,12 +91,12 @@ def warm_python() -> Iterator[Path]:
             env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
             | {"HF_HUB_OFFLINE": "1"},
             pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,  # which ends when pytest does, however that may be
             start_new_session=True,  # Ctrl-C is for pytest
         )
         listener.close()  # a server that has died is a refused connection
         yield command
-        process.terminate()
-        process.wait()
+        process.communicate()
 
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]

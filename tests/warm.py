@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -44,11 +45,16 @@ LIBRARIES = (
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork a process for each client; this returns in such a process, what it is to do."""
+    """Fork a process for each client; this returns in such a process, what it is to do.
+
+    The server ends with its standard input.
+    """
     for name in LIBRARIES:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for others
     while True:
+        if 0 in select.select([listener, 0], [], [])[0]:
+            sys.exit()
         connection, _ = listener.accept()
         if not os.fork():
             break
