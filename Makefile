@@ -13,8 +13,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/demo
 	dvc repro
 
+# Two processes, since each takes a gigabyte or two: `make test JOBS=4` on a larger machine.
+JOBS ?= 2
 test: $(VENV)/ready
-	python -m pytest
+	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A finished run for others: judged, as Hugging Face folder and GGUF, checked on three paths, and its
 # page, all in INTO, so that what `dvc repro` made stays: `make deliver RUN=t2`. ARGS go to each stage.

@@ -9,6 +9,11 @@ import json
 import multiprocessing
 import os
 import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 # cost ninefold: one here, and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+LONG = ("test_stages.py", "test_crash.py", "test_checkpoint.py", "test_parallel.py")
 VOCABULARY_ROWS = 320  # more than the tokenizer's 300 ids, as in Qwen2.5
 
 
@@ -38,6 +44,8 @@ hypothesis.settings.load_profile("decant")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest files come first, so that no process begins one when the others have finished.
+    items.sort(key=lambda item: item.path.name not in LONG)
     conditions = {
         "gpu": (torch.cuda.is_available(), "needs a CUDA GPU"),
         "network": (os.environ.get("DECANT_TEST_NETWORK") == "1", "set DECANT_TEST_NETWORK=1"),
@@ -62,6 +70,53 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
         ["tests.store.test_crash", "pipeline.training.run", "transformers.models.llama"]
     )
     return context
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[Path]:
+    """A `python` that has imported the large libraries when it starts (see tests/warm.py)."""
+    server = ROOT / "tests" / "warm.py"
+    with (
+        tempfile.TemporaryDirectory(prefix="warm") as name,  # a socket's path has to be short
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        address, command = Path(name) / "socket", Path(name) / "python"
+        listener.bind(str(address))
+        listener.listen()
+        client = f"'{sys.executable}' -I -S '{server}' '{address}'"
+        command.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+        command.chmod(0o755)
+        process = subprocess.Popen(
+            [sys.executable, str(server), str(listener.fileno())],
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+            | {"HF_HUB_OFFLINE": "1"},
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,  # which ends when pytest does, however that may be
+            start_new_session=True,  # Ctrl-C is for pytest
+        )
+        listener.close()  # a server that has died is a refused connection
+        yield command
+        process.communicate()
+
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_python(warm_python: Path) -> RunPython:
+    """`run_python("stages/x.py", "--words")`: a warm process, by default in the project."""
+
+    def run(*words: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(warm_python), *words],
+            cwd=cwd,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
 
 
 def make_sentences(count: int, seed: int) -> list[str]:

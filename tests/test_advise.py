@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ from pipeline.model.attention import document_positions
 from pipeline.runtime.console import readable_bytes, readable_seconds
 from pipeline.runtime.device import DTYPES
 from pipeline.topk import top_k_from_logits
-from tests.conftest import ROOT, change
+from tests.conftest import RunPython, change
 from tests.helpers import live_teacher, open_cache
 
 WHOLE = {"sample": 1.0, "ks": [1, 4, 16, 64, 300, 301]}
@@ -230,19 +229,9 @@ def test_a_plot_without_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPat
         plot(made_up())
 
 
-def run_stage(work: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "stages/advise.py", "--params", str(work / "params.yaml"), *words],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_stage(tiny_corpus: Params, tmp_path: Path) -> None:
-    done = run_stage(tmp_path, "--set", "advise.ks=[4,16,64,512]")
+def test_stage(tiny_corpus: Params, tmp_path: Path, run_python: RunPython) -> None:
+    words = ["--params", str(tmp_path / "params.yaml"), "--set", "advise.ks=[4,16,64,512]"]
+    done = run_python("stages/advise.py", *words)
     assert done.returncode == 0, done.stderr
     assert "left out, beyond the 300 ids: K=512" in done.stdout
     assert "over the corpus" in done.stdout
@@ -261,9 +250,13 @@ def test_stage(tiny_corpus: Params, tmp_path: Path) -> None:
         assert words in picture
 
 
-def test_stage_without_matplotlib_prints_the_table(tiny_corpus: Params, tmp_path: Path) -> None:
+def test_stage_without_matplotlib_prints_the_table(
+    tiny_corpus: Params, tmp_path: Path, run_python: RunPython
+) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    done = run_stage(tmp_path, PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    words = ["--params", str(tmp_path / "params.yaml")]
+    done = run_python("stages/advise.py", *words, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert "the plot is left out: a picture needs the package matplotlib" in done.stdout
     assert "bytes a token" in done.stdout

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.store.writer import CacheWriter
 from tests.conftest import ROOT, change, make_teacher
 from tests.helpers import capture_all, live_teacher, make_capture, open_cache
+from tests.waiting import wait_until
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
@@ -44,11 +44,7 @@ def test_killed_capture_resumes_to_the_same_store(tiny_corpus: Params, tmp_path:
     command = [sys.executable, str(ROOT / "stages/prepare.py"), "--params"]
     command += [str(tmp_path / "params.yaml"), "--set", "prepare.shard_rows=4"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(commits.glob("0*.json"))) < 3 and time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        time.sleep(0.002)
+    wait_until(lambda: len(list(commits.glob("0*.json"))) >= 3 or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = len(list(commits.glob("0*.json")))

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from pipeline.runtime.optional import import_ray
 from pipeline.storage import LocalFolder
 from pipeline.store.check import check_cache
 from pipeline.store.schema import marker_key
-from tests.conftest import ROOT, change, make_teacher
+from tests.conftest import ROOT, RunPython, change, make_teacher
 from tests.helpers import capture_all
 
 pytest.importorskip("ray")
@@ -153,10 +152,14 @@ def test_actors_error_keeps_its_kind(cluster: None, tiny_cache: Params, tmp_path
         capture_on_ray(other)
 
 
-def stage(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def stage(run_python: RunPython) -> RunPython:
     """stages/prepare.py, run in a folder."""
-    command = [sys.executable, str(ROOT / "stages/prepare.py"), "--engine", "ray", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        return run_python(str(ROOT / "stages/prepare.py"), "--engine", "ray", *words, cwd=folder)
+
+    return run
 
 
 def test_damage_is_repaired(
@@ -169,7 +172,9 @@ def test_damage_is_repaired(
     require_same_as_local(tiny_cache)
 
 
-def test_stage_refuses(cluster: None, tiny_corpus: Params, tmp_path: Path) -> None:
+def test_stage_refuses(
+    cluster: None, tiny_corpus: Params, tmp_path: Path, stage: RunPython
+) -> None:
     for words, sentence in [
         (["--set", "prepare.k=301"], "prepare.k=301 exceeds the 300 ids of the vocabulary"),
         (["--shards", "1/2"], "--shards 1/2 and --engine ray both divide the work"),

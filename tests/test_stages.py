@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from pipeline.config import Params
-from tests.conftest import ROOT, tiny_values
+from tests.conftest import ROOT, RunPython, tiny_values
+from tests.waiting import PATIENCE
 
 STAGES = (
     "fetch",
@@ -37,9 +38,10 @@ STAGES = (
 DVC_STAGES = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 
 
-def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_cold(*words: str) -> subprocess.CompletedProcess[str]:
+    """A process that imports everything itself, unlike those of the fixture `run_python`."""
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def fails(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -53,7 +55,7 @@ def fails(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_explains(stage: str) -> None:
-    done = run(f"stages/{stage}.py", "--help")
+    done = run_cold(f"stages/{stage}.py", "--help")
     assert done.returncode == 0
     for word in ("--params", "--set KEY=VALUE", "writes paths.", "Reads "):
         assert word in " ".join(done.stdout.split()), word
@@ -72,14 +74,14 @@ def heavy_imports(done: subprocess.CompletedProcess[str]) -> set[str]:
 
 @pytest.mark.parametrize("stage", sorted(file.stem for file in (ROOT / "stages").glob("*.py")))
 def test_help_waits_for_no_heavy_package(stage: str) -> None:
-    done = run("-X", "importtime", "-m", f"stages.{stage}", "--help")
+    done = run_cold("-X", "importtime", "-m", f"stages.{stage}", "--help")
     assert done.returncode == 0, done.stderr
     assert not heavy_imports(done)
 
 
 def test_a_mistake_waits_for_no_heavy_package() -> None:
     mistake = ("--params", "params.yaml", "--set", "seed=-1")
-    done = run("-X", "importtime", "-m", "stages.train", *mistake)
+    done = run_cold("-X", "importtime", "-m", "stages.train", *mistake)
     assert done.returncode == 2, done.stderr
     assert heavy_imports(done) <= {"hydra"}  # which parses --set
 
@@ -89,7 +91,10 @@ def test_no_stage_takes_the_name_of_a_standard_module() -> None:
     assert not {file.stem for file in (ROOT / "stages").glob("*.py")} & sys.stdlib_module_names
 
 
-def test_errors_are_one_sentence_with_a_status(tiny_corpus: Params, tmp_path: Path) -> None:
+def test_errors_are_one_sentence_with_a_status(
+    tiny_corpus: Params, tmp_path: Path, run_python: RunPython
+) -> None:
+    run = run_python
     params = ["--params", str(tmp_path / "params.yaml")]
     assert "does not exist: run stages/prepare.py" in fails(run("stages/train.py", *params), 1)
     assert "does not exist" in fails(run("stages/verify.py", *params), 1)
@@ -112,16 +117,19 @@ def test_errors_are_one_sentence_with_a_status(tiny_corpus: Params, tmp_path: Pa
 
 
 def test_gate_failure_is_status_1_and_says_which_threshold(
-    tiny_cache: Params, tmp_path: Path
+    tiny_cache: Params, tmp_path: Path, run_python: RunPython
 ) -> None:
     params = ["--params", str(tmp_path / "params.yaml"), "--set", "verify.min_mean_cosine=1.0"]
-    done = run("stages/verify.py", *params)
+    done = run_python("stages/verify.py", *params)
     assert done.returncode == 1
     assert "gate FAILED: mean cosine 0.99" in done.stdout
     assert not json.loads((tiny_cache.paths.verify / "metrics.json").read_text())["passed"]
 
 
-def test_damage_is_named_and_repaired_by_hand(tiny_cache: Params, tmp_path: Path) -> None:
+def test_damage_is_named_and_repaired_by_hand(
+    tiny_cache: Params, tmp_path: Path, run_python: RunPython
+) -> None:
+    run = run_python
     params = ["--params", str(tmp_path / "params.yaml")]
     file = tiny_cache.paths.logits / "train" / "lse" / "c" / "3" / "0"
     file.write_bytes(file.read_bytes()[:-7])
@@ -144,10 +152,15 @@ def test_damage_is_named_and_repaired_by_hand(tiny_cache: Params, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def project(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text_folder: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    teacher_folder: Path,
+    text_folder: Path,
+    warm_python: Path,
 ) -> Path:
     """A clone of the project with tiny parameters, after one `dvc repro`."""
-    folder = tmp_path_factory.mktemp("project")
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    folder.mkdir()
+    (folder.parent / "bin").symlink_to(warm_python.parent)
     for name in ("pipeline", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
@@ -180,10 +193,10 @@ def commit(folder: Path, message: str) -> None:
 
 
 def dvc(folder: Path, *words: str) -> str:
-    """Run DVC on the project with the copy's own stages and library."""
+    """Run DVC on the project with the copy's own stages and library, whose `python` is warm."""
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PATH": f"{folder.parent / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "GIT_AUTHOR_NAME": "t",
         "GIT_AUTHOR_EMAIL": "t@example.com",
         "GIT_COMMITTER_NAME": "t",
@@ -270,7 +283,7 @@ def teacher_files(project: Path) -> dict[str, int]:
     }
 
 
-def test_queued_experiments_share_one_cache(project: Path) -> None:
+def test_queued_experiments_share_one_cache(project: Path, run_python: RunPython) -> None:
     """A sweep over everything that a student may change, two experiments on one cache."""
     before = teacher_files(project)
     varied = ["train.temperature=2,4", "train.alpha=0.7", "train.learning_rate=0.001"]
@@ -296,11 +309,13 @@ def test_queued_experiments_share_one_cache(project: Path) -> None:
         assert "Running stage 'train'" in log
         for stage in ("fetch", "corpus", "prepare", "verify"):
             assert f"Running stage '{stage}'" not in log
-    report_shows_the_sweep(project, [experiment["name"] for experiment in experiments])
+    done = run_python("-m", "stages.report", "--sweep", cwd=project)
+    report_shows_the_sweep(project, done, [experiment["name"] for experiment in experiments])
 
 
-def report_shows_the_sweep(project: Path, names: list[str]) -> None:
-    done = run("-m", "stages.report", "--sweep", cwd=project)
+def report_shows_the_sweep(
+    project: Path, done: subprocess.CompletedProcess[str], names: list[str]
+) -> None:
     assert done.returncode == 0, done.stderr
     heading = next(line for line in done.stdout.splitlines() if line.startswith("| run |"))
     for key in ("train.temperature", "train.alpha", "train.learning_rate", "student.layers"):
@@ -334,7 +349,7 @@ def run_queue(project: Path) -> set[str]:
 
 
 def wait_for_queue(project: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         status = dvc(project, "queue", "status")
         if "Queued" not in status.split("Worker")[0] and "Running" not in status.split("Worker")[0]:

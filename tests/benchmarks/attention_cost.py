@@ -22,12 +22,12 @@ from pipeline.config import Params, load_params
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.rows import CorpusSplit
 from pipeline.model.attention import documents_apart
-from pipeline.runtime.device import DTYPES, pick_device
+from pipeline.runtime.device import pick_device, training_dtype
 from pipeline.teacher.base import NoTeacher
 from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.training.batches import make_batch
-from pipeline.training.run import build_student
-from pipeline.training.trainer import _losses
+from pipeline.training.distillation import DistillationStep
+from pipeline.training.students import build_student
 
 WAYS = ("packed", "documents")
 
@@ -54,9 +54,9 @@ def capture(
     teacher: HuggingFaceTeacher, corpus: CorpusSplit, params: Params, rows: int, way: str
 ) -> None:
     """Teacher, head and reduction to the top K."""
-    wanted = params.prepare
-    for first in range(0, rows, wanted.batch_rows):
-        batch = corpus.rows(first, min(first + wanted.batch_rows, rows))
+    wanted, batch_rows = params.prepare, params.capture.batch_rows
+    for first in range(0, rows, batch_rows):
+        batch = corpus.rows(first, min(first + batch_rows, rows))
         apart = documents_apart(torch.from_numpy(batch.doc_ids), way)
         tokens = torch.from_numpy(batch.tokens)
         teacher.top_k(tokens, wanted.k, wanted.temperatures, doc_ids=apart)
@@ -99,14 +99,19 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     ratio, seconds = ratio_of(lambda way: capture(teacher, corpus, params, rows, way), rounds)
     print(f"capture: documents {ratio:.3f} x packed ({seconds:.1f} s)")
     student = build_student(params.student, params.paths.teacher).to(device)
-    dtype = DTYPES[params.train.dtype]
+    distillation = DistillationStep(
+        student,
+        dtype=training_dtype(params.train.dtype, device),
+        head_chunk=params.run.head_chunk,
+    )
 
     def step(way: str) -> None:
         source = NoTeacher(corpus, shard_rows=rows, attention=way)  # type: ignore[arg-type]
         shard = source.shard(0)
         places = [(shard, row) for row in range(min(rows, params.train.batch_rows))]
         batch = make_batch(source, places)
-        _losses(student, batch, params.train, dtype).total.backward()  # type: ignore[no-untyped-call]
+        total, _, _ = distillation(batch, alpha=0.0, temperature=1.0, divergence="forward_kl")
+        total.backward()
         student.zero_grad(set_to_none=True)
 
     ratio, seconds = ratio_of(step, rounds)

@@ -1,8 +1,8 @@
 """Capture and training hold a bounded number of shards, whatever the corpus: peak memory by size.
 
-    python tests/benchmarks/cache_memory.py
+    python tests/benchmarks/cache_memory.py [--rows 2048]
 
-Corpora of 1, 4 and 16 times a base size, with a small random teacher, so that what is measured is
+Corpora of 1, 4 and 16 times as many rows, with a small random teacher, so that what is measured is
 the data path. Each capture and each epoch of batches runs in a process of its own; printed is how
 much memory each took at its peak beyond what it held before the first row, and its ratio to the
 smallest corpus's. A corpus held in memory would show 4 and 16.
@@ -10,15 +10,14 @@ smallest corpus's. A corpus held in memory would show 4 and 16.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import click
 import numpy as np
 import yaml
-from measure import forget_peak, peak_mib
+from measure import forget_peak, in_child, peak_mib
 
 from pipeline.capture import Capture, fingerprint_of
 from pipeline.config import Params, load_params
@@ -31,7 +30,6 @@ from pipeline.teacher.cached import CachedTeacher
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.training.batches import BatchStream
 
-BASE_ROWS = 2048  # of 128 tokens: 70 MB of TopK in the formats that losses take
 SCALES = (1, 4, 16)
 
 
@@ -41,8 +39,9 @@ def write_corpus(params: Params, rows: int) -> None:
     generator = np.random.default_rng(0)
     writer = SplitWriter(params.paths.corpus, "train", row_length=128, vocab_size=300)
     for first in range(0, rows, 256):
-        tokens = generator.integers(0, 300, (256, 128))
-        doc_ids = np.repeat(np.arange(first, first + 256, dtype=np.int32)[:, None], 128, axis=1)
+        last = min(first + 256, rows)
+        tokens = generator.integers(0, 300, (last - first, 128))
+        doc_ids = np.repeat(np.arange(first, last, dtype=np.int32)[:, None], 128, axis=1)
         writer.add(Rows(tokens=tokens, doc_ids=doc_ids, in_loss=np.ones_like(tokens, dtype=bool)))
     writer.seal(num_text_bytes=0, tokenizer_sha256=hash_tokenizer(params.paths.teacher))
 
@@ -77,12 +76,11 @@ def read(params: Params) -> float:
     return peak_mib() - before
 
 
-def main() -> None:
-    """Print the table; with arguments, be one of the measured processes."""
-    if len(sys.argv) > 1:
-        params = load_params(Path(sys.argv[2]))
-        print(json.dumps({"capture": capture, "read": read}[sys.argv[1]](params)))
-        return
+# 2,048 rows of 128 tokens are 70 MB of TopK in the formats that losses take.
+@click.command()
+@click.option("--rows", default=2048, help="Rows of the smallest corpus.")
+def main(rows: int) -> None:
+    """Print the table."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.conftest import make_teacher, tiny_values
 
@@ -98,17 +96,14 @@ def main() -> None:
             values["train"]["shuffle_shards"] = 4
             file = folder / f"x{scale}.yaml"
             file.write_text(yaml.safe_dump(values))
-            write_corpus(load_params(file), BASE_ROWS * scale)
-            for what in ("capture", "read"):
-                done = subprocess.run(
-                    [sys.executable, __file__, what, str(file)],
-                    capture_output=True,
-                    text=True,
-                    check=True,
+            params = load_params(file)
+            write_corpus(params, rows * scale)
+            for what in (capture, read):
+                mib = in_child(what, params)
+                ratio = mib / base.setdefault(what.__name__, mib)
+                print(
+                    f"corpus x{scale:<3} {what.__name__:8} {mib:7.1f} MiB, {ratio:.2f}", flush=True
                 )
-                mib = float(done.stdout.splitlines()[-1])
-                ratio = mib / base.setdefault(what, mib)
-                print(f"corpus x{scale:<3} {what:8} {mib:7.1f} MiB, {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The cache's size and speed: bytes a token by array, reading, writing.
 
-    python tests/benchmarks/cache_speed.py      (after `dvc repro`)
+    python tests/benchmarks/cache_speed.py [--rounds 5] [--batches 200]     (after `dvc repro`)
 
 Reads and writes the demo's own cache, files in the page cache, everything checked as in training.
 Ratios are between variants that take turns in one run; tokens a second are this machine's.
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import click
 import numpy as np
 import zarr
 
@@ -28,7 +29,6 @@ from pipeline.store.writer import CacheWriter
 from pipeline.teacher.cached import CachedTeacher
 from pipeline.training.batches import BatchStream
 
-ROUNDS = 5
 THREADS = 2
 
 
@@ -38,10 +38,10 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def medians(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
+def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each variant; they take turns, after one round of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, call in variants.items():
             spent = seconds(call)
             if turn:
@@ -89,7 +89,7 @@ def parquet_bytes(reader: CacheReader) -> float:
         return file.stat().st_size / topk.lse.numel()
 
 
-def print_reading(reader: CacheReader, params: Params) -> None:
+def print_reading(reader: CacheReader, params: Params, rounds: int, steps: int) -> None:
     """Whole shards, decoded and checked; shuffled batches as training gets them; zarr's own way."""
     tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
     shards = range(reader.layout.num_shards)
@@ -106,16 +106,20 @@ def print_reading(reader: CacheReader, params: Params) -> None:
         for name in reader.layout.specs:
             np.asarray(group[name][:])
 
-    times = medians(
-        {"one thread": by_threads(1), "two threads": by_threads(THREADS), "zarr": by_zarr}
-    )
+    variants: dict[str, Callable[[], object]] = {
+        "one thread": by_threads(1),
+        "two threads": by_threads(THREADS),
+        "zarr": by_zarr,
+    }
+    times = medians(variants, rounds)
     for name, spent in times.items():
         print(f"  shards, {name:12} {tokens / spent / 1e6:6.2f} M tokens/s")
     print(f"  ours on two threads against zarr: {times['zarr'] / times['two threads']:.2f}")
     length = reader.fingerprint.row_length
+    rows = min(max(1, 8192 // length), reader.fingerprint.num_rows)
     stream = BatchStream(
         CachedTeacher(reader),
-        batch_rows=max(1, 8192 // length),
+        batch_rows=rows,
         window_shards=params.train.shuffle_shards,
         seed=0,
     )
@@ -123,18 +127,19 @@ def print_reading(reader: CacheReader, params: Params) -> None:
     batches = stream.starting_at(0)
     next(batches)
     started = time.perf_counter()
-    for _ in range(200):
+    for _ in range(steps):
         begun = time.perf_counter()
         next(batches)
         waits.append(time.perf_counter() - begun)
     whole = time.perf_counter() - started
     print(
-        f"  shuffled batches of 8,192 tokens: {200 * 8192 / whole / 1e6:.2f} M tokens/s, median "
+        f"  shuffled batches of {rows * length:,} tokens: "
+        f"{steps * rows * length / whole / 1e6:.2f} M tokens/s, median "
         f"{statistics.median(waits) * 1e3:.1f} ms, 90 % in {np.quantile(waits, 0.9) * 1e3:.1f} ms"
     )
 
 
-def print_writing(reader: CacheReader, params: Params) -> None:
+def print_writing(reader: CacheReader, rounds: int) -> None:
     """Encode and write durably in background threads, as capture does."""
     corpus, layout = reader.corpus, reader.layout
     shards = [
@@ -144,7 +149,7 @@ def print_writing(reader: CacheReader, params: Params) -> None:
     hashes = [hash_rows(corpus.rows(*layout.rows_of(shard))) for shard, _ in shards]
     tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
     spent = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         folder = Path(tempfile.mkdtemp())
         writer = CacheWriter(
             folder,
@@ -182,15 +187,18 @@ def print_data_wait(params: Params) -> None:
     print(f"  the first, which starts the threads, {statistics.mean(waits[1:]):.3%}")
 
 
-def main() -> None:
+@click.command()
+@click.option("--rounds", default=5, help="Timed turns of each variant.")
+@click.option("--batches", default=200, help="Shuffled batches that are read.")
+def main(rounds: int, batches: int) -> None:
     """Print everything."""
     params = load_params(Path("params.yaml"))
     reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
     for title, call in itertools.chain(
         {
             "size": lambda: print_sizes(reader),
-            "reading": lambda: print_reading(reader, params),
-            "writing": lambda: print_writing(reader, params),
+            "reading": lambda: print_reading(reader, params, rounds, batches),
+            "writing": lambda: print_writing(reader, rounds),
             "waiting for data": lambda: print_data_wait(params),
         }.items()
     ):

@@ -1,6 +1,6 @@
 """Peak memory of head and loss, with gradients: 8,192 tokens, 151,936 ids, D = 896 (Qwen2.5-0.5B).
 
-    python tests/benchmarks/head_memory.py [--tokens 8192]
+    python tests/benchmarks/head_memory.py [--tokens 8192] [--vocabulary 151936] [--size 896]
 
 On a GPU where there is one, else on the CPU; each variant in a process of its own, bfloat16
 factors. Printed is the peak beyond inputs (hidden states, the head, and the targets, which are
@@ -23,14 +23,13 @@ from collections.abc import Callable
 import click
 import torch
 import torch.nn.functional as F
-from measure import available_mib, forget_peak, made_up_targets, peak_in_child, peak_mib
+from measure import available_mib, forget_peak, in_child, made_up_targets, peak_mib
 from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.topk import TopK
 
-VOCABULARY, SIZE, K = 151_936, 896, 64
-CHUNK_MIB = 256 * VOCABULARY * 4 / 2**20
+K = 64
 FULL_ROWS = 7.0  # at most so many float32 copies of tokens x ids does a variant hold
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Loss = Callable[[Tensor, Tensor, Tensor, TopK], Tensor]
@@ -96,13 +95,13 @@ LIGER: dict[str, Loss] = {
 ALL = CHUNKED | FULL | LIGER
 
 
-def peak_of(variant: str, tokens: int) -> float:
+def peak_of(variant: str, tokens: int, vocabulary: int, size: int) -> float:
     """MiB beyond the inputs."""
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, SIZE, device=DEVICE, requires_grad=True)
-    weight = (torch.randn(VOCABULARY, SIZE, device=DEVICE) * 0.02).requires_grad_()
-    labels = torch.randint(VOCABULARY, (tokens,), device=DEVICE)
-    topk = made_up_targets(tokens, VOCABULARY, K, DEVICE)
+    hidden = torch.randn(tokens, size, device=DEVICE, requires_grad=True)
+    weight = (torch.randn(vocabulary, size, device=DEVICE) * 0.02).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), device=DEVICE)
+    topk = made_up_targets(tokens, vocabulary, K, DEVICE)
     before = forget_peak()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -116,38 +115,40 @@ def available() -> float:
     return torch.cuda.mem_get_info()[0] / 2**20 if DEVICE == "cuda" else available_mib()
 
 
-def show(name: str, mib: float, note: str = "") -> None:
-    print(f"  {name:40} {mib:8.0f} MiB, {mib / CHUNK_MIB:6.1f} chunks{note}", flush=True)
-
-
 @click.command()
 @click.option("--tokens", default=8192, help="Positions.")
-@click.option("--peak", default=None, hidden=True, help="Be a measured process.")
-def main(tokens: int, peak: str | None) -> None:
+@click.option("--vocabulary", default=151_936, help="Ids.")
+@click.option("--size", default=896, help="Of a hidden state.")
+def main(tokens: int, vocabulary: int, size: int) -> None:
     """Print the table."""
-    if peak is not None:
-        print(peak_of(peak, tokens))
-        return
-    print(f"head and loss, {tokens} tokens x {VOCABULARY} ids, D={SIZE}, on {DEVICE}")
+    print(f"head and loss, {tokens} tokens x {vocabulary} ids, D={size}, on {DEVICE}")
+
+    def peak(name: str, count: int = tokens) -> float:
+        return in_child(peak_of, name, count, vocabulary, size)
+
+    def show(name: str, mib: float, note: str = "") -> None:
+        chunks = mib / (256 * vocabulary * 4 / 2**20)
+        print(f"  {name:40} {mib:8.0f} MiB, {chunks:6.1f} chunks{note}", flush=True)
+
     for name in CHUNKED:
-        show(name, peak_in_child(("--tokens", tokens, "--peak", name)))
-    fits = FULL_ROWS * tokens * VOCABULARY * 4 / 2**20 < available()
+        show(name, peak(name))
+    fits = FULL_ROWS * tokens * vocabulary * 4 / 2**20 < available()
     for name in FULL:
         if fits:
-            show(name, peak_in_child(("--tokens", tokens, "--peak", name)))
+            show(name, peak(name))
             continue
-        sizes = (1024, 2048)
-        one, two = (peak_in_child(("--tokens", size, "--peak", name)) for size in sizes)
-        slope = (two - one) / (sizes[1] - sizes[0])
-        note = f", from {one:.0f} at {sizes[0]} and {two:.0f} at {sizes[1]} tokens"
-        show(name, one + slope * (tokens - sizes[0]), note)
+        few, more = 1024, 2048
+        one, two = peak(name, few), peak(name, more)
+        slope = (two - one) / (more - few)
+        note = f", from {one:.0f} at {few} and {two:.0f} at {more} tokens"
+        show(name, one + slope * (tokens - few), note)
     if DEVICE == "cpu":
         print("  Liger-Kernel's fused linear losses: skipped, they need a GPU")
     elif importlib.util.find_spec("liger_kernel") is None:
         print("  Liger-Kernel's fused linear losses: skipped, liger-kernel is not installed")
     else:
         for name in LIGER:
-            show(name, peak_in_child(("--tokens", tokens, "--peak", name)))
+            show(name, peak(name))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,15 +55,11 @@ def available_mib() -> float:
     return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) / 1024
 
 
-def peak_in_child(arguments: Sequence[object]) -> float:
-    """The number that this script prints last when run with other arguments."""
-    done = subprocess.run(
-        [sys.executable, sys.argv[0], *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.splitlines()[-1])
+def in_child(measure: Callable[..., float], *arguments: Any) -> float:
+    """`measure(*arguments)` in a process of its own, which has held nothing else before."""
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
 def made_up_targets(tokens: int, vocabulary: int, k: int, device: str = "cpu") -> TopK:

@@ -1,6 +1,6 @@
 """The student beside transformers' model of the same weights: forward, training, generation.
 
-    python tests/benchmarks/model_speed.py [--rounds 7] [--teacher cache/teacher]
+    python tests/benchmarks/model_speed.py [--rounds 7] [--teacher cache/teacher] [--shape tiny]
     OMP_NUM_THREADS=1 python tests/benchmarks/model_speed.py --cpu-time     # beside other work
 
 Prints ratios measured in one run, the variants taking turns: their time over ours, so above 1 ours
@@ -42,7 +42,20 @@ SMOLLM2 = ModelConfig(
     norm_eps=1e-5,
     attention_bias=False,
 )
-SHAPES = {"the default student, 123 M": ModelConfig(), "SmolLM2-135M": SMOLLM2}
+TINY = ModelConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=64,
+    vocab_size=304,
+)
+SHAPES = {"default": ModelConfig(), "smollm2": SMOLLM2, "tiny": TINY}
+NAMES = {
+    "default": "the default student, 123 M",
+    "smollm2": "SmolLM2-135M",
+    "tiny": "2 layers of size 32, to see that the script runs",
+}
 clock = time.perf_counter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,12 +82,12 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - started
 
 
-def products(rounds: int) -> None:
+def products(rounds: int, inner: int, outer: int) -> None:
     """What pipeline/model/decode.py relies on: x W^T over its own choice, W read from memory."""
     for name, dtype in DTYPES.items():
         for rows in (1, 8, 32):
-            x = torch.randn(rows, 576).to(dtype)
-            weights = [torch.randn(1536, 576).to(dtype) for _ in range(64)]
+            x = torch.randn(rows, inner).to(dtype)
+            weights = [torch.randn(outer, inner).to(dtype) for _ in range(64)]
             given = x[0] if rows == 1 else x
 
             @torch.inference_mode()
@@ -159,24 +172,35 @@ def decoding(theirs: Any, ours: StudentModel, rounds: int, new: int = 32, prompt
 @click.option("--rows", default=4, help="Rows of a batch, forward and backward.")
 @click.option("--length", default=256, help="Tokens of a row, forward and backward.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="Generate with this folder too.")
+@click.option(
+    "--shape", type=click.Choice(list(SHAPES)), multiple=True, default=["default", "smollm2"]
+)
 @click.option("--only", type=click.Choice(["forward", "decode"]), help="One half of it.")
 @click.option("--cpu-time", is_flag=True, help="Count the processor's time, not the wall's.")
 def main(
-    rounds: int, rows: int, length: int, teacher: Path | None, only: str | None, cpu_time: bool
+    rounds: int,
+    rows: int,
+    length: int,
+    teacher: Path | None,
+    shape: tuple[str, ...],
+    only: str | None,
+    cpu_time: bool,
 ) -> None:
     """Time ours and theirs by turns."""
     global clock
     clock = time.process_time if cpu_time else time.perf_counter
     print(f"{torch.get_num_threads()} threads; theirs / ours, medians of {rounds} turns")
     if only != "forward":
-        products(rounds)
-    for name, config in SHAPES.items():
+        largest = SHAPES[shape[-1]]
+        products(rounds, largest.hidden_size, largest.intermediate_size)
+    for name in shape:
+        config = SHAPES[name]
         torch.manual_seed(0)
         ours = StudentModel(config).eval()
         with tempfile.TemporaryDirectory() as folder:
             save_student(ours, Path(folder) / "model", tokenizer_from=None)
             theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
-        print(f"{name}, {rows} x {length}")
+        print(f"{NAMES[name]}, {rows} x {length}")
         if only != "decode":
             forwards(theirs, ours, rows, length, rounds)
         if only != "forward":

@@ -1,6 +1,6 @@
 """A training step from the cache against one with a live teacher: time and peak memory.
 
-    python tests/benchmarks/online_step.py [--rounds 5] [--busy]
+    python tests/benchmarks/online_step.py [--rounds 5] [--busy] [--case 49k]
 
 The student is 16 of SmolLM2-135M's layers (85 M parameters), a step is 1,024 tokens with forward,
 backward, clipping and AdamW; random weights. Teachers: one of the student's own shape, and
@@ -8,7 +8,8 @@ SmolLM2-360M's, 4.3 times as large. Dense: the teacher's forward, full rows of l
 KL over the whole vocabulary by autograd, which is what most tools do. Top 64: the live teacher's
 logits reduced at once to what a cache would hold, then the same loss as from the cache. Ratios are
 of one run, variants taking turns; memory is each variant's peak in a process of its own, beyond
-what was held before the student, the teacher and the targets were made.
+what was held before the student, the teacher and the targets were made. `--case tiny` has small
+shapes, to see that the script runs.
 """
 
 from __future__ import annotations
@@ -18,67 +19,66 @@ from functools import partial
 
 import click
 import torch
-from head_and_loss import CASES, LENGTH, K
-from measure import forget_peak, made_up_targets, medians, peak_in_child, peak_mib
+from head_and_loss import CASES, LENGTH, TINY, K
+from measure import forget_peak, in_child, made_up_targets, medians, peak_mib
 from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import cross_entropy, full_kl
-from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.student import StudentModel
 from pipeline.runtime.numerics import mm_float32
 from pipeline.topk import TopK, top_k_from_logits
 
 TOKENS, ALPHA = 1024, 0.5
 STUDENT = CASES["49k"][1]
-TEACHERS = {
-    "of equal size": STUDENT,
-    "of 4.3x the size": replace(
-        STUDENT,
-        hidden_size=960,
-        num_layers=32,
-        num_heads=15,
-        num_kv_heads=5,
-        intermediate_size=2560,
-    ),
+LARGER = replace(
+    STUDENT, hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2560
+)
+SHAPES = {  # of each case: the student, and the larger teacher
+    "49k": (STUDENT, LARGER),
+    "tiny": (TINY, replace(TINY, num_layers=4)),
 }
+TEACHERS = ("of equal size", "of 4.3x the size")
 VARIANTS = {
-    "CE alone": ("none", None),
-    "cached, top 64": ("cached", None),
-    **{f"online, top 64, teacher {name}": ("top", shape) for name, shape in TEACHERS.items()},
-    **{f"online, dense, teacher {name}": ("dense", shape) for name, shape in TEACHERS.items()},
+    "CE alone": ("none", 0),
+    "cached, top 64": ("cached", 0),
+    **{f"online, top 64, teacher {name}": ("top", n) for n, name in enumerate(TEACHERS)},
+    **{f"online, dense, teacher {name}": ("dense", n) for n, name in enumerate(TEACHERS)},
 }
 
 
 class Step:
     """The student, its batch, and the teachers as they are needed."""
 
-    def __init__(self) -> None:
-        self.student = StudentModel(STUDENT)
+    def __init__(self, case: str) -> None:
+        self.shapes = SHAPES[case]
+        self.student = StudentModel(self.shapes[0])
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
-        self.tokens = torch.randint(STUDENT.vocab_size, (TOKENS // LENGTH, LENGTH))
-        self.labels = torch.randint(STUDENT.vocab_size, (TOKENS,))
-        self.cached = made_up_targets(TOKENS, STUDENT.vocab_size, K)
-        self.teachers: dict[ModelConfig, StudentModel] = {}
+        self.tokens = torch.randint(self.shapes[0].vocab_size, (TOKENS // LENGTH, LENGTH))
+        self.labels = torch.randint(self.shapes[0].vocab_size, (TOKENS,))
+        self.cached = made_up_targets(TOKENS, self.shapes[0].vocab_size, K)
+        self.teachers: dict[int, StudentModel] = {}
 
     def take(self, variant: str) -> None:
         """One optimizer step."""
-        kind, shape = VARIANTS[variant]
+        kind, number = VARIANTS[variant]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.student.hidden_states(self.tokens).flatten(0, 1)
         if kind == "dense":
-            loss = self.dense(hidden, self.teacher(shape))
+            loss = self.dense(hidden, self.teacher(number))
         else:
-            topk = self.top(self.teacher(shape)) if kind == "top" else self.cached
+            topk = self.top(self.teacher(number)) if kind == "top" else self.cached
             loss = self.sparse(hidden, None if kind == "none" else topk)
         (loss / TOKENS).backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def teacher(self, shape: ModelConfig) -> StudentModel:
-        if shape not in self.teachers:  # in bfloat16, as prepare.dtype=auto takes it on a CPU
-            self.teachers[shape] = StudentModel(shape).bfloat16().requires_grad_(False)
-        return self.teachers[shape]
+    def teacher(self, number: int) -> StudentModel:
+        if number not in self.teachers:
+            model = StudentModel(self.shapes[number]).bfloat16()
+            self.teachers[number] = model.requires_grad_(False)
+        return self.teachers[number]
 
     def sparse(self, hidden: Tensor, topk: TopK | None) -> Tensor:
         return distillation_loss_sums(
@@ -107,10 +107,10 @@ class Step:
         return TopK.cat([top_k_from_logits(z, K, (1.0,)) for z in logits])
 
 
-def peak_of(variant: str) -> float:
+def peak_of(variant: str, case: str) -> float:
     """MiB that two steps take, student, optimizer and teacher included."""
     before = forget_peak()
-    step = Step()
+    step = Step(case)
     for _ in range(2):
         step.take(variant)
     return peak_mib() - before
@@ -119,16 +119,13 @@ def peak_of(variant: str) -> float:
 @click.command()
 @click.option("--rounds", default=5, help="Timed steps of each variant.")
 @click.option("--busy", is_flag=True, help="Processor's seconds of one thread, not the clock's.")
-@click.option("--peak", default=None, hidden=True, help="Be a measured process.")
-def main(rounds: int, busy: bool, peak: str | None) -> None:
+@click.option("--case", type=click.Choice(list(SHAPES)), default="49k", help="tiny: to try it.")
+def main(rounds: int, busy: bool, case: str) -> None:
     """Print the table."""
     torch.manual_seed(0)
-    if peak is not None:
-        print(peak_of(peak))
-        return
-    step = Step()
+    step = Step(case)
     seconds = medians({name: partial(step.take, name) for name in VARIANTS}, rounds, busy=busy)
-    peaks = {name: peak_in_child(("--peak", name)) for name in VARIANTS}
+    peaks = {name: in_child(peak_of, name, case) for name in VARIANTS}
     cached = "cached, top 64"
     print(f"{TOKENS} tokens a step, times and memory of the cached step")
     for name in VARIANTS:

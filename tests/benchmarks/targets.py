@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -96,17 +97,25 @@ def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -
 
 
 def gradients(
-    student: StudentModel, rows: Inputs, loss: Callable[[Tensor], Tensor], places: Tensor
+    student: StudentModel,
+    rows: Inputs,
+    loss: Callable[[Tensor], Tensor],
+    places: Tensor,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the summed loss: of the logits [n, V], of the head's weight [1, V * D]."""
+    """Gradients of the summed loss: of the logits [n, V], of the head's weight [1, V * D].
+
+    V counts the tokenizer's ids; a model may have more rows, which belong to none.
+    """
     with torch.no_grad():
         hidden = student.hidden_states(*rows).flatten(0, 1)[places]
-        logits = hidden @ student.head_weight.T
+        logits = hidden @ student.head_weight[:vocab_size].T
     logits.requires_grad_()
     (grad,) = torch.autograd.grad(loss(logits).sum(), logits)
     return grad, (grad.T @ hidden).flatten()[None]
 
 
+@click.command()
 def main() -> None:
     """Print the table."""
     torch.manual_seed(0)
@@ -148,10 +157,9 @@ def main() -> None:
             f"{name} of training, tau {tau:g}: position, batch" for name in students for tau in TAUS
         )
     )
+    compared_at = partial(gradients, rows=inputs, places=places, vocab_size=corpus.info.vocab_size)
     full = {
-        (name, tau): gradients(
-            student, inputs, lambda z, tau=tau: full_kl(teacher_logits, z, tau), places
-        )
+        (name, tau): compared_at(student, loss=lambda z, tau=tau: full_kl(teacher_logits, z, tau))
         for name, student in students.items()
         for tau in TAUS
     }
@@ -163,9 +171,7 @@ def main() -> None:
         cells = []
         for name, student in students.items():
             for tau in TAUS:
-                ours = gradients(
-                    student, inputs, partial(loss, topk=topk[places], temperature=tau), places
-                )
+                ours = compared_at(student, loss=partial(loss, topk=topk[places], temperature=tau))
                 angles = [degrees(a, b) for a, b in zip(ours, full[name, tau], strict=True)]
                 cells.append(" ".join(f"{angle:6.1f}" for angle in angles))
         print(f"{mode:24} {size:12.1f} | " + " | ".join(cells))

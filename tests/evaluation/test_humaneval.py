@@ -9,8 +9,6 @@ import math
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from importlib import metadata
@@ -42,7 +40,8 @@ from pipeline.extras import install_hint
 from pipeline.generation import GenerationSettings, generate_ids
 from pipeline.text_generator import TextGenerator
 from stages.humaneval import main
-from tests.conftest import ROOT, change, make_teacher
+from tests.conftest import ROOT, RunPython, change, make_teacher
+from tests.waiting import wait_until
 
 _reason = probe()
 sandboxed = pytest.mark.skipif(_reason is not None, reason=f"no sandbox here: {_reason}")
@@ -449,7 +448,7 @@ def test_stage_without_a_sandbox_refuses_unless_told(
 
 @sandboxed
 def test_killed_while_it_writes_and_continued(
-    tiny_params: Params, generator: TextGenerator, tmp_path: Path
+    tiny_params: Params, generator: TextGenerator, tmp_path: Path, run_python: RunPython
 ) -> None:
     """The process itself is killed by -9 while samples are made; the same command ends the work."""
     many = [EASY[number % len(EASY)] | {"task_id": f"many/{number:03}"} for number in range(60)]
@@ -460,24 +459,17 @@ def test_killed_while_it_writes_and_continued(
     samples = tiny_params.paths.humaneval / "one" / "samples.jsonl"
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 4)
+        wait_until(lambda: samples.exists() and samples.read_bytes().count(b"\n") > 4)
     finally:
         running.kill()
         running.wait()
     made = samples.read_bytes()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python(*command[1:])
     assert done.returncode == 0, done.stderr
     assert samples.read_bytes().startswith(made[: made.rfind(b"\n") + 1])
     lines = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
     assert sorted(line["task_id"] for line in lines) == [problem["task_id"] for problem in many]
     assert made.count(b"\n") < 61, "it was done before it was killed"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_projects_own_values_are_of_use() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,21 +18,17 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_deliver(tiny_cache: Params, tmp_path: Path) -> None:
+def test_make_deliver(tiny_cache: Params, tmp_path: Path, warm_python: Path) -> None:
     file = str(tmp_path / "params.yaml")
     mine = ["--set", "train.temperature=2.0", "--run", "t2"]
     for stage, words in ((verify, []), (train, mine)):
         done = CliRunner().invoke(stage.main, ["--params", file, *words])
         assert done.exit_code == 0, done.output
-    bare = tmp_path / "bin"
-    bare.mkdir()
-    (bare / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (bare / "python").chmod(0o755)
     there = tmp_path / "delivery"
     done = subprocess.run(
         ["make", "deliver", "RUN=t2", f"INTO={there}", f"ARGS=--params {file}", "VENV=none"],
         cwd=ROOT,
-        env={**os.environ, "PATH": f"{bare}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PATH": f"{warm_python.parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,

@@ -18,6 +18,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.store.check import check_cache
 from tests.conftest import change
 from tests.helpers import capture_all, make_capture
+from tests.waiting import PATIENCE
 
 KILLS = 52
 PROCESSES = 2
@@ -41,7 +42,7 @@ def test_fifty_kills(
     )
     corpus = CorpusSplit(params.paths.corpus, "train")
     chance = random.Random(0)
-    kills, committed, progress = 0, 0, 0
+    kills, committed, progress, turn = 0, 0, 0, 0
     while kills < KILLS:
         parts = [
             forkserver.Process(target=capture_part, args=(params, part), daemon=True)
@@ -50,16 +51,22 @@ def test_fifty_kills(
         for process in parts:
             process.start()
         chance.shuffle(parts)
-        # From before the group exists to well into the shards, which take some milliseconds each;
-        # the second process goes on a little while the first is dead.
-        for process, longest in zip(parts, (1.2, 0.3), strict=True):
+        # By turns at any moment, which on a slow machine is before the first shard, and soon after
+        # a shard was committed, which takes some milliseconds; the second process goes on a little
+        # while the first is dead.
+        turn += 1
+        if turn % 2:
+            before = committed_markers(params)
+            while parts[0].is_alive() and committed_markers(params) == before:
+                parts[0].join(0.002)
+        for process, longest in zip(parts, (0.1 if turn % 2 else 1.2, 0.3), strict=True):
             process.join(chance.uniform(0.0, longest))
             if process.is_alive():
                 assert process.pid is not None
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
         for process in parts:
-            process.join(120)
+            process.join(PATIENCE)
             assert process.exitcode in (0, -signal.SIGKILL)
         result = check_cache(params.paths.logits, corpus)
         if (params.paths.logits / "train" / "zarr.json").exists():
@@ -75,6 +82,10 @@ def test_fifty_kills(
     capture_all(params)
     assert check_cache(params.paths.logits, corpus).damages == ()
     assert_same_as_undisturbed(params, tmp_path)
+
+
+def committed_markers(params: Params) -> set[str]:
+    return {file.name for file in (params.paths.logits / "train" / "commits").glob("0*.json")}
 
 
 def assert_same_as_undisturbed(params: Params, folder: Path) -> None:

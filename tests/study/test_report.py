@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from pipeline.errors import DecantError
 from pipeline.extras import install_hint
 from pipeline.study.report import write_study
 from pipeline.study.section import Comparison, Picture, Section, Table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, RunPython
 from tests.study.conftest import make_model, make_qwen_tokenizer, study_params
 
 
@@ -78,24 +77,19 @@ def test_without_jinja_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-def run_stage(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def run_stage(tmp_path: Path, run_python: RunPython) -> RunPython:
+    """The stage with small parameters, by files in tmp_path."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    values["paths"]["study"] = str(work / "study")
+    values["paths"]["study"] = str(tmp_path / "study")
     values["device"] = "cpu"
     values["study"] = study_params().model_dump(mode="json")
-    (work / "params.yaml").write_text(yaml.safe_dump(values))
-    return subprocess.run(
-        [sys.executable, "stages/study.py", "--params", str(work / "params.yaml"), *words],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    return partial(run_python, "stages/study.py", "--params", str(tmp_path / "params.yaml"))
 
 
-def test_stage_studies_all_parts(qwen_folder: Path, tmp_path: Path) -> None:
-    done = run_stage(tmp_path, "--model", str(qwen_folder), "--layer", "1")
+def test_stage_studies_all_parts(qwen_folder: Path, tmp_path: Path, run_stage: RunPython) -> None:
+    done = run_stage("--model", str(qwen_folder), "--layer", "1")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     found = re.fullmatch(r"study: (\d+) of \1 comparisons pass; .*index\.html", last)
@@ -109,11 +103,11 @@ def test_stage_studies_all_parts(qwen_folder: Path, tmp_path: Path) -> None:
     assert {file.suffix for file in folder.iterdir()} == {".html", ".md", ".svg", ".safetensors"}
 
 
-def test_stage_fails_when_a_comparison_does(tmp_path: Path) -> None:
+def test_stage_fails_when_a_comparison_does(tmp_path: Path, run_stage: RunPython) -> None:
     folder = make_model(tmp_path / "model", "llama")
     make_qwen_tokenizer(folder, normalizer=normalizers.Lowercase())
     options = ["--model", str(folder), "--part", "tokenizer", "--output", str(tmp_path / "here")]
-    done = run_stage(tmp_path, *options)
+    done = run_stage(*options)
     assert done.returncode == 1
     assert "FAIL  round trip: English" in done.stdout
     assert "Traceback" not in done.stderr
@@ -121,8 +115,10 @@ def test_stage_fails_when_a_comparison_does(tmp_path: Path) -> None:
     assert not (tmp_path / "study").exists()
 
 
-def test_stage_without_the_hub_says_so_in_one_sentence(tmp_path: Path) -> None:
-    done = run_stage(tmp_path, "--model", "Qwen/no-such-model-here")
+def test_stage_without_the_hub_says_so_in_one_sentence(
+    tmp_path: Path, run_stage: RunPython
+) -> None:
+    done = run_stage("--model", "Qwen/no-such-model-here")
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr

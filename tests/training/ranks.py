@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from stages.train import main
+from tests.waiting import PATIENCE
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def run_ranks(
     """Run `work(*args)` in `count` ranks to their ends, which must be good."""
     with start_ranks(context, count, work, *args) as processes:
         for process in processes:
-            process.join(120)
+            process.join(PATIENCE)
             assert process.exitcode == 0
 
 

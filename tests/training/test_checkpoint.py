@@ -27,6 +27,7 @@ from pipeline.training.sharded import Learner, _MetadataUnpickler
 from tests.conftest import change
 from tests.helpers import SMALL, assert_same_run
 from tests.training.ranks import train_stage
+from tests.waiting import PATIENCE
 
 
 def make_learner() -> Learner:
@@ -251,7 +252,7 @@ def test_thirty_kills_change_nothing(
 def train_run_in(context: ForkServerContext, params: Params, name: str) -> None:
     process = context.Process(target=train_run, args=(params, name))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0
 
 
@@ -272,7 +273,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     words = ["--params", str(tmp_path / "params.yaml")]
     process = forkserver.Process(target=small_disk, args=(tmp_path / "log", *words))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     printed = (tmp_path / "log" / "0").read_text()
     assert process.exitcode == 1, printed
     assert "Traceback" not in printed

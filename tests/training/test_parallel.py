@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from tests.conftest import ROOT, change
 from tests.helpers import SMALL, losses, weights
 from tests.training.ranks import run_ranks, start_ranks, train_stage
 from tests.training.test_students import LORA, from_folder, make_qwen3
+from tests.waiting import PATIENCE, wait_until
 
 
 def train_run(params: Params, name: str) -> None:
@@ -206,13 +206,6 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_all(
         assert bool(torch.isfinite(tensor).all())
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def lines(log: Path, rank: int) -> list[str]:
     text = (log / str(rank)).read_text()
     assert "Traceback" not in text, text
@@ -238,7 +231,7 @@ def test_one_rank_is_killed_and_the_run_goes_on(
             wait_until(lambda newest=newest: checkpoints.names()[-1:] != newest)
             time.sleep(chance.uniform(0.0, 0.2))
             processes[victim].kill()
-            processes[1 - victim].join(60)
+            processes[1 - victim].join(PATIENCE)
             assert processes[1 - victim].exitcode == 1
         errors = [line for line in lines(log, 1 - victim) if line.startswith("error: ")]
         assert len(errors) == 1
@@ -264,7 +257,7 @@ def test_torchrun_starts_again_what_was_killed(tiny_cache: Params, tmp_path: Pat
     wait_until(Checkpoints(runs / "restarted" / "checkpoints").names)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert output.count("continuing from step") == 1
     assert output.count("holds 0.1 M parameters") == 1
@@ -283,7 +276,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
         assert processes[1].pid is not None
         os.kill(processes[1].pid, signal.SIGTERM)
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
             assert process.exitcode == 130
     assert len(Checkpoints(folder / "checkpoints").names()) == 1
     assert any("run the same command to continue" in line for line in lines(log, 0))
@@ -309,7 +302,7 @@ def test_an_error_on_one_rank_ends_all(
     log = tmp_path / "log"
     with start_ranks(forkserver, 2, broken_teacher, log, *words) as processes:
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
         assert [process.exitcode for process in processes] == [1, 2]
     assert "error: rank 1: the disk of this machine has melted" in lines(log, 1)
     assert any("the connection to another rank broke" in line for line in lines(log, 0))
@@ -323,7 +316,7 @@ def test_what_rank_0_refuses_is_said_once(
     log = tmp_path / "log"
     with start_ranks(forkserver, 2, train_stage, log, *words) as processes:
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
             assert process.exitcode == 1
     assert sum("holds a run with other parameters" in line for line in lines(log, 0)) == 1
     assert lines(log, 1) == []

@@ -6,7 +6,6 @@ import functools
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from tests.helpers import (
     run_with_power_cut,
     weights,
 )
+from tests.waiting import PATIENCE, wait_until
 
 
 @pytest.mark.parametrize(("alpha", "falls"), [(0.0, "loss"), (1.0, "kl")])
@@ -64,11 +64,9 @@ def test_ctrl_c_saves_and_continues(tiny_cache: Params, tmp_path: Path) -> None:
     command += ["--set", "run.checkpoint_every=1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     curves = tiny_cache.paths.runs / "student" / "dvclive" / "plots" / "metrics" / "train"
-    deadline = time.monotonic() + 120
-    while not (curves / "loss.tsv").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((curves / "loss.tsv").exists)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "run the same command to continue" in errors
     assert "Traceback" not in errors

@@ -1,0 +1,54 @@
+"""Every benchmark runs, at its smallest: tiny corpus, cache and run, one round of a few rows."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.config import Params
+from pipeline.training.run import run_training
+
+FOLDER = Path(__file__).parent / "benchmarks"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "measure")
+TINY_RUNS = {  # options, and what it must print
+    "attention_cost": ("--rows 2 --rounds 1", "teacher's validation loss: packed "),
+    "cache_memory": ("--rows 32", "corpus x16  read "),
+    "cache_speed": ("--rounds 1 --batches 2", "share of a training step: median "),
+    "capture_cost": ("--rows 2 --rounds 1 --peak 1", "of the peak FLOP/s"),
+    "head_and_loss": ("--case tiny --rounds 1", "of torch.topk's time"),
+    "head_memory": ("--tokens 64 --vocabulary 512 --size 32", "DistillKit's KL, missing uniform"),
+    "model_speed": ("--shape tiny --rounds 1 --rows 1 --length 8", "decode, batch 8 "),
+    "online_step": ("--case tiny --rounds 1", "online, dense, teacher of 4.3x the size "),
+    "quality": ("--work quality --seeds 1 --steps 1", "| dense, live teacher | 600.0 "),
+    "sweep_cost": ("--runs 1 --steps 1", "online over cached, capture included: "),
+    "targets": ("", "cosine of sorted top-K logits between unrelated positions: "),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(
+    name: str,
+    tiny_cache: Params,
+    tmp_path: Path,
+    forkserver: ForkServerContext,  # from which peaks are measured
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert name in TINY_RUNS, f"tests/benchmarks/{name}.py has no tiny run: give it one here"
+    words, printed = TINY_RUNS[name]
+    if name == "cache_speed":
+        run_training(tiny_cache, "student")
+    monkeypatch.chdir(tmp_path)  # where params.yaml lies
+    monkeypatch.syspath_prepend(str(FOLDER))
+    try:
+        main = importlib.import_module(name).main
+        done = CliRunner().invoke(main, words.split(), catch_exceptions=False)
+    finally:  # as scripts they are no modules of the tests
+        for module in [*NAMES, "measure"]:
+            sys.modules.pop(module, None)
+    assert done.exit_code == 0, done.output
+    assert printed in done.output
