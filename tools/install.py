@@ -162,7 +162,7 @@ def forget_incomplete(site_packages: Path) -> list[str]:
     forgotten = []
     for metadata in sorted(site_packages.glob("*.dist-info")):
         record = metadata / "RECORD"  # importlib.metadata leaves out what is missing, from 3.12 on
-        rows = csv.reader(record.read_text().splitlines()) if record.exists() else iter([])
+        rows = csv.reader(record.read_text().splitlines() if record.exists() else [])
         files = [site_packages / row[0] for row in rows if row and not row[0].endswith(".pyc")]
         if not files or not all(file.exists() for file in files):
             shutil.rmtree(metadata)
