@@ -18,8 +18,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The package index has a `decant` of another author. Only pyproject.toml refers to its own extras.
 BY_NAME = re.compile(
     r"\b(install|download|add|wheel)\s+((-\S+|constraints\.txt)\s+)*['\"]?decant\b(?![-/])"
-    r"|\bdecant\[",
-    re.IGNORECASE,
+    r"|\bdecant\["
 )
 
 

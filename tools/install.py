@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import ctypes
 import importlib.util
 import os
@@ -24,7 +25,6 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import Distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -161,10 +161,10 @@ def forget_incomplete(site_packages: Path) -> list[str]:
     """
     forgotten = []
     for metadata in sorted(site_packages.glob("*.dist-info")):
-        files = Distribution.at(metadata).files
-        if files is None or not all(
-            Path(str(file.locate())).exists() for file in files if file.suffix != ".pyc"
-        ):
+        record = metadata / "RECORD"  # importlib.metadata leaves out what is missing, from 3.12 on
+        rows = csv.reader(record.read_text().splitlines() if record.exists() else [])
+        files = [site_packages / row[0] for row in rows if row and not row[0].endswith(".pyc")]
+        if not files or not all(file.exists() for file in files):
             shutil.rmtree(metadata)
             forgotten.append(metadata.name.partition("-")[0])
     return forgotten
