@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # uv, pip, or auto: uv where it can be had and would do what pip is configured to do.
 INSTALLER ?= auto
-# An index of PyTorch's builds beside PyPI: https://download.pytorch.org/whl/cpu has those for CPUs.
+# An index of PyTorch's builds beside PyPI, for example that of its CPU builds.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CPU_INDEX = "ADDRESS, the one that pytorch.org/get-started/locally shows for pip and CPU"
 SECONDS_TO_READ = 10
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 _CONSTRAINTS = ("--constraint", "constraints.txt")
@@ -141,7 +141,7 @@ def cuda_notice(planned: str | None) -> str:
     return (
         "No NVIDIA driver was found, and PyPI's PyTorch is a CUDA build: about 2.7 GB to download, "
         f"5 GB on disk{unless}. It runs on the CPU as well.\n"
-        "For the CPU build, 0.2 GB, stop this and give the same command PyTorch's CPU index: "
+        "For the CPU build, 0.2 GB, stop this and add PyTorch's CPU index to the same command: "
         f"TORCH_INDEX={CPU_INDEX}"
     )
 
@@ -215,7 +215,7 @@ def main() -> int:
     )
     parser.add_argument("extra", help="of pyproject.toml: demo, dev, ...")
     parser.add_argument("--installer", choices=("auto", "uv", "pip"), default="auto")
-    parser.add_argument("--torch-index", default="", help=f"beside PyPI, for example {CPU_INDEX}")
+    parser.add_argument("--torch-index", default="", help="of packages beside PyPI's")
     args = parser.parse_args()
     under_way = Path(sys.prefix) / "installing"  # stays where an installation was killed
     if under_way.exists():
