@@ -80,7 +80,7 @@ def require_same_as_local(params: Params) -> None:
 
 
 def test_two_actors_make_the_local_store(
-    cluster: None, many_shards: Params, tmp_path: Path
+    cluster: None, many_shards: Params, tmp_path: Path, stage: RunPython
 ) -> None:
     """By the stage, with a cache at a relative path, since actors work elsewhere."""
     words = ["--actors", "2", "--set", "paths.logits=cache/logits.zarr"]

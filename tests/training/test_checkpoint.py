@@ -224,8 +224,12 @@ def test_thirty_kills_change_nothing(
         folder = runs / f"killed{number}" / "checkpoints"
         process = forkserver.Process(target=train_run, args=(params, f"killed{number}"))
         process.start()
-        if kills % 2:  # at any moment from its start on, or soon after it has made progress
+        # By turns at any moment from its start on, in the middle of writing, after progress.
+        if kills % 3 == 0:
             process.join(chance.uniform(0.0, 0.5))
+        elif kills % 3 == 1:
+            while process.is_alive() and not any(folder.glob("*.partial")):
+                process.join(0.0005)
         else:
             newest = Checkpoints(folder).names()[-1:]
             while process.is_alive() and Checkpoints(folder).names()[-1:] == newest:
