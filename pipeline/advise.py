@@ -38,7 +38,13 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.figures import draw_svg
 from pipeline.model.attention import documents_apart
-from pipeline.runtime.console import progress, progress_bar, readable_bytes, readable_seconds
+from pipeline.runtime.console import (
+    announce,
+    progress,
+    progress_bar,
+    readable_bytes,
+    readable_seconds,
+)
 from pipeline.sharding import decode_shard, encode_shard
 from pipeline.store.codec import RankTable, encode, restore, to_topk
 from pipeline.store.layout import CacheLayout, rank_table_name
@@ -138,6 +144,8 @@ def advise(
     """
     ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
     blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
+    looked_at = f"{sum(map(len, blocks))} of {len(corpus):,} rows"
+    announce("advise", f"looks at {looked_at} by {teacher.describe()}")
     costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
     kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length

@@ -50,6 +50,7 @@ def main(
     from pipeline.evaluation.humaneval import keep_scores, load_problems
     from pipeline.evaluation.sandbox import require_sandbox
     from pipeline.named_models import name_models
+    from pipeline.runtime.console import announce
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
     from pipeline.text_generator import TextGenerator
 
@@ -62,6 +63,11 @@ def main(
         require_sandbox()
     device = pick_device(params.device)
     dtype = inference_dtype(params.humaneval.dtype, device, key="humaneval.dtype")
+    announce(
+        "humaneval",
+        f"{', '.join(folders)} write {params.humaneval.samples} samples of each of {len(problems)} "
+        f"programs, up to {params.humaneval.max_new_tokens} tokens each, in {dtype_name(dtype)}",
+    )
     click.echo(f"  {'model':12} {'pass@1':>7} {'95 %':>14} {'tokens/s':>9}  programs")
     for name, folder in folders.items():
         scores = evaluate_model(

@@ -51,6 +51,7 @@ def main(
     and its tolerance. Reads study.*, seed and the model; writes paths.study/index.html, report.md,
     its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
     """
+    from pipeline.runtime.console import announce
     from pipeline.runtime.device import pick_device
     from pipeline.study.report import require_packages, write_study
     from pipeline.study.run import run_parts
@@ -64,6 +65,7 @@ def main(
         device=pick_device(params.device),
         seed=params.seed,
     )
+    announce("study", f"takes {subject.describe()} apart: {', '.join(parts or NAMES)}")
     sections: list[Section] = []
     for section in run_parts(subject, parts or NAMES):
         _print(section)
