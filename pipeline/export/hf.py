@@ -9,7 +9,6 @@ tokenizer with its chat template, and a model card (pipeline/export/card.py).
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError
-from pipeline.model.folder import TOKENIZER_FILES
+from pipeline.model.folder import TOKENIZER_FILES, copy_files
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
@@ -61,9 +60,7 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # written for their owner's eyes alone
         weights.chmod((folder / "config.json").stat().st_mode)
-    for file in TOKENIZER_FILES:
-        if (source / file).exists():
-            shutil.copyfile(source / file, folder / file)
+    copy_files(source, TOKENIZER_FILES, folder)
     _clean_tokenizer_config(folder / "tokenizer_config.json")
 
 

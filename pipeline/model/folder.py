@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +18,29 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+
+def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
+    """Copy a model folder's files, by names or patterns, into another folder; absent ones are left.
+
+    A link that leads out of the folder is refused: a stranger's folder could have a private file
+    copied, and published with the model, by linking to it. Only the hub's own cache, whose
+    snapshots link to the files beside them, is followed.
+
+    Raises:
+        DecantError: names the link.
+    """
+    inside = [source.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    for file in sorted(file for pattern in patterns for file in source.glob(pattern)):
+        whole = file.resolve()
+        if not any(whole.is_relative_to(folder) for folder in inside):
+            raise DecantError(
+                f"{file} is a link to {whole}, outside of its folder, and is not followed: put the "
+                "file itself there if it belongs to the model"
+            )
+        shutil.copyfile(whole, target / file.name)
 
 
 def hash_weights(folder: Path) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from pipeline.errors import DecantError
 from pipeline.model.base import Student
-from pipeline.model.folder import TOKENIZER_FILES
+from pipeline.model.folder import TOKENIZER_FILES, copy_files
 from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import ModelConfig, StudentModel
@@ -172,10 +171,8 @@ def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None)
             student.model.save_pretrained(partial)
         elif isinstance(student, StudentModel):
             _write_model(student, partial)
-        for name in TOKENIZER_FILES if tokenizer_from else ():
-            assert tokenizer_from is not None
-            if (tokenizer_from / name).exists():
-                shutil.copy(tokenizer_from / name, partial / name)
+        if tokenizer_from is not None:
+            copy_files(tokenizer_from, TOKENIZER_FILES, partial)
 
 
 def _write_model(student: StudentModel, folder: Path) -> None:

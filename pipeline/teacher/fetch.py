@@ -22,7 +22,7 @@ import torch
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.extras import require
-from pipeline.model.folder import TOKENIZER_FILES
+from pipeline.model.folder import TOKENIZER_FILES, copy_files
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
 from pipeline.storage import atomic_folder
@@ -137,9 +137,7 @@ def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
 def _from_folder(source: Path, folder: Path) -> None:
     if not (source / "config.json").exists():
         raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
-    for pattern in (*_MODEL_FILES, *TOKENIZER_FILES):
-        for file in sorted(source.glob(pattern)):
-            shutil.copy(file, folder / file.name)
+    copy_files(source, (*_MODEL_FILES, *TOKENIZER_FILES), folder)
 
 
 def _from_hub(hub: HubTeacher, folder: Path) -> None:

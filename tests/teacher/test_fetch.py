@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Params
@@ -175,3 +177,55 @@ def test_hub_out_of_reach_is_one_sentence(
 def test_hub_teacher_is_downloaded(tiny_params: Params, tmp_path: Path) -> None:
     fetch_teacher(change(tiny_params, teacher={"source": "hub"}).teacher, tmp_path / "teacher")
     assert describe(tmp_path / "teacher").startswith("qwen2, 24 layers")
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        "./a",
+        "a @ file:///a",
+        "--index-url=x",
+        "a>=1",
+        "a==1 --pre",
+        "a==1\n-r b",
+        "a==1\n",
+    ],
+)
+def test_a_wheel_is_a_name_and_a_version(requirement: str, tiny_params: Params) -> None:
+    """Anything else would let pip build, hence run, what it was pointed at."""
+    wheel = tiny_params.teacher.wheel.model_dump() | {"requirement": requirement}
+    with pytest.raises(ValidationError, match="requirement"):
+        change(tiny_params, teacher={"wheel": wheel})
+
+
+def test_links_out_of_a_teachers_folder_are_not_followed(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(teacher_folder, tmp_path / "source")
+    (tmp_path / "key").write_text("private")
+    (source / "chat_template.jinja").symlink_to("../key")
+    section = {"source": "folder", "folder": {"path": str(source)}}
+    teacher = change(tiny_params, teacher=section).teacher
+    with pytest.raises(DecantError, match=r"chat_template\.jinja is a link to .*key, outside"):
+        fetch_teacher(teacher, tmp_path / "teacher")
+    assert not (tmp_path / "teacher").exists()
+    (source / "chat_template.jinja").unlink()
+    (source / "config.json").rename(source / "other.json")
+    (source / "config.json").symlink_to("other.json")  # within the folder
+    fetch_teacher(teacher, tmp_path / "teacher")
+    assert not (tmp_path / "teacher" / "config.json").is_symlink()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_followed(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(teacher_folder, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    section = {"source": "folder", "folder": {"path": str(snapshot)}}
+    fetch_teacher(change(tiny_params, teacher=section).teacher, tmp_path / "teacher")
+    assert (tmp_path / "teacher" / "config.json").read_bytes() == (
+        teacher_folder / "config.json"
+    ).read_bytes()
