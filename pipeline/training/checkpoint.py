@@ -211,7 +211,10 @@ class Checkpoints:
 
 def _make_empty(folder: Path) -> None:
     for left_over in folder.parent.glob("*.partial"):
-        shutil.rmtree(left_over)
+        if left_over.is_dir():
+            shutil.rmtree(left_over)
+        else:  # of run.json
+            left_over.unlink()
     folder.mkdir(parents=True)
 
 

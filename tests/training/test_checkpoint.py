@@ -191,6 +191,14 @@ def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
     assert sizes[1] < 20_000
 
 
+def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    """A folder of a checkpoint, and a file: run.json lies there too."""
+    (tmp_path / "step_00000001.partial").mkdir()
+    (tmp_path / ".run.json.0123.partial").write_text("{")
+    Checkpoints(tmp_path).save(make_learner(), TrainState(2))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000002"]
+
+
 class RanksOfTwoMachines(Ranks):
     """Rank 0, whose peer has written its file to a disk of its own."""
 
@@ -228,7 +236,7 @@ def test_thirty_kills_change_nothing(
         if kills % 3 == 0:
             process.join(chance.uniform(0.0, 0.5))
         elif kills % 3 == 1:
-            while process.is_alive() and not any(folder.glob("*.partial")):
+            while process.is_alive() and not any(folder.glob("step_*.partial")):
                 process.join(0.0005)
         else:
             newest = Checkpoints(folder).names()[-1:]
@@ -241,7 +249,7 @@ def test_thirty_kills_change_nothing(
             number += 1
             continue
         kills += 1
-        while_writing += any(folder.glob("*.partial"))
+        while_writing += any(folder.glob("step_*.partial"))
         names = Checkpoints(folder).names()
         moments.update(names[-1:])
         assert all(_damage(folder / name) == "" for name in names)
