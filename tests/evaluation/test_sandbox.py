@@ -168,6 +168,27 @@ def test_ways_around_the_limits_are_closed(attempt: str) -> None:
 
 
 @sandboxed
+def test_pages_cannot_be_put_into_pipes() -> None:
+    """They would stay there when unmapped: 4.9 GB by one program that was limited to 512 MiB."""
+    program = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+class Vector(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
+page = ctypes.create_string_buffer(4096)
+(reading, writing), (_, another) = os.pipe(), os.pipe()
+vector = Vector(ctypes.addressof(page), 4096)
+done = [libc.vmsplice(writing, ctypes.byref(vector), 1, 0)]
+os.write(writing, b"x")
+done += [libc.tee(reading, another, 1, 0), libc.splice(reading, None, another, None, 1, 0)]
+print(done)
+"""
+    outcome = run_program(program, replace(LIMITS, seconds=10.0))
+    assert (outcome.status, outcome.output) == ("passed", "[-1, -1, -1]\n")
+    assert run_program(program, LIMITS, isolated=False).output == "[4096, 1, 1]\n"  # as it is
+
+
+@sandboxed
 def test_socket_pairs_work_and_hold_little() -> None:
     """Their buffers are the kernel's, which RLIMIT_AS does not count."""
     program = """
