@@ -255,7 +255,7 @@ def _announce(captures: list[Capture], todo: list[list[int]]) -> None:
     kept = f"top {made_from.k}" + (f" + {made_from.draws} draws" if made_from.draws else "")
     announce(
         "prepare",
-        f"keeps the {kept} of {tokens:,} tokens, {shards} shards, from {teacher.describe()}",
+        f"captures the {kept} of {tokens:,} tokens in {shards} shards from {teacher.describe()}",
         tokens * captures[0].seconds_per_token(),
     )
 

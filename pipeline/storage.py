@@ -129,28 +129,40 @@ def require_ours(address: Address, kind: str, *, key: str) -> bool:
         MismatchError: it holds anything else, which no stage may remove or write over.
     """
     folder = open_folder(address)
+    found = _read_mark(folder)
+    if found is None and (present := _names(address)):
+        if MARK not in present:
+            raise MismatchError(
+                f"{address} holds files, for example {present[0]}, but no mark of Decant's "
+                f"({MARK}), so it is left as it is: set {key} to another place or remove it"
+            )
+        found = _read_mark(folder)  # another process has just written it
+    if found is None or found == kind:
+        return found == kind
+    raise MismatchError(
+        f"{address} holds another thing of Decant's ({found or 'its mark is damaged'}) than "
+        f"{kind}: set {key} to another place, or remove it yourself"
+    )
+
+
+def _read_mark(folder: Folder) -> str | None:
+    """The kind that a folder's mark says; empty for a damaged mark, None for none."""
     try:
-        found = json.loads(folder.read(MARK))
+        return str(json.loads(folder.read(MARK))["kind"])
     except FileNotFoundError:
-        found = None
-    except (ValueError, RecursionError):
-        found = {}
-    if found == {"kind": kind}:
-        return True
-    if found is not None:
-        what = found.get("kind") if isinstance(found, dict) else None
-        raise MismatchError(
-            f"{address} holds another thing of Decant's ({what or 'its mark is damaged'}) than "
-            f"{kind}: set {key} to another place, or remove the folder yourself"
-        )
-    if (present := folder.sizes()) and MARK in present:  # another process has just written it
-        return require_ours(address, kind, key=key)
-    if present:
-        raise MismatchError(
-            f"{address} holds files that Decant did not write, for example {min(present)}, which "
-            f"are left alone: set {key} to another place"
-        )
-    return False
+        return None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def _names(address: Address) -> list[str]:
+    """What a place holds: of a folder on a disk all entries, links and empty folders too."""
+    if isinstance(address, Url):
+        return sorted(open_folder(address).sizes())
+    if not address.is_dir():
+        return []
+    names = (entry.name for entry in address.iterdir())
+    return sorted(name for name in names if not name.startswith(f".{MARK}"))  # being written
 
 
 @contextmanager
@@ -179,6 +191,7 @@ def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
             fsync(file)
         fsync(partial)
         if folder.exists():
+            require_ours(folder, kind, key=key)  # once more, since the block may take an hour
             shutil.rmtree(folder)
         partial.rename(folder)
         fsync(folder.parent)

@@ -113,6 +113,7 @@ class TextGenerator:
     ) -> None:
         self.folder = folder
         self.tokenizer = load_tokenizer(folder)
+        self.dtype = dtype
         self.student = place_rounded(load_student(folder).eval(), dtype, device)
         self.defaults = _folder_defaults(folder, self.tokenizer)
         self.counts = Counts()

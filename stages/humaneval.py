@@ -65,8 +65,8 @@ def main(
     dtype = inference_dtype(params.humaneval.dtype, device, key="humaneval.dtype")
     announce(
         "humaneval",
-        f"{', '.join(folders)} write {params.humaneval.samples} samples of each of {len(problems)} "
-        f"programs, up to {params.humaneval.max_new_tokens} tokens each, in {dtype_name(dtype)}",
+        f"{params.humaneval.samples} x {len(problems)} programs of up to "
+        f"{params.humaneval.max_new_tokens} tokens by {', '.join(folders)}, in {dtype_name(dtype)}",
     )
     click.echo(f"  {'model':12} {'pass@1':>7} {'95 %':>14} {'tokens/s':>9}  programs")
     for name, folder in folders.items():

@@ -44,7 +44,12 @@ def _run_gate(params: Params) -> None:
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
     device = pick_device(params.device)
-    dtype = inference_dtype(splits[0][1].fingerprint.dtype, device, key="prepare.dtype")
+    dtype = inference_dtype(
+        splits[0][1].fingerprint.dtype,
+        device,
+        key="the cache's dtype",
+        remedy="verify it where it was captured, or capture it again with another prepare.dtype",
+    )
     for corpus, reader in splits:
         stored = reader.fingerprint
         # What was kept, and how, is the cache's own affair; what it was made from must be here.

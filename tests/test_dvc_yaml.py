@@ -30,6 +30,7 @@ NO_EFFECT = {
     "pipeline.cli": "flags and exit status",
     "pipeline.config": "checks values, of which each stage names those it reads",
     "pipeline.errors": "words",
+    "pipeline.extras": "whether a package is installed",
     "pipeline.files": "how bytes get to a disk, not which",
     "pipeline.named_models": "which folders flags name, of which DVC gives one: --run NAME",
     "pipeline.storage": "how bytes get to a disk or an object store, not which",

@@ -15,7 +15,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError
 from pipeline.export.run import export_model
 from pipeline.export.source import find_model
-from pipeline.storage import MARK, atomic_folder, claim
+from pipeline.storage import MARK, LocalFolder, atomic_folder, claim
 from pipeline.teacher.fetch import fetch_teacher
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
@@ -65,16 +65,49 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "file").read_text() == "2"
 
 
-def test_claims_of_several_processes_at_once(tmp_path: Path) -> None:
-    """One sees an empty folder; before it looks again the other has marked and filled it."""
+def test_claims_of_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sees no mark; before it looks what lies there, the other has marked and filled it."""
+    read, seen = LocalFolder.read, []
+
+    def reads_late(folder: LocalFolder, key: str) -> bytes:
+        if not seen:
+            seen.append(key)
+            claim(tmp_path, "logits", key="paths.logits")
+            put(tmp_path, "train/zarr.json")
+            raise FileNotFoundError(key)
+        return read(folder, key)
+
+    monkeypatch.setattr(LocalFolder, "read", reads_late)
     claim(tmp_path, "logits", key="paths.logits")
-    put(tmp_path, "train/zarr.json")
+    assert json.loads((tmp_path / MARK).read_text()) == {"kind": "logits"}
+
+
+@pytest.mark.parametrize("text", ["{", "null", "[]", '{"kind": []}'])
+def test_other_and_damaged_marks_are_refused(text: str, tmp_path: Path) -> None:
     claim(tmp_path, "logits", key="paths.logits")
     with pytest.raises(MismatchError, match=r"another thing of Decant's \(logits\) than corpus"):
         claim(tmp_path, "corpus", key="paths.corpus")
-    (tmp_path / MARK).write_text("{")
-    with pytest.raises(MismatchError, match="its mark is damaged"):
+    (tmp_path / MARK).write_text(text)
+    with pytest.raises(MismatchError, match="another thing of Decant's"):
         claim(tmp_path, "logits", key="paths.logits")
+
+
+@pytest.mark.parametrize("name", ["llama", "download.partial/file", "empty/"])
+def test_links_empty_folders_and_partial_files_are_the_users(name: str, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    if name == "llama":
+        (models / name).symlink_to(tmp_path)
+    elif name.endswith("/"):
+        (models / name).mkdir()
+    else:
+        put(models, name)
+    with (
+        pytest.raises(MismatchError, match="no mark of Decant's"),
+        atomic_folder(models, "teacher", key="paths.teacher"),
+    ):
+        pass
+    assert [entry.name for entry in models.iterdir()] == [name.split("/")[0]]
 
 
 def test_text_at_paths_corpus_is_left_alone(tiny_params: Params, tmp_path: Path) -> None:
@@ -99,7 +132,7 @@ def test_overwrite_of_prepare_removes_a_cache_alone(tiny_cache: Params, tmp_path
     other = change(tiny_cache, prepare={"k": 5})
     mine = put(tmp_path / "data", "train/zarr.json", "a.txt")
     elsewhere = change(tiny_cache, paths={"logits": str(tmp_path / "data")})
-    with pytest.raises(MismatchError, match="files that Decant did not write"):
+    with pytest.raises(MismatchError, match="no mark of Decant's"):
         open_captures(elsewhere, overwrite=True)
     assert files(tmp_path / "data") == mine
     over_corpus = change(tiny_cache, paths={"logits": str(tiny_cache.paths.corpus)})
@@ -141,7 +174,7 @@ def test_fetch_replaces_a_fetched_teacher_alone(
 def test_overwrite_of_train_removes_a_run_alone(tiny_cache: Params) -> None:
     folder = tiny_cache.paths.runs / "mine"
     mine = put(folder, "model/config.json", "notes.txt")
-    with pytest.raises(MismatchError, match="files that Decant did not write"):
+    with pytest.raises(MismatchError, match="no mark of Decant's"):
         run_training(tiny_cache, "mine", overwrite=True)
     assert files(folder) == mine
     shutil.rmtree(folder / "model")
@@ -151,9 +184,18 @@ def test_overwrite_of_train_removes_a_run_alone(tiny_cache: Params) -> None:
     assert json.loads((folder / "run.json").read_text())["train"]["steps"] == 4
 
 
+def test_checkpoints_elsewhere_are_claimed(tiny_cache: Params, tmp_path: Path) -> None:
+    mine = put(tmp_path / "mine" / "student", "step_1000/model.pt", "step_00000002/model.pt")
+    params = change(tiny_cache, paths={"checkpoints": str(tmp_path / "mine")})
+    with pytest.raises(MismatchError, match=r"set paths\.checkpoints to another place"):
+        run_training(params, "student")
+    assert files(tmp_path / "mine" / "student") == mine
+
+
 def test_checkpoints_go_and_what_lies_beside_them_stays(tmp_path: Path) -> None:
-    mine = put(tmp_path / "checkpoints", "notes.txt", "archive/step_1.txt")
-    put(tmp_path / "checkpoints", "run.json", "step_00000002/complete.json")
+    mine = put(tmp_path / "checkpoints", "notes.txt", "archive/step_1.txt", "step_10/model.pt")
+    put(tmp_path / "checkpoints", "run.json", "step_00000002/complete.json", MARK)
+    put(tmp_path / "checkpoints", "step_00000004.partial/state.json", ".run.json.1.partial")
     Checkpoints(tmp_path / "checkpoints").remove()
     assert files(tmp_path / "checkpoints") == mine
 

@@ -52,6 +52,7 @@ _VARIABLES = {
 }
 _WITHOUT_EFFECT = {
     "break-system-packages",
+    "config-file",
     "disable-pip-version-check",
     "no-color",
     "no-input",

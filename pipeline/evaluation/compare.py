@@ -96,7 +96,8 @@ def _announce(
     params: EvaluateParams,
     attention: Attention,
 ) -> None:
-    rows = corpus.rows(0, params.batch_rows if teacher.device.type == "cuda" else 1)
+    at_once = params.batch_rows if teacher.device.type == "cuda" else 1
+    rows = corpus.rows(0, min(at_once, len(corpus)))
 
     def judge() -> None:
         unused = {

@@ -84,7 +84,7 @@ def fingerprint_of(
         "tokenizer": hash_tokenizer(generator.folder),
         "problems": hash_problems(problems),
         **chosen,
-        "dtype": dtype_name(weight.dtype),
+        "dtype": dtype_name(generator.dtype),
         "device": weight.device.type,
         "ends": sorted(_end_ids(generator)),
         "stop": list(STOP),

@@ -56,8 +56,11 @@ class ProductModel:
     """Hidden states times the head, in float32 weights under autocast, as students are trained."""
 
     def __init__(self, student: Student, dtype: torch.dtype) -> None:
+        device = student.head_weight.device
+        self._dtype = compute_dtype(dtype, device)
+        if self._dtype != dtype:  # no autocast to round the weights
+            student = place_rounded(student, dtype, device)
         self._student = student.eval()
-        self._dtype = compute_dtype(dtype, student.head_weight.device)
         head = student.head_weight.detach()
         self._head = head.float() if head.device.type == "cpu" else head  # see mm_float32
         self.parameters = student.count_parameters()

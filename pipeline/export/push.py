@@ -55,7 +55,12 @@ def push(folder: Path, repo_id: str, *, public: bool) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export by Decant")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[name for name, _ in files_of(folder)],
+            commit_message="Export by Decant",
+        )
     except Exception as error:  # HTTP, authentication and connection errors of three libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DecantError(

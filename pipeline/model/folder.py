@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import DecantError
+from pipeline.storage import MARK
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,19 +24,21 @@ TOKENIZER_FILES = (
 def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
     """Copy a model folder's files, by names or patterns, into another folder; absent ones are left.
 
-    A link that leads out of the folder is refused: a stranger's folder could have a private file
-    copied, and published with the model, by linking to it. Only the hub's own cache, whose
-    snapshots link to the files beside them, is followed.
+    A link that leads out of a folder that Decant did not make is refused: a stranger's folder could
+    have a private file copied, and published with the model, by linking to it. Only the hub's own
+    cache, whose snapshots link to the files beside them, is followed. Decant's own folders may be
+    links into DVC's cache.
 
     Raises:
         DecantError: names the link.
     """
+    trusted = (source / MARK).exists()
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
     for file in sorted(file for pattern in patterns for file in source.glob(pattern)):
         whole = file.resolve()
-        if not any(whole.is_relative_to(folder) for folder in inside):
+        if not (trusted or any(whole.is_relative_to(folder) for folder in inside)):
             raise DecantError(
                 f"{file} is a link to {whole}, outside of its folder, and is not followed: put the "
                 "file itself there if it belongs to the model"

@@ -72,7 +72,9 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
         DecantError: a stage that the page shows has not run, which is named, or one of its files
             cannot be read.
     """
-    announce("report", f"draws what the stages wrote under {params.paths.runs.parent}, in seconds")
+    announce(
+        "report", f"writes {params.paths.report / 'index.html'} from what the other stages left"
+    )
     require("jinja2", "report", "the report")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -71,19 +71,20 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
-def inference_dtype(name: str, device: torch.device, *, key: str) -> torch.dtype:
+def inference_dtype(name: str, device: torch.device, *, key: str, remedy: str = "") -> torch.dtype:
     """The format in which a model is run without gradients; `auto` is float16 on a GPU.
 
     Args:
         name: "auto", "float32", "bfloat16" or "float16".
-        key: the parameter that holds `name`, for messages.
+        key: what holds `name`, a parameter for example; remedy: what to do where the format is slow
+            or missing, by default to set the parameter. Both are for messages.
 
     Raises:
         ParamsError: bfloat16 on a GPU that has none.
     """
     if name == "auto":
         return torch.float16 if device.type == "cuda" else _fastest_wide_range(device)
-    return _asked_for(name, device, key)
+    return _asked_for(name, device, key, remedy or f"set {key} to auto or float32")
 
 
 def training_dtype(name: str, device: torch.device, *, key: str = "train.dtype") -> torch.dtype:
@@ -95,7 +96,7 @@ def training_dtype(name: str, device: torch.device, *, key: str = "train.dtype")
         ParamsError: bfloat16 on a GPU that has none.
     """
     if name != "auto":
-        return _asked_for(name, device, key)
+        return _asked_for(name, device, key, f"set {key} to auto or float32")
     dtype = _fastest_wide_range(device)
     if device.type == "cuda" and dtype == torch.float32:
         say(f"{key}=auto is float32 here: {_gpu_name(device)} has no bfloat16 units")
@@ -126,12 +127,26 @@ def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Mod
 def has_bfloat16_units(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself: AMX or AVX512-BF16, or a GPU from Ampere on.
 
-    PyTorch is asked, not the operating system, since a library may be told to use less than the
-    processor has (ONEDNN_MAX_CPU_ISA).
+    PyTorch is asked, not the operating system, since its oneDNN may be told to use AVX2 alone
+    (ONEDNN_MAX_CPU_ISA=AVX2).
     """
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     return _cpu_has_bfloat16_units()
+
+
+def rounds_float32_factors(device: torch.device) -> bool:
+    """Whether a product of float32 factors can round them to bfloat16 itself, at its units' speed.
+
+    On x86 oneDNN does so by AMX alone; AVX512-BF16 takes factors that are bfloat16 already.
+    """
+    if not has_bfloat16_units(device):
+        return False
+    return not _is_x86() or torch.cpu._is_amx_tile_supported()
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 @cache
@@ -139,7 +154,7 @@ def _cpu_has_bfloat16_units() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     usable: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # true for emulation on AVX512 too
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    if _is_x86():
         cpu = torch.cpu
         return usable and (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
     return usable
@@ -149,14 +164,14 @@ def _fastest_wide_range(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
 
 
-def _asked_for(name: str, device: torch.device, key: str) -> torch.dtype:
+def _asked_for(name: str, device: torch.device, key: str, remedy: str) -> torch.dtype:
     dtype = DTYPES[name]
     if device.type == "cpu":
-        _warn_if_slow(key, compute_dtype(dtype, device))
+        _warn_if_slow(key, compute_dtype(dtype, device), remedy)
     elif dtype == torch.bfloat16 and not has_bfloat16_units(device):
         raise ParamsError(
             f"{key}=bfloat16, but {_gpu_name(device)} has no bfloat16 units (NVIDIA GPUs have them "
-            f"from compute capability 8.0, Ampere, on): set {key} to auto or float32"
+            f"from compute capability 8.0, Ampere, on): {remedy}"
         )
     return dtype
 
@@ -167,15 +182,15 @@ def _gpu_name(device: torch.device) -> str:
 
 
 @cache
-def _warn_if_slow(key: str, dtype: torch.dtype) -> None:
+def _warn_if_slow(key: str, dtype: torch.dtype, remedy: str) -> None:
     """Say in one line how much slower than float32 a format is on this CPU, once for each key."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or _cpu_has_bfloat16_units():
         return
     factor = _linear_seconds(dtype) / _linear_seconds(torch.float32)
     if factor >= _SLOWER:
         say(
             f"warning: {key}={dtype_name(dtype)} takes {factor:.1f} times as long as float32 on "
-            f"this processor, which has no units for it: set {key} to auto or float32"
+            f"this processor, which has no units for it: {remedy}"
         )
 
 

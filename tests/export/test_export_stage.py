@@ -21,6 +21,7 @@ from pipeline.export.push import files_of, require_repo_id
 from pipeline.export.run import export_model
 from pipeline.export.source import Exported, find_model, text_to_check_by
 from pipeline.model.weights import load_student, save_student
+from pipeline.storage import MARK
 from stages import export as stage
 from tests.conftest import ROOT, change
 from tests.export.conftest import text_of_many_lines
@@ -110,6 +111,7 @@ PUSH = (
 def test_every_byte_arrives(visibility: str, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     folder.mkdir()
+    (folder / MARK).write_text("{}")  # concerns this machine alone
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(os.urandom(300_000))
@@ -123,6 +125,7 @@ def test_every_byte_arrives(visibility: str, tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.address}/some-org/tiny"
+    (folder / MARK).unlink()
     assert hub.files == {file.name: file.read_bytes() for file in folder.iterdir()}
     assert hub.repositories["some-org/tiny"]["visibility"] == visibility
     assert hub.tokens == {"Bearer hf_of_the_test"}

@@ -100,7 +100,11 @@ def test_operations_worked_by_hand() -> None:
 
 def of_teacher(**changes: Any) -> TeacherParams:
     sources = {
-        "wheel": {"requirement": "x", "member": "m/SmolLM2-135M-Instruct.Q4_1.gguf", "sha256": "0"},
+        "wheel": {
+            "requirement": "x==1",
+            "member": "m/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "sha256": "0",
+        },
         "gguf": {"path": "models/Qwen2.5-Coder-7B-Instruct-Q8_0.gguf", "sha256": None},
         "folder": {"path": "models/absent"},
         "hub": {"id": "Qwen/Qwen2.5-Coder-7B", "revision": "main"},

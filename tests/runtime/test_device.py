@@ -20,6 +20,7 @@ from pipeline.runtime.device import (
     inference_dtype,
     pick_device,
     place_rounded,
+    rounds_float32_factors,
     training_dtype,
 )
 from pipeline.runtime.numerics import mm_float32
@@ -116,6 +117,7 @@ def test_bfloat16_is_refused_on_a_gpu_that_has_none(units: pytest.MonkeyPatch) -
 def test_a_slow_format_is_told_once_with_the_factor(
     units: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    of_cpu(units, onednn=False, amx=False, avx512_bf16=False)
     seconds = {FLOAT32: 0.001, BFLOAT16: 0.0072}
     units.setattr(hardware, "_linear_seconds", seconds.__getitem__)
     for _ in range(2):
@@ -124,15 +126,19 @@ def test_a_slow_format_is_told_once_with_the_factor(
         "warning: train.dtype=bfloat16 takes 7.2 times as long as float32 on this processor, which "
         "has no units for it: set train.dtype to auto or float32\n"
     )
-    seconds[BFLOAT16] = 0.0005
+    hardware._cpu_has_bfloat16_units.cache_clear()
+    of_cpu(units, onednn=True, amx=True, avx512_bf16=True)  # on a busy machine, say
     assert inference_dtype("bfloat16", CPU, key="prepare.dtype") == BFLOAT16
     assert inference_dtype("float16", CPU, key="prepare.dtype") == FLOAT16  # computed in float32
     assert not capsys.readouterr().out
 
 
 def test_the_factor_is_measured() -> None:
-    assert 0.0 < hardware._linear_seconds(FLOAT32) < 60.0
-    assert 0.0 < hardware._linear_seconds(BFLOAT16) < 60.0
+    """Sixteen times as much work takes longer: the clock is about the product."""
+    small, large = torch.ones(16, 64), torch.ones(256, 1024)
+    fast, slow = (hardware.seconds_of(lambda x=x: x @ x.T, CPU) for x in (small, large))
+    assert 0.0 < fast < slow
+    assert hardware._linear_seconds(FLOAT32) > 0.0
 
 
 def test_float16_on_a_cpu_rounds_weights_and_computes_in_float32() -> None:
@@ -168,9 +174,11 @@ def test_products_round_factors_alone(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, has_units: bool
 ) -> None:
     """Against float64 products of rounded factors, with units and (emulated) without."""
-    if has_units and not has_bfloat16_units(CPU):
-        pytest.skip("this processor has no bfloat16 units")
-    monkeypatch.setattr("pipeline.runtime.numerics.has_bfloat16_units", lambda device: has_units)
+    if has_units and not rounds_float32_factors(CPU):
+        pytest.skip("this processor has no units that round float32 factors")
+    monkeypatch.setattr(
+        "pipeline.runtime.numerics.rounds_float32_factors", lambda device: has_units
+    )
     a, b = torch.randn(7, 64), torch.randn(64, 11)
     expected = a.to(dtype).double() @ b.to(dtype).double()
     torch.testing.assert_close(mm_float32(a, b, dtype).double(), expected, atol=2e-5, rtol=1e-5)
