@@ -34,7 +34,7 @@ import torch
 from pipeline.capture import Capture, CaptureResult, disk_errors, open_captures, say_repaired
 from pipeline.config import Params
 from pipeline.errors import DecantError, ParamsError
-from pipeline.runtime.console import progress_bar
+from pipeline.runtime.console import announce, progress_bar
 from pipeline.runtime.optional import import_ray
 from pipeline.store.check import Damage
 
@@ -64,6 +64,8 @@ def capture_on_ray(
         todo: list[Outstanding] = ray.get(crew[0].open.remote(overwrite=overwrite, repair=repair))
         for split in todo:
             say_repaired(split.split, split.repaired)
+        shards, tokens = sum(len(s.missing) for s in todo), sum(s.tokens for s in todo)
+        announce("prepare", f"{len(crew)} actors capture {tokens:,} tokens in {shards} shards")
         _distribute(ray, crew, todo)
     return [
         CaptureResult(
