@@ -52,7 +52,7 @@ def main(
     its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
     """
     from pipeline.runtime.console import announce
-    from pipeline.runtime.device import inference_dtype, pick_device
+    from pipeline.runtime.device import pick_device
     from pipeline.study.report import require_packages, write_study
     from pipeline.study.run import run_parts
     from pipeline.study.subject import Subject, locate
@@ -65,7 +65,6 @@ def main(
         device=pick_device(params.device),
         seed=params.seed,
     )
-    inference_dtype(params.study.dtype, subject.device, key="study.dtype")  # before the long parts
     announce("study", f"takes {subject.describe()} apart: {', '.join(parts or NAMES)}")
     sections: list[Section] = []
     for section in run_parts(subject, parts or NAMES):

@@ -24,6 +24,16 @@ TOKENIZER_FILES = (
 def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
     """Copy a model folder's files, by names or patterns, into another folder; absent ones are left.
 
+    Raises:
+        DecantError: as `files_to_copy`.
+    """
+    for file in files_to_copy(source, patterns):
+        shutil.copyfile(file, target / file.name)
+
+
+def files_to_copy(source: Path, patterns: Iterable[str]) -> list[Path]:
+    """A model folder's files, by names or patterns, all of which may be copied.
+
     A link that leads out of a folder that Decant did not make is refused: a stranger's folder could
     have a private file copied, and published with the model, by linking to it. Only the hub's own
     cache, whose snapshots link to the files beside them, is followed. Decant's own folders may be
@@ -36,14 +46,15 @@ def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
-    for file in sorted(file for pattern in patterns for file in source.glob(pattern)):
+    files = sorted(file for pattern in patterns for file in source.glob(pattern))
+    for file in files:
         whole = file.resolve()
         if not (trusted or any(whole.is_relative_to(folder) for folder in inside)):
             raise DecantError(
                 f"{file} is a link to {whole}, outside of its folder, and is not followed: put the "
                 "file itself there if it belongs to the model"
             )
-        shutil.copyfile(whole, target / file.name)
+    return files
 
 
 def hash_weights(folder: Path) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.errors import ParamsError
 from pipeline.generation import GenerationSettings, decode_steps
-from pipeline.runtime.device import compute_dtype, dtype_name, inference_dtype, place_rounded
+from pipeline.runtime.device import compute_dtype, dtype_name, place_rounded
 from pipeline.study.section import Picture, Section, Table
 from pipeline.study.subject import Subject
 
@@ -55,7 +55,7 @@ def speed(subject: Subject) -> Section:
         )
     if params.new_tokens < 2:
         raise ParamsError("study.new_tokens=1 leaves no decode step to time: set it to 2 or more")
-    dtype = inference_dtype(params.dtype, subject.device, key="study.dtype")
+    dtype = subject.speed_dtype
     ours, theirs = (
         _in_format(model, dtype, subject.device) for model in (subject.ours, subject.theirs)
     )

@@ -18,6 +18,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.student import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.weights import load_student, read_config
+from pipeline.runtime.device import inference_dtype
 from pipeline.runtime.optional import import_transformers
 from pipeline.teacher.fetch import download_snapshot
 
@@ -55,7 +56,8 @@ class Subject:
         layer: the decoder layer looked into, from 0.
 
     Raises:
-        ParamsError: no such layer, or prompt and new tokens exceed the model's context.
+        ParamsError: no such layer, prompt and new tokens exceed the model's context, or the device
+            has no units for study.dtype.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Subject:
         self.params = params
         self.layer = layer
         self.device = device
+        self.speed_dtype = inference_dtype(params.dtype, device, key="study.dtype")
         self.seed = seed
         self.tokenizer = load_tokenizer(folder)
         layers = self.config.num_hidden_layers

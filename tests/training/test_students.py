@@ -292,3 +292,15 @@ def test_another_start_is_another_run(tiny_cache: Params, qwen3: Path) -> None:
     with pytest.raises(MismatchError, match="start_sha256"):
         run_training(params, "student")
     assert run_training(params, "student", overwrite=True).state is not None
+
+
+def test_a_tokenizer_that_could_not_be_saved_is_refused_before_training(
+    tiny_cache: Params, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_cache.paths.teacher, tmp_path / "linked")
+    (teacher / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (teacher / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    params = change(tiny_cache, paths={"teacher": str(teacher)})
+    with pytest.raises(DecantError, match=r"tokenizer\.json is a link to .*, outside"):
+        run_training(params, "student")
+    assert not (params.paths.runs / "student" / "dvclive").exists()  # no step was taken
