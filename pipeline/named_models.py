@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.config import Paths
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.folder import teacher_folder
 
 
 def run_folder(runs: Path, name: str) -> Path:
@@ -67,7 +68,7 @@ def name_models(
             raise ParamsError(f"two models are called {name}: give each a name of its own")
     found = {}
     if teacher:
-        found[teacher] = require_model(paths.teacher, "run stages/fetch.py first")
+        found[teacher] = require_model(teacher_folder(paths.teacher), "run stages/fetch.py first")
     found |= {name: run_model(paths.runs, name) for name in runs}
     return found | {name: require_model(folder) for name, folder in given}
 

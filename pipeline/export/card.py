@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 
 from pipeline.config import Params
 from pipeline.files import read_json_object
+from pipeline.model.folder import teacher_folder
 
 _FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
 _FROM_CACHE = (
@@ -92,7 +93,7 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
 
 def run_license(params: Params) -> str | None:
     """export.license, else what the teacher's own card says, else None."""
-    return params.export.license or card_license(params.paths.teacher)
+    return params.export.license or card_license(teacher_folder(params.paths.teacher))
 
 
 def card_license(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pipeline.advise import break_even_passes
 from pipeline.config import Params
 from pipeline.errors import ParamsError
+from pipeline.model.folder import teacher_folder
 from pipeline.plan.devices import DEVICES, Device
 from pipeline.plan.shapes import Shape, student_shape, teacher_shape
 from pipeline.plan.storage import CORPUS_BYTES, CacheSize, Mode, cache_size
@@ -106,7 +107,7 @@ def make_plan(params: Params) -> Plan:
             or student.layers ask for more than the teacher has.
     """
     params = _settled(params)
-    teacher_name, teacher = teacher_shape(params.teacher, params.paths.teacher)
+    teacher_name, teacher = teacher_shape(params.teacher, teacher_folder(params.paths.teacher))
     if params.prepare.k > teacher.vocab_size:
         raise ParamsError(
             f"prepare.k={params.prepare.k} exceeds the {teacher.vocab_size} rows of the teacher's "

@@ -23,7 +23,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.losses.reference import require_expressible
-from pipeline.model.folder import hash_weights
+from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
@@ -147,9 +147,9 @@ def _teachers(
             for split in (corpus, held_out)
         ]
         for reader in readers:
-            _require_same_teacher(reader, params.paths.teacher)
+            _require_same_teacher(reader, teacher_folder(params.paths.teacher))
         return CachedTeacher(readers[0]), CachedTeacher(readers[1])
-    require_tokenizer(params.paths.teacher, corpus)
+    require_tokenizer(teacher_folder(params.paths.teacher), corpus)
     temperature = params.train.temperature
     live = open_teacher(params, corpus.info.vocab_size, teacher_dtype(params, device), device)
     training, validation = (
@@ -170,7 +170,7 @@ def _teachers(
 
 def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
     """Training needs no teacher, but where one is at hand it must be the cache's."""
-    if not teacher.exists():
+    if not (teacher / "config.json").exists():
         return
     found = hash_weights(teacher)
     if found != reader.fingerprint.teacher_sha256:
@@ -218,6 +218,7 @@ def _identity(
     params: Params, corpus: CorpusSplit, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
+    teacher = teacher_folder(params.paths.teacher)
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student", "train"})
     identity["train"]["dtype"] = dtype_name(dtype)
     identity["corpus_sha256"] = corpus.info.sha256
@@ -231,8 +232,8 @@ def _identity(
     if params.train.teacher == "online":
         kept = params.prepare.model_dump(mode="json", include={"k", "draws"})
         kept["dtype"] = dtype_name(teacher_dtype(params, device))
-        identity |= {"online": kept, "teacher_sha256": hash_weights(params.paths.teacher)}
-    if start := start_folder(params.student, params.paths.teacher):
+        identity |= {"online": kept, "teacher_sha256": hash_weights(teacher)}
+    if start := start_folder(params.student, teacher):
         identity["start_sha256"] = hash_weights(start)
     return dict(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
 
