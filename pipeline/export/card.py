@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from pipeline.config import Params
 from pipeline.files import read_json_object
 from pipeline.model.folder import teacher_folder
+from pipeline.named_models import is_of_run
 
 _FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
 _FROM_CACHE = (
@@ -72,7 +73,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         f"# {run}\n\nA causal language model, {_HOW.get(how, 'trained')} by Decant.",
         _use(files),
         "## Training\n\n" + _table(("", ""), [*origin, *_training(about)]),
-        _evaluation(read_json_object(params.paths.evaluate / "metrics.json"), run),
+        _evaluation(params, run),
         _terms(run_license(params), "the teacher and the data"),
     ]
     return _page(front, sections)
@@ -164,10 +165,11 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _evaluation(metrics: Mapping[str, Any], run: str) -> str:
+def _evaluation(params: Params, run: str) -> str:
+    metrics = read_json_object(params.paths.evaluate / "metrics.json")
     shown = {name: metrics[name] for name in ("teacher", run) if name in metrics}
-    if run not in shown:
-        return ""
+    if run not in shown or not is_of_run(params.paths.runs, run, shown[run].get("model_sha256")):
+        return ""  # it was not judged, or has been trained again since
     head = ("", *shown)
     rows = [
         (words, *(f"{scores[key]:.4f}" for scores in shown.values()))

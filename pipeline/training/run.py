@@ -22,6 +22,7 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
+from pipeline.files import read_json_object, write_json
 from pipeline.losses.reference import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.named_models import run_folder
@@ -118,6 +119,7 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
     )
     gather_parameters(student.model, ranks)
     ranks.on_first(lambda: student.save(folder))
+    ranks.on_first(lambda: _sign(folder))
     ranks.on_first(checkpoints.remove)
     return RunResult(folder, state, student.model.count_parameters(), trained, dtype_name(dtype))
 
@@ -256,12 +258,19 @@ def _claim(
             for name in ("run.json", *_FOLDERS, "dvclive"):
                 open_folder(folder).remove(name)
         elif finished:
+            _sign(folder)
             return True
     claim(checkpoints.address, "checkpoints", key="paths.checkpoints")
     text = json.dumps(identity, indent=2) + "\n"
     for place in places:
         place.write("run.json", text.encode())
     return False
+
+
+def _sign(folder: Path) -> None:
+    """Put the model's hash beside the run's metrics, as every later measurement has it."""
+    file = folder / "dvclive" / "metrics.json"
+    write_json(file, read_json_object(file) | {"model_sha256": hash_weights(folder / "model")})
 
 
 def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any]:
