@@ -13,18 +13,33 @@ if TYPE_CHECKING:
 
 
 @stage
-def main(params: Params) -> None:
+@click.option("--overwrite", is_flag=True, help="Make it again though nothing has changed.")
+def main(params: Params, overwrite: bool) -> None:
     """Tokenize, split and pack the corpus into rows.
 
     Documents are deduplicated, divided into train and validation by a hash of their text, closed
     by an end-of-text token, and packed into rows of corpus.row_length tokens, cut at row ends or
-    whole; document ids are kept. Conversations go through the teacher's chat template. Reads
-    corpus.* and the teacher's tokenizer; writes paths.corpus.
+    whole; document ids are kept. Conversations go through the teacher's chat template. Where text,
+    tokenizer and parameters are what the corpus at hand was made from, there is nothing to do.
+    Reads corpus.* and the teacher's tokenizer; writes paths.corpus.
     """
-    from pipeline.data.corpus import build_corpus
+    from pipeline.data.made_from import (
+        forget_made_from,
+        is_there,
+        made_from,
+        read_made_from,
+        write_made_from,
+    )
     from pipeline.model.folder import teacher_folder
 
-    splits = build_corpus(params.corpus, teacher_folder(params.paths.teacher), params.paths.corpus)
+    teacher, address = teacher_folder(params.paths.teacher), params.paths.corpus
+    source = made_from(params.corpus, teacher, address)
+    if not overwrite and read_made_from(address) == source and is_there(address):
+        announce("corpus", f"has nothing to do: {address} was made from the same text")
+        return
+    forget_made_from(address)
+    splits = build_corpus(params.corpus, teacher, address)
+    write_made_from(address, source)
     for name, info in splits.items():
         click.echo(
             f"corpus: {name} {info.num_tokens:,} tokens in {info.num_rows:,} rows from "

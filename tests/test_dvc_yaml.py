@@ -32,6 +32,7 @@ NO_EFFECT = {
     "pipeline.errors": "words",
     "pipeline.extras": "whether a package is installed",
     "pipeline.files": "how bytes get to a disk, not which",
+    "pipeline.hashes": "of what a stage names among its deps, or looks at itself",
     "pipeline.named_models": "which folders flags name, of which DVC gives one: --run NAME",
     "pipeline.storage": "how bytes get to a disk or an object store, not which",
     "pipeline.runtime.console": "progress bars and messages",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
+from pipeline.hashes import hash_file
 from pipeline.storage import MARK
 
 TOKENIZER_FILES = (
@@ -131,13 +132,6 @@ def hash_weights(folder: Path) -> str:
     return _hash_files(files)
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a model folder that a stage may read, by name."""
-    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
-    files = {file for pattern in patterns for file in folder.glob(pattern)}
-    return {file.name: _hash_files([file]) for file in sorted(files)}
-
-
 def hash_tokenizer(folder: Path) -> str:
     """sha256 of tokenizer.json: vocabulary, merges, splitting and normalisation."""
     return _hash_files([folder / "tokenizer.json"])
@@ -157,5 +151,4 @@ def _hash_files(files: Sequence[Path]) -> str:
 @lru_cache(maxsize=64)
 def _hash_file(file: Path, size: int, changed: int) -> bytes:
     """sha256 of a file of that size and time of change: a teacher is hashed for each split."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+    return bytes.fromhex(hash_file(file))

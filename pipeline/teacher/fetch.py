@@ -26,13 +26,13 @@ from pipeline.config import GgufTeacher, HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.extras import require
 from pipeline.files import write_json
+from pipeline.hashes import SEEN, hash_changed, hash_file
 from pipeline.hub import commit_of
 from pipeline.model.folder import (
     MODEL_FILES,
     POINTER,
     TOKENIZER_FILES,
     files_to_copy,
-    hash_files,
     hub_snapshot,
     read_pointer,
     teacher_folder,
@@ -123,14 +123,14 @@ def _hash_folder(source: Path, folder: Path) -> Any:
         return before["files"]  # of a source that has gone since, nothing can have changed
     if not (source / "config.json").exists():
         raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
-    files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links out of it
-    return hash_files(source)
+    files = files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links out of it
+    hashes = hash_changed(files, folder / SEEN)
+    return {Path(name).name: sha256 for name, sha256 in hashes.items()}
 
 
 def _hash_gguf(params: GgufTeacher, folder: Path) -> str:
     if params.path.exists():
-        with params.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hash_changed([params.path], folder / SEEN)[str(params.path)]
     before = read_pointer(folder)
     if before.get("source") != "gguf":
         raise DecantError(f"teacher GGUF {params.path} does not exist: set teacher.gguf.path")
@@ -171,8 +171,7 @@ def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
     transformers = import_transformers()
     if not file.exists():
         raise DecantError(f"teacher GGUF {file} does not exist: set teacher.gguf.path")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = hash_file(file)
     if sha256 is not None and found != sha256:
         raise DecantError(
             f"{file.name} has sha256 {found}, pinned is {sha256}: it is another file or damaged"

@@ -1,0 +1,102 @@
+"""What a corpus was made from, by which the stage sees whether there is anything to do.
+
+DVC follows paths, but not what a pattern matches, a dataset on the hub, or the running Python's
+library. So it starts stages/corpus.py each time, and the stage compares `source.json` in the corpus
+with what it would be now: parameters, hashes of the text, the tokenizer's files, and the code that
+makes rows of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import CorpusParams
+from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.data.sources import find_files, stdlib_files
+from pipeline.errors import DecantError
+from pipeline.hashes import SEEN, hash_changed
+from pipeline.hub import commit_of
+from pipeline.model.folder import POINTER, TOKENIZER_FILES
+from pipeline.storage import Address, Url, open_folder, require_ours
+
+_HERE = Path(__file__).parent
+_CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
+
+
+def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str, Any]:
+    """What the corpus at `address` is to be made from.
+
+    Text that has gone is taken to be as it was: on a machine that has the corpus alone, none of it
+    can have changed.
+
+    Raises:
+        DecantError: the text is nowhere, and no corpus was made from it.
+    """
+    before = read_made_from(address)
+    unused = {"files", "hub"} - {params.source}
+    values = params.model_dump(mode="json", exclude=unused)
+    try:
+        text = _text(params, None if isinstance(address, Url) else address / SEEN, before)
+    except DecantError:
+        if before.get("corpus") != values:
+            raise
+        text = before["text"]
+    tokenizer = [teacher / name for name in TOKENIZER_FILES if (teacher / name).exists()]
+    code = b"".join(file.read_bytes() for file in sorted(_CODE))
+    return {
+        "corpus": values,
+        "text": text,
+        "tokenizer": [[Path(name).name, h] for name, h in hash_changed(tokenizer, None).items()],
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+    }
+
+
+def _text(params: CorpusParams, seen: Path | None, before: dict[str, Any]) -> Any:
+    """What stands for the text: hashes of files in their order, or a commit on the hub."""
+    if params.source == "hub":
+        known = before.get("text")
+        return commit_of(
+            params.hub.id,
+            params.hub.revision,
+            kind="dataset",
+            named="corpus.hub.revision",
+            otherwise=known if isinstance(known, str) else None,
+        )
+    if params.source == "files":
+        files = [Path(name) for name in find_files(params.files.paths)]
+        return [list(entry) for entry in hash_changed(files, seen).items()]
+    digest = hashlib.sha256()
+    for file in stdlib_files():
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def read_made_from(address: Address) -> dict[str, Any]:
+    """What `source.json` of a corpus says; empty where there is none that can be read."""
+    try:
+        found = json.loads(open_folder(address).read(POINTER))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_there(address: Address) -> bool:
+    """Whether there is a corpus that its readers will open."""
+    try:
+        return all(len(CorpusSplit(address, split)) for split in SPLITS)
+    except DecantError:
+        return False
+
+
+def forget_made_from(address: Address) -> None:
+    """Before another corpus is made in the place of one: killed meanwhile, it is not taken for it."""
+    if require_ours(address, "corpus", key="paths.corpus"):
+        open_folder(address).remove(POINTER)
+
+
+def write_made_from(address: Address, content: dict[str, Any]) -> None:
+    """Say what a corpus was made from, once it is whole."""
+    open_folder(address).write(POINTER, (json.dumps(content, indent=2) + "\n").encode())
