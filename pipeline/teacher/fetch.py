@@ -26,8 +26,9 @@ from pipeline.model.folder import TOKENIZER_FILES, copy_files
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
 from pipeline.storage import atomic_folder
+from pipeline.teacher.front_matter import CARD, write_gguf_card
 
-_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
+_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", CARD)
 
 _SPLITS_EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """`tokenizer.ggml.pre` values that stand for "each digit alone, then GPT-2's pattern".
@@ -132,6 +133,12 @@ def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_gguf_card({key: field.contents() for key, field in _general(reader)}, folder)
+
+
+def _general(reader: Any) -> list[tuple[str, Any]]:
+    """What a GGUF file says of the model as a whole: its licence, for example."""
+    return [(key, field) for key, field in reader.fields.items() if key.startswith("general.")]
 
 
 def _from_folder(source: Path, folder: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.config import Params
 from pipeline.errors import DecantError
 from pipeline.model.folder import hash_weights
 from pipeline.teacher.fetch import describe, fetch_teacher
+from pipeline.teacher.front_matter import read_front_matter, write_gguf_card
 from tests.conftest import change
 
 
@@ -26,6 +27,24 @@ def test_folder_is_copied_whole(tiny_params: Params, teacher_folder: Path, tmp_p
     fetch_teacher(tiny_params.teacher, tmp_path / "teacher")
     assert hash_weights(tmp_path / "teacher") == hash_weights(teacher_folder)
     assert describe(tmp_path / "teacher").startswith("llama, 4 layers, hidden 64, 320 vocabulary")
+
+
+def test_a_folders_model_card_comes_with_it(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(teacher_folder, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    section = {"source": "folder", "folder": {"path": str(source)}}
+    fetch_teacher(change(tiny_params, teacher=section).teacher, tmp_path / "teacher")
+    assert read_front_matter(tmp_path / "teacher") == {"license": "mit"}
+
+
+def test_a_gguf_that_says_nothing_gets_no_card(tmp_path: Path) -> None:
+    write_gguf_card({"general.name": "x", "general.license": ""}, tmp_path)
+    elsewhere = {"general.base_model.0.repo_url": "https://example.org/a/b"}
+    write_gguf_card(elsewhere, tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    assert read_front_matter(tmp_path) == {}
 
 
 def test_folder_without_a_model_is_named(tiny_params: Params, tmp_path: Path) -> None:
@@ -42,6 +61,9 @@ def write_gguf(file: Path, teacher: Path) -> None:
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     writer = GGUFWriter(file, "llama")
+    writer.add_license("mit")
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/someone/base")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -112,6 +134,8 @@ def test_gguf_gives_the_same_model_and_splits_digits(
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
     assert tokenizer.tokenize("a 2024")[-4:] == ["2", "0", "2", "4"]
+    said = {"license": "mit", "base_model": ["someone/base"]}
+    assert read_front_matter(tmp_path / "teacher") == said
 
 
 def test_gguf_of_another_hash_is_refused(
