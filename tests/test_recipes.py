@@ -163,6 +163,7 @@ def tiny(teacher: Path, text: Path, start: Path, work: Path) -> list[str]:
         "student.intermediate_size": 64,
         "student.vocab_size": 304,
         "train.steps": 20,
+        "train.epochs": "null",
         "train.warmup_steps": 2,
         "train.learning_rate": 0.003,
         "train.eval_every": 10,
