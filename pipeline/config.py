@@ -463,7 +463,7 @@ class ExportParams(Section):
     )
     base_model: str | None = Field(
         description="the teacher's id on the hub, for the model card; null: teacher.hub.id where "
-        "teacher.source=hub, else left out"
+        "teacher.source=hub, else what the teacher's model card names, else left out"
     )
     text: Path | None = Field(
         description="UTF-8 text to check by; null takes the corpus's validation rows"

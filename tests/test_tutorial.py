@@ -106,6 +106,7 @@ def test_alone_it_clones_and_installs_the_folder(
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "before")
     values = {"DRIVE": "", "WORK": "work", "RECIPE": "demo", "REPOSITORY": ""}
     setup = cell_with('"clone"')
     with pytest.raises(SystemExit, match="set REPOSITORY above"):
@@ -118,6 +119,7 @@ def test_alone_it_clones_and_installs_the_folder(
         [sys.executable, "-m", "pip", "install", "--quiet", "-e", ".[demo]"],
     ]
     assert Path.cwd() == tmp_path / "decant"
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "decant"), "before"]
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
