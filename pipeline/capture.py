@@ -22,7 +22,7 @@ from pipeline.data.rows import SPLITS, CorpusSplit, hash_rows
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
-from pipeline.model.folder import hash_weights
+from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
@@ -56,7 +56,7 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
         ParamsError: K exceeds the vocabulary.
     """
     info = corpus.info
-    teacher, wanted = params.paths.teacher, params.prepare
+    teacher, wanted = teacher_folder(params.paths.teacher), params.prepare
     require_tokenizer(teacher, corpus)
     if wanted.k > info.vocab_size:
         raise ParamsError(
@@ -204,7 +204,8 @@ def open_captures(
     dtype = teacher_dtype(params, device)
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
     require_ours(params.paths.logits, "logits", key="paths.logits")
-    if overwrite and _holds_something_else(params, dict(zip(SPLITS, fingerprints, strict=True))):
+    if overwrite and (other := _something_else(params, fingerprints)):
+        say(f"prepare: {other}, and gives way to a new cache")
         for split in SPLITS:
             remove_cache(open_folder(params.paths.logits / split))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
@@ -214,16 +215,26 @@ def open_captures(
     ]
 
 
-def _holds_something_else(params: Params, wanted: dict[str, Fingerprint]) -> bool:
-    for split, fingerprint in wanted.items():
+def _something_else(params: Params, fingerprints: list[Fingerprint]) -> str:
+    """What tells the cache at hand from the one that is wanted; empty where nothing does.
+
+    Raises:
+        DecantError: it is too damaged to say; hours of capture are not given up for that.
+    """
+    for split, wanted in zip(SPLITS, fingerprints, strict=True):
         address = params.paths.logits / split
         try:
             layout = load_layout(open_folder(address), str(address))
-        except (DamagedError, MismatchError):
-            return True
-        if layout is not None and layout.fingerprint != fingerprint:
-            return True
-    return False
+            if layout is not None and (difference := layout.fingerprint.difference(wanted)):
+                return f"{address} {difference}"
+        except MismatchError as error:
+            return str(error).partition(":")[0]
+        except DamagedError as error:
+            raise DecantError(
+                f"{address} is damaged ({error}), so that what it was made from cannot be told: "
+                "remove it to capture it again"
+            ) from None
+    return ""
 
 
 def capture_locally(

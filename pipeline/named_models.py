@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.config import Paths
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.folder import hash_weights, teacher_folder
 
 
 def run_folder(runs: Path, name: str) -> Path:
@@ -33,6 +34,16 @@ def run_model(runs: Path, name: str) -> Path:
     """
     remedy = f"run stages/train.py --run {name} first"
     return require_model(run_folder(runs, name) / "model", remedy)
+
+
+def is_of_run(runs: Path, name: str, model_sha256: object) -> bool:
+    """Whether a result, by the hash of the model it was measured on, is of the run's model now.
+
+    True, too, where no run of that name has a model: then another folder was measured.
+    """
+    model = runs / name / "model"
+    is_run = _is_one_word(name) and (model / "config.json").exists()
+    return not is_run or hash_weights(model) == model_sha256
 
 
 def require_model(folder: Path, remedy: str = "name a model folder by --model") -> Path:
@@ -67,7 +78,7 @@ def name_models(
             raise ParamsError(f"two models are called {name}: give each a name of its own")
     found = {}
     if teacher:
-        found[teacher] = require_model(paths.teacher, "run stages/fetch.py first")
+        found[teacher] = require_model(teacher_folder(paths.teacher), "run stages/fetch.py first")
     found |= {name: run_model(paths.runs, name) for name in runs}
     return found | {name: require_model(folder) for name, folder in given}
 

@@ -4,7 +4,8 @@ Two kinds of runs are compared: the finished ones under paths.runs, which stages
 (`run.json` says from what), and DVC's experiments over the current commit, as `dvc exp show` lists
 them, each by its student. Only parameters that differ between the runs at hand are shown. Losses
 are those of training's last validation, on the first train.eval_rows rows, which every run has; KL
-and agreement over the whole vocabulary are there for the runs that stages/evaluate.py has judged.
+and agreement over the whole vocabulary are there for the runs that stages/evaluate.py has judged as
+they are now, by the hash of their weights.
 """
 
 from __future__ import annotations
@@ -212,6 +213,8 @@ def _places(values: Iterable[Any]) -> tuple[dict[str, float], bool]:
 def _run(
     name: str, params: dict[str, Any], metrics: Mapping[str, Any], judged: Mapping[str, Any]
 ) -> SweepRun:
+    if judged.get("model_sha256") != metrics.get("model_sha256"):
+        judged = {}  # of what the run was before it was trained again
     if params.get("train.teacher") == "none":
         params = {key: value for key, value in params.items() if key not in OF_A_TEACHER}
     return SweepRun(

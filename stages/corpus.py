@@ -22,8 +22,9 @@ def main(params: Params) -> None:
     corpus.* and the teacher's tokenizer; writes paths.corpus.
     """
     from pipeline.data.corpus import build_corpus
+    from pipeline.model.folder import teacher_folder
 
-    splits = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    splits = build_corpus(params.corpus, teacher_folder(params.paths.teacher), params.paths.corpus)
     for name, info in splits.items():
         click.echo(
             f"corpus: {name} {info.num_tokens:,} tokens in {info.num_rows:,} rows from "

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 @stage
 def main(params: Params) -> None:
-    """Bring the teacher and its tokenizer to a local Hugging Face folder.
+    """Bring the teacher and its tokenizer to this machine, as a Hugging Face folder.
 
-    The only stage that touches the network. Reads teacher.*; writes paths.teacher.
+    A folder, and what the hub's library keeps, are used where they lie. The only stage that touches
+    the network. Reads teacher.*; writes paths.teacher.
     """
     from pipeline.teacher.fetch import describe, fetch_teacher
 
-    fetch_teacher(params.teacher, params.paths.teacher)
-    click.echo(f"fetch: {params.paths.teacher} holds {describe(params.paths.teacher)}")
+    model = fetch_teacher(params.teacher, params.paths.teacher)
+    verb = "holds" if model == params.paths.teacher else f"points to {model},"
+    click.echo(f"fetch: {params.paths.teacher} {verb} {describe(model)}")
 
 
 if __name__ == "__main__":

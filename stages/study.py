@@ -51,6 +51,7 @@ def main(
     and its tolerance. Reads study.*, seed and the model; writes paths.study/index.html, report.md,
     its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
     """
+    from pipeline.model.folder import teacher_folder
     from pipeline.runtime.console import announce
     from pipeline.runtime.device import pick_device
     from pipeline.study.machine import describe_device
@@ -60,7 +61,7 @@ def main(
 
     require_packages()
     subject = Subject(
-        locate(model, revision) if model else params.paths.teacher,
+        locate(model, revision) if model else teacher_folder(params.paths.teacher),
         params.study,
         layer=layer,
         device=pick_device(params.device),

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
-from pipeline.files import write_json
+from pipeline.files import read_json_object, write_json
 from pipeline.sweep import (
     SweepRun,
     dvc_experiments,
@@ -43,8 +43,12 @@ def test_runs_made_by_hand_are_found(tiny_cache: Params) -> None:
     run_training(change(tiny_cache, train={"teacher": "none", "alpha": 0.3}), "baseline")
     unfinished = tiny_cache.paths.runs / "unfinished"
     write_json(unfinished / "run.json", {"seed": 0})
-    judged = {"t2": {"kl_to_teacher": 0.5, "top1_agreement": 0.75}}
-    write_json(tiny_cache.paths.evaluate / "metrics.json", judged)
+    t2 = read_json_object(tiny_cache.paths.runs / "t2/dvclive/metrics.json")["model_sha256"]
+    judged = {"kl_to_teacher": 0.5, "top1_agreement": 0.75}
+    write_json(
+        tiny_cache.paths.evaluate / "metrics.json",
+        {"t2": judged | {"model_sha256": t2}, "student": judged | {"model_sha256": "of before"}},
+    )
     runs = folder_runs(tiny_cache.paths)
     assert [run.name for run in runs] == ["baseline", "student", "t2"]
     assert varied_keys(runs) == ["train.teacher", "train.temperature"]  # alpha does nothing there
@@ -74,16 +78,24 @@ def test_rows_come_by_loss_with_what_differs() -> None:
     assert varied_keys(runs[:1]) == []
 
 
-def experiment(name: str, values: dict[str, Any], state: str | None, loss: float) -> dict[str, Any]:
+def experiment(
+    name: str, values: dict[str, Any], state: str | None, loss: float, judged: str = "new"
+) -> dict[str, Any]:
     """As `dvc exp show --json` prints one."""
     data = {
         "params": {"params.yaml": {"data": values}},
         "metrics": {
             "cache/runs/student/dvclive/metrics.json": {
-                "data": {"validation": {"loss": loss, "kl": 0.1}}
+                "data": {"validation": {"loss": loss, "kl": 0.1}, "model_sha256": "new"}
             },
             "cache/evaluate/metrics.json": {
-                "data": {"student": {"kl_to_teacher": 0.4, "top1_agreement": 0.5}}
+                "data": {
+                    "student": {
+                        "kl_to_teacher": 0.4,
+                        "top1_agreement": 0.5,
+                        "model_sha256": judged,
+                    }
+                }
             },
         },
     }
@@ -105,6 +117,7 @@ def test_experiments_of_dvc(tiny_params: Params, tmp_path: Path) -> None:
             "experiments": [
                 experiment("first", values, "success", 4.0),
                 experiment("hot", hot, None, 3.0),
+                experiment("trained alone", values, None, 2.0, judged="old"),
                 experiment("waits", values, "queued", 4.0),
                 experiment("failed", values, "failed", 4.0),
                 broken,
@@ -118,9 +131,10 @@ def test_experiments_of_dvc(tiny_params: Params, tmp_path: Path) -> None:
     assert [(run.name, run.loss, run.kl_to_teacher) for run in runs] == [
         ("first", 4.0, 0.4),
         ("hot", 3.0, 0.4),
+        ("trained alone", 2.0, None),
     ]
     assert varied_keys(runs) == ["student.lora", "train.temperature"]
-    assert sweep_rows(runs)[0]["student.lora"] == "given"
+    assert sweep_rows(runs)[1]["student.lora"] == "given"
 
 
 def test_outside_of_a_project_dvc_says_why(

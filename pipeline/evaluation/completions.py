@@ -50,7 +50,7 @@ def evaluate_model(
         folder: of the journals. seed: of the draws, where temperature is not 0.
         isolated: run programs in the sandbox. overwrite: forget samples of other settings.
 
-    Returns: `summarise`'s scores, temperature, tokens_per_second and new_tokens.
+    Returns: `summarise`'s scores, temperature, tokens_per_second, new_tokens and model_sha256.
 
     Raises:
         ParamsError: a prompt does not fit the model's context.
@@ -68,6 +68,7 @@ def evaluate_model(
         "temperature": params.temperature,
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "new_tokens": tokens,
+        "model_sha256": fingerprint["weights"],
     }
 
 

@@ -20,6 +20,7 @@ from pipeline.evaluation.passage import view_passage
 from pipeline.evaluation.samples import sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.files import write_json, write_text
+from pipeline.model.folder import hash_weights
 from pipeline.runtime.console import say
 from pipeline.teacher.hf import HuggingFaceTeacher
 
@@ -49,7 +50,11 @@ def judge(
         for name, folder in folders.items()
     }
     metrics = {
-        name: asdict(scores) | {"parameters": comparison.parameters[name]}
+        name: asdict(scores)
+        | {
+            "parameters": comparison.parameters[name],
+            "model_sha256": hash_weights(folders[name]),
+        }
         for name, scores in comparison.scores.items()
     }
     calibration = [

@@ -14,6 +14,8 @@ from huggingface_hub import ModelCardData
 
 from pipeline.config import Params
 from pipeline.files import read_json_object
+from pipeline.model.folder import teacher_folder
+from pipeline.named_models import is_of_run
 from pipeline.teacher.front_matter import read_front_matter
 
 _FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
@@ -71,7 +73,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         f"# {run}\n\nA causal language model, {_HOW.get(how, 'trained')} by Decant.",
         _use(files),
         "## Training\n\n" + _table(("", ""), [*origin, *_training(about), *_kept(params, run)]),
-        _evaluation(read_json_object(params.paths.evaluate / "metrics.json"), run),
+        _evaluation(params, run),
         _terms(license_id, "the teacher and the data"),
     ]
     return _page(front, sections)
@@ -92,7 +94,7 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
 
 def run_license(params: Params) -> str | None:
     """export.license, else what the teacher's own card says, else None."""
-    return params.export.license or card_license(params.paths.teacher)
+    return params.export.license or card_license(teacher_folder(params.paths.teacher))
 
 
 def card_license(folder: Path) -> str | None:
@@ -113,7 +115,7 @@ def run_base_model(params: Params, run: str) -> str | list[str] | None:
         return params.export.base_model
     if params.teacher.source == "hub":
         return params.teacher.hub.id
-    found = read_front_matter(params.paths.teacher).get("base_model")
+    found = read_front_matter(teacher_folder(params.paths.teacher)).get("base_model")
     if isinstance(found, list) and found and all(isinstance(entry, str) for entry in found):
         return found if len(found) > 1 else str(found[0])
     return found if isinstance(found, str) else None
@@ -136,7 +138,7 @@ def _has_teacher(about: Mapping[str, Any]) -> bool:
 
 def _license_terms(params: Params) -> dict[str, Any]:
     """Name and address of a licence that has no id on the hub, as the teacher's card gives them."""
-    front = read_front_matter(params.paths.teacher)
+    front = read_front_matter(teacher_folder(params.paths.teacher))
     if params.export.license or front.get("license") != "other":
         return {}
     return {
@@ -210,10 +212,11 @@ def _kept(params: Params, run: str) -> list[tuple[str, str]]:
     return [] if step is None else [("weights", f"of step {step:g}, the lowest validation loss")]
 
 
-def _evaluation(metrics: Mapping[str, Any], run: str) -> str:
+def _evaluation(params: Params, run: str) -> str:
+    metrics = read_json_object(params.paths.evaluate / "metrics.json")
     shown = {name: metrics[name] for name in ("teacher", run) if name in metrics}
-    if run not in shown:
-        return ""
+    if run not in shown or not is_of_run(params.paths.runs, run, shown[run].get("model_sha256")):
+        return ""  # it was not judged, or has been trained again since
     head = ("", *shown)
     rows = [
         (words, *(f"{scores[key]:.4f}" for scores in shown.values()))

@@ -35,6 +35,7 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.extras import install_hint
 from pipeline.generation import GenerationSettings, generate_ids, pad_left
+from pipeline.model.folder import hash_weights
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.model.weights import VariantError, load_student
 from pipeline.runtime.console import progress
@@ -93,6 +94,7 @@ class ExportCheck:
     """All comparisons of one export."""
 
     model: str
+    model_sha256: str  # of what was exported
     reference: Reference
     new_tokens: int
     paths: list[PathResult]
@@ -110,6 +112,7 @@ class ExportCheck:
         """As it stands in check.json."""
         return {
             "model": self.model,
+            "model_sha256": self.model_sha256,
             "reference": self.reference.name,
             "prompts": len(self.reference.prompts),
             "new_tokens": self.new_tokens,
@@ -163,7 +166,10 @@ def check_export(
                 ids = [llama.tokenize(line) for line in plain]
                 tokenizers.append(compare_lines("llama.cpp", ids, tokenizer, plain))
         paths.append(judge(f"llama.cpp, {kind}", chosen, reference, NEAR_TIE.get(kind), params))
-    return ExportCheck(name, reference, params.new_tokens, paths, tokenizers, left_out)
+    model_sha256 = hash_weights(source)
+    return ExportCheck(
+        name, model_sha256, reference, params.new_tokens, paths, tokenizers, left_out
+    )
 
 
 def cut_prompts(text: str, tokenizer: Any, params: ExportParams) -> list[list[int]]:

@@ -11,7 +11,7 @@ from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.model.folder import hash_tokenizer
+from pipeline.model.folder import hash_tokenizer, teacher_folder
 from pipeline.named_models import require_model, run_model
 
 _ROWS_AT_ONCE = 256
@@ -65,7 +65,7 @@ def text_to_check_by(params: Params, model: Path) -> str:
                 "another file, or null"
             ) from None
     corpus = CorpusSplit(params.paths.corpus, "validation")
-    tokenizer = _tokenizer_of(corpus, (model, params.paths.teacher))
+    tokenizer = _tokenizer_of(corpus, (model, teacher_folder(params.paths.teacher)))
     text, wanted = "", params.export.prompts * _CHARACTERS_A_PROMPT
     for start in range(0, len(corpus), _ROWS_AT_ONCE):
         rows = corpus.rows(start, min(start + _ROWS_AT_ONCE, len(corpus)))

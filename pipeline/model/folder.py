@@ -1,12 +1,20 @@
-"""The files of a Hugging Face model folder, without opening the model: their names and hashes."""
+"""Hugging Face model folders without opening the model: where they are, their files and hashes.
+
+A teacher that is a folder already, of the user's or in the hub's own cache, is used where it lies:
+stages/fetch.py then writes a pointer, `source.json`, to paths.teacher in place of a copy of the
+weights. The pointer also is what DVC follows: it holds the hash of every file, or the commit on the
+hub.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import DecantError
 from pipeline.storage import MARK
@@ -19,6 +27,61 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
+
+POINTER = "source.json"
+"""In paths.teacher: what `fetch` made it from, and where the model is if it is not beside it."""
+
+
+def teacher_folder(folder: Path) -> Path:
+    """The Hugging Face folder of the teacher: paths.teacher, or what `fetch` left a pointer to.
+
+    It may be absent, as a cached run allows: then it holds no config.json.
+    """
+    pointer = read_pointer(folder)
+    if (folder / "config.json").exists() or "model" not in pointer:
+        return folder
+    if pointer["source"] == "folder":
+        return Path(pointer["model"])
+    return hub_snapshot(pointer["model"], pointer["revision"]) or folder
+
+
+def read_pointer(folder: Path) -> dict[str, Any]:
+    """What `source.json` in paths.teacher says; empty where there is none.
+
+    Raises:
+        DecantError: it is damaged.
+    """
+    try:
+        said = json.loads((folder / POINTER).read_text())
+        if said["source"] == "hub":
+            return {key: str(said[key]) for key in ("source", "model", "revision")}
+        return {"source": str(said["source"]), **said}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise DecantError(
+            f"{folder / POINTER} is damaged: remove {folder} and run stages/fetch.py again"
+        ) from None
+
+
+def hub_snapshot(hub_id: str, revision: str) -> Path | None:
+    """A model's folder in the hub's own cache on this machine; None if it is not there whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES],
+            local_files_only=True,
+        )
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return Path(folder)
 
 
 def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
@@ -66,6 +129,13 @@ def hash_weights(folder: Path) -> str:
             "that holds a model"
         )
     return _hash_files(files)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a model folder that a stage may read, by name."""
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    return {file.name: _hash_files([file]) for file in sorted(files)}
 
 
 def hash_tokenizer(folder: Path) -> str:

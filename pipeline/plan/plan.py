@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pipeline.advise import break_even_passes
 from pipeline.config import Params
 from pipeline.errors import ParamsError
+from pipeline.model.folder import teacher_folder
 from pipeline.plan.devices import DEVICES, Device
 from pipeline.plan.shapes import Shape, student_shape, teacher_shape, tokenizer_ids
 from pipeline.plan.storage import CORPUS_BYTES, CacheSize, Mode, cache_size
@@ -111,8 +112,9 @@ def make_plan(params: Params) -> Plan:
         ParamsError: a model's shape is not known here, the corpus has no stated size, or prepare.k
             or student.layers ask for more than the teacher has.
     """
-    teacher_name, teacher = teacher_shape(params.teacher, params.paths.teacher)
-    num_ids, said = tokenizer_ids(params, teacher)
+    folder = teacher_folder(params.paths.teacher)
+    teacher_name, teacher = teacher_shape(params.teacher, folder)
+    num_ids, said = tokenizer_ids(params, folder, teacher)
     params = _settled(params, num_ids)
     if params.prepare.k > teacher.vocab_size:
         raise ParamsError(

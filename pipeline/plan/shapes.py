@@ -174,14 +174,17 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
     return str(params.checkpoint), found
 
 
-def tokenizer_ids(params: Params, teacher: Shape) -> tuple[int, str]:
+def tokenizer_ids(params: Params, folder: Path, teacher: Shape) -> tuple[int, str]:
     """The tokenizer's number of ids; and where student.vocab_size=auto rests on a guess, the guess.
 
-    Counted in paths.teacher where `fetch` has put a tokenizer. Else the teacher's rows are taken
-    for it, of which it may have fewer ids (Qwen2.5: 151,665 of 151,936 rows).
+    Else the teacher's rows are taken for it, though it may have fewer ids (Qwen2.5: 151,665 of
+    151,936 rows).
+
+    Args:
+        folder: the teacher's, whose tokenizer is counted once `fetch` has run.
     """
     try:
-        said = json.loads((params.paths.teacher / "tokenizer.json").read_text(encoding="utf-8"))
+        said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         added = [token["id"] for token in said.get("added_tokens") or ()]
         return max(*said["model"]["vocab"].values(), *added) + 1, ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -45,6 +45,7 @@ class Scores(_Record):
     calibration_error: float
     tokens: int
     parameters: int
+    model_sha256: str
     kl: KlStatistics | None = None
     interval: dict[str, Interval] = Field(default_factory=dict)  # by name of a field above
 
@@ -144,6 +145,7 @@ class HumanEval(_Record):
     tokens_per_second: float
     new_tokens: int  # of all samples
     statuses: dict[str, int]
+    model_sha256: str
 
 
 class ExportPath(_Record):
@@ -171,6 +173,7 @@ class ExportCheck(_Record):
     """The check of an exported model."""
 
     model: str
+    model_sha256: str
     reference: str = "ours, float32"  # what the others were compared with
     prompts: int
     new_tokens: int

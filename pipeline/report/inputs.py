@@ -8,7 +8,7 @@ cannot be read is an error, never an empty section.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config import Params, Paths
 from pipeline.errors import DecantError
+from pipeline.named_models import is_of_run
 from pipeline.report.formats import (
     TEACHER,
     AllScores,
@@ -30,8 +31,10 @@ from pipeline.report.formats import (
     Samples,
     Scores,
 )
+from pipeline.runtime.console import say
 
 Content = TypeVar("Content")
+Measured = TypeVar("Measured", Scores, HumanEval, ExportCheck)
 _OBJECTIVE = {
     f"train.{key}" for key in ("teacher", "alpha", "alpha_end", "divergence", "temperature", "k")
 }
@@ -63,31 +66,72 @@ def read_inputs(paths: Paths) -> Inputs:
         DecantError: a stage that the page shows has not run, which is named, or a file of one
             cannot be read.
     """
-    scores = read_scores(paths)
     evaluate, verify = paths.evaluate, paths.verify
+    scores = read_scores(paths)
     samples: Samples = _read(evaluate / "samples.json", Samples, "evaluate")
+    passage: Passage | None = _if_there(evaluate / "passage.json", Passage, "evaluate")
+    points = _read(evaluate / "calibration.json", list[CalibrationPoint], "evaluate")
+    harness: LmEval | None = _if_there(evaluate / "lm_eval.json", LmEval, "evaluate")
+    file = paths.humaneval / "metrics.json"
+    humaneval = _if_there(file, dict[str, HumanEval], "humaneval") or {}
+    export: ExportCheck | None = _if_there(paths.export / "check.json", ExportCheck, "export")
+    of_before = {
+        "evaluate": _all_scores(paths).keys() - scores.keys(),
+        "humaneval": humaneval.keys() - _of_today(paths, humaneval).keys(),
+        "export": {export.model} - _of_today(paths, {export.model: export}).keys()
+        if export
+        else set(),
+    }
+    for stage, names in of_before.items():
+        for name in sorted(names):
+            say(f"  {name} has been trained again: run stages/{stage}.py again to have it here")
+    old = of_before["evaluate"]
     return Inputs(
         scores=scores,
-        samples=samples,
-        calibration=_read(evaluate / "calibration.json", list[CalibrationPoint], "evaluate"),
+        samples=samples.model_copy(update={"continuations": _less(old, samples.continuations)}),
+        calibration=[point for point in points if point.model not in old],
         gate=_read(verify / "metrics.json", Gate, "verify"),
         histogram=_read(verify / "histogram.json", list[GateBar], "verify"),
         curves=_curves_of(paths.runs, scores),
-        passage=_if_there(evaluate / "passage.json", Passage, "evaluate"),
-        lm_eval=_if_there(evaluate / "lm_eval.json", LmEval, "evaluate"),
-        humaneval=_if_there(paths.humaneval / "metrics.json", dict[str, HumanEval], "humaneval"),
-        export=_if_there(paths.export / "check.json", ExportCheck, "export"),
+        passage=passage and passage.model_copy(update={"models": _less(old, passage.models)}),
+        lm_eval=harness and _less(old, harness),
+        humaneval=_of_today(paths, humaneval) or None,
+        export=None if of_before["export"] else export,
     )
 
 
+def _less(names: Collection[str], found: Mapping[str, Content]) -> dict[str, Content]:
+    return {name: result for name, result in found.items() if name not in names}
+
+
 def read_scores(paths: Paths) -> dict[str, Scores]:
-    """The comparison of models, by name.
+    """The comparison of models, by name, without runs that have been trained again since.
 
     Raises:
-        DecantError: as `read_inputs`.
+        DecantError: as `read_inputs`, or nothing is left of it.
     """
-    scores: dict[str, Scores] = _read(paths.evaluate / "metrics.json", AllScores, "evaluate")
-    return scores
+    scores = _all_scores(paths)
+    found = _of_today(paths, scores)
+    if len(scores) > 1 and not found.keys() - {TEACHER}:
+        raise DecantError(
+            f"{paths.evaluate / 'metrics.json'} tells of runs that have been trained again since: "
+            "run stages/evaluate.py again"
+        )
+    return found
+
+
+def _all_scores(paths: Paths) -> dict[str, Scores]:
+    found: dict[str, Scores] = _read(paths.evaluate / "metrics.json", AllScores, "evaluate")
+    return found
+
+
+def _of_today(paths: Paths, found: Mapping[str, Measured]) -> dict[str, Measured]:
+    """Of results by model those that were measured on what the run's folder holds now."""
+    return {
+        name: result
+        for name, result in found.items()
+        if name == TEACHER or is_of_run(paths.runs, name, result.model_sha256)
+    }
 
 
 def differences(paths: Paths, one: str | None, other: str) -> list[str]:

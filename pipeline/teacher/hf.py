@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.config import Params
 from pipeline.errors import DecantError
 from pipeline.model.attention import document_positions
+from pipeline.model.folder import teacher_folder
 from pipeline.model.hugging_face import (
     body_states,
     keeps_documents_apart,
@@ -173,7 +174,7 @@ def open_teacher(
 ) -> HuggingFaceTeacher:
     """The teacher of paths.teacher, its head in chunks of capture.head_chunk positions."""
     return HuggingFaceTeacher(
-        params.paths.teacher,
+        teacher_folder(params.paths.teacher),
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,

@@ -23,8 +23,9 @@ from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError
+from pipeline.files import read_json_object, write_json
 from pipeline.losses.reference import require_expressible
-from pipeline.model.folder import hash_weights
+from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.named_models import run_folder
 from pipeline.resolved import resolve
 from pipeline.runtime.console import say
@@ -121,6 +122,7 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
     )
     gather_parameters(student.model, ranks)
     ranks.on_first(lambda: student.save(folder))
+    ranks.on_first(lambda: _sign(folder))
     ranks.on_first(checkpoints.remove)
     return RunResult(folder, state, student.model.count_parameters(), trained, dtype_name(dtype))
 
@@ -150,9 +152,9 @@ def _teachers(
             for split in (corpus, held_out)
         ]
         for reader in readers:
-            _require_same_teacher(reader, params.paths.teacher)
+            _require_same_teacher(reader, teacher_folder(params.paths.teacher))
         return CachedTeacher(readers[0]), CachedTeacher(readers[1])
-    require_tokenizer(params.paths.teacher, corpus)
+    require_tokenizer(teacher_folder(params.paths.teacher), corpus)
     temperature = params.train.temperature
     live = open_teacher(params, corpus.info.vocab_size, teacher_dtype(params, device), device)
     training, validation = (
@@ -173,7 +175,7 @@ def _teachers(
 
 def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
     """Training needs no teacher, but where one is at hand it must be the cache's."""
-    if not teacher.exists():
+    if not (teacher / "config.json").exists():
         return
     found = hash_weights(teacher)
     if found != reader.fingerprint.teacher_sha256:
@@ -221,6 +223,7 @@ def _identity(
     params: Params, corpus: CorpusSplit, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a run is made from; two runs with the same identity are the same run."""
+    teacher = teacher_folder(params.paths.teacher)
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student", "train"})
     identity["train"]["dtype"] = dtype_name(dtype)
     identity["corpus_sha256"] = corpus.info.sha256
@@ -234,8 +237,8 @@ def _identity(
     if params.train.teacher == "online":
         kept = params.prepare.model_dump(mode="json", include={"k", "draws"})
         kept["dtype"] = dtype_name(teacher_dtype(params, device))
-        identity |= {"online": kept, "teacher_sha256": hash_weights(params.paths.teacher)}
-    if start := start_folder(params.student, params.paths.teacher):
+        identity |= {"online": kept, "teacher_sha256": hash_weights(teacher)}
+    if start := start_folder(params.student, teacher):
         identity["start_sha256"] = hash_weights(start)
     return dict(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
 
@@ -258,12 +261,19 @@ def _claim(
             for name in ("run.json", *_FOLDERS, "dvclive"):
                 open_folder(folder).remove(name)
         elif finished:
+            _sign(folder)
             return True
     claim(checkpoints.address, "checkpoints", key="paths.checkpoints")
     text = json.dumps(identity, indent=2) + "\n"
     for place in places:
         place.write("run.json", text.encode())
     return False
+
+
+def _sign(folder: Path) -> None:
+    """Put the model's hash beside the run's metrics, as every later measurement has it."""
+    file = folder / "dvclive" / "metrics.json"
+    write_json(file, read_json_object(file) | {"model_sha256": hash_weights(folder / "model")})
 
 
 def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any]:

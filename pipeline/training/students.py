@@ -17,7 +17,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_shared_ids, tokenizer_folder
 from pipeline.errors import ParamsError
 from pipeline.model.base import Student
-from pipeline.model.folder import TOKENIZER_FILES, files_to_copy
+from pipeline.model.folder import TOKENIZER_FILES, files_to_copy, teacher_folder
 from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters, save_adapters
 from pipeline.model.student import ModelConfig, StudentModel
@@ -74,7 +74,7 @@ class RunStudent:
 
     def __init__(self, params: Params, *corpora: CorpusSplit) -> None:
         self._params = params.student
-        teacher = params.paths.teacher  # a cached run does without
+        teacher = teacher_folder(params.paths.teacher)  # a cached run does without
         self._start = start_folder(params.student, teacher)
         if self._start is not None:
             require_shared_ids(self._start, corpora, teacher)

@@ -18,6 +18,8 @@ from tests.report.browser import Browser, find_browser
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=alert(1)>\"'&"
 
+MODEL = "ab" * 32
+
 
 def scores(loss: float, *, kl: float = 0.0, margin: float = 0.02) -> dict[str, Any]:
     """A model's entry in metrics.json."""
@@ -30,6 +32,7 @@ def scores(loss: float, *, kl: float = 0.0, margin: float = 0.02) -> dict[str, A
         "calibration_error": 0.0123,
         "tokens": 600,
         "parameters": 84_953_664,
+        "model_sha256": MODEL,
         "kl": {"mean": kl, "median": 0.51, "p90": 0.92, "p95": 0.953, "p99": 0.994, "max": 7.125},
     }
     names = ["loss", "accuracy", *(["kl_to_teacher", "top1_agreement"] if kl else [])]
@@ -138,6 +141,7 @@ def write_inputs(params: Params) -> None:
                 "tokens_per_second": 331.4,
                 "new_tokens": 256,
                 "statuses": {"passed": 410, "failed": 2800, "timed out": 70},
+                "model_sha256": MODEL,
             }
         },
     )
@@ -145,6 +149,7 @@ def write_inputs(params: Params) -> None:
         paths.export / "check.json",
         {
             "model": "student",
+            "model_sha256": MODEL,
             "prompts": 20,
             "new_tokens": 16,
             "paths": [

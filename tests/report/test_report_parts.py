@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from pipeline.config import Params
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
+from pipeline.files import write_json
 from pipeline.model.attention import documents_apart
+from pipeline.model.folder import hash_weights
 from pipeline.report.formats import Passage
 from pipeline.report.inputs import read_inputs
 from pipeline.report.passage import PassageView, passage_view
@@ -153,3 +158,28 @@ def test_curves_that_are_none_are_named(own_run: Params) -> None:
     file.write_text("step\tloss\n0\tnothing\n")
     with pytest.raises(DecantError, match=r"loss.tsv cannot be read .*run stages/train.py again"):
         read_inputs(own_run.paths)
+
+
+def test_what_was_measured_before_a_run_was_trained_again_is_left_out(
+    own_run: Params, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = own_run.paths.runs / "baseline" / "model"
+    shutil.copytree(teacher_folder, model)
+    found = read_inputs(own_run.paths)
+    assert set(found.scores) == {"teacher", "student"}
+    assert found.passage is not None
+    everything = (found.samples.continuations, found.passage.models, found.curves)
+    assert not any("baseline" in part for part in everything)
+    assert {point.model for point in found.calibration} == {"teacher", "student"}
+    assert "baseline has been trained again: run stages/evaluate.py" in capsys.readouterr().out
+    shutil.copytree(teacher_folder, own_run.paths.runs / "student" / "model")
+    with pytest.raises(DecantError, match=r"trained again since: run stages/evaluate\.py"):
+        read_inputs(own_run.paths)
+    file = own_run.paths.evaluate / "metrics.json"
+    scores = json.loads(file.read_text())
+    scores["student"]["model_sha256"] = hash_weights(teacher_folder)
+    write_json(file, scores)
+    found = read_inputs(own_run.paths)
+    assert set(found.scores) == {"teacher", "student"}
+    assert found.humaneval is None
+    assert found.export is None

@@ -7,6 +7,8 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,28 +17,128 @@ from gguf import GGUFWriter
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Params
+from pipeline.config import Params, TeacherParams
 from pipeline.errors import DecantError
-from pipeline.model.folder import hash_weights
+from pipeline.export.card import run_license
+from pipeline.hub import commit_of
+from pipeline.model.folder import POINTER, read_pointer
+from pipeline.model.folder import teacher_folder as folder_of
+from pipeline.storage import MARK
 from pipeline.teacher.fetch import describe, fetch_teacher
 from pipeline.teacher.front_matter import read_front_matter, write_gguf_card
 from tests.conftest import change
 
 
-def test_folder_is_copied_whole(tiny_params: Params, teacher_folder: Path, tmp_path: Path) -> None:
-    fetch_teacher(tiny_params.teacher, tmp_path / "teacher")
-    assert hash_weights(tmp_path / "teacher") == hash_weights(teacher_folder)
-    assert describe(tmp_path / "teacher").startswith("llama, 4 layers, hidden 64, 320 vocabulary")
+def test_a_folder_is_used_where_it_lies(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(teacher_folder, tmp_path / "source")
+    teacher = from_folder(tiny_params, source)
+    assert fetch_teacher(teacher, tmp_path / "teacher") == source
+    assert folder_of(tmp_path / "teacher") == source
+    assert {file.name for file in (tmp_path / "teacher").iterdir()} == {MARK, POINTER}
+    assert describe(source).startswith("llama, 4 layers, hidden 64, 320 vocabulary")
+    pointer = (tmp_path / "teacher" / POINTER).read_bytes()
+    capsys.readouterr()
+    fetch_teacher(teacher, tmp_path / "teacher")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "teacher" / POINTER).read_bytes() == pointer
 
 
-def test_a_folders_model_card_comes_with_it(
+def from_folder(params: Params, source: Path) -> TeacherParams:
+    section = {"source": "folder", "folder": {"path": str(source)}}
+    return change(params, teacher=section).teacher
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_changed_folder_changes_what_dvc_follows(
+    name: str, tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(teacher_folder, tmp_path / "source")
+    teacher = from_folder(tiny_params, source)
+    fetch_teacher(teacher, tmp_path / "teacher")
+    before = read_pointer(tmp_path / "teacher")
+    data = bytearray((source / name).read_bytes())
+    data[-2] ^= 1
+    (source / name).write_bytes(data)
+    fetch_teacher(teacher, tmp_path / "teacher")
+    after = read_pointer(tmp_path / "teacher")
+    assert {key for key in after["files"] if after["files"][key] != before["files"][key]} == {name}
+
+
+def test_a_folder_that_has_gone_leaves_what_was_made_of_it(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """As on a machine that pulled the cache alone: nothing of it has changed."""
+    source = shutil.copytree(teacher_folder, tmp_path / "source")
+    teacher = from_folder(tiny_params, source)
+    fetch_teacher(teacher, tmp_path / "teacher")
+    pointer = (tmp_path / "teacher" / POINTER).read_bytes()
+    shutil.rmtree(source)
+    fetch_teacher(teacher, tmp_path / "teacher")
+    assert (tmp_path / "teacher" / POINTER).read_bytes() == pointer
+    with pytest.raises(DecantError, match=r"source holds no config\.json"):
+        fetch_teacher(teacher, tmp_path / "another")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"source": "hub"}'])
+def test_a_damaged_pointer_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / POINTER).write_text(text)
+    with pytest.raises(DecantError, match=r"source\.json is damaged: remove"):
+        folder_of(tmp_path)
+
+
+def test_a_model_of_the_hub_is_used_where_the_hubs_library_keeps_it(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / commit
+    shutil.copytree(teacher_folder, snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    section = {"source": "hub", "hub": {"id": "a/b", "revision": commit}}
+    teacher = change(tiny_params, teacher=section).teacher
+    assert fetch_teacher(teacher, tmp_path / "teacher") == snapshot
+    assert folder_of(tmp_path / "teacher") == snapshot
+    assert {file.name for file in (tmp_path / "teacher").iterdir()} == {MARK, POINTER}
+
+
+def test_a_branch_of_the_hub_is_the_commit_that_it_names(
+    tiny_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    commit = "0123456789" * 4
+    answers: list[Any] = [SimpleNamespace(sha=commit), ConnectionError("no route"), None]
+
+    def repo_info(*args: object, **options: object) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    named: dict[str, Any] = {"kind": "model", "named": "teacher.hub.revision"}
+    assert commit_of("a/b", "main", **named) == commit
+    assert commit_of("a/b", "main", **named, otherwise=commit) == commit
+    assert commit_of("a/b", commit, **named) == commit  # asks nobody
+    answers[:] = [ConnectionError("no\nroute")]
+    with pytest.raises(DecantError, match=r"teacher\.hub\.revision=main of a/b .* \(no route\)"):
+        commit_of("a/b", "main", **named)
+
+
+def test_a_folders_own_model_card_is_read(
     tiny_params: Params, teacher_folder: Path, tmp_path: Path
 ) -> None:
     source = shutil.copytree(teacher_folder, tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     section = {"source": "folder", "folder": {"path": str(source)}}
-    fetch_teacher(change(tiny_params, teacher=section).teacher, tmp_path / "teacher")
-    assert read_front_matter(tmp_path / "teacher") == {"license": "mit"}
+    params = change(tiny_params, teacher=section, paths={"teacher": str(tmp_path / "teacher")})
+    assert read_front_matter(fetch_teacher(params.teacher, params.paths.teacher)) == {
+        "license": "mit"
+    }
+    assert run_license(params) == "mit"  # through the pointer at paths.teacher
 
 
 def test_a_gguf_that_says_nothing_gets_no_card(tmp_path: Path) -> None:
@@ -199,8 +301,8 @@ def test_hub_out_of_reach_is_one_sentence(
 
 @pytest.mark.network
 def test_hub_teacher_is_downloaded(tiny_params: Params, tmp_path: Path) -> None:
-    fetch_teacher(change(tiny_params, teacher={"source": "hub"}).teacher, tmp_path / "teacher")
-    assert describe(tmp_path / "teacher").startswith("qwen2, 24 layers")
+    teacher = change(tiny_params, teacher={"source": "hub"}).teacher
+    assert describe(fetch_teacher(teacher, tmp_path / "teacher")).startswith("qwen2, 24 layers")
 
 
 @pytest.mark.parametrize(
@@ -236,8 +338,7 @@ def test_links_out_of_a_teachers_folder_are_not_followed(
     (source / "chat_template.jinja").unlink()
     (source / "config.json").rename(source / "other.json")
     (source / "config.json").symlink_to("other.json")  # within the folder
-    fetch_teacher(teacher, tmp_path / "teacher")
-    assert not (tmp_path / "teacher" / "config.json").is_symlink()
+    assert fetch_teacher(teacher, tmp_path / "teacher") == source
 
 
 def test_a_snapshot_of_the_hubs_cache_is_followed(
@@ -249,7 +350,5 @@ def test_a_snapshot_of_the_hubs_cache_is_followed(
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     section = {"source": "folder", "folder": {"path": str(snapshot)}}
-    fetch_teacher(change(tiny_params, teacher=section).teacher, tmp_path / "teacher")
-    assert (tmp_path / "teacher" / "config.json").read_bytes() == (
-        teacher_folder / "config.json"
-    ).read_bytes()
+    teacher = change(tiny_params, teacher=section).teacher
+    assert fetch_teacher(teacher, tmp_path / "teacher") == snapshot
