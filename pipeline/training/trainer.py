@@ -75,8 +75,13 @@ def train(
             due = state.step % recipe.eval_every == 0 or state.step == recipe.num_steps
             if due:
                 values |= _validate(model, learner, validation, state, recipe, ranks)
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if "validation" in k)
-                say(f"step {state.step}/{recipe.num_steps}: {shown}")
+                names = ("loss", "perplexity", "kl")
+                found = ((key, values.get(f"validation/{key}")) for key in names)
+                shown = [
+                    f"validation/{key} {value:.4f}" for key, value in found if value is not None
+                ]
+                shown += ["the best yet"] if state.best_step == state.step else []
+                say(f"step {state.step}/{recipe.num_steps}: {', '.join(shown)}")
             if due or state.step % recipe.log_every == 0:
                 curves.record(values)
             stopping = ranks.any(stop.requested)

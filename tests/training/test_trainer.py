@@ -128,7 +128,9 @@ def test_a_cached_run_attends_as_its_cache_did(tiny_corpus: Params) -> None:
     assert other[0].history[0] != other[1].history[0]  # type: ignore[union-attr]
 
 
-def test_the_best_weights_are_kept(tiny_cache: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_kept(
+    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
     def watched(model: torch.nn.Module, *args: object) -> dict[str, float]:
@@ -144,6 +146,11 @@ def test_the_best_weights_are_kept(tiny_cache: Params, monkeypatch: pytest.Monke
     assert 0 < best < 8
     assert (result.state.best_step, result.state.best_loss) == (best, curve[best])
     assert result.state.history[-1]["validation/best_step"] == best
+    printed = capsys.readouterr().out
+    for step in range(1, 9):
+        lowest = curve[step] < min(curve[:step])
+        (line,) = (text for text in printed.splitlines() if f"step {step}/8: " in text)
+        assert line.endswith(", the best yet") is lowest
     for name, tensor in weights(result.folder).items():
         assert torch.equal(tensor, seen[best][name]), name
         assert not torch.equal(tensor, seen[8][name]), name
