@@ -39,7 +39,8 @@ def main(params: Params, trials: int) -> None:
             raise DecantError(
                 f"{result.folder} is of an earlier study: remove it, or set paths.runs elsewhere"
             )
-        return result.state.history[-1]["validation/loss"]
+        best = result.state.best_loss  # of the weights that are saved, with train.keep_best
+        return result.state.history[-1]["validation/loss"] if best is None else best
 
     params.paths.runs.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{params.paths.runs / 'optuna.db'}"

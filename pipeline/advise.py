@@ -38,6 +38,7 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.figures import draw_svg
 from pipeline.model.attention import documents_apart
+from pipeline.resolved import resolve
 from pipeline.runtime.console import (
     announce,
     progress,
@@ -150,7 +151,8 @@ def advise(
     kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length
     stored = {1.0, *fingerprint.temperatures}  # that of 1 needs no normaliser
-    wanted = params.train
+    resolved = resolve(params, train_rows=len(corpus), num_ids=corpus.info.vocab_size)
+    wanted = resolved.train
     return Advice(
         rows=rows,
         positions=rows * length,
@@ -160,7 +162,7 @@ def advise(
         left_out=left_out,
         costs=costs,
         prepare_k=fingerprint.k,
-        passes_a_run=wanted.steps * wanted.batch_rows * wanted.accumulation / len(corpus),
+        passes_a_run=wanted.num_steps * wanted.batch_rows * wanted.accumulation / len(corpus),
         temperature=wanted.temperature if wanted.temperature in stored else 1.0,
         break_even_passes=break_even_passes(costs.capture, costs.top_k, costs.decode),
     )

@@ -32,6 +32,17 @@ Location = Annotated[
 """A path, or s3://bucket/prefix, or gs://bucket/prefix."""
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def _count_or_auto(value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("it must be auto or a whole number of at least 1")
+
+
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -263,7 +274,10 @@ class StudentParams(Section):
     num_heads: Count
     num_kv_heads: Count
     intermediate_size: Count
-    vocab_size: Count
+    vocab_size: CountOrAuto = Field(
+        description="rows of embedding and head; auto: the tokenizer's ids, rounded up to a "
+        "multiple of 64"
+    )
     max_seq_len: Count
     rope_theta: Positive
     norm_eps: Positive
@@ -294,7 +308,11 @@ class TrainParams(Section):
     )
     temperature: Temperature
     k: Count | None = Field(description="use only the first k stored ids; null uses all")
-    steps: Count = Field(description="optimizer steps")
+    steps: Count | None = Field(description="optimizer steps; null where epochs says how long")
+    epochs: Positive | None = Field(
+        description="passes over the training rows, in place of steps; a last part of a step is "
+        "rounded up"
+    )
     batch_rows: Count = Field(description="rows a forward pass, of all ranks together")
     accumulation: Count = Field(description="forward passes an optimizer step")
     learning_rate: Positive
@@ -318,6 +336,25 @@ class TrainParams(Section):
     log_every: Count = Field(description="steps between points of the curves")
     eval_every: Count = Field(description="steps between validations")
     eval_rows: Count = Field(description="validation rows looked at during training")
+    keep_best: bool = Field(
+        description="save the weights of the lowest validation loss instead of the last ones; "
+        "takes 4 bytes of memory per trained parameter"
+    )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps, of parameters that `pipeline.resolved.resolve` returned."""
+        assert self.steps is not None
+        return self.steps
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs} do not say how long to train: set "
+                "one of the two, and the other to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
@@ -326,6 +363,8 @@ class TrainParams(Section):
                 f"min_learning_rate={self.min_learning_rate:g} is above learning_rate="
                 f"{self.learning_rate:g}, so the rate would rise where it should decay: lower it"
             )
+        if self.steps is None:  # checked again once the epochs' steps are known
+            return self
         decay = round(self.decay_share * self.steps)
         if self.schedule == "wsd" and self.warmup_steps + decay > self.steps:
             raise ValueError(
@@ -424,7 +463,7 @@ class ExportParams(Section):
     )
     base_model: str | None = Field(
         description="the teacher's id on the hub, for the model card; null: teacher.hub.id where "
-        "teacher.source=hub, else left out"
+        "teacher.source=hub, else what the teacher's model card names, else left out"
     )
     text: Path | None = Field(
         description="UTF-8 text to check by; null takes the corpus's validation rows"

@@ -36,6 +36,7 @@ def main(
     paths.evaluate; writes paths.export/NAME and paths.export/check.json. Leaves with status 1 when
     a path that must agree does not; then nothing is pushed.
     """
+    from pipeline.export.card import unknown_fields
     from pipeline.export.push import files_of, push, require_repo_id
     from pipeline.export.run import check_model, export_model
     from pipeline.export.source import find_model
@@ -48,6 +49,11 @@ def main(
     folder = export_model(params, found)
     check = check_model(params, found)
     _say_check(check)
+    if found.run and (unknown := unknown_fields(params, found.run)):
+        click.echo(
+            "  the model card leaves out what the teacher's own card does not say: name it by "
+            f"{' and '.join(unknown)}"
+        )
     files = files_of(folder)
     total = sum(size for _, size in files) / 1e6
     agrees = "agrees" if check.passed else "does NOT agree"

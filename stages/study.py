@@ -54,6 +54,7 @@ def main(
     from pipeline.model.folder import teacher_folder
     from pipeline.runtime.console import announce
     from pipeline.runtime.device import pick_device
+    from pipeline.study.machine import describe_device
     from pipeline.study.report import require_packages, write_study
     from pipeline.study.run import run_parts
     from pipeline.study.subject import Subject, locate
@@ -71,7 +72,9 @@ def main(
     for section in run_parts(subject, parts or NAMES):
         _print(section)
         sections.append(section)
-    page = write_study(output or params.paths.study, subject.describe(), sections)
+    device = describe_device(subject.device)
+    page = write_study(output or params.paths.study, subject.describe(), device, sections)
+    click.echo(f"  on {device}")
     comparisons = [comparison for section in sections for comparison in section.comparisons]
     failed = sum(not comparison.passed for comparison in comparisons)
     click.echo(f"study: {len(comparisons) - failed} of {len(comparisons)} comparisons pass; {page}")

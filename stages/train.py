@@ -39,15 +39,20 @@ def main(params: Params, run: str, overwrite: bool) -> None:
         next(r["validation/loss"] for r in records if "validation/loss" in r)
         for records in (result.state.history, result.state.history[::-1])
     )
-    trained = ""
+    state, trained = result.state, ""
     if result.trained_parameters < result.parameters:
         trained = f" ({result.trained_parameters / 1e6:.2f} M in merged adapters)"
+    if state.best_loss is not None:
+        say(
+            f"train.keep_best: kept is step {state.best_step}, whose validation loss of "
+            f"{state.best_loss:.4f} is the lowest"
+        )
     say(
         f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters"
         f"{trained}, "
-        f"validation loss {first:.4f} -> {last:.4f} in {result.state.step} steps in "
+        f"validation loss {first:.4f} -> {last:.4f} in {state.step} steps in "
         f"{result.dtype}, "
-        f"{result.state.skipped} skipped"
+        f"{state.skipped} skipped"
     )
 
 

@@ -31,6 +31,15 @@ SMALL = {
 }
 """A student that starts at random, for the tiny corpus."""
 
+RISING = {
+    "steps": 8,
+    "warmup_steps": 8,
+    "learning_rate": 0.3,
+    "eval_every": 1,
+    "keep_best": True,
+}
+"""Training whose rate rises until the student is thrown far off: a step in between is the best."""
+
 
 def live_teacher(params: Params) -> HuggingFaceTeacher:
     """The teacher of params on the CPU."""

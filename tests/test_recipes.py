@@ -98,6 +98,9 @@ def test_the_table_of_scale_is_what_the_plan_computes() -> None:
     for one, two in zip(small.modes, large.modes, strict=True):
         row = f"| {one.mode.name} | {one.bytes_a_token:.1f} | {readable_bytes(one.total)} |"
         assert f"{row} {readable_bytes(two.total)} |" in page.read_text()
+    plain, ours = 1.24e9 * 64 * 6, 1.24e9 * small.modes[0].bytes_a_token
+    assert f"would take {plain / 1e9:.0f} GB" in page.read_text()
+    assert f"here they take {ours / 1e9:.0f} GB" in page.read_text()
     assert small.extent.tokens == pytest.approx(1.6e9, rel=1e-2)
     assert large.extent.tokens == pytest.approx(1e12, rel=1e-2)
     assert all(plan.extent.passes_a_run == pytest.approx(1, abs=0.05) for plan in (small, large))
@@ -112,6 +115,23 @@ def test_the_recipe_for_a_t4_fits_into_its_memory_and_six_hours() -> None:
     assert "prepare fits" in text
     assert "train fits" in text
     assert "no units" not in text
+
+
+def test_the_recipe_for_a_t4_trains_by_its_specification() -> None:
+    train = load_params(FOLDER / "wikipedia-zh-t4.yaml").train
+    assert (train.temperature, train.alpha, train.divergence) == (2.0, 0.5, "forward_kl")
+    assert (train.learning_rate, train.weight_decay, train.warmup_steps) == (3e-4, 0.01, 500)
+    assert (train.epochs, train.batch_rows, train.accumulation) == (3, 8, 1)
+    assert train.keep_best
+
+
+def test_recipes_say_when_they_are_accepted() -> None:
+    heads = {
+        name: " ".join((FOLDER / f"{name}.yaml").read_text().replace("#", "").split())
+        for name in ("coder-7b", "coder-7b-smoke")
+    }
+    assert "has B under 3.0" in heads["coder-7b-smoke"]
+    assert "pass@1 on HumanEval is at least 15 %; the goal is 25 %" in heads["coder-7b"]
 
 
 def test_the_long_recipe_is_what_was_asked_for() -> None:
@@ -163,6 +183,7 @@ def tiny(teacher: Path, text: Path, start: Path, work: Path) -> list[str]:
         "student.intermediate_size": 64,
         "student.vocab_size": 304,
         "train.steps": 20,
+        "train.epochs": "null",
         "train.warmup_steps": 2,
         "train.learning_rate": 0.003,
         "train.eval_every": 10,

@@ -1,7 +1,7 @@
 """The model card: README.md with the front matter that the hub reads.
 
-It says what is known and leaves out the rest: licence and base model only as parameters or the
-teacher's own card give them, metrics only where they were measured, and no path of this machine.
+It says what is known and leaves out the rest: licence and base model as export.* gives them, else
+as the teacher's own card does, metrics only where they were measured, and no path of this machine.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 
 from pipeline.config import Params
 from pipeline.files import read_json_object
 from pipeline.model.folder import teacher_folder
 from pipeline.named_models import is_of_run
+from pipeline.teacher.front_matter import read_front_matter
 
 _FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
 _FROM_CACHE = (
@@ -56,25 +56,25 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     about = read_json_object(params.paths.runs / run / "run.json")
     how = about.get("train", {}).get("teacher")
     taught = how in ("cached", "online")
-    start = about.get("student", {}).get("init")
-    hub = params.teacher.hub.id if params.teacher.source == "hub" else None
+    license_id = run_license(params)
     front = ModelCardData(
-        license=run_license(params),
-        base_model=(hub or params.export.base_model) if taught or start == "layers" else None,
+        license=license_id,
+        base_model=run_base_model(params, run),
         datasets=[params.corpus.hub.id] if params.corpus.source == "hub" else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["decant", *(["knowledge-distillation"] if taught else [])],
+        **_license_terms(params),
     )
     origin = [*_start(about), ("data", _data(params))]
-    if taught or start == "layers":
+    if _has_teacher(about):
         origin.insert(0, ("teacher", _teacher(params)))
     sections = [
         f"# {run}\n\nA causal language model, {_HOW.get(how, 'trained')} by Decant.",
         _use(files),
-        "## Training\n\n" + _table(("", ""), [*origin, *_training(about)]),
+        "## Training\n\n" + _table(("", ""), [*origin, *_training(about), *_kept(params, run)]),
         _evaluation(params, run),
-        _terms(run_license(params), "the teacher and the data"),
+        _terms(license_id, "the teacher and the data"),
     ]
     return _page(front, sections)
 
@@ -99,13 +99,53 @@ def run_license(params: Params) -> str | None:
 
 def card_license(folder: Path) -> str | None:
     """The licence in the front matter of a folder's README.md; None where nothing says."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return None
-    found = front.get("license") if isinstance(front, dict) else None
+    found = read_front_matter(folder).get("license")
     return found if isinstance(found, str) else None
+
+
+def run_base_model(params: Params, run: str) -> str | list[str] | None:
+    """What the hub is to show the model as derived from; None where that is unknown, or nothing is.
+
+    export.base_model, else the teacher's id on the hub, else what the teacher's own card says that
+    the teacher itself was derived from.
+    """
+    if not _has_teacher(read_json_object(params.paths.runs / run / "run.json")):
+        return None
+    if params.export.base_model:
+        return params.export.base_model
+    if params.teacher.source == "hub":
+        return params.teacher.hub.id
+    found = read_front_matter(teacher_folder(params.paths.teacher)).get("base_model")
+    if isinstance(found, list) and found and all(isinstance(entry, str) for entry in found):
+        return found if len(found) > 1 else str(found[0])
+    return found if isinstance(found, str) else None
+
+
+def unknown_fields(params: Params, run: str) -> list[str]:
+    """The parameters of export.* that would put on a run's card what it lacks."""
+    about = read_json_object(params.paths.runs / run / "run.json")
+    unknown = [] if run_license(params) else ["export.license"]
+    if _has_teacher(about) and not run_base_model(params, run):
+        unknown.append("export.base_model")
+    return unknown
+
+
+def _has_teacher(about: Mapping[str, Any]) -> bool:
+    """Whether a run has anything of its teacher: what it said, or its layers."""
+    taught = about.get("train", {}).get("teacher") in ("cached", "online")
+    return taught or about.get("student", {}).get("init") == "layers"
+
+
+def _license_terms(params: Params) -> dict[str, Any]:
+    """Name and address of a licence that has no id on the hub, as the teacher's card gives them."""
+    front = read_front_matter(teacher_folder(params.paths.teacher))
+    if params.export.license or front.get("license") != "other":
+        return {}
+    return {
+        key: front[key]
+        for key in ("license_name", "license_link")
+        if isinstance(front.get(key), str)
+    }
 
 
 def _page(front: ModelCardData, sections: Iterable[str]) -> str:
@@ -163,6 +203,13 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "corpus_sha256" in about and not cache:
         rows.append(("corpus_sha256", str(about["corpus_sha256"])))
     return rows
+
+
+def _kept(params: Params, run: str) -> list[tuple[str, str]]:
+    """Which step's weights these are, where train.keep_best chose it."""
+    metrics = read_json_object(params.paths.runs / run / "dvclive" / "metrics.json")
+    step = metrics.get("validation", {}).get("best_step")
+    return [] if step is None else [("weights", f"of step {step:g}, the lowest validation loss")]
 
 
 def _evaluation(params: Params, run: str) -> str:

@@ -17,13 +17,15 @@ from pipeline.config import Params
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.plan.devices import DEVICES, Device
-from pipeline.plan.shapes import Shape, student_shape, teacher_shape
+from pipeline.plan.shapes import Shape, student_shape, teacher_shape, tokenizer_ids
 from pipeline.plan.storage import CORPUS_BYTES, CacheSize, Mode, cache_size
 from pipeline.plan.work import capture_memory, step_operations, training_memory
+from pipeline.resolved import resolve
 
 TOKENIZED = 2.1e5  # tokens a second of one processor, by `build_corpus` of Python's library
 READ = 6.1e6  # tokens a second that two threads beside a device read and decode (cache_speed.py)
 WRITTEN = 1.6e6  # tokens a second that two threads encode and commit (cache_speed.py)
+NOISE_COPIES = 3  # of a row in a forward of the noise floor (pipeline/fidelity.py)
 MODES = (Mode(k=64, draws=0), Mode(k=32, draws=0), Mode(k=16, draws=0), Mode(k=0, draws=50))
 
 
@@ -52,9 +54,11 @@ class Extent:
 class Rates:
     """Tokens a second, by all devices together."""
 
-    teacher: float  # forward
-    student: float  # forward
+    teacher: float  # forward, in prepare.dtype
+    student: float  # forward, in train.dtype
     train: float  # forward and backward of the student
+    judged_teacher: float  # forward, in evaluate.dtype
+    judged_student: float  # likewise
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Plan:
     student: str
     student_shape: Shape
     student_dtype: str  # of autocast
+    evaluate_dtype: str
+    steps: int  # of a run of train.*
     extent: Extent
     rates: Rates
     stages: tuple[StagePlan, ...]
@@ -106,15 +112,19 @@ def make_plan(params: Params) -> Plan:
         ParamsError: a model's shape is not known here, the corpus has no stated size, or prepare.k
             or student.layers ask for more than the teacher has.
     """
-    params = _settled(params)
-    teacher_name, teacher = teacher_shape(params.teacher, teacher_folder(params.paths.teacher))
+    folder = teacher_folder(params.paths.teacher)
+    teacher_name, teacher = teacher_shape(params.teacher, folder)
+    num_ids, said = tokenizer_ids(params, folder, teacher)
+    params = _settled(params, num_ids)
     if params.prepare.k > teacher.vocab_size:
         raise ParamsError(
             f"prepare.k={params.prepare.k} exceeds the {teacher.vocab_size} rows of the teacher's "
             "vocabulary: lower it"
         )
     student_name, student = student_shape(params.student, teacher)
-    dtype = _teacher_dtype(params)
+    student_name += said
+    device = DEVICES[params.advise.device]
+    dtype = _inference_dtype(params.prepare.dtype, device)
     extent = _extent(params)
     rates = _rates(params, teacher, student, dtype)
     kept = Mode(k=params.prepare.k, draws=params.prepare.draws)
@@ -131,6 +141,8 @@ def make_plan(params: Params) -> Plan:
         student=student_name,
         student_shape=student,
         student_dtype=params.train.dtype,
+        evaluate_dtype=_inference_dtype(params.evaluate.dtype, device),
+        steps=params.train.num_steps,
         extent=extent,
         rates=rates,
         stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
@@ -140,11 +152,10 @@ def make_plan(params: Params) -> Plan:
     )
 
 
-def _teacher_dtype(params: Params) -> str:
-    """What prepare.dtype comes to on the planned device."""
-    if params.prepare.dtype != "auto":
-        return params.prepare.dtype
-    device = DEVICES[params.advise.device]
+def _inference_dtype(asked: str, device: Device) -> str:
+    """What prepare.dtype or evaluate.dtype comes to on the planned device."""
+    if asked != "auto":
+        return asked
     return "float16" if device.has_float16 else _wide_range(device)
 
 
@@ -152,28 +163,33 @@ def _wide_range(device: Device) -> Literal["bfloat16", "float32"]:
     return "bfloat16" if device.has_bfloat16 else "float32"
 
 
-def _settled(params: Params) -> Params:
-    """The same parameters with what train.dtype=auto comes to on the planned device."""
-    if params.train.dtype != "auto":
-        return params
-    dtype = _wide_range(DEVICES[params.advise.device])
-    return params.model_copy(update={"train": params.train.model_copy(update={"dtype": dtype})})
+def _settled(params: Params, num_ids: int) -> Params:
+    """The same parameters with train.dtype, train.steps and student.vocab_size as they come to."""
+    if params.train.dtype == "auto":
+        dtype = _wide_range(DEVICES[params.advise.device])
+        train = params.train.model_copy(update={"dtype": dtype})
+        params = params.model_copy(update={"train": train})
+    return resolve(params, train_rows=_train_rows(params), num_ids=num_ids)
 
 
-def _extent(params: Params) -> Extent:
-    corpus, train = params.corpus, params.train
-    if corpus.train_tokens is None:
+def _train_rows(params: Params) -> int:
+    if params.corpus.train_tokens is None:
         raise ParamsError(
             "corpus.train_tokens=null takes all there is, which a plan can not know: set a number, "
             "for the plan alone by --set"
         )
+    return math.ceil(params.corpus.train_tokens / params.corpus.row_length)
+
+
+def _extent(params: Params) -> Extent:
+    corpus, train = params.corpus, params.train
     held_out = math.ceil(corpus.validation_tokens / corpus.row_length)
-    validations = train.steps // train.eval_every + 1
+    validations = train.num_steps // train.eval_every + 1
     return Extent(
         row_length=corpus.row_length,
-        train_rows=math.ceil(corpus.train_tokens / corpus.row_length),
+        train_rows=_train_rows(params),
         held_out_rows=held_out,
-        run_tokens=train.steps * train.batch_rows * train.accumulation * corpus.row_length,
+        run_tokens=train.num_steps * train.batch_rows * train.accumulation * corpus.row_length,
         validated_tokens=validations * min(train.eval_rows, held_out) * corpus.row_length,
     )
 
@@ -181,10 +197,13 @@ def _extent(params: Params) -> Extent:
 def _rates(params: Params, teacher: Shape, student: Shape, dtype: str) -> Rates:
     device, length = DEVICES[params.advise.device], params.corpus.row_length
     share = params.advise.utilisation * params.advise.devices
+    judged = share * device.peak(_inference_dtype(params.evaluate.dtype, device))
     return Rates(
         teacher=share * device.peak(dtype) / teacher.forward_operations(length),
         student=share * device.peak(params.train.dtype) / student.forward_operations(length),
         train=share * device.peak(params.train.dtype) / step_operations(student, params),
+        judged_teacher=judged / teacher.forward_operations(length),
+        judged_student=judged / student.forward_operations(length),
     )
 
 
@@ -200,13 +219,12 @@ def _stages(
     """As `dvc repro` would run them."""
     from_gguf = params.teacher.source in ("wheel", "gguf")
     folder = teacher.parameters * (4.0 if from_gguf else 2.0)  # as published, or dequantised
-    verify, length = params.verify, extent.row_length
-    gate = (verify.batches + verify.noise_batches) * verify.batch_rows * length
+    length, gate = extent.row_length, extent.row_length * _gate_rows(params, extent)
     alone = params.advise.devices  # verify and evaluate run on one device
     run = extent.run_tokens / rates.train + extent.validated_tokens / rates.student
     live = (extent.run_tokens + extent.validated_tokens) / rates.teacher
     distilled = run + (live if params.train.teacher == "online" else 0.0)
-    judged = extent.held_out_rows * length * (1.0 / rates.teacher + 2.0 / rates.student)
+    judged = 1.0 / rates.judged_teacher + 2.0 / rates.judged_student  # seconds a token
     capture = capture_memory(teacher, params, dtype).total
     training = training_memory(student, params).total
     beside = capture if params.train.teacher == "online" else 0.0  # the teacher, for a batch
@@ -218,5 +236,12 @@ def _stages(
         StagePlan("verify", None, gate / rates.teacher * alone, capture),
         StagePlan("train", saved, distilled, training + beside),
         StagePlan("baseline", saved, run, training),
-        StagePlan("evaluate", None, judged * alone, None),
+        StagePlan("evaluate", None, extent.held_out_rows * length * judged * alone, None),
     )
+
+
+def _gate_rows(params: Params, extent: Extent) -> int:
+    """Rows that verify runs through the teacher: the noise floor's again, three times over."""
+    verify, rows = params.verify, extent.train_rows + extent.held_out_rows
+    wanted = min(verify.batches * verify.batch_rows, rows)
+    return wanted + NOISE_COPIES * min(verify.noise_batches * verify.batch_rows, wanted)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import LoraParams, StudentParams, TeacherParams
+from pipeline.config import LoraParams, Params, StudentParams, TeacherParams
 from pipeline.errors import DecantError, ParamsError
 
 
@@ -163,6 +163,7 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
             teacher, num_layers=len(params.layers)
         )
     if params.init == "random":
+        assert params.vocab_size != "auto"  # a number since pipeline/resolved.py
         return "at random", _from_config(params.model_dump())
     found = params.checkpoint and _at_hand(str(params.checkpoint), params.checkpoint)
     if not found:
@@ -171,6 +172,26 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
             "folder, so that its config.json can be read"
         )
     return str(params.checkpoint), found
+
+
+def tokenizer_ids(params: Params, folder: Path, teacher: Shape) -> tuple[int, str]:
+    """The tokenizer's number of ids; and where student.vocab_size=auto rests on a guess, the guess.
+
+    Else the teacher's rows are taken for it, though it may have fewer ids (Qwen2.5: 151,665 of
+    151,936 rows).
+
+    Args:
+        folder: the teacher's, whose tokenizer is counted once `fetch` has run.
+    """
+    try:
+        said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = [token["id"] for token in said.get("added_tokens") or ()]
+        return max(*said["model"]["vocab"].values(), *added) + 1, ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        uses = params.student.init == "random" and params.student.vocab_size == "auto"
+        rows = f"{teacher.vocab_size:,}"
+        guess = f", a vocabulary of the teacher's {rows} rows assumed for student.vocab_size=auto"
+        return teacher.vocab_size, guess if uses else ""
 
 
 def _at_hand(name: str, *folders: Path) -> Shape | None:

@@ -45,7 +45,7 @@ def _subject(plan: Plan, params: Params) -> list[str]:
         f"student {plan.student}: {plan.student_shape.parameters / 1e6:,.0f} M parameters, in "
         f"{plan.student_dtype}",
         f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
-        f"{params.train.steps:,} steps of {extent.run_tokens // params.train.steps:,} tokens "
+        f"{plan.steps:,} steps of {extent.run_tokens // plan.steps:,} tokens "
         f"passes over it {extent.passes_a_run:.3g} times",
         f"device {advise.devices} x {advise.device} at {advise.utilisation:.0%} of its peak: "
         f"capture {plan.rates.teacher:,.0f} tokens/s, training {plan.rates.train:,.0f} tokens/s",
@@ -101,7 +101,8 @@ def _fits(plan: Plan, params: Params) -> list[str]:
         of = f"{readable_bytes(memory)} of {readable_bytes(device.memory)}"
         fits = memory <= FITS * device.memory
         lines.append(f"{name} fits: {of}" if fits else f"{name} does NOT fit: {of}; {remedy}")
-    for key, dtype in (("prepare", plan.teacher_dtype), ("train", plan.student_dtype)):
+    dtypes = (plan.teacher_dtype, plan.student_dtype, plan.evaluate_dtype)
+    for key, dtype in zip(("prepare", "train", "evaluate"), dtypes, strict=True):
         if dtype == "bfloat16" and not device.has_bfloat16:
             lines.append(
                 f"{params.advise.device} has no units for bfloat16 and computes at the rate of "

@@ -57,13 +57,14 @@ def mask_bytes(params: Params) -> int:
 def training_memory(student: Shape, params: Params) -> Memory:
     """Of a training step's forward and backward, on each of advise.devices.
 
-    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, shared by fsdp.
+    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, shared by fsdp; 20
+    with train.keep_best.
     Autograd keeps a rounded copy of each weight of a block until backward.
     """
     train, run, devices = params.train, params.run, params.advise.devices
     trained = trained_parameters(student, params.student)
     size = _SIZES[train.dtype]
-    state = 4.0 * student.parameters + 12.0 * trained
+    state = 4.0 * student.parameters + (16.0 if train.keep_best else 12.0) * trained
     if run.parallel == "fsdp":
         state /= devices
     rounded = 0 if size == 4 or run.activation_checkpointing else size * student.body_matrices

@@ -32,11 +32,11 @@ def require_packages() -> None:
         require(package, "report", "the study")
 
 
-def write_study(folder: Path, about: str, sections: Sequence[Section]) -> Path:
+def write_study(folder: Path, about: str, device: str, sections: Sequence[Section]) -> Path:
     """Write index.html, report.md, their pictures and the sections' files.
 
     Args:
-        about: the model, in a line.
+        about: the model, in a line. device: what it ran on, likewise.
 
     Returns:
         The page.
@@ -54,6 +54,7 @@ def write_study(folder: Path, about: str, sections: Sequence[Section]) -> Path:
         "total": len(comparisons),
         "passed": sum(comparison.passed for comparison in comparisons),
         "versions": {name: version(name) for name in _PACKAGES},
+        "device": device,
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
     pictures = [picture for section in sections for picture in section.pictures]

@@ -1,4 +1,4 @@
-"""Every tensor of the checkpoint: key, shape, number format, bytes, and whose it is.
+"""The folder's files, and each tensor of the checkpoint: key, shape, format, bytes and owner.
 
 Our names are Hugging Face's (pipeline/model/student.py), so nothing is renamed on loading; the
 table says so line by line, and the comparison is bit for bit.
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.runtime.device import dtype_name
+from pipeline.study.machine import file_table
 from pipeline.study.section import Comparison, Section, Table
 from pipeline.study.subject import Subject
 
@@ -43,12 +44,13 @@ def tensors(subject: Subject) -> Section:
             "safetensors. Names are Hugging Face's on both sides."
         ],
         tables=[
+            file_table(subject.folder),
             Table(
                 "Every tensor",
                 ("key", "shape", "dtype", "module", "bytes", "our name for it"),
                 rows,
                 folded=True,
-            )
+            ),
         ],
     )
     if our_names:

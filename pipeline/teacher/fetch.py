@@ -40,6 +40,7 @@ from pipeline.model.folder import (
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
 from pipeline.storage import atomic_folder, require_ours
+from pipeline.teacher.front_matter import CARD, write_gguf_card
 
 _SPLITS_EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """`tokenizer.ggml.pre` values that stand for "each digit alone, then GPT-2's pattern".
@@ -196,6 +197,12 @@ def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_gguf_card({key: field.contents() for key, field in _general(reader)}, folder)
+
+
+def _general(reader: Any) -> list[tuple[str, Any]]:
+    """What a GGUF file says of the model as a whole: its licence, for example."""
+    return [(key, field) for key, field in reader.fields.items() if key.startswith("general.")]
 
 
 def _commit(hub: HubTeacher, folder: Path) -> str:
@@ -236,7 +243,7 @@ def download_snapshot(hub_id: str, revision: str | None, *, named: str, remedy: 
         path = snapshot_download(
             hub_id,
             revision=revision,
-            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES],
+            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, CARD],
         )
     except Exception as error:  # HTTP, SSL, offline mode and file errors of several libraries
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -48,6 +48,8 @@ class TrainState:
     step: int = 0  # optimizer steps done
     skipped: int = 0  # of those, dropped for a non-finite loss or gradient
     history: list[dict[str, float]] = field(default_factory=list)  # what was logged, with "step"
+    best_step: int | None = None  # of the lowest validation loss, with train.keep_best
+    best_loss: float | None = None
 
 
 class Checkpoints:

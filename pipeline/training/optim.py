@@ -39,8 +39,8 @@ def learning_rate(step: int, params: TrainParams) -> float:
     if step < params.warmup_steps:
         return params.learning_rate * (step + 1) / params.warmup_steps
     cosine = params.schedule == "cosine"
-    last = params.steps - 1
-    decay = last - params.warmup_steps if cosine else round(params.decay_share * params.steps)
+    last = params.num_steps - 1
+    decay = last - params.warmup_steps if cosine else round(params.decay_share * (last + 1))
     decay = max(1, decay)
     done = min(1.0, max(0.0, (step - last + decay) / decay))
     if cosine:
@@ -55,4 +55,4 @@ def alpha_at(step: int, params: TrainParams) -> float:
     """Weight of KL at a step (from 0): from `alpha`, linearly, to `alpha_end` at the last one."""
     if params.alpha_end is None:
         return params.alpha
-    return params.alpha + (params.alpha_end - params.alpha) * step / max(1, params.steps - 1)
+    return params.alpha + (params.alpha_end - params.alpha) * step / max(1, params.num_steps - 1)

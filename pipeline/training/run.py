@@ -1,6 +1,7 @@
 """One training run: build the student, choose the teacher, train, save; a folder under runs/.
 
-<runs>/<name>/model/         the trained student, a Hugging Face folder with the tokenizer
+<runs>/<name>/model/         the trained student, a Hugging Face folder with the tokenizer; of the
+                             last step, or with train.keep_best of the lowest validation loss
 <runs>/<name>/adapter/       with student.lora: the adapter alone, over student.checkpoint
 <runs>/<name>/run.json       what the run was made from; another run in its place is refused
 <runs>/<name>/dvclive/       metrics and curves
@@ -26,6 +27,7 @@ from pipeline.files import read_json_object, write_json
 from pipeline.losses.reference import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.named_models import run_folder
+from pipeline.resolved import resolve
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
 from pipeline.storage import Folder, claim, open_folder, require_ours
@@ -78,6 +80,7 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
 def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResult:
     _require_rows(params, ranks)
     corpus = CorpusSplit(params.paths.corpus, "train")
+    params = resolve(params, train_rows=len(corpus), num_ids=corpus.info.vocab_size)
     held_out = CorpusSplit(params.paths.corpus, "validation")
     checkpoints = Checkpoints(
         params.paths.checkpoints / folder.name

@@ -2,7 +2,8 @@
 
 Names know nothing of ranks, parameter order or engine, so what any number of ranks wrote, any other
 number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
-where the run took them from), the optimizer's state and each rank's random state.
+where the run took them from), with train.keep_best those of the lowest validation loss too, the
+optimizer's state and each rank's random state.
 The format's `.metadata` is a pickle, which could name any function to be called; ours is read by an
 unpickler that knows a dozen names and calls nothing else.
 
@@ -17,7 +18,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,30 @@ class Learner:
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """What is trained, by name, as it was at the lowest validation loss; empty if not kept."""
+
+    def keep_as_best(self) -> None:
+        """Copy what is trained into `best`, in the memory of its own device."""
+        for name, tensor in self._trained():
+            if name in self.best:
+                self.best[name].copy_(tensor)
+            else:
+                self.best[name] = tensor.clone()
+
+    def restore_best(self) -> None:
+        """Copy `best` back into the student."""
+        for name, tensor in self._trained():
+            tensor.copy_(self.best[name])
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.detach()
 
     def tensors(self) -> dict[str, Tensor]:
         """By name; to load is to write into them."""
-        tensors = {}
+        tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
                 tensors[f"student/{name}"] = parameter.detach()
@@ -84,12 +105,14 @@ class Learner:
                     tensors[f"optimizer/{key}/{name}"] = value
         return tensors
 
-    def make_optimizer_state(self, saved: dict[str, Any]) -> None:
-        """Give a new optimizer tensors to load into, sharded as the weights they belong to."""
+    def make_room(self, saved: dict[str, Any]) -> None:
+        """Make tensors to load optimizer state and `best` into, sharded as the weights are."""
         parameters = dict(self.student.named_parameters())
         for full_name, about in saved.items():
             part, _, rest = full_name.partition("/")
             key, _, name = rest.partition("/")
+            if part == "best":
+                self.best[rest] = torch.zeros_like(parameters[rest].detach())
             if part == "optimizer":
                 like, dtype = parameters[name].detach(), about.properties.dtype
                 self.optimizer.state[parameters[name]][key] = (
@@ -161,7 +184,7 @@ def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
     """
     reader = _Reader(folder)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    learner.make_optimizer_state(saved)
+    learner.make_room(saved)
     random = {name: s for name, s in _random_state(ranks.rank).items() if name in saved}
     with _one_process_is_meant():
         load(learner.tensors() | random, storage_reader=reader, no_dist=not ranks.grouped)

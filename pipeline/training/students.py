@@ -50,6 +50,7 @@ def build_student(params: StudentParams, teacher: Path) -> Student:
     """The student at its start, all its weights trained (adapters are added by `RunStudent`)."""
     start = start_folder(params, teacher)
     if start is None:
+        assert params.vocab_size != "auto"  # a number since pipeline/resolved.py
         shape = params.model_dump(exclude={"init", "checkpoint", "layers", "lora"})
         return StudentModel(ModelConfig(**shape))
     student = open_student(start, params.layers if params.init == "layers" else None)

@@ -43,9 +43,11 @@ def train(
     """Train to `train.steps`, continuing the newest whole checkpoint if there is one.
 
     A continued run logs and ends exactly as one that was never stopped. Ctrl-C or SIGTERM, on any
-    rank, ends all of them after the same step, with a checkpoint.
+    rank, ends all of them after the same step, with a checkpoint. With `train.keep_best` the
+    student ends with the weights of its lowest validation loss, from step 0 on.
 
     Args:
+        params: as `pipeline.resolved.resolve` returns them.
         model: the student in its DistillationStep, as `parallelise` returns it.
         student: whose parameters are trained in place, by their own names.
         folder: the run's, where curves are written.
@@ -58,23 +60,28 @@ def train(
     learner = Learner(student, optimizer)
     state = checkpoints.load_newest(learner) or TrainState()
     if state.step:
-        say(f"continuing from step {state.step} of {recipe.steps}")
+        say(f"continuing from step {state.step} of {recipe.num_steps}")
     batches = stream.starting_at(state.step * recipe.accumulation)
     with Curves(folder / "dvclive", state) as curves, StopRequest() as stop:
-        _announce(model, student, validation, recipe, state, ranks)
+        _announce(model, student, validation, params, state, ranks)
         if state.step == 0:
-            curves.record(validate(model, validation, recipe, ranks))
-        bar = progress(range(state.step, recipe.steps), what="train", unit="step")
+            curves.record(_validate(model, learner, validation, state, recipe, ranks))
+        bar = progress(range(state.step, recipe.num_steps), what="train", unit="step")
         for _ in bar:
             values = _train_step(model, optimizer, batches, state, recipe, ranks)
             _require_few_skipped(state, params.run)
             state.step += 1
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-            due = state.step % recipe.eval_every == 0 or state.step == recipe.steps
+            due = state.step % recipe.eval_every == 0 or state.step == recipe.num_steps
             if due:
-                values |= validate(model, validation, recipe, ranks)
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if "validation" in k)
-                say(f"step {state.step}/{recipe.steps}: {shown}")
+                values |= _validate(model, learner, validation, state, recipe, ranks)
+                names = ("loss", "perplexity", "kl")
+                found = ((key, values.get(f"validation/{key}")) for key in names)
+                shown = [
+                    f"validation/{key} {value:.4f}" for key, value in found if value is not None
+                ]
+                shown += ["the best yet"] if state.best_step == state.step else []
+                say(f"step {state.step}/{recipe.num_steps}: {', '.join(shown)}")
             if due or state.step % recipe.log_every == 0:
                 curves.record(values)
             stopping = ranks.any(stop.requested)
@@ -82,41 +89,74 @@ def train(
                 checkpoints.save(learner, state)
             if stopping:
                 raise KeyboardInterrupt
+    if recipe.keep_best:
+        learner.restore_best()
     return state
+
+
+def _validate(
+    model: nn.Module,
+    learner: Learner,
+    validation: Validation,
+    state: TrainState,
+    params: TrainParams,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """What `validate` measures; with keep_best the student is put aside when it is the best yet."""
+    values = validate(model, validation, params, ranks)
+    loss = values["validation/loss"]  # the same on all ranks
+    if not params.keep_best:
+        return values
+    if state.best_loss is None or loss < state.best_loss:
+        learner.keep_as_best()
+        state.best_step, state.best_loss = state.step, loss
+    best = {"step": float(state.best_step or 0), "loss": state.best_loss}
+    return values | {f"validation/best_{name}": value for name, value in best.items()}
 
 
 def _announce(
     model: nn.Module,
     student: Student,
     validation: Validation,
-    params: TrainParams,
+    params: Params,
     state: TrainState,
     ranks: Ranks,
 ) -> None:
     """Say what is left to do and about how long that takes, from one batch without gradients."""
+    recipe = params.train
 
     def load() -> Batch:
-        size = params.batch_rows
+        size = recipe.batch_rows
         return next(first_rows(validation.teacher, size, size, rank=ranks.rank, ranks=ranks.count))
 
     batch = load()
     with evaluating(model):
         forward = seconds_of(
-            lambda: model(batch, alpha=params.alpha, temperature=1.0, divergence="forward_kl"),
+            lambda: model(batch, alpha=recipe.alpha, temperature=1.0, divergence="forward_kl"),
             ranks.device,
         )
-    loading = seconds_of(load, ranks.device) if params.teacher == "online" else 0.0
-    steps, size = params.steps - state.step, params.batch_rows * params.accumulation
-    validations = steps // params.eval_every + 1
+    loading = seconds_of(load, ranks.device) if recipe.teacher == "online" else 0.0
+    steps, size = recipe.num_steps - state.step, recipe.batch_rows * recipe.accumulation
+    validations = steps // recipe.eval_every + 1
     rows = min(validation.rows, len(validation.teacher.corpus))
-    checked = validations * math.ceil(rows / params.batch_rows)
+    checked = validations * math.ceil(rows / recipe.batch_rows)
+    a_batch = forwards_a_batch(params) * forward + loading
     announce(
         "train",
         f"takes {steps:,} steps of {size:,} rows to teach {student.count_parameters() / 1e6:.1f} M "
-        f"parameters, train.teacher={params.teacher}",
-        # A backward is twice a forward (Kaplan et al. 2020, table 1).
-        steps * params.accumulation * (3 * forward + loading) + checked * (forward + loading),
+        f"parameters, train.teacher={recipe.teacher}",
+        steps * recipe.accumulation * a_batch + checked * (forward + loading),
     )
+
+
+def forwards_a_batch(params: Params) -> int:
+    """Forward and backward of a batch, counted in forwards.
+
+    A backward is two (Kaplan et al. 2020, table 1), of which one makes the gradients of weights;
+    those that are frozen beside adapters have none. Activation checkpointing repeats the forward.
+    """
+    backward = 1 if params.student.lora else 2
+    return 1 + backward + (1 if params.run.activation_checkpointing else 0)
 
 
 def _train_step(

@@ -26,7 +26,9 @@ class Validation:
 def validate(
     model: nn.Module, validation: Validation, params: TrainParams, ranks: Ranks
 ) -> dict[str, float]:
-    """Mean cross-entropy and, with a teacher, tail-bucket KL at temperature 1, nats a token.
+    """Mean cross-entropy, its perplexity and, with a teacher, tail-bucket KL at temperature 1.
+
+    In nats per token; perplexity is exp of the cross-entropy, of which 700 is the largest taken.
 
     Whatever is trained for, so that runs can be compared. Each rank takes its share of each batch;
     the result is the same on all.
@@ -60,7 +62,8 @@ def validate(
             f"the validation loss is {ce}, since weights or what they compute have overflowed: "
             "lower train.learning_rate, or start from a sound model"
         )
-    values = {"validation/loss": ce / total}
+    loss = ce / total
+    values = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
     return values | ({"validation/kl": kl / total} if has_teacher else {})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from gguf import GGUFReader
 
 from pipeline.config import Params, load_params
 from pipeline.errors import DecantError, MismatchError, ParamsError
@@ -22,10 +23,12 @@ from pipeline.export.run import export_model
 from pipeline.export.source import Exported, find_model, text_to_check_by
 from pipeline.model.weights import load_student, save_student
 from pipeline.storage import MARK
+from pipeline.training.run import run_training
 from stages import export as stage
 from tests.conftest import ROOT, change
 from tests.export.conftest import text_of_many_lines
 from tests.export.hub import Hub
+from tests.helpers import SMALL, judge
 
 
 def run_python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,10 +77,34 @@ def test_by_hand_with_a_dry_run(tiny_run: Params, tmp_path: Path) -> None:
     assert "these would go to some-org/tiny, private; nothing was sent" in done.stdout
     assert "16 of 16 tokens as ours, float32, 4 of 4 prompts" in done.stdout
     assert f"export: {folder} holds 8 files" in done.stdout
+    assert "the model card leaves out what the teacher's own card does not say" in done.stdout
+    assert "name it by export.license\n" in done.stdout  # no run.json says that it has a teacher
     check = json.loads((tiny_run.paths.export / "check.json").read_text())
     assert (check["model"], check["passed"], check["prompts"]) == ("student", True, 4)
     assert len(check["paths"]) == (3 if has_llama_cpp() else 1)
     assert (WITHOUT_LLAMA_CPP in done.stdout) is not has_llama_cpp()
+
+
+def test_a_random_student_of_auto_rows_goes_the_whole_way(
+    tiny_corpus: Params, tmp_path: Path
+) -> None:
+    """300 ids, 320 rows: trained, exported with GGUF, checked on all paths, and evaluated."""
+    student = {"init": "random"} | SMALL | {"vocab_size": "auto", "attention_bias": False}
+    train = {"steps": 2, "teacher": "none"}
+    params = change(tiny_corpus, student=student, train=train, export={"gguf": ["f16", "q8_0"]})
+    model = run_training(params, "student").folder / "model"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    done = CliRunner().invoke(
+        stage.main, ["--params", str(tmp_path / "params.yaml")], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    exported = params.paths.export / "student"
+    for folder in (model, exported):
+        assert json.loads((folder / "config.json").read_text())["vocab_size"] == 320
+    tokens = GGUFReader(exported / "student-f16.gguf").fields["tokenizer.ggml.tokens"]
+    assert len(tokens.data) == 320
+    scores = judge(params, {"ours": model, "exported": exported}).scores
+    assert scores["ours"].loss == pytest.approx(scores["exported"].loss, abs=0.05)
 
 
 def test_a_path_that_differs_is_status_1_and_nothing_is_pushed(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
-from pipeline.export.card import card_license, folder_card, run_card
+from pipeline.export.card import card_license, folder_card, run_card, unknown_fields
 from pipeline.export.hf import write_hugging_face
 from pipeline.model.weights import load_student, save_student
 from tests.conftest import change
@@ -146,7 +146,9 @@ def front(text: str) -> dict[str, Any]:
 
 
 def test_card_of_a_run(params_of_run: Params, tmp_path: Path) -> None:
-    text = run_card(params_of_run, "student", ["student-f16.gguf"])
+    teacher = {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    params = change(params_of_run, export=teacher)
+    text = run_card(params, "student", ["student-f16.gguf"])
     assert front(text) == {
         "license": "apache-2.0",
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -182,7 +184,8 @@ def test_card_says_what_the_run_did(
 ) -> None:
     run = {"train": {"teacher": teacher} if teacher else {}, "student": student}
     (params_of_run.paths.runs / "student" / "run.json").write_text(json.dumps(run))
-    text = run_card(params_of_run, "student", [])
+    params = change(params_of_run, export={"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"})
+    text = run_card(params, "student", [])
     assert said in text
     assert silent not in text
     has_teacher = teacher in ("cached", "online") or student.get("init") == "layers"
@@ -191,8 +194,8 @@ def test_card_says_what_the_run_did(
 
 
 def test_card_invents_nothing(params_of_run: Params) -> None:
-    params = change(params_of_run, export={"license": None, "base_model": None})
-    text = run_card(params, "baseline", [])
+    """By the project's own defaults: nothing of the demo's teacher stands on another's card."""
+    text = run_card(params_of_run, "baseline", [])
     assert set(front(text)) == {"library_name", "pipeline_tag", "tags"}
     assert "Not stated: the terms of the teacher and the data may apply." in text
     assert "Evaluation" not in text  # nobody measured it
@@ -204,6 +207,48 @@ def test_card_of_hub_teacher_and_data(params_of_run: Params) -> None:
     content = front(run_card(params, "student", []))
     assert content["base_model"] == "Qwen/Qwen2.5-0.5B"
     assert content["datasets"] == ["wikimedia/wikipedia"]
+    named = change(params, export={"base_model": "someone/teacher"})
+    assert front(run_card(named, "student", []))["base_model"] == "someone/teacher"
+
+
+OTHER = "license: other\nlicense_name: research\nlicense_link: https://example.org/terms\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "unknown"),
+    [
+        ("license: mit\nbase_model: a/b\n", {"license": "mit", "base_model": "a/b"}, []),
+        ("base_model: [a/b, c/d]\n", {"base_model": ["a/b", "c/d"]}, ["export.license"]),
+        ("license: mit\nbase_model: 7\n", {"license": "mit"}, ["export.base_model"]),
+        (OTHER, dict(yaml.safe_load(OTHER)), ["export.base_model"]),
+        ("", {}, ["export.license", "export.base_model"]),
+    ],
+)
+def test_card_takes_what_the_teachers_own_card_says(
+    said: str,
+    expected: dict[str, Any],
+    unknown: list[str],
+    params_of_run: Params,
+    tmp_path: Path,
+) -> None:
+    teacher = tmp_path / "own"
+    teacher.mkdir()
+    (teacher / "README.md").write_text(f"---\n{said}---\n# A teacher\n")
+    params = change(params_of_run, paths={"teacher": str(teacher)})
+    content = front(run_card(params, "student", []))
+    for key in ("library_name", "pipeline_tag", "tags"):
+        del content[key]
+    assert content == expected
+    assert unknown_fields(params, "student") == unknown
+
+
+def test_card_says_which_steps_weights_were_kept(params_of_run: Params) -> None:
+    assert "lowest validation loss" not in run_card(params_of_run, "student", [])
+    curves = params_of_run.paths.runs / "student" / "dvclive"
+    curves.mkdir()
+    (curves / "metrics.json").write_text('{"validation": {"best_step": 24.0, "best_loss": 2.0}}')
+    row = "| weights | of step 24, the lowest validation loss |"
+    assert row in run_card(params_of_run, "student", [])
 
 
 def test_licence_comes_from_the_models_own_card(tmp_path: Path) -> None:

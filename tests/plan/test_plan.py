@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from pipeline.config import DeviceName, Params
+from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import ParamsError
+from pipeline.fidelity import run_gate
 from pipeline.plan.devices import DEVICES
 from pipeline.plan.plan import make_plan
 from pipeline.plan.storage import Mode, bytes_a_token
 from pipeline.plan.text import advice, plan_lines
 from stages.advise import main
 from tests.conftest import change
+from tests.helpers import live_teacher, open_cache
 
 BIG = {
     "corpus": {"train_tokens": 10_000_000, "validation_tokens": 100_000, "row_length": 1000},
@@ -83,6 +87,88 @@ def test_auto_is_what_the_planned_device_computes_fastest(
     assert f"in {student}" in " ".join(plan_lines(plan, params))
     asked = {"prepare": {"dtype": teacher}, "train": {"dtype": student}}
     assert make_plan(big(tiny_params, tmp_path, **(auto | asked))).seconds == plan.seconds
+
+
+def test_evaluate_counts_on_its_own_format(tiny_params: Params, tmp_path: Path) -> None:
+    """Worked by hand for a T4, whose float16 is 65 / 8.1 times as fast as its float32."""
+    half, single, auto = (
+        make_plan(big(tiny_params, tmp_path, evaluate={"dtype": name})).stage("evaluate").seconds
+        for name in ("float16", "float32", "auto")
+    )
+    assert half is not None
+    assert single is not None
+    assert single / half == pytest.approx(65 / 8.1)
+    assert auto == half
+    plan = make_plan(big(tiny_params, tmp_path, evaluate={"dtype": "float32"}))
+    teacher, student = plan.teacher_shape, plan.student_shape
+    operations = teacher.forward_operations(1000) + 2 * student.forward_operations(1000)
+    assert single == pytest.approx(100_000 * operations / (0.5 * 8.1e12))
+    text = sentences(tiny_params, tmp_path, evaluate={"dtype": "bfloat16"})
+    assert "computes at the rate of float32: set evaluate.dtype to another" in text
+
+
+def test_verify_counts_what_the_gate_computes(tiny_cache: Params) -> None:
+    """Rows that a gate really runs through its teacher, the noise floor's three times more."""
+    counted = 0
+    teacher = live_teacher(tiny_cache)
+    original = teacher.logits_by_chunk
+
+    def counting(tokens: torch.Tensor, doc_ids: torch.Tensor | None) -> object:
+        nonlocal counted
+        counted += len(tokens)
+        return original(tokens, doc_ids)
+
+    teacher.logits_by_chunk = counting  # type: ignore[method-assign, assignment]
+    splits = [
+        (CorpusSplit(tiny_cache.paths.corpus, split), open_cache(tiny_cache, split))
+        for split in SPLITS
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.fidelity._announce", lambda *_: None)
+        run_gate(teacher, splits, tiny_cache.verify, seed=0)
+    plan = make_plan(tiny_cache)
+    seconds = plan.stage("verify").seconds
+    assert seconds is not None
+    assert seconds * plan.rates.teacher == pytest.approx(32 * counted)
+
+
+def test_recomputed_blocks_take_longer(tiny_params: Params, tmp_path: Path) -> None:
+    plain, again = (
+        make_plan(
+            big(
+                tiny_params,
+                tmp_path,
+                student={"init": "layers", "layers": list(range(30))},
+                run={"activation_checkpointing": value},
+            )
+        )
+        for value in (False, True)
+    )
+    ratio = (again.stage("train").seconds or 0) / (plain.stage("train").seconds or 1)
+    assert 1.1 < ratio < 4 / 3
+
+
+def test_epochs_are_planned_as_their_steps(tiny_params: Params, tmp_path: Path) -> None:
+    steps = make_plan(big(tiny_params, tmp_path, train={"steps": 3000}))
+    params = big(tiny_params, tmp_path, train={"steps": None, "epochs": 3})
+    epochs = make_plan(params)
+    assert epochs.steps == 3000
+    assert epochs.stages == steps.stages
+    assert "a run of 3,000 steps of 10,000 tokens" in " ".join(plan_lines(epochs, params))
+
+
+def test_rows_of_a_random_student_are_guessed_aloud(tiny_params: Params, tmp_path: Path) -> None:
+    """Without a tokenizer at hand; with one they are counted."""
+    student = {"init": "random"}
+    guessed = make_plan(big(tiny_params, tmp_path, student=student))
+    assert guessed.student_shape.vocab_size == 49_152
+    words = "a vocabulary of the teacher's 49,152 rows assumed for student.vocab_size=auto"
+    assert words in guessed.student
+    assert "assumed" not in make_plan(big(tiny_params, tmp_path)).student  # layers of the teacher
+    given = make_plan(big(tiny_params, tmp_path, student=student | {"vocab_size": 1000}))
+    assert given.student == "at random"
+    counted = make_plan(change(tiny_params, student=student))
+    assert (counted.student, counted.student_shape.vocab_size) == ("at random", 320)
 
 
 def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_memory_worked_by_hand(tiny_params: Params) -> None:
     assert training_memory(shape, two).weights == memory.weights / 2
     assert training_memory(shape, two).activations == memory.activations / 2
     assert memory.total == memory.weights + memory.logits + memory.activations
+    best = training_memory(shape, change(one, train={"keep_best": True}))
+    assert best.weights == 20 * 494_032_768
     bf16 = change(one, train={"dtype": "bfloat16"})
     rounded = 2 * (shape.body_matrices + shape.head)
     more = training_memory(shape, bf16)

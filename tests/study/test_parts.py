@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.student import GQAAttention, RMSNorm, RotaryEmbedding, SwiGLUFFN
+from pipeline.storage import MARK
 from pipeline.study import cache, gqa, rope
 from pipeline.study.architecture import module_tree
+from pipeline.study.machine import describe_device
 from pipeline.study.parts import NAMES
 from pipeline.study.report import write_study
 from pipeline.study.run import PARTS, run_parts
@@ -198,7 +202,7 @@ def test_a_model_that_ours_does_not_implement_is_studied_without_it(tmp_path: Pa
     assert "Left out" in sections["gqa"].prose[0]
     assert "'gpt2' model" in sections["gqa"].prose[0]
     assert sections["tensors"].tables[0].rows[0][-1] == "none"
-    page = write_study(tmp_path / "study", "gpt2", list(sections.values()))
+    page = write_study(tmp_path / "study", "gpt2", "a device", list(sections.values()))
     assert "<svg" not in page.read_text()  # what would be drawn is how ours is built
 
 
@@ -212,7 +216,7 @@ def test_layer_in_and_out_are_saved(qwen_folder: Path) -> None:
 
 
 def test_every_tensor_is_listed_with_its_name_on_both_sides(llama_folder: Path) -> None:
-    table = run_one(make_subject(llama_folder), "tensors").tables[0]
+    table = run_one(make_subject(llama_folder), "tensors").tables[1]
     rows = {row[0]: row[1:] for row in table.rows}
     assert len(rows) == 3 * 9 + 3
     assert rows["model.layers.1.mlp.down_proj.weight"] == (
@@ -223,6 +227,24 @@ def test_every_tensor_is_listed_with_its_name_on_both_sides(llama_folder: Path) 
         "the same, in Linear",
     )
     assert rows["model.norm.weight"][2:] == ("LlamaRMSNorm", "192", "the same, in RMSNorm")
+
+
+def test_files_are_listed_with_their_sha256(llama_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    (folder / MARK).write_text("{}")  # is not the model's
+    listed = run_one(make_subject(folder), "tensors").tables[0]
+    files = sorted(folder.iterdir())
+    files.remove(folder / MARK)
+    assert [(row[0], row[1], row[2]) for row in listed.rows] == [
+        (file.name, f"{file.stat().st_size:,}", hashlib.sha256(file.read_bytes()).hexdigest())
+        for file in files
+    ]
+
+
+def test_device_is_named_with_its_memory() -> None:
+    said = describe_device(torch.device("cpu"))
+    assert f", {torch.get_num_threads()} threads, " in said
+    assert re.search(r"[\d.]+ GB of memory$", said)
 
 
 def test_module_tree_tells_equal_layers_once(qwen_folder: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import re
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import normalizers
 
 from pipeline.errors import DecantError
 from pipeline.extras import install_hint
+from pipeline.study.machine import describe_device
 from pipeline.study.report import write_study
 from pipeline.study.section import Comparison, Picture, Section, Table
 from tests.conftest import ROOT, RunPython
@@ -34,10 +38,11 @@ def made_up() -> Section:
 
 
 def test_page_and_markdown_say_the_same(tmp_path: Path) -> None:
-    page = write_study(tmp_path, "a model", [made_up()]).read_text()
+    page = write_study(tmp_path, "a model", "a device", [made_up()]).read_text()
     text = (tmp_path / "report.md").read_text()
     for report in (page, text):
         assert "1 of 2 comparisons pass" in report
+        assert "a model, on a device." in report
     assert "| bad | 2.0e-03 | 1.0e-05 | **FAIL** |" in text
     assert '<tr class="failed"><td>bad</td><td>2.0e-03</td><td>1.0e-05</td><td>FAIL</td>' in page
     assert '<tr class="passed"><td>good</td><td>0</td>' in page
@@ -45,7 +50,7 @@ def test_page_and_markdown_say_the_same(tmp_path: Path) -> None:
 
 
 def test_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    page = write_study(tmp_path, "a model", [made_up()]).read_text()
+    page = write_study(tmp_path, "a model", "a device", [made_up()]).read_text()
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
     assert "<script" not in page
     assert "<b>" not in page
@@ -54,7 +59,7 @@ def test_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_markdown_cells_and_fences_hold(tmp_path: Path) -> None:
-    write_study(tmp_path, "a model", [made_up()])
+    write_study(tmp_path, "a model", "a device", [made_up()])
     text = (tmp_path / "report.md").read_text()
     assert "| x\\|y | \\<i\\>\\_z\\_ |" in text
     assert "````\n``` <script>\nsecond line\n````" in text  # a longer fence than any inside
@@ -64,7 +69,7 @@ def test_markdown_cells_and_fences_hold(tmp_path: Path) -> None:
 
 def test_markdown_tables_are_whole(tmp_path: Path) -> None:
     """Every table's rows follow its rule without a blank line between them."""
-    write_study(tmp_path, "a model", [made_up()])
+    write_study(tmp_path, "a model", "a device", [made_up()])
     blocks = (tmp_path / "report.md").read_text().split("\n\n")
     tables = [block for block in blocks if block.lstrip().startswith("|")]
     assert [len(block.strip().splitlines()) for block in tables] == [4, 4]
@@ -73,7 +78,7 @@ def test_markdown_tables_are_whole(tmp_path: Path) -> None:
 def test_without_jinja_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(DecantError, match=re.escape(install_hint("report"))):
-        write_study(tmp_path, "a model", [made_up()])
+        write_study(tmp_path, "a model", "a device", [made_up()])
     assert not list(tmp_path.iterdir())
 
 
@@ -97,6 +102,10 @@ def test_stage_studies_all_parts(qwen_folder: Path, tmp_path: Path, run_stage: R
     assert int(found[1]) == done.stdout.count("  pass  ") > 50
     folder = tmp_path / "study"
     page = (folder / "index.html").read_text()
+    device = describe_device(torch.device("cpu"))
+    assert device in html.unescape(page)
+    assert f"  on {device}\n" in done.stdout
+    assert hashlib.sha256((qwen_folder / "model.safetensors").read_bytes()).hexdigest() in page
     assert page.count("<svg") == 6
     assert "FAIL" not in page
     assert load_file(folder / "layer_1.safetensors")["layer.input"].shape[-1] == 48

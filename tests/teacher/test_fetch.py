@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Params, TeacherParams
 from pipeline.errors import DecantError
+from pipeline.export.card import run_license
 from pipeline.hub import commit_of
 from pipeline.model.folder import POINTER, read_pointer
 from pipeline.model.folder import teacher_folder as folder_of
 from pipeline.storage import MARK
 from pipeline.teacher.fetch import describe, fetch_teacher
+from pipeline.teacher.front_matter import read_front_matter, write_gguf_card
 from tests.conftest import change
 
 
@@ -126,6 +128,27 @@ def test_a_branch_of_the_hub_is_the_commit_that_it_names(
         commit_of("a/b", "main", **named)
 
 
+def test_a_folders_own_model_card_is_read(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(teacher_folder, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    section = {"source": "folder", "folder": {"path": str(source)}}
+    params = change(tiny_params, teacher=section, paths={"teacher": str(tmp_path / "teacher")})
+    assert read_front_matter(fetch_teacher(params.teacher, params.paths.teacher)) == {
+        "license": "mit"
+    }
+    assert run_license(params) == "mit"  # through the pointer at paths.teacher
+
+
+def test_a_gguf_that_says_nothing_gets_no_card(tmp_path: Path) -> None:
+    write_gguf_card({"general.name": "x", "general.license": ""}, tmp_path)
+    elsewhere = {"general.base_model.0.repo_url": "https://example.org/a/b"}
+    write_gguf_card(elsewhere, tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    assert read_front_matter(tmp_path) == {}
+
+
 def test_folder_without_a_model_is_named(tiny_params: Params, tmp_path: Path) -> None:
     params = change(tiny_params, teacher={"folder": {"path": str(tmp_path)}})
     with pytest.raises(DecantError, match=r"holds no config\.json"):
@@ -140,6 +163,9 @@ def write_gguf(file: Path, teacher: Path) -> None:
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     writer = GGUFWriter(file, "llama")
+    writer.add_license("mit")
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/someone/base")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -210,6 +236,8 @@ def test_gguf_gives_the_same_model_and_splits_digits(
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
     assert tokenizer.tokenize("a 2024")[-4:] == ["2", "0", "2", "4"]
+    said = {"license": "mit", "base_model": ["someone/base"]}
+    assert read_front_matter(tmp_path / "teacher") == said
 
 
 def test_gguf_of_another_hash_is_refused(

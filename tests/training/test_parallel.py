@@ -37,7 +37,7 @@ from pipeline.training.parallel import (
 )
 from pipeline.training.run import run_training
 from tests.conftest import ROOT, change
-from tests.helpers import SMALL, losses, weights
+from tests.helpers import RISING, SMALL, losses, run_with_power_cut, weights
 from tests.training.ranks import run_ranks, start_ranks, train_stage
 from tests.training.test_students import LORA, from_folder, make_qwen3
 from tests.waiting import PATIENCE, wait_until
@@ -99,6 +99,26 @@ def test_students_of_transformers_train_on_two_ranks(
     assert_same_losses(one, two)
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5), name
+
+
+def train_until_cut(params: Params, name: str) -> None:
+    run_with_power_cut(params, name, before_step=7)
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_the_best_weights_are_those_of_one_rank(
+    before: str, after: str, forkserver: ForkServerContext, tiny_cache: Params
+) -> None:
+    """Kept by two ranks, which stop after the best step; read and saved under the other engine."""
+    params = change(tiny_cache, train=RISING, run={"parallel": before})
+    whole = run_training(params, "one").state
+    assert whole is not None
+    assert 0 < (whole.best_step or 0) < 6  # in the checkpoint of step 6
+    run_ranks(forkserver, 2, train_until_cut, params, "two")
+    run_ranks(forkserver, 2, train_run, change(params, run={"parallel": after}), "two")
+    one, two = params.paths.runs / "one", params.paths.runs / "two"
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-4), name
 
 
 def gradients_of(step: DistillationStep) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,22 @@ def test_student_from_a_checkpoint_starts_where_it_ended(tiny_cache: Params) -> 
     assert second.history[0]["validation/loss"] == pytest.approx(
         first.state.history[-1]["validation/loss"], abs=1e-5
     )
+
+
+def test_epochs_are_the_run_that_their_steps_are(tiny_cache: Params) -> None:
+    """By 94 rows and 4 a step: 0.1 epochs are 3 steps."""
+    some = change(tiny_cache, train={"steps": None, "epochs": 0.1})
+    result = run_training(some, "student")
+    assert result.state is not None
+    assert result.state.step == 3
+    again = change(tiny_cache, train={"steps": 3})
+    assert run_training(again, "student").state is None  # finished already
+
+
+def test_rows_of_a_random_student_follow_the_tokenizer(tiny_cache: Params) -> None:
+    student = {"init": "random"} | SMALL | {"vocab_size": "auto"}
+    result = run_training(change(tiny_cache, student=student, train={"steps": 1}), "student")
+    config = json.loads((result.folder / "model" / "config.json").read_text())
+    assert config["vocab_size"] == 320  # of 300 ids
+    said = json.loads((result.folder / "run.json").read_text())
+    assert said["student"]["vocab_size"] == 320

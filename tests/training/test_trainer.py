@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import signal
 import subprocess
 import sys
@@ -22,8 +24,11 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.parallel import ALONE, parallelise
 from pipeline.training.run import run_training
+from pipeline.training.trainer import forwards_a_batch
+from pipeline.training.validation import validate
 from tests.conftest import ROOT, change
 from tests.helpers import (
+    RISING,
     SMALL,
     assert_same_run,
     capture_all,
@@ -121,6 +126,80 @@ def test_a_cached_run_attends_as_its_cache_did(tiny_corpus: Params) -> None:
     ]
     assert all(state is not None for state in [*states, *other])
     assert other[0].history[0] != other[1].history[0]  # type: ignore[union-attr]
+
+
+def test_the_best_weights_are_kept(
+    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def watched(model: torch.nn.Module, *args: object) -> dict[str, float]:
+        of_student = model.student.state_dict().items()  # type: ignore[union-attr, operator]
+        seen[len(seen)] = {name: tensor.clone() for name, tensor in of_student}
+        return validate(model, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipeline.training.trainer.validate", watched)
+    result = run_training(change(tiny_cache, train=RISING), "student")
+    assert result.state is not None
+    curve = [point["validation/loss"] for point in result.state.history]
+    best = min(range(len(curve)), key=curve.__getitem__)
+    assert 0 < best < 8
+    assert (result.state.best_step, result.state.best_loss) == (best, curve[best])
+    assert result.state.history[-1]["validation/best_step"] == best
+    printed = capsys.readouterr().out
+    for step in range(1, 9):
+        lowest = curve[step] < min(curve[:step])
+        (line,) = (text for text in printed.splitlines() if f"step {step}/8: " in text)
+        assert line.endswith(", the best yet") is lowest
+    for name, tensor in weights(result.folder).items():
+        assert torch.equal(tensor, seen[best][name]), name
+        assert not torch.equal(tensor, seen[8][name]), name
+
+
+def test_a_start_that_training_only_spoils_is_kept(tiny_cache: Params) -> None:
+    spoilt = RISING | {"learning_rate": 3.0, "warmup_steps": 0, "steps": 2}
+    result = run_training(change(tiny_cache, train=spoilt), "student")
+    assert result.state is not None
+    assert result.state.best_step == 0
+
+
+@pytest.mark.parametrize("before_step", [3, 7])
+def test_the_best_survives_a_resume(before_step: int, tiny_cache: Params) -> None:
+    """Whether the best step comes before or after the checkpoint that is continued."""
+    params = change(tiny_cache, train=RISING)
+    whole = run_training(params, "whole").state
+    run_with_power_cut(params, "broken", before_step=before_step)
+    state = run_training(params, "broken").state
+    assert whole is not None
+    assert state is not None
+    assert state.best_step == whole.best_step
+    assert_same_run(params.paths.runs / "broken", params.paths.runs / "whole")
+
+
+def test_validation_logs_perplexity(tiny_cache: Params, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_training(change(tiny_cache, train={"steps": 1}), "student")
+    assert result.state is not None
+    last = result.state.history[-1]
+    assert last["validation/perplexity"] == pytest.approx(math.exp(last["validation/loss"]))
+    assert f"validation/perplexity {last['validation/perplexity']:.4f}" in capsys.readouterr().out
+    written = json.loads((result.folder / "dvclive" / "metrics.json").read_text())
+    assert written["validation"]["perplexity"] == last["validation/perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "count"),
+    [(False, False, 3), (False, True, 4), (True, False, 2), (True, True, 3)],
+)
+def test_time_left_counts_what_a_batch_computes(
+    lora: bool, checkpointing: bool, count: int, tiny_params: Params
+) -> None:
+    adapters = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj"]}
+    params = change(
+        tiny_params,
+        student={"lora": adapters if lora else None},
+        run={"activation_checkpointing": checkpointing},
+    )
+    assert forwards_a_batch(params) == count
 
 
 def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:

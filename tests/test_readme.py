@@ -1,0 +1,63 @@
+"""The introductions in English and Chinese: what they tell a user to type exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Params, _all_keys, load_params
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md"]
+KEYS = set(_all_keys(Params))
+RECIPE = "docs/recipes/wikipedia-zh-t4.yaml"
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def text(request: pytest.FixtureRequest) -> str:
+    page: Path = request.param
+    return page.read_text(encoding="utf-8")
+
+
+def test_files_that_are_named_exist(text: str) -> None:
+    named = set(
+        re.findall(r"\b(?:stages|docs|pipeline|tests)/[\w./-]+\.(?:py|yaml|md|ipynb)\b", text)
+    )
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_keys_that_are_named_exist(text: str) -> None:
+    sections = "|".join(Params.model_fields)
+    named = set(re.findall(rf"[`'\s(]((?:{sections})\.[a-z_][a-z_0-9.]*[a-z0-9])[`'=:\s]", text))
+    assert named
+    named.discard("run.json")  # a file
+    assert named <= KEYS, sorted(named - KEYS)
+
+
+def test_what_is_set_is_accepted(text: str) -> None:
+    given = re.findall(r"--set\s+'?([a-z_.0-9]+=[\w.-]+)", text)
+    assert given
+    for override in given:
+        load_params(ROOT / "params.yaml", [override])
+
+
+def test_make_has_the_targets(text: str) -> None:
+    targets = set(re.findall(r"^    make (\w+)", text, re.MULTILINE))
+    assert targets >= {"demo", "test"}
+    phony = (ROOT / "Makefile").read_text().split(".PHONY:")[1].splitlines()[0].split()
+    assert targets <= set(phony)
+
+
+def test_the_hours_of_the_recipe_are_those_at_its_head(text: str) -> None:
+    (hours,) = re.findall(r"# advise: ([\d.]+) h in all on 1 x t4", (ROOT / RECIPE).read_text())
+    assert re.search(rf"{re.escape(hours)} (?:h|小时)", text)
+
+
+def test_chinese_introduction_is_short_and_names_the_english_one() -> None:
+    text = PAGES[1].read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+    assert "(README.md)" in text
+    assert "README.zh.md" in PAGES[0].read_text()
