@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.config import Params
-from pipeline.data.corpus import _stdlib, build_corpus, load_tokenizer
+from pipeline.data.corpus import build_corpus, load_tokenizer
 from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import SPLITS, CorpusSplit, SplitWriter, hash_rows
+from pipeline.data.sources import Extent, _stdlib
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from tests.conftest import change
 from tests.helpers import open_cache
@@ -120,7 +121,8 @@ def test_stdlib_without_tests_and_vendored_packages(
         (tmp_path / name).write_text(f"# {name}")
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    assert sorted(_stdlib()) == [f"# {name}" for name in kept]
+    found = sorted(source.content for source in _stdlib(Extent()))
+    assert found == [f"# {name}" for name in kept]
 
 
 def test_markup_of_special_tokens_in_text_stays_text(tiny_params: Params, tmp_path: Path) -> None:
