@@ -20,8 +20,8 @@ A turn ends with the token that stops generation. It is found likewise, from a p
 on: what follows is the same whether the turn is the last or not, up to the next message. Text that
 a template puts only at the end of a conversation (Phi-3's <|endoftext|>) is not part of the turn,
 nor is white space after the last token, which no model produces, nor a token that lies partly in
-the turn and partly before or after it. What cannot be told apart so is refused with the conversation
-named.
+the turn and partly before or after it. What cannot be told apart like this is refused with the
+conversation named.
 
 What a message says can not become a command: special tokens spelled out in it ("<|im_end|>") are
 tokenized as the text they are, as `sanitize_control_tokens` of newer transformers does it, and a
@@ -329,7 +329,7 @@ class ChatTokenizer:
                 )
             start = self._start(messages, number, text)
             stop = None if start is None else self._stop(messages, number, text, start)
-            if start is None or stop is None:
+            if start is None or stop is None or stop < start:
                 raise BadConversationError(
                     f"{_named(messages)}: the teacher's chat template renders turn {number + 1} "
                     "differently when others follow or precede it, so corpus.loss_on=completions "
