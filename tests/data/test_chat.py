@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -588,3 +589,25 @@ def test_chats_without_any_answer_are_named(chat_params: Params, tmp_path: Path)
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     with pytest.raises(DecantError, match=r"none of its \d+ conversations has an assistant's turn"):
         build_corpus(chat_params.corpus, chat_params.paths.teacher, chat_params.paths.corpus)
+
+
+def test_bad_conversations_are_left_out_with_file_and_row(
+    chat_params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "chats.jsonl"
+    lines = file.read_text().splitlines()
+    bad = [chat("Who?", "b") for _ in range(3)]
+    bad[0][0]["role"] = "human"
+    bad[1][1]["content"] = [{"type": "image", "image": "a.png"}]
+    bad[2][0] = "Who?"  # type: ignore[call-overload]
+    lines[5:5] = [json.dumps({"messages": messages}) for messages in bad]
+    file.write_text("\n".join(lines))
+    infos = build_corpus(chat_params.corpus, chat_params.paths.teacher, chat_params.paths.corpus)
+    assert sum(info.num_documents for info in infos.values()) == 50
+    said = capsys.readouterr().out
+    assert "corpus: 3 documents cannot be used and are left out:" in said
+    for row, reason in ((6, "role 'human' is none of"), (7, "a part"), (8, "'Who.' where a mess")):
+        assert re.search(rf"chats\.jsonl, row {row}: .*{reason}", said)
+    few = change(chat_params, corpus={"max_bad_documents": 1})
+    with pytest.raises(DecantError, match=r"chats\.jsonl, row \d: .*corpus\.max_bad_documents=1"):
+        build_corpus(few.corpus, few.paths.teacher, few.paths.corpus)
