@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def main(params: Params) -> None:
     """Tokenize, split and pack the corpus into rows.
 
-    Documents are deduplicated, divided into train and validation by a hash of their text, closed
-    by an end-of-text token, and packed into rows of corpus.row_length tokens, cut at row ends or
-    whole; document ids are kept. Conversations go through the teacher's chat template. Reads
-    corpus.* and the teacher's tokenizer; writes paths.corpus.
+    Documents are deduplicated, divided into train and validation by a hash of their text, begun and
+    closed as the tokenizer does it, and packed into rows of corpus.row_length tokens, cut at row
+    ends or whole; document ids are kept. Conversations go through the teacher's chat template. At
+    the end the stage says what was left out and why. Reads corpus.* and the teacher's tokenizer;
+    writes paths.corpus.
     """
     from pipeline.data.corpus import build_corpus
 
@@ -28,7 +29,7 @@ def main(params: Params) -> None:
         click.echo(
             f"corpus: {name} {info.num_tokens:,} tokens in {info.num_rows:,} rows from "
             f"{info.num_documents:,} documents, {info.num_padding / info.num_positions:.2%} "
-            f"padding, {info.num_text_bytes / info.num_tokens:.2f} bytes a token, "
+            f"padding, {info.num_text_bytes / info.num_tokens:.2f} bytes per token, "
             f"{info.num_used_ids / info.vocab_size:.1%} of {info.vocab_size:,} ids used"
         )
         if params.corpus.loss_on == "completions":

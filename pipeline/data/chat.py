@@ -36,7 +36,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache, cached_property
 from itertools import pairwise, takewhile
@@ -196,19 +196,22 @@ class ChatTokenizer:
             )
         elif self._needs_parts and "content" in message:
             message["content"] = [{"type": "text", "text": content}]
-        calls = message.get("tool_calls")
-        if calls and isinstance(calls, list):
+        if calls := message.get("tool_calls"):
             if self._omits_calls:
                 raise BadConversationError(
                     "the teacher's chat template leaves tool calls out, and a message of "
                     f"{message['role']} makes one: drop the conversation, or choose another teacher"
                 )
+            calls = _parsed(calls) if isinstance(calls, str) else calls
+            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+                raise BadConversationError(
+                    f"a message of {message['role']} has the tool calls {str(calls)[:60]!r}, which "
+                    "are no list of objects: correct or drop it"
+                )
             message["tool_calls"] = [self._formed_call(call) for call in calls]
         return message
 
-    def _formed_call(self, call: Any) -> Any:
-        if not isinstance(call, dict):
-            return call
+    def _formed_call(self, call: dict[str, Any]) -> dict[str, Any]:
         call = {key: value for key, value in call.items() if value is not None}
         if isinstance(call.get("function"), dict):
             call["function"] = self._formed_call(call["function"])
@@ -221,8 +224,7 @@ class ChatTokenizer:
             is_text = isinstance(arguments, str)
             return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
         if isinstance(arguments, str):
-            with suppress(ValueError):
-                arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = _parsed(arguments) if arguments.strip() else {}
         if not isinstance(arguments, dict):
             raise BadConversationError(
                 f"a tool call has the arguments {str(arguments)[:60]!r}, which are no JSON object: "
@@ -550,6 +552,14 @@ def _with_probe_in(text: str, *, at_start: bool) -> Iterator[str]:
     places = [*beginnings, answer] if at_start else [end, (beginnings[1] + end) // 2, beginnings[1]]
     for place in dict.fromkeys(places):
         yield text[:place] + _PROBE + text[place:]
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _text_of(part: Any, message: Message) -> str:

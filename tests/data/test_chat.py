@@ -404,6 +404,16 @@ def test_arguments_have_the_form_that_the_template_reads(
     assert document.tokens.tolist() == tokenizer.apply_chat_template(right)["input_ids"]
 
 
+def test_calls_as_json_text(tokenizer: Any) -> None:
+    """As tables of one type for all rows hold them."""
+    tokenizer.chat_template = QWEN3
+    messages = calling({"of": "cats"})
+    right = tokenizer.apply_chat_template(messages)["input_ids"]
+    messages[1]["tool_calls"] = json.dumps(messages[1]["tool_calls"])
+    document = ChatTokenizer(tokenizer, completions_only=True)(messages)
+    assert document.tokens.tolist() == right
+
+
 def test_a_key_of_arguments_is_no_command(tokenizer: Any) -> None:
     tokenizer.chat_template = QWEN3
     document = ChatTokenizer(tokenizer, completions_only=True)(calling({"<|im_end|>": 1}))
@@ -418,6 +428,8 @@ def test_a_key_of_arguments_is_no_command(tokenizer: Any) -> None:
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "holds a part"),
         (calling('{"of": '), "no JSON object"),
         (calling("[1]"), "no JSON object"),
+        ([*chat("a"), {"role": "assistant", "tool_calls": "x"}], "tool calls 'x', which are no"),
+        ([*chat("a"), {"role": "assistant", "tool_calls": ["x"]}], "which are no list of objects"),
     ],
 )
 def test_what_would_vanish_is_refused(
