@@ -136,15 +136,18 @@ class TeacherParams(Section):
 
 
 class FilesCorpus(Section):
-    """Local txt (a document a file), jsonl or parquet (a document a row).
+    """Local text (one document per file), JSON lines or parquet (one document per row).
 
-    A document is a text, or, in jsonl and parquet, a list of messages {role, content}: then the
-    teacher's chat template makes the text.
+    A document is a text, or, in JSON lines and parquet, a list of messages {role, content}: then
+    the teacher's chat template makes the text.
     """
 
-    paths: tuple[str, ...] = Field(description="files or glob patterns, all of one kind")
+    paths: tuple[str, ...] = Field(
+        description="files or glob patterns, all of one kind: .txt, or .jsonl, .ndjson and .json, "
+        "these also as .gz, or .parquet"
+    )
     column: str = Field(
-        description="the column that holds the text or the messages, in jsonl and parquet"
+        description="the column that holds the text or the messages, the only one that is read"
     )
 
 
@@ -178,6 +181,14 @@ class CorpusParams(Section):
     )
     loss_on: Literal["all", "completions"] = Field(
         description="the tokens in the loss: all, or of conversations the assistant's turns alone"
+    )
+    add_bos: Literal["auto", True, False] = Field(
+        description="whether each text begins with the BOS token; auto: as the tokenizer itself "
+        "does it. A conversation begins as its template says"
+    )
+    max_bad_documents: Annotated[int, Field(ge=0)] = Field(
+        description="documents that cannot be used are left out and reported; more than this stop "
+        "the stage"
     )
 
 

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 def main(params: Params, overwrite: bool) -> None:
     """Tokenize, split and pack the corpus into rows.
 
-    Documents are deduplicated, divided into train and validation by a hash of their text, closed
-    by an end-of-text token, and packed into rows of corpus.row_length tokens, cut at row ends or
-    whole; document ids are kept. Conversations go through the teacher's chat template. Where text,
-    tokenizer and parameters are what the corpus at hand was made from, there is nothing to do.
-    Reads corpus.* and the teacher's tokenizer; writes paths.corpus.
+    Documents are deduplicated, divided into train and validation by a hash of their text, begun and
+    closed as the tokenizer does it, and packed into rows of corpus.row_length tokens, cut at row
+    ends or whole; document ids are kept. Conversations go through the teacher's chat template. At
+    the end the stage says what was left out and why. Where text, tokenizer and parameters are what
+    the corpus at hand was made from, there is nothing to do. Reads corpus.* and the teacher's
+    tokenizer; writes paths.corpus.
     """
+    from pipeline.data.corpus import build_corpus
     from pipeline.data.made_from import (
         forget_made_from,
         is_there,
@@ -31,6 +33,7 @@ def main(params: Params, overwrite: bool) -> None:
         write_made_from,
     )
     from pipeline.model.folder import teacher_folder
+    from pipeline.runtime.console import announce
 
     teacher, address = teacher_folder(params.paths.teacher), params.paths.corpus
     source = made_from(params.corpus, teacher, address)
@@ -44,7 +47,7 @@ def main(params: Params, overwrite: bool) -> None:
         click.echo(
             f"corpus: {name} {info.num_tokens:,} tokens in {info.num_rows:,} rows from "
             f"{info.num_documents:,} documents, {info.num_padding / info.num_positions:.2%} "
-            f"padding, {info.num_text_bytes / info.num_tokens:.2f} bytes a token, "
+            f"padding, {info.num_text_bytes / info.num_tokens:.2f} bytes per token, "
             f"{info.num_used_ids / info.vocab_size:.1%} of {info.vocab_size:,} ids used"
         )
         if params.corpus.loss_on == "completions":

@@ -1,14 +1,27 @@
 """Conversations to tokens by the teacher's own chat template, with the assistant's part marked.
 
 A conversation is a list of messages {"role", "content", ...}. The template renders it as text, and
-the text is tokenized once, so the tokens are those of `tokenizer.apply_chat_template`.
+the text is tokenized once, so the tokens are those of `tokenizer.apply_chat_template`. Content may
+be a text or a list of text parts, and the arguments of a tool call an object or its JSON: the
+template gets the form it reads, which is tried out on a sentence of our own. `strftime_now`, by
+which templates write today's date, gives the same day always: a corpus is the same tomorrow.
 
-Which tokens are the assistant's is found by prefixes, since few templates say it themselves: a turn
-begins where the messages before it, rendered with the generation prompt, end, and ends where the
-messages up to it, rendered without, end. Each rendering must be a prefix of the next; a template
-that changes what came earlier (by stripping a reasoning, by marking the last turn) is refused with
-the conversation named. White space after the token that ends the turn, which no model produces, is
-not part of it, and neither is a token that begins in the prompt and reaches into the turn.
+Which tokens are the assistant's is what the template says by {% generation %}: the tokens of
+transformers' `return_assistant_tokens_mask`. Few templates say it. Of the others a turn begins
+where the prompt to generate it ends: where the messages before it, rendered with the generation
+prompt, are the beginning of the text, that is their end. Where they are not, since the template
+writes earlier turns otherwise once others follow (Qwen3 strips their reasoning, gpt-oss ends them
+by another token), the two are compared from a place in the message before the turn on. A probe, a
+character that no text holds, finds that place: it counts only if the rendering is otherwise the
+same. A prompt that opens a reasoning which the turn has not (DeepSeek-V3, Nemotron 3) ends where
+the two part, or where the prompt without thinking (`enable_thinking=False`) ends.
+
+A turn ends with the token that stops generation. It is found likewise, from a probe within the turn
+on: what follows is the same whether the turn is the last or not, up to the next message. Text that
+a template puts only at the end of a conversation (Phi-3's <|endoftext|>) is not part of the turn,
+nor is white space after the last token, which no model produces, nor a token that lies partly in
+the turn and partly before or after it. What cannot be told apart like this is refused with the
+conversation named.
 
 What a message says can not become a command: special tokens spelled out in it ("<|im_end|>") are
 tokenized as the text they are, as `sanitize_control_tokens` of newer transformers does it, and a
@@ -18,21 +31,42 @@ tokens that are not special, like Qwen's <tool_call>, remain tokens: messages us
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cache, cached_property
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.packing import Document
-from pipeline.errors import DecantError, ParamsError
+from pipeline.data.prefix import PrefixEncoder
+from pipeline.errors import DecantError
 
 Message = dict[str, Any]
+Span = tuple[int, int]
+
+RENDER_SECONDS = 5.0
+"""A template is a program, and may loop for ever; the largest real ones take milliseconds."""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
-# Noncharacters, which Unicode keeps for a program's own use: around a special token in a message.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_MARKS = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
+_TEXT_PARTS = {"text", "input_text", "output_text"}
+# Noncharacters, which Unicode keeps for a program's own use: around a special token in a message,
+# and the probe.
+_OPEN, _CLOSE, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
+_MARKS = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}{_PROBE}]")
+_DATE = datetime(2024, 7, 26)  # the day that Llama 3's template falls back to
+_DIRECTIVES = "%-d %-m %-H %-I %-M %-S %-j %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y"
+
+
+class BadConversationError(DecantError):
+    """One conversation cannot be used; others can."""
 
 
 class ChatTokenizer:
@@ -42,125 +76,521 @@ class ChatTokenizer:
         tokenizer: a Hugging Face fast tokenizer with a chat template.
         completions_only: put only the assistant's turns into the loss, each with the token that
             ends it; else everything.
+        limit: keep at most this many tokens; None keeps all.
 
     Raises:
-        DecantError: the tokenizer has no chat template.
+        DecantError: the tokenizer has no chat template, or one that does not end.
     """
 
-    def __init__(self, tokenizer: Any, *, completions_only: bool) -> None:
+    def __init__(self, tokenizer: Any, *, completions_only: bool, limit: int | None = None) -> None:
         if not tokenizer.chat_template:
             raise DecantError(
                 "the teacher's tokenizer has no chat template, which a corpus of conversations "
                 "needs: choose a teacher tuned for chat, or a column of text"
             )
         self._tokenizer = tokenizer
+        self._encode = PrefixEncoder(tokenizer, limit)
         self._completions_only = completions_only
+        self._template = _with_fixed_date(tokenizer.get_chat_template())
+        self._marks_turns = _marks_turns(self._template)
         added = tokenizer.added_tokens_decoder.values()
-        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._special = _any_of(token.content for token in added if token.special)
+        self._added = _any_of((token.content for token in added), "</?[a-z_]+>")
+        self._reads_parts = cache(self._try_parts)
+        try:
+            self._render([{"role": "user", "content": "probe"}])
+        except _TooSlowError:
+            raise DecantError(
+                "the teacher's chat template has not rendered one short message within "
+                f"{RENDER_SECONDS:g} s: correct it (it may loop), or choose another teacher"
+            ) from None
+        except BadConversationError:
+            pass  # a conversation will say what it lacks
 
     def __call__(self, messages: list[Message]) -> Document:
         """Tokenize one conversation.
 
         Raises:
-            DecantError: it is no conversation, or the template cannot render it so that the
-                assistant's turns are found.
+            BadConversationError: it is no conversation, or the template cannot render it so that
+                the assistant's turns are found.
         """
-        messages = [self._marked(message) for message in _checked(messages)]
-        text = self._render(messages, _named(messages))
-        tokens, starts = self._encode(text)
+        messages = [self._formed(message) for message in _checked(messages)]
+        messages = [self._marked(message) for message in messages]
+        if self._completions_only and self._marks_turns:
+            text, spans = self._render_with_turns(messages)
+        else:
+            text, spans = self._render(messages), []
+        tokens, starts, stops = self._tokens(text)
         in_loss = np.full(len(tokens), not self._completions_only)
-        if self._completions_only:
+        if self._completions_only and self._marks_turns:
+            for start, stop in spans:  # as transformers: every token with a part in the turn
+                in_loss |= (starts < stop) & (stops > start)
+        elif self._completions_only:
             for start, stop in self._turns(messages, text):
-                in_loss |= (start <= starts) & (starts < stop)
+                in_loss |= (start <= starts) & (stops <= stop) & (starts < stop)
         return Document(tokens, in_loss)
 
-    def _turns(self, messages: list[Message], text: str) -> Iterator[tuple[int, int]]:
-        """Where in `text` the assistant's turns begin and end."""
-        name = _named(messages)
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if not number:
-                raise DecantError(
-                    f"{name} opens with the assistant's turn, which no prompt precedes: give it a "
-                    "user's or a system's turn first, or set corpus.loss_on=all"
-                )
-            before = self._render(messages[:number], name, prompt=True)
-            through = self._render(messages[: number + 1], name)
-            if not (through.startswith(before) and text.startswith(through)):
-                raise DecantError(
-                    f"{name}: the teacher's chat template renders turn {number + 1} "
-                    "differently when others follow or precede it, so corpus.loss_on=completions "
-                    "cannot tell which tokens are the assistant's: set it to all, or mend or drop "
-                    "the conversation"
-                )
-            turn = through[len(before) :]
-            ends = [match.end() for match in self._special.finditer(turn)]
-            if ends and not turn[ends[-1] :].strip():
-                turn = turn[: ends[-1]]
-            yield len(before), len(before) + len(turn)
+    # Rendering.
 
-    def _render(self, messages: list[Message], name: str, *, prompt: bool = False) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=prompt
-                )
+    def _render(self, messages: list[Message], *, prompt: bool = False, **options: Any) -> str:
+        return str(
+            self._guarded(
+                messages,
+                lambda: self._tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **options,
+                ),
             )
+        )
+
+    def _render_with_turns(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The text and the stretches that the template encloses in {% generation %}."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = self._guarded(
+            messages,
+            lambda: render_jinja_template(
+                [messages],
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            ),
+        )
+        return texts[0], spans[0]
+
+    def _guarded(self, messages: list[Message], render: Callable[[], Any]) -> Any:
+        try:
+            with _time_limit(RENDER_SECONDS):
+                return render()
+        except _Timeout:
+            raise _TooSlowError(
+                f"{_named(messages)}: the teacher's chat template has not rendered it within "
+                f"{RENDER_SECONDS:g} s: shorten or drop it"
+            ) from None
         except Exception as error:  # a template is a program, and may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DecantError(
-                f"{name}: the teacher's chat template refuses it ({reason}): mend or drop it"
+            raise BadConversationError(
+                f"{_named(messages)}: the teacher's chat template refuses it ({reason}): correct "
+                "or drop it"
             ) from None
 
-    def _encode(self, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Token ids of a rendered text without its marks, and where in it each token begins."""
+    # The form of a message that the template reads.
+
+    def _formed(self, message: Message) -> Message:
+        """A message without absent values, its content and arguments as the template takes them."""
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content", "")
+        if isinstance(content, list):
+            texts = [_text_of(part, message) for part in content]
+            if self._needs_parts or self._reads_parts(message["role"]):
+                message["content"] = [{"type": "text", "text": text} for text in texts]
+            else:
+                message["content"] = "".join(texts)
+        elif not isinstance(content, str):
+            raise BadConversationError(
+                f"a message of {message['role']} has the content {str(content)[:60]!r}, neither "
+                "text nor a list of text parts: correct or drop it"
+            )
+        elif self._needs_parts and "content" in message:
+            message["content"] = [{"type": "text", "text": content}]
+        if calls := message.get("tool_calls"):
+            if self._omits_calls:
+                raise BadConversationError(
+                    "the teacher's chat template leaves tool calls out, and a message of "
+                    f"{message['role']} makes one: drop the conversation, or choose another teacher"
+                )
+            calls = _parsed(calls) if isinstance(calls, str) else calls
+            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+                raise BadConversationError(
+                    f"a message of {message['role']} has the tool calls {str(calls)[:60]!r}, which "
+                    "are no list of objects: correct or drop it"
+                )
+            message["tool_calls"] = [self._formed_call(call) for call in calls]
+        return message
+
+    def _formed_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        call = {key: value for key, value in call.items() if value is not None}
+        if isinstance(call.get("function"), dict):
+            call["function"] = self._formed_call(call["function"])
+        if "arguments" in call:
+            call["arguments"] = self._formed_arguments(call["arguments"])
+        return call
+
+    def _formed_arguments(self, arguments: Any) -> Any:
+        if self._reads_arguments_as_text:
+            is_text = isinstance(arguments, str)
+            return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments) if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise BadConversationError(
+                f"a tool call has the arguments {str(arguments)[:60]!r}, which are no JSON object: "
+                "correct or drop it"
+            )
+        return arguments
+
+    @cached_property
+    def _needs_parts(self) -> bool:
+        """Whether a content that is a text vanishes, and one of parts does not."""
+        message = {"role": "user", "content": "probe"}
+        parts = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+        return not self._shows(message, "probe") and bool(self._shows(parts, "probe"))
+
+    def _try_parts(self, role: str) -> bool:
+        """Whether the template renders text parts in a message of this role as it does a text."""
+        user = {"role": "user", "content": "ask"}
+        before = {
+            "system": [],
+            "developer": [],
+            "user": [],
+            "assistant": [user],
+        }.get(role, [user, _call_of({"key": "value"})])
+        after = [user] if role in ("system", "developer") else []
+        words = ["first", "second"]
+        forms: list[Any] = ["".join(words), [{"type": "text", "text": word} for word in words]]
+        try:
+            as_text, as_parts = (
+                self._render([*before, {"role": role, "content": form}, *after]) for form in forms
+            )
+        except BadConversationError:
+            return False
+        return as_text == as_parts and "firstsecond" in as_parts
+
+    @cached_property
+    def _omits_calls(self) -> bool:
+        """Whether a call is rendered without an error, but neither its name nor its arguments."""
+        user = {"role": "user", "content": "ask"}
+        call = _call_of({"key": "value"})
+        return [self._shows(call, words, user) for words in ("look", "value")] == [False, False]
+
+    @cached_property
+    def _reads_arguments_as_text(self) -> bool:
+        """Whether an object of arguments is refused or written as Python writes it, not as JSON."""
+        user = {"role": "user", "content": "ask"}
+        as_object, as_text = (
+            self._shows(_call_of(arguments), "value", user, without="{'key'")
+            for arguments in ({"key": "value"}, '{"key": "value"}')
+        )
+        return not as_object and bool(as_text)
+
+    def _shows(
+        self, message: Message, words: str, *before: Message, without: str = "\0"
+    ) -> bool | None:
+        """Whether words of a message are in its rendering; None where there is no rendering."""
+        try:
+            text = self._render([*before, message])
+        except BadConversationError:
+            return None
+        return words in text and without not in text
+
+    def _marked(self, value: Any) -> Any:
+        """A message with marks around each special token in its strings."""
+        if isinstance(value, str):
+            return self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", _MARKS.sub(r"\1", value))
+        if isinstance(value, dict):
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._marked(item) for item in value]
+        return value
+
+    def _tokens(self, text: str) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+        """Token ids of a rendered text without its marks, and where each begins and ends in it."""
         ids: list[int] = []
-        starts: list[int] = []
+        offsets: list[tuple[int, int]] = []
 
         def add(piece: str, start: int, *, as_text: bool) -> None:
-            encoded = self._tokenizer(
-                piece,
-                add_special_tokens=False,
-                split_special_tokens=as_text,
-                return_offsets_mapping=True,
-            )
-            ids.extend(encoded["input_ids"])
-            starts.extend(start + first for first, _ in encoded["offset_mapping"])
+            limit = None if self._encode.limit is None else self._encode.limit - len(ids)
+            if piece and (limit is None or limit > 0):
+                encoded = self._encode(piece, limit, as_text=as_text)
+                ids.extend(encoded.ids)
+                offsets.extend((start + first, start + last) for first, last in encoded.offsets)
 
         done = 0
         for match in _MARKS.finditer(text):
             add(text[done : match.start()], done, as_text=False)
-            if match[1]:
-                add(match[1], match.start(1), as_text=True)
+            add(match[1] or "", match.start(1), as_text=True)
             done = match.end()
         add(text[done:], done, as_text=False)
-        return np.array(ids, dtype=np.int64), np.array(starts, dtype=np.int64)
+        edges = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(ids, dtype=np.int64), edges[:, 0], edges[:, 1]
 
-    def _marked(self, value: Any) -> Any:
-        """A message with marks around each special token in its strings; absent values left out."""
-        if isinstance(value, str):
-            return self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", _MARKS.sub(r"\1", value))
-        if isinstance(value, dict):
-            return {key: self._marked(item) for key, item in value.items() if item is not None}
-        if isinstance(value, list):
-            return [self._marked(item) for item in value]
-        return value
+    # The assistant's turns in the rendering of a template that does not mark them.
+
+    def _turns(self, messages: list[Message], text: str) -> Iterator[Span]:
+        """Where in `text` the assistant's turns begin and end."""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if not number:
+                raise BadConversationError(
+                    f"{_named(messages)} opens with the assistant's turn, which no prompt "
+                    "precedes: give it a user's or a system's turn first, or set corpus.loss_on=all"
+                )
+            start = self._start(messages, number, text)
+            stop = None if start is None else self._stop(messages, number, text, start)
+            if start is None or stop is None or stop < start:
+                raise BadConversationError(
+                    f"{_named(messages)}: the teacher's chat template renders turn {number + 1} "
+                    "differently when others follow or precede it, so corpus.loss_on=completions "
+                    "cannot tell which tokens are the assistant's: set it to all, or correct or "
+                    "drop the conversation"
+                )
+            yield start, stop
+
+    def _start(self, messages: list[Message], number: int, text: str) -> int | None:
+        """Where the prompt to generate message `number` ends."""
+        prompt = self._render(messages[:number], prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        for place in range(number - 1, -1, -1):
+            for probed, rendered in self._probed(messages, place, text):
+                prompt = self._render(probed[:number], prompt=True)
+                if not (count := prompt.count(_PROBE)):
+                    continue
+                prompt, tail = _after(prompt, count), _after(rendered, count)
+                begins = len(text) - len(tail)
+                if tail.startswith(prompt):
+                    return begins + len(prompt)
+                if length := self._other_prompt(prompt, tail, probed[:number]):
+                    return begins + length
+                # The turn's own words may begin as the rest of the prompt does.
+                own = self._probed(messages, number, text, at_start=True)
+                own_words = [shown.index(_PROBE) for _, shown in own]
+                shared = self._shared(prompt, tail)
+                if own_words and shared > self._without_prompt(prompt, probed[:number]):
+                    return min([begins + shared, *own_words])
+        return None
+
+    def _other_prompt(self, prompt: str, tail: str, before: list[Message]) -> int:
+        """The length of the prompt with or without thinking if `tail` begins with it, else 0."""
+        lengths = []
+        for thinking in (False, True):
+            other = self._render(before, prompt=True, enable_thinking=thinking)
+            other = _after(other, other.count(_PROBE))
+            if tail.startswith(other) and len(other) > self._without_prompt(prompt, before):
+                lengths.append(len(other))
+        return max(lengths, default=0)
+
+    def _without_prompt(self, prompt: str, before: list[Message]) -> int:
+        """How much of the prompt is not a prompt, but the end of the message before it."""
+        ended = self._render(before)
+        return self._shared(prompt, _after(ended, ended.count(_PROBE)))
+
+    def _stop(self, messages: list[Message], number: int, text: str, start: int) -> int | None:
+        """Where message `number`, which begins at `start`, ends with the token that stops it."""
+        is_last = number == len(messages) - 1
+        through = text if is_last else self._render(messages[: number + 1])
+        turn = through[start:]
+        if text.startswith(through) and not (is_last and self._is_closed_twice(turn)):
+            return start + self._closed(turn)
+        end = {"role": "user", "content": "ask"}
+        for probed, rendered in self._probed(messages, number, text):
+            try:
+                other = self._render([*probed, end] if is_last else probed[: number + 1])
+            except BadConversationError:
+                continue
+            if _PROBE not in other:
+                continue
+            tail, other = _after(rendered, 1), _after(other, 1)
+            begins = len(text) - len(tail)
+            shared = tail[: self._shared(tail, other)]
+            if ends := [match.end() for match in self._ends(shared)]:
+                return begins + ends[-1]
+            if next(self._ends(other), None) is None:
+                if not is_last:
+                    return begins + len(shared)  # no token ends a turn
+                continue
+            first = next(self._ends(tail), None)  # another one than ends the last turn
+            if "tool_calls" not in messages[number] and first and not tail[: first.start()].strip():
+                return begins + first.end()
+        return start + self._closed(turn) if is_last else None
+
+    def _ends(self, text: str) -> Iterator[re.Match[str]]:
+        """Special tokens that the template itself has written."""
+        return (
+            match for match in self._special.finditer(text) if text[: match.start()][-1:] != _OPEN
+        )
+
+    def _closed(self, turn: str) -> int:
+        """The length of a turn without the white space after the special token that ends it."""
+        ends = [match.end() for match in self._ends(turn)]
+        return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
+
+    def _is_closed_twice(self, turn: str) -> bool:
+        """Whether nothing but special tokens, several of them, and white space ends a turn."""
+        ends = list(self._ends(turn))[-2:]
+        if len(ends) < 2:
+            return False
+        first, second = ends
+        return not (turn[first.end() : second.start()] + turn[second.end() :]).strip()
+
+    def _probed(
+        self, messages: list[Message], number: int, text: str, *, at_start: bool = False
+    ) -> Iterator[tuple[list[Message], str]]:
+        """The conversation with a probe in message `number`, and its rendering, which without the
+        probe is `text`.
+        """
+        for changed in _with_probe(messages[number], at_start=at_start):
+            probed = [*messages[:number], changed, *messages[number + 1 :]]
+            try:
+                rendered = self._render(probed)
+            except _TooSlowError:
+                raise
+            except BadConversationError:
+                continue
+            if _PROBE in rendered and rendered.replace(_PROBE, "") == text:
+                yield probed, rendered
+
+    def _shared(self, one: str, other: str) -> int:
+        """The length of what two texts begin with, in which no token or tag of either is cut."""
+        equal = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        length = sum(1 for _ in equal)
+        cuts = [
+            match.start()
+            for text in (one, other)
+            for match in self._added.finditer(text)
+            if match.start() < length < match.end()
+        ]
+        return min([length, *cuts])
+
+
+class _Timeout(BaseException):
+    """Not an Exception, which a template's filters might catch."""
+
+
+class _TooSlowError(BadConversationError):
+    """The template did not end."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _Timeout in the main thread once the time is up; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise _Timeout
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _with_fixed_date(template: str) -> str:
+    """A template with `strftime_now` of its own, which does not depend on the day."""
+    if "strftime_now" not in template:
+        return template
+    values = {directive: _DATE.strftime(directive) for directive in _DIRECTIVES.split()}
+    written = "".join(f"|replace({name!r}, {value!r})" for name, value in values.items())
+    # The line break at the end goes with the block (`trim_blocks`), so the template is as it was.
+    return (
+        f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
+    )
+
+
+def _marks_turns(template: str) -> bool:
+    """Whether the template encloses what the model generates in {% generation %}."""
+    import jinja2
+
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateError:
+        return False  # rendering says what is wrong with it
+    words = [(kind, word) for _, kind, word in tokens if kind != "whitespace"]
+    return any(
+        kind == "block_begin" and after == ("name", "generation")
+        for (kind, _), after in pairwise(words)
+    )
+
+
+def _any_of(tokens: Iterator[str], *patterns: str) -> re.Pattern[str]:
+    """The longest first, since one may begin with another."""
+    escaped = map(re.escape, sorted(tokens, key=len, reverse=True))
+    return re.compile("|".join([*escaped, *patterns]) or "(?!)")
+
+
+def _after(rendered: str, count: int) -> str:
+    """What follows the probe's appearance number `count`, without the further ones."""
+    return "".join(rendered.split(_PROBE)[count:])
+
+
+def _with_probe(message: Message, *, at_start: bool) -> Iterator[Message]:
+    """Copies of a message with the probe in it, the most promising place first."""
+    calls = message.get("tool_calls")
+    if isinstance(calls, list) and calls and isinstance(calls[-1], dict):
+        function = calls[-1].get("function")
+        named = function if isinstance(function, dict) else calls[-1]
+        if isinstance(named.get("name"), str):
+            changed = named | {"name": named["name"] + _PROBE}
+            changed = changed if named is calls[-1] else calls[-1] | {"function": changed}
+            yield message | {"tool_calls": [*calls[:-1], changed]}
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part["text"] for part in content]
+        for number in {0, len(parts) - 1} if parts else ():
+            for text in _with_probe_in(parts[number], at_start=at_start):
+                part = content[number] | {"text": text}
+                yield message | {"content": [*content[:number], part, *content[number + 1 :]]}
+    elif isinstance(content, str):
+        for text in _with_probe_in(content, at_start=at_start):
+            yield message | {"content": text}
+
+
+def _with_probe_in(text: str, *, at_start: bool) -> Iterator[str]:
+    """Not at the outer side of white space, where a template that strips would no longer do so."""
+    answer = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
+    beginnings = [place + len(text[place:]) - len(text[place:].lstrip()) for place in (0, answer)]
+    end = len(text.rstrip())
+    places = [*beginnings, answer] if at_start else [end, (beginnings[1] + end) // 2, beginnings[1]]
+    for place in dict.fromkeys(places):
+        yield text[:place] + _PROBE + text[place:]
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _text_of(part: Any, message: Message) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    kind = part.get("type") or "text" if isinstance(part, dict) else "text"
+    if not isinstance(text, str) or kind not in _TEXT_PARTS:
+        raise BadConversationError(
+            f"a message of {message['role']} holds a part {str(part)[:60]!r}, and a language model "
+            "reads text alone: drop the part or the conversation"
+        )
+    return text
+
+
+def _call_of(arguments: Any) -> Message:
+    call = {"name": "look", "arguments": arguments}
+    calls = [{"type": "function", "id": "call00001", "function": call}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _checked(messages: list[Message]) -> list[Message]:
     for message in messages:
         if not isinstance(message, dict) or "role" not in message:
-            raise ParamsError(
+            raise BadConversationError(
                 f"the corpus holds {str(message)[:80]!r} where a message with role and content was "
                 "expected: name a column of messages"
             )
     for message in messages:
         if str(message["role"]) not in _ROLES:
-            raise DecantError(
+            raise BadConversationError(
                 f"{_named(messages)}: role {str(message['role'])[:40]!r} is none of "
-                f"{', '.join(sorted(_ROLES))}: mend or drop it"
+                f"{', '.join(sorted(_ROLES))}: correct or drop it"
             )
     return messages
 
@@ -168,6 +598,8 @@ def _checked(messages: list[Message]) -> list[Message]:
 def _named(messages: list[Message]) -> str:
     """By the first turn of a user, since system turns are often all the same."""
     by_user = (message for message in messages if str(message.get("role")) == "user")
-    content = str(next(by_user, messages[0]).get("content", ""))
-    said = _MARKS.sub(r"\1", content)
+    content = next(by_user, messages[0]).get("content") or ""
+    if isinstance(content, list):
+        content = "".join(str(part.get("text")) for part in content if isinstance(part, dict))
+    said = _MARKS.sub(r"\1", str(content))
     return f"the conversation that begins {said[:60]!r}"

@@ -1,47 +1,47 @@
-"""Documents in, tokens out: sources of text, deduplication, the split, and tokenization.
+"""Documents in, tokens out: deduplication, the split, and tokenization.
 
-Three sources: `stdlib` (the Python standard library's own source files, so that a demo needs no
-network), `files` (txt, jsonl, parquet) and `hub` (a streamed dataset). A document is a text, or,
-where the column holds lists of messages, a conversation (pipeline/data/chat.py). Whatever the
-source, an exact duplicate is dropped, and whether a document is for training or validation follows
-from a hash of its text: the same document lands on the same side in every run, order and machine.
+A document (pipeline/data/sources.py) is a text, or, where the column holds lists of messages, a
+conversation (pipeline/data/chat.py). Whatever the source, an exact duplicate is dropped, and
+whether a document is for training or validation follows from a hash of its text: the same document
+lands on the same side in every run, order and machine. A document that cannot be used is left out
+and reported, up to corpus.max_bad_documents of them.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.config import CorpusParams
-from pipeline.data.chat import ChatTokenizer, Message
+from pipeline.data.chat import BadConversationError, ChatTokenizer, Message
 from pipeline.data.packing import PACKERS, Document
+from pipeline.data.prefix import PrefixEncoder
 from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
+from pipeline.data.sources import Extent, Source, read_documents
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.folder import hash_tokenizer
-from pipeline.runtime.console import announce, progress_bar
+from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
 from pipeline.runtime.optional import import_transformers
 from pipeline.storage import Address
 
 _DOCUMENTS_AT_ONCE = 32
+_CHARACTERS_AT_ONCE = 2**20  # as far as documents are tokenized together
 _ROWS_AT_ONCE = {"cut": 256, "fit": 1024}  # in memory; the larger the buffer, the better the fit
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-Source = str | list[Message]
-_NOT_OURS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "_vendor"}
+_BAD_SHOWN = 20
 
 
 def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[str, SplitInfo]:
     """Tokenize, split and pack a corpus into the zarr group at `address`.
+
+    At the end, what was left out is said, and which parameter did it.
 
     Args:
         teacher: folder whose tokenizer is used.
@@ -50,7 +50,8 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         What each split holds.
 
     Raises:
-        DecantError: a split came out empty, or the source cannot be read.
+        DecantError: a split came out empty, the source cannot be read, or too many of its documents
+            cannot be used.
     """
     limits = {"train": params.train_tokens, "validation": params.validation_tokens}
     sizes = " and ".join(
@@ -62,7 +63,14 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
     )
     tokenizer = load_tokenizer(teacher)
     tokenizer_sha256 = hash_tokenizer(teacher)
-    to_documents = DocumentTokenizer(tokenizer, completions_only=params.loss_on == "completions")
+    bad = _BadDocuments(params.max_bad_documents)
+    to_documents = DocumentTokenizer(
+        tokenizer,
+        completions_only=params.loss_on == "completions",
+        add_bos=params.add_bos,
+        longest=_longest(params),
+        bad=bad,
+    )
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     writers = {
         split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
@@ -72,18 +80,13 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
     pack, at_once = PACKERS[params.packing], _ROWS_AT_ONCE[params.packing]
     for split, writer in writers.items():
         documents = _taken(
-            to_documents,
-            _chosen(params, split),
-            params.max_document_tokens,
-            limits[split],
-            split,
-            counters[split],
+            to_documents, _chosen(params, split, counters[split], bad), params, split, counters
         )
         for rows in pack(documents, params.row_length, to_documents.separator, at_once):
             writer.add(rows)
         if not writer.num_tokens:
-            raise DecantError(_came_out_empty(params, split, counters[split]))
-    return {  # sealed together: a corpus is whole or not there
+            raise DecantError(_came_out_empty(params, split, counters[split], bad))
+    infos = {  # sealed together: a corpus is whole or not there
         split: writer.seal(
             num_text_bytes=counters[split].text_bytes,
             num_dropped=counters[split].dropped,
@@ -91,19 +94,57 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         )
         for split, writer in writers.items()
     }
+    for line in (*_left_out(params, counters), *bad.lines()):
+        say(f"corpus: {line}")
+    return infos
 
 
-def _came_out_empty(params: CorpusParams, split: str, counter: _Counter) -> str:
+def _longest(params: CorpusParams) -> int | None:
+    """The most tokens that are kept of any document; None where there is no limit."""
+    limits = [params.max_document_tokens]
+    if params.train_tokens is not None:
+        limits.append(max(params.train_tokens, params.validation_tokens))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments) -> str:
     sentence = f"the {split} split of corpus.source={params.source} came out empty"
     if counter.dropped:
         return (
             f"{sentence}, since none of its {counter.dropped} conversations has an assistant's turn"
             " in the loss: give others, or set corpus.loss_on=all or a larger max_document_tokens"
         )
+    if bad.found:
+        return f"{sentence}, and {bad.summary()}"
     return (
         f"{sentence}: give more or longer documents, or change validation_fraction="
         f"{params.validation_fraction:g}"
     )
+
+
+def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[str]:
+    """What of the source is not in the corpus, and which parameter says so."""
+    for split, counter in counters.items():
+        if counter.full_at is not None:
+            total = counter.extent.total_bytes
+            place = (
+                f", {readable_bytes(counter.full_at)} into the source's {readable_bytes(total)}"
+                if total
+                else ""
+            )
+            yield (
+                f"{split} is full at corpus.{split}_tokens={getattr(params, f'{split}_tokens'):,} "
+                f"after {counter.read:,} documents{place}; those that follow are left out of it"
+            )
+        if counter.cut:
+            share = 1.0 - counter.kept_characters / max(counter.characters, 1)
+            yield (
+                f"{counter.cut:,} of {counter.read:,} documents of {split} are cut at "
+                f"corpus.max_document_tokens={params.max_document_tokens:,}, which leaves out "
+                f"{share:.1%} of the text of {split}"
+            )
+        if counter.duplicates:
+            yield f"{counter.duplicates:,} exact duplicates are left out of {split}"
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -137,191 +178,250 @@ def document_separator(tokenizer: Any) -> int:
     return int(separator)
 
 
+def leading_tokens(tokenizer: Any, add_bos: Literal["auto"] | bool) -> list[int]:
+    """Ids that go before each text: with `auto` those that the tokenizer itself puts there.
+
+    Raises:
+        ParamsError: a BOS is asked for, and the tokenizer names none.
+    """
+    if add_bos is False:
+        return []
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if start and whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    if add_bos == "auto":
+        return []
+    if tokenizer.bos_token_id is None:
+        raise ParamsError(
+            "corpus.add_bos=true asks for a token that begins each document, and the teacher's "
+            "tokenizer names no bos_token: set it to auto or false"
+        )
+    return [int(tokenizer.bos_token_id)]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A document of at most as many tokens as are kept, and one more where it has more."""
+
+    document: Document
+    num_characters: int  # of the whole text
+    position: int  # in the source, where it ends
+
+
 class DocumentTokenizer:
     """Texts and conversations to documents.
 
     Args:
         tokenizer: Hugging Face's, a fast one.
         completions_only: put only the assistant's turns into the loss; refuses texts.
+        add_bos: whether texts begin with the BOS token; `auto`: as the tokenizer does it.
+        longest: what lies beyond this many tokens of a document is not tokenized; None keeps all.
+        bad: takes the conversations that cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, *, completions_only: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        completions_only: bool,
+        add_bos: Literal["auto"] | bool,
+        longest: int | None,
+        bad: _BadDocuments,
+    ) -> None:
         self.tokenizer = tokenizer
         self.separator = document_separator(tokenizer)
+        self.leading = leading_tokens(tokenizer, add_bos)
         self._completions_only = completions_only
+        self._limit = None if longest is None else longest + 1
+        self._encode = PrefixEncoder(tokenizer, self._limit)
+        self._bad = bad
 
-    def __call__(self, sources: Iterator[Source]) -> Iterator[Document]:
+    def __call__(self, sources: Iterator[Source]) -> Iterator[Tokenized]:
         """Tokenize in order, several texts at once.
 
         A text is closed by the separator; a conversation is what its template makes of it, which
-        ends each turn itself.
+        begins it and ends each turn itself.
         """
-        while block := list(islice(sources, _DOCUMENTS_AT_ONCE)):
-            for are_texts, group in groupby(block, key=lambda source: isinstance(source, str)):
-                found: list[Any] = list(group)
-                yield from self._texts(found) if are_texts else map(self._chat, found)
+        for block in _blocks(sources):
+            for are_texts, group in groupby(block, key=lambda it: isinstance(it.content, str)):
+                yield from (self._texts if are_texts else self._chats)(list(group))
 
     @cached_property
     def _chat(self) -> ChatTokenizer:
-        return ChatTokenizer(self.tokenizer, completions_only=self._completions_only)
+        return ChatTokenizer(
+            self.tokenizer, completions_only=self._completions_only, limit=self._limit
+        )
 
-    def _texts(self, texts: list[str]) -> Iterator[Document]:
+    def _chats(self, sources: list[Source]) -> Iterator[Tokenized]:
+        to_document = self._chat
+        for source in sources:
+            try:
+                document = to_document(source.content)  # type: ignore[arg-type]
+            except BadConversationError as error:
+                self._bad.add(source.place, str(error))
+            else:
+                yield Tokenized(document, _characters(source.content), source.position)
+
+    def _texts(self, sources: list[Source]) -> Iterator[Tokenized]:
+        texts = [source.content for source in sources if isinstance(source.content, str)]
         if self._completions_only:
             raise ParamsError(
                 f"corpus.loss_on=completions needs conversations, and the corpus holds text "
                 f"({texts[0][:40]!r}...): set it to all, or name a column of messages"
             )
-        # split_special_tokens: "<|endoftext|>" written in a document is text, not a command.
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        for ids in encoded["input_ids"]:
-            tokens = np.array([*ids, self.separator], dtype=np.int64)
-            yield Document(tokens, np.ones(len(tokens), dtype=np.bool_))
+        encoded = self._encode.texts(texts)
+        for source, text, (ids, is_whole) in zip(sources, texts, encoded, strict=True):
+            end = [self.separator] if is_whole else []  # one that is cut has no end
+            tokens = np.array([*self.leading, *ids, *end], dtype=np.int64)
+            document = Document(tokens, np.ones(len(tokens), dtype=np.bool_))
+            yield Tokenized(document, len(text), source.position)
+
+    def text_of(self, document: Document) -> str:
+        """The text of a document without the tokens before and after it."""
+        tokens = document.tokens.tolist()
+        if tokens[: len(self.leading)] == self.leading:
+            tokens = tokens[len(self.leading) :]
+        if tokens and tokens[-1] == self.separator:
+            tokens = tokens[:-1]
+        return str(self.tokenizer.decode(tokens))
 
 
+def _blocks(sources: Iterator[Source]) -> Iterator[list[Source]]:
+    block: list[Source] = []
+    characters = 0
+    for source in sources:
+        block.append(source)
+        characters += _characters(source.content)
+        if len(block) == _DOCUMENTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _characters(content: Any) -> int:
+    """Of a text, or of all texts in a conversation."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, dict):
+        return sum(map(_characters, content.values()))
+    return sum(map(_characters, content)) if isinstance(content, list) else 0
+
+
+class _BadDocuments:
+    """Documents that cannot be used, each by its place and the reason.
+
+    Raises:
+        DecantError: from `add`, where there are more than `limit`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.found: dict[str, str] = {}
+
+    def add(self, place: str, reason: str) -> None:
+        self.found.setdefault(place, reason)  # each split reads the whole source
+        if len(self.found) > self._limit:
+            raise DecantError(
+                f"{self.summary()}; these are more than corpus.max_bad_documents={self._limit}: "
+                "correct or drop them, or raise it"
+            )
+
+    def summary(self) -> str:
+        place, reason = next(iter(self.found.items()))
+        count = len(self.found)
+        several = "1 document" if count == 1 else f"{count:,} documents"
+        first = "" if count == 1 else "the first "
+        return f"{several} cannot be used, {first}{place}: {reason}"
+
+    def lines(self) -> Iterator[str]:
+        if self.found:
+            yield f"{len(self.found):,} documents cannot be used and are left out:"
+        for place, reason in list(self.found.items())[:_BAD_SHOWN]:
+            yield f"  {place}: {reason}"
+
+
+@dataclass
 class _Counter:
-    text_bytes = 0
-    dropped = 0
+    """What became of the documents of one split."""
+
+    extent: Extent = field(default_factory=Extent)
+    read: int = 0
+    duplicates: int = 0
+    dropped: int = 0
+    cut: int = 0  # by max_document_tokens
+    characters: int = 0
+    kept_characters: int = 0
+    text_bytes: int = 0
+    full_at: int | None = None  # bytes of the source when the split was full
 
 
 def _taken(
     to_documents: DocumentTokenizer,
     sources: Iterator[Source],
-    longest: int | None,
-    limit: int | None,
+    params: CorpusParams,
     split: str,
-    counter: _Counter,
+    counters: dict[str, _Counter],
 ) -> Iterator[Document]:
-    """Documents cut at `longest` tokens, without those out of the loss, up to `limit` tokens."""
-    taken = 0
+    """Documents cut at their limit, without those out of the loss, up to the split's limit."""
+    counter, taken = counters[split], 0
+    limit: int | None = getattr(params, f"{split}_tokens")
     with progress_bar(what=f"corpus {split}", total=limit, unit="tok") as bar:
-        for whole in to_documents(sources):
-            room = longest or len(whole)
-            if limit is not None:
-                room = min(room, limit - taken)
-            document = whole[:room]  # one that is cut has no end
+        for tokenized in to_documents(sources):
+            whole = tokenized.document
+            longest = params.max_document_tokens or len(whole)
+            document = whole[: longest if limit is None else min(longest, limit - taken)]
+            counter.read += 1
             if not document.in_loss.any():
                 counter.dropped += 1
                 continue
             taken += len(document)
-            counter.text_bytes += _text_bytes(document, to_documents)
+            text = to_documents.text_of(document)
+            counter.text_bytes += len(text.encode())
+            counter.characters += tokenized.num_characters
+            counter.kept_characters += min(len(text), tokenized.num_characters)
+            counter.cut += len(whole) > longest
             bar.update(len(document))
             yield document
             if limit is not None and taken >= limit:
+                counter.full_at = tokenized.position
                 return
 
 
-def _text_bytes(document: Document, to_documents: DocumentTokenizer) -> int:
-    """UTF-8 bytes of a document without the separator that closes it."""
-    tokens = document.tokens
-    if tokens[-1] == to_documents.separator:
-        tokens = tokens[:-1]
-    return len(to_documents.tokenizer.decode(tokens).encode())
-
-
-def _chosen(params: CorpusParams, split: str) -> Iterator[Source]:
+def _chosen(
+    params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments
+) -> Iterator[Source]:
     """The documents of one split, exact duplicates dropped."""
     seen: set[bytes] = set()
-    for source in _documents(params):
-        text = source if isinstance(source, str) else _canonical(source)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    for source in read_documents(params, counter.extent):
+        if source.fault is not None:
+            bad.add(source.place, source.fault)
+            continue
+        content = source.content
+        try:
+            digest = _digest(content if isinstance(content, str) else _canonical(content))
+        except UnicodeEncodeError:
+            bad.add(source.place, "it holds half of a surrogate pair, which is no character")
+            continue
         is_validation = int.from_bytes(digest[:8]) < params.validation_fraction * 2**64
-        if is_validation == (split == "validation") and digest not in seen:
-            seen.add(digest)
-            yield source
+        if is_validation != (split == "validation"):
+            continue
+        if digest in seen:
+            counter.duplicates += 1
+            continue
+        seen.add(digest)
+        yield source
+
+
+def _digest(text: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(text), 2**20):  # of a long text no second copy is made
+        digest.update(text[start : start + 2**20].encode())
+    return digest.digest()
 
 
 def _canonical(messages: list[Message]) -> str:
     """One text for one conversation, whatever the order of its keys."""
     return json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
-
-
-def _documents(params: CorpusParams) -> Iterator[Source]:
-    if params.source == "stdlib":
-        sources: Iterator[Source] = _stdlib()
-    elif params.source == "files":
-        sources = _files(params.files.paths, params.files.column)
-    else:
-        sources = _hub(params)
-    return (source for source in sources if not isinstance(source, str) or source.strip())
-
-
-def _stdlib() -> Iterator[str]:
-    """Source files of the running Python's standard library, in an order mixed by path hash."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - _NOT_OURS)
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    for file in sorted(files, key=lambda file: _mix(file.relative_to(root).as_posix())):
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a handful declare another encoding
-
-
-def _mix(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _files(patterns: tuple[str, ...], column: str) -> Iterator[Source]:
-    import datasets
-
-    files = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise DecantError(f"corpus.files.paths: nothing matches {pattern!r}")
-        files += matches
-    kinds = {Path(file).suffix for file in files}
-    if len(kinds) != 1 or not kinds <= _BUILDERS.keys():
-        raise ParamsError(
-            f"corpus.files.paths holds {', '.join(sorted(kinds))}: give files of one kind out of "
-            f"{', '.join(_BUILDERS)}"
-        )
-    builder = _BUILDERS[kinds.pop()]
-    options = {"sample_by": "document"} if builder == "text" else {}
-    with _readable("corpus.files.paths"):
-        rows = datasets.load_dataset(
-            builder, data_files=files, split="train", streaming=True, **options
-        )
-        yield from _column(rows, "text" if builder == "text" else column)
-
-
-def _hub(params: CorpusParams) -> Iterator[Source]:
-    import datasets
-
-    hub = params.hub
-    with _readable(f"dataset {hub.id} from the Hugging Face hub"):
-        rows = datasets.load_dataset(
-            hub.id, hub.name, split=hub.split, revision=hub.revision, streaming=True
-        )
-        yield from _column(rows, hub.column)
-
-
-def _column(rows: Any, column: str) -> Iterator[Source]:
-    for row in rows:
-        if column not in row:
-            raise ParamsError(
-                f"the corpus has no column {column!r}, only {', '.join(row)}: set the column's name"
-            )
-        if not isinstance(row[column], str | list | None):
-            raise ParamsError(
-                f"the corpus's column {column!r} holds {str(row[column])[:40]!r}, neither text nor "
-                "a list of messages: set the column's name"
-            )
-        if row[column]:
-            yield row[column]
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Turn whatever a reader of files or of the hub raises into one sentence."""
-    try:
-        yield
-    except DecantError:
-        raise
-    except Exception as error:  # `datasets` lets errors of many libraries through
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DecantError(
-            f"{what} cannot be read ({reason}): check the name, the file or the connection"
-        ) from error

@@ -92,7 +92,7 @@ def is_there(address: Address) -> bool:
 
 
 def forget_made_from(address: Address) -> None:
-    """Before another corpus is made in the place of one: killed meanwhile, it is not taken for it."""
+    """Before a corpus is made anew: one that is killed meanwhile is not taken for the older one."""
     if require_ours(address, "corpus", key="paths.corpus"):
         open_folder(address).remove(POINTER)
 

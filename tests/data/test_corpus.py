@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.config import Params
-from pipeline.data.corpus import _stdlib, build_corpus, load_tokenizer
+from pipeline.data.corpus import build_corpus, load_tokenizer
 from pipeline.data.packing import PADDING, Rows
 from pipeline.data.rows import SPLITS, CorpusSplit, SplitWriter, hash_rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from tests.conftest import change
+from tests.conftest import change, make_sentences, make_teacher
 from tests.helpers import open_cache
 
 
@@ -108,19 +113,6 @@ def test_other_kinds_of_files(kind: str, tiny_params: Params, tmp_path: Path) ->
     build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
     found = documents_of(params, "train") + documents_of(params, "validation")
     assert sorted(found) == sorted(f"{text}<|endoftext|>" for text in texts)
-
-
-def test_stdlib_without_tests_and_vendored_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = ["one.py", "package/two.py"]
-    left_out = ["test/a.py", "site-packages/b.py", "package/tests/c.py", "ensurepip/d.py", "e.txt"]
-    for name in kept + left_out:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"# {name}")
-    (tmp_path / "latin.py").write_bytes(b"# \xe9")
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    assert sorted(_stdlib()) == [f"# {name}" for name in kept]
 
 
 def test_markup_of_special_tokens_in_text_stays_text(tiny_params: Params, tmp_path: Path) -> None:
@@ -257,3 +249,155 @@ def test_hub_corpus_is_streamed(tiny_params: Params) -> None:
     params = change(tiny_params, corpus={"source": "hub"})
     infos = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
     assert infos["train"].num_tokens == 3000
+
+
+def with_bos(folder: Path, *, puts_it: bool) -> Path:
+    """A teacher's folder whose tokenizer has a BOS token, and perhaps puts it before each text."""
+    tokenizer = Tokenizer.from_file(str(make_teacher(folder) / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>"])
+    if puts_it:
+        ids = [("<bos>", tokenizer.token_to_id("<bos>"))]
+        tokenizer.post_processor = TemplateProcessing("<bos> $A", "<bos> $A $B", ids)  # type: ignore[assignment]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<bos>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("puts_it", "add_bos", "expected"),
+    [
+        (True, "auto", True),
+        (True, True, True),
+        (True, False, False),
+        (False, "auto", False),
+        (False, True, True),
+        (False, False, False),
+    ],
+)
+def test_texts_begin_as_the_tokenizer_has_it(
+    puts_it: bool, add_bos: object, expected: bool, tiny_params: Params, tmp_path: Path
+) -> None:
+    teacher = with_bos(tmp_path / "with_bos", puts_it=puts_it)
+    changes = {"add_bos": add_bos, "max_document_tokens": 30, "validation_tokens": 60}
+    params = change(tiny_params, paths={"teacher": str(teacher)}, corpus=changes)
+    infos = build_corpus(params.corpus, teacher, params.paths.corpus)
+    assert infos["validation"].num_text_bytes < 60 * 20
+    tokenizer = load_tokenizer(teacher)
+    for text in documents_of(params, "train")[:-1]:
+        assert text.count("<bos>") == text.startswith("<bos>") == expected
+        ids = tokenizer(text.removeprefix("<bos>"), add_special_tokens=False)["input_ids"]
+        assert len(ids) == 30 - expected
+    bytes_of = [len(t.removeprefix("<bos>").encode()) for t in documents_of(params, "validation")]
+    assert sum(bytes_of) == infos["validation"].num_text_bytes
+
+
+def test_a_bos_that_the_tokenizer_lacks_is_refused(tiny_params: Params) -> None:
+    params = change(tiny_params, corpus={"add_bos": True})
+    with pytest.raises(ParamsError, match="names no bos_token: set it to auto or false"):
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+
+
+def test_what_limits_leave_out_is_said(
+    tiny_params: Params, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_corpus(tiny_params.corpus, tiny_params.paths.teacher, tiny_params.paths.corpus)
+    total = (text_folder / "documents.jsonl").stat().st_size / 1000
+    said = capsys.readouterr().out
+    full = re.findall(
+        r"(\w+) is full at corpus\.(\w+)_tokens=([\d,]+) after (\d+) documents, "
+        r"([\d.]+) kB into the source's ([\d.]+) kB; those that follow are left out",
+        said,
+    )
+    assert [line[:3] for line in full] == [
+        ("train", "train", "3,000"),
+        ("validation", "validation", "600"),
+    ]
+    for split, *_, read, whole in full:
+        lines = (text_folder / "documents.jsonl").read_text().splitlines(keepends=True)
+        last = documents_of(tiny_params, split)[-1][:8]  # "Note 37:", of which there is one
+        place = next(i for i, line in enumerate(lines) if f'"{last}' in line)
+        assert float(read) == pytest.approx(len("".join(lines[: place + 1])) / 1000, rel=0.01)
+        assert float(whole) == pytest.approx(total, rel=0.01)
+    assert "max_document_tokens" not in said
+    params = change(
+        tiny_params,
+        corpus={"max_document_tokens": 40, "train_tokens": None, "validation_tokens": 10**6},
+    )
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    said = capsys.readouterr().out
+    assert "is full" not in said
+    cut = dict(re.findall(r"(\d+) of \d+ documents of (\w+) are cut at corpus\.max_doc", said))
+    for number, split in cut.items():
+        ends = [text.endswith("<|endoftext|>") for text in documents_of(params, split)]
+        assert int(number) == ends.count(False) > 0
+
+
+def test_duplicates_are_said(
+    tiny_params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "twice.jsonl"
+    texts = [f"document number {i}" for i in range(40)] * 2
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    files = {"paths": [str(file)], "column": "text"}
+    params = change(tiny_params, corpus={"files": files, "validation_tokens": 10**6})
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    said = re.findall(r"(\d+) exact duplicates are left out of", capsys.readouterr().out)
+    assert sum(map(int, said)) == 40
+
+
+def bad_rows(tmp_path: Path, tiny_params: Params, limit: int) -> Params:
+    """Sixty texts, with three among them that cannot be read."""
+    rows = [json.dumps({"text": f"this is document number {i}"}) for i in range(60)]
+    rows[3], rows[20], rows[40] = '{"text": ', '{"text": 7}', '{"text": "half \\ud83d of one"}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    files = {"paths": [str(tmp_path / "rows.jsonl")], "column": "text"}
+    changes = {"files": files, "max_bad_documents": limit, "train_tokens": None}
+    return change(tiny_params, corpus=changes | {"validation_tokens": 10**6})
+
+
+def test_bad_documents_are_left_out_and_named(
+    tiny_params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = bad_rows(tmp_path, tiny_params, 3)
+    infos = build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    assert sum(info.num_documents for info in infos.values()) == 57
+    said = capsys.readouterr().out
+    assert "corpus: 3 documents cannot be used and are left out:" in said
+    for row, reason in ((4, "as JSON"), (21, "'7', neither text"), (41, "surrogate")):
+        assert re.search(rf"rows\.jsonl, row {row}: .*{reason}", said)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_more_bad_documents_than_allowed_stop_the_stage(
+    limit: int, tiny_params: Params, tmp_path: Path
+) -> None:
+    params = bad_rows(tmp_path, tiny_params, limit)
+    with pytest.raises(DecantError, match=r"rows\.jsonl, row 4: it cannot be read") as caught:
+        build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    assert f"more than corpus.max_bad_documents={limit}: correct or drop them" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_a_long_document_the_beginning_is_tokenized(
+    tiny_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(make_sentences(40, seed)) for seed in range(20)]
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    files = {"paths": [str(tmp_path / "long.jsonl")], "column": "text"}
+    changes = {"files": files, "train_tokens": None, "validation_tokens": 10**6}
+    params = change(tiny_params, corpus=changes | {"max_document_tokens": 50})
+    seen = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counting(self: Any, text: Any, *args: Any, **options: Any) -> Any:
+        seen.append(max(map(len, [text] if isinstance(text, str) else text)))
+        return call(self, text, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    assert max(seen) < 500 < 5000 < min(map(len, texts))
+    monkeypatch.undo()
+    found = {text for split in SPLITS for text in documents_of(params, split)}
+    tokenizer = load_tokenizer(params.paths.teacher)
+    assert found == {tokenizer.decode(tokenizer(text)["input_ids"][:50]) for text in texts}
