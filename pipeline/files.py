@@ -9,11 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from pipeline.errors import DecantError
 
 
 def fsync(path: Path) -> None:
@@ -59,6 +62,22 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, content: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def open_file(file: Path) -> BinaryIO:
+    """Open a file to read bytes; of a pipe or a device, from which reading may never end, refuse.
+
+    Raises:
+        DecantError: it is something else than a file.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        if is_folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        raise DecantError(f"{file} is no file but a pipe or a device: remove it")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 from pipeline.errors import ParamsError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ DEFAULT_RUNS = ("student", "baseline")
 
 
 @stage
+@writes("evaluate")
 @click.option(
     "--run",
     "runs",

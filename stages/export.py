@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 from pipeline.errors import ParamsError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("export")
 @click.option("--run", default="student", help="The run under paths.runs to export.")
 @click.option(
     "--model",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 from pipeline.errors import DecantError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("report")
 @click.option(
     "--sweep",
     is_flag=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 from pipeline.study.parts import NAMES
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("study")
 @click.option(
     "--model", show_default="paths.teacher", help="A Hugging Face folder, or an id on the hub."
 )

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 
 if TYPE_CHECKING:
     from pipeline.config import Params
 
 
 @stage
+@writes("verify")
 @click.option(
     "--structure",
     is_flag=True,

@@ -32,6 +32,8 @@ NO_EFFECT = {
     "pipeline.errors": "words",
     "pipeline.extras": "whether a package is installed",
     "pipeline.files": "how bytes get to a disk, not which",
+    "pipeline.locks": "one process at a time",
+    "pipeline.params_file": "reads what pipeline.config checks",
     "pipeline.named_models": "which folders flags name, of which DVC gives one: --run NAME",
     "pipeline.storage": "how bytes get to a disk or an object store, not which",
     "pipeline.runtime.console": "progress bars and messages",
