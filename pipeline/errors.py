@@ -39,6 +39,7 @@ _UNPRINTABLE = re.compile(
 )
 """Control characters but tab and newline, those that reverse the order of text, and surrogates."""
 
+_LONGEST = 150  # characters of a value in a message
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 70
 _shortened.maxlist = _shortened.maxtuple = 8
@@ -69,7 +70,7 @@ def _number(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    """Text of others, safe to print: what a terminal would obey is escaped, as in `\\x1b[2J`.
+    r"""Text of others, safe to print: what a terminal would obey is escaped, as in \x1b[2J.
 
     Generated text, documents, file names and what error messages quote of them go through this
     before they are printed. Newlines, tabs and all printable Unicode stay as they are.
@@ -79,7 +80,8 @@ def printable(text: str) -> str:
 
 def shortened(value: object) -> str:
     """A value for a message: its repr, bounded in length and in depth."""
-    return _shortened.repr(value)
+    text = _shortened.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class DecantError(ValueError):

@@ -81,12 +81,27 @@ def open_file(file: Path) -> BinaryIO:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, for whoever does without."""
+    """A JSON object; empty where there is no file, for whoever does without.
+
+    Raises:
+        DecantError: the file is damaged.
+    """
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        with open_file(file) as stream:
+            content = json.loads(stream.read())
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return content if isinstance(content, dict) else {}
+    except DecantError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "it is empty" if not file.stat().st_size else str(error)[:100]
+        raise DecantError(
+            f"{file} is damaged ({reason}): put back a copy, or make it again by the stage that "
+            "writes it"
+        ) from None
+    if not isinstance(content, dict):
+        raise DecantError(f"{file} holds no JSON object: make it again by the stage that writes it")
+    return content
 
 
 @contextmanager

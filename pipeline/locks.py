@@ -1,9 +1,9 @@
 """One process at a time in a folder: a lock beside it that dies with the process.
 
-The lock is flock's on the file `.NAME.lock` beside the folder, not in it, since what DVC tracks must
-not hold a process number. The system releases it however the process ends, so that the file which
-a killed process leaves is in nobody's way. On Linux, flock works over NFS, too; where a file system
-has no locks the work goes on without one.
+The lock is flock's on the file `.NAME.lock` beside the folder, not in it, since what DVC tracks
+must not hold a process number. The system releases it however the process ends, so that the file
+which a killed process leaves is in nobody's way. On Linux, flock works over NFS, too; where a file
+system has no locks the work goes on without one.
 """
 
 from __future__ import annotations
@@ -128,8 +128,5 @@ def _said(file: Path) -> tuple[str, str]:
 
 
 def _refusal(folder: Path, found: tuple[str, str], remedy: str) -> str:
-    who, about = found
-    return (
-        f"{folder} is being written by {who}{' ' if about else ''}{about}: wait until it has ended, "
-        f"or {remedy}"
-    )
+    who = " ".join(filter(None, found))
+    return f"{folder} is being written by {who}: wait until it has ended, or {remedy}"

@@ -83,17 +83,17 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, whose every complaint is a YAMLError."""
 
     def construct_scalar_value(self, node: yaml.ScalarNode) -> Any:
-        """Integers, floats and dates, whose constructors raise ValueError for what is none."""
+        """Values that have a tag but not its form, for which PyYAML raises one error or another."""
         kind = node.tag.rpartition(":")[2]
         if len(node.value) > _MAX_DIGITS:
             raise _error(node, f"a number of {len(node.value):,} digits")
         try:
             return getattr(self, f"construct_yaml_{kind}")(node)
-        except (ValueError, OverflowError) as error:
-            raise _error(node, f"{shortened(node.value)} is no {kind} ({error})") from None
+        except (ArithmeticError, AttributeError, LookupError, ValueError):
+            raise _error(node, f"{shortened(node.value)} is no {kind}") from None
 
 
-for _kind in ("int", "float", "timestamp"):
+for _kind in ("bool", "int", "float", "timestamp"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_scalar_value)
 
 

@@ -68,17 +68,18 @@ def parse(kind: type[Kind], values: Any, what: str) -> Kind:
         DamagedError: names the first value that is of another type.
     """
     try:
-        return _adapter(kind).validate_json(json.dumps(values), strict=True)
+        found: Kind = _adapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:40] for part in first["loc"])
         raise DamagedError(f"{what}: {where}: {first['msg']}") from None
     except RecursionError:
         raise DamagedError(f"{what} is nested too deeply") from None
+    return found
 
 
 @lru_cache
-def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -164,9 +165,8 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 def is_sealed(values: Mapping[str, Any]) -> bool:
     """Whether the values are those that were sealed."""
     with suppress(RecursionError):
-        return values.get("crc32c") == json_crc32c(
-            {k: v for k, v in values.items() if k != "crc32c"}
-        )
+        rest = {name: value for name, value in values.items() if name != "crc32c"}
+        return bool(values.get("crc32c") == json_crc32c(rest))
     return False
 
 

@@ -170,7 +170,7 @@ def lock(
 
 
 def find_damage(folder: Path) -> str:
-    """The first file of a folder that is not what `atomic_folder` finished, in words; empty if none.
+    """Describe the first file of a folder that is not as `atomic_folder` left it; empty if none.
 
     A folder without a mark, or with a mark that lists no files, has nothing to be compared with.
     """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import stage
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
@@ -21,7 +22,7 @@ def main(params: Params) -> None:
     from pipeline.teacher.fetch import describe, fetch_teacher
 
     fetch_teacher(params.teacher, params.paths.teacher)
-    click.echo(f"fetch: {params.paths.teacher} holds {describe(params.paths.teacher)}")
+    click.echo(f"fetch: {params.paths.teacher} holds {printable(describe(params.paths.teacher))}")
 
 
 if __name__ == "__main__":

@@ -121,11 +121,8 @@ class SplitWriter:
     def add(self, rows: Rows) -> None:
         """Append rows, of which there is one at least; full shards are written at once."""
         if not self._num_rows:
-            for name in (
-                "zarr.json",
-                _OBJECTS,
-                *self._open_specs(),
-            ):  # in this order: first it is no split
+            # In this order: first it is no split.
+            for name in ("zarr.json", _OBJECTS, *self._open_specs()):
                 self._folder.remove(name)
         self._digest.update(_row_bytes(rows))
         real = rows.doc_ids != PADDING

@@ -100,7 +100,7 @@ def card_license(folder: Path) -> str | None:
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return None
     found = front.get("license") if isinstance(front, dict) else None
     return found if isinstance(found, str) else None
