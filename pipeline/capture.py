@@ -23,6 +23,7 @@ from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
 from pipeline.model.folder import hash_weights
+from pipeline.named_models import require_model
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
@@ -199,6 +200,7 @@ def open_captures(
     Raises:
         DecantError: as fingerprint_of, HuggingFaceTeacher and Capture.
     """
+    require_model(params.paths.teacher, "run stages/fetch.py first", "run stages/fetch.py again")
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)

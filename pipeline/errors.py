@@ -34,6 +34,9 @@ _ACCIDENTS = {
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers, which are written in Rust, name the system's error."""
 
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
+"""How NumPy's tofile and torch.save say that a disk took less than they gave."""
+
 _UNPRINTABLE = re.compile(
     r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -63,8 +66,10 @@ def place_of(error: BaseException) -> str:
 
 
 def _number(error: BaseException) -> int:
-    if isinstance(error, OSError):
-        return error.errno or 0
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if _SHORT_WRITE.search(str(error)):
+        return errno.ENOSPC
     found = _OF_RUST.search(str(error))
     return int(found[1]) if found else 0
 

@@ -261,9 +261,9 @@ def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             if is_full(error):
                 raise DecantError(
-                    f"{folder} is not written, since {place_of(error) or partial}: "
-                    f"{accident(error)} after {written / 1e6:,.0f} MB of it, which are removed "
-                    "again: free more than that there, and run the same command again"
+                    f"{folder} is not written, since at {place_of(error) or partial} "
+                    f"{accident(error)} ({written / 1e6:,.0f} MB of it came there and are removed "
+                    "again): free more than that, then run the same command"
                 ) from error
             raise
 

@@ -57,14 +57,9 @@ def refusal(work: Callable[[], object]) -> str:
     return ""
 
 
-BOMB = (
-    "[&a [x,x,x,x,x,x,x,x,x]"
-    + "".join(
-        f",&{name} [{','.join([f'*{before}'] * 9)}]"
-        for before, name in zip("abcdef", "bcdefg", strict=True)
-    )
-    + "]"
-)
+NAMES = zip("abcdef", "bcdefg", strict=True)
+NINE = [f",&{name} [{','.join([f'*{before}'] * 9)}]" for before, name in NAMES]
+BOMB = f"[&a [x,x,x,x,x,x,x,x,x]{''.join(NINE)}]"
 VALUES = [
     BOMB,
     "&s [*s]",
