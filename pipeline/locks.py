@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.errors import DecantError
 from pipeline.files import make_folder
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_TRIES, _PAUSE = 20, 0.05  # of parts that start together: one has the lock alone for a moment
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -81,18 +83,21 @@ def _lock(file: Path, *, shared: bool) -> tuple[int, bool]:
     Raises:
         BlockingIOError: another process has it.
     """
+    tries = _TRIES if shared else 1
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+        with ExitStack() as stack:
+            stack.callback(os.close, descriptor)
             alone = _try(descriptor, fcntl.LOCK_EX)
-            if not alone and not (shared and _try(descriptor, fcntl.LOCK_SH)):
-                raise BlockingIOError
-            if _is_at(file, descriptor):
-                return descriptor, alone
-            os.close(descriptor)  # it was removed meanwhile by the process that had it
-        except BaseException:
-            os.close(descriptor)
-            raise
+            if alone or (shared and _try(descriptor, fcntl.LOCK_SH)):
+                if _is_at(file, descriptor):
+                    stack.pop_all()
+                    return descriptor, alone
+                continue  # it was removed meanwhile by the process that had it
+        tries -= 1
+        if not tries:
+            raise BlockingIOError
+        time.sleep(_PAUSE)
 
 
 def _try(descriptor: int, kind: int) -> bool:

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -102,6 +104,21 @@ def test_parts_share_a_folder_and_each_is_one_process(tmp_path: Path) -> None:
         pass
     with lock(folder, "wait"):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_start_at_once_all_get_their_share(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        ready = Barrier(8)
+
+        def fill(part: int) -> int:
+            for _ in range(10):
+                ready.wait()
+                with lock(tmp_path / "folder", "wait", part=part, parts=8):
+                    pass
+            return part
+
+        assert list(pool.map(fill, range(1, 9))) == list(range(1, 9))
     assert not list(tmp_path.iterdir())
 
 
