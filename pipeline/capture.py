@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,11 @@ from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.model.attention import documents_apart
 from pipeline.model.folder import hash_weights, teacher_folder
+from pipeline.named_models import require_model
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
-from pipeline.storage import open_folder, require_ours
+from pipeline.storage import lock, open_folder, require_ours
 from pipeline.store.check import Damage, repair_cache
 from pipeline.store.codec import RankTable
 from pipeline.store.layout import load_layout, remove_cache
@@ -199,6 +200,11 @@ def open_captures(
     Raises:
         DecantError: as fingerprint_of, HuggingFaceTeacher and Capture.
     """
+    require_model(
+        teacher_folder(params.paths.teacher),
+        "run stages/fetch.py first",
+        "run stages/fetch.py again",
+    )
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)
@@ -245,7 +251,24 @@ def capture_locally(
     overwrite: bool = False,
     repair: bool = False,
 ) -> list[CaptureResult]:
-    """Capture what is missing of each split, or one part of it, in this process."""
+    """Capture what is missing of each split, or one part of it, in this process.
+
+    Raises:
+        DecantError: another process captures the same part, or all, or is one of another number.
+    """
+    with lock_cache(params, part=part, parts=parts):
+        return _capture(params, part, parts, overwrite=overwrite, repair=repair)
+
+
+def lock_cache(params: Params, *, part: int = 1, parts: int = 1) -> AbstractContextManager[None]:
+    """Keep away other processes that would write the same shards."""
+    remedy = "set paths.logits to another place, or share the work by --shards I/N"
+    return lock(params.paths.logits, remedy, part=part, parts=parts)
+
+
+def _capture(
+    params: Params, part: int, parts: int, *, overwrite: bool, repair: bool
+) -> list[CaptureResult]:
     captures = open_captures(params, overwrite=overwrite, repair=repair)
     for capture in captures:
         say_repaired(capture.corpus.split, capture.repaired)

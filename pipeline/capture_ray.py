@@ -31,7 +31,14 @@ from typing import Any
 
 import torch
 
-from pipeline.capture import Capture, CaptureResult, disk_errors, open_captures, say_repaired
+from pipeline.capture import (
+    Capture,
+    CaptureResult,
+    disk_errors,
+    lock_cache,
+    open_captures,
+    say_repaired,
+)
 from pipeline.config import Params
 from pipeline.errors import DecantError, ParamsError
 from pipeline.runtime.console import announce, progress_bar
@@ -59,7 +66,7 @@ def capture_on_ray(
         ParamsError: more actors than the cluster has GPUs (without GPUs: processors).
     """
     ray = import_ray()
-    with _cluster(ray), _errors_unwrapped(ray):
+    with lock_cache(params), _cluster(ray), _errors_unwrapped(ray):
         crew = _start_actors(ray, params, actors)
         todo: list[Outstanding] = ray.get(crew[0].open.remote(overwrite=overwrite, repair=repair))
         for split in todo:

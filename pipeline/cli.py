@@ -14,15 +14,22 @@ not wait for PyTorch and its like (tests/test_stages.py names them).
 from __future__ import annotations
 
 import functools
+import io
+import os
+import select
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import DecantError, OtherRankError, accident
+from pipeline.errors import DecantError, OtherRankError, accident, is_full, place_of, printable
 from pipeline.runtime.launch import launch
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
 
 _INTERRUPTED = 130
 
@@ -52,28 +59,83 @@ def stage(function: Callable[..., None]) -> click.Command:
     def run(file: Path, overrides: tuple[str, ...], **options: Any) -> None:
         from pipeline.config import load_params
 
+        _mend_streams()
         try:
-            function(load_params(file, overrides), **options)
+            _flushed(functools.partial(function, load_params(file, overrides), **options))
         except OtherRankError as error:
             sys.exit(error.exit_code)
         except DecantError as error:
             _stop(str(error), error.exit_code)
         except KeyboardInterrupt:
             _stop("interrupted: run the same command to continue", _INTERRUPTED)
-        except OSError as error:
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _has_no_reader():
+                _stop("nobody reads the output any more: run the same command to continue", 1)
             what = accident(error)
             if what is None:
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            _stop(f"{where}{what}; mend that and run the same command again", 1)
+            where = place_of(error)
+            remedy = "make room there" if is_full(error) else "fix that"
+            _stop(f"{where}{': ' if where else ''}{what}: {remedy}, then run the same command", 1)
 
     return click.command(context_settings={"show_default": True, "max_content_width": 100})(run)
+
+
+def writes(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a stage run only while no other process writes `paths.<name>`; stands below `@stage`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(params: Params, *words: Any, **options: Any) -> None:
+            from pipeline.storage import lock
+
+            with lock(getattr(params.paths, name), f"set paths.{name} to another place"):
+                function(params, *words, **options)
+
+        return run
+
+    return decorate
+
+
+def _flushed(work: Callable[[], None]) -> None:
+    """Run it and empty standard output here, where the absence of a reader is no traceback yet."""
+    try:
+        work()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _mend_streams() -> None:
+    """Print what an encoding lacks as an escape, and nowhere where there is no stream at all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _has_no_reader() -> bool:
+    """Whether standard output is a pipe whose reader has gone; what waits in it is then dropped."""
+    try:
+        descriptor = sys.stdout.fileno()
+        waiter = select.poll()
+        waiter.register(descriptor, 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in waiter.poll(0))
+    except (OSError, ValueError):
+        return False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return gone
 
 
 def _stop(sentence: str, code: int) -> None:
     here = launch()
     who = f"rank {here.rank}: " if here and here.ranks > 1 else ""
     if not (who and code == _INTERRUPTED and here and here.rank):  # ranks stop together
-        click.echo(f"error: {who}{sentence}", err=True)
-    sys.stdout.flush()
+        click.echo(f"error: {who}{printable(sentence)}", err=True)
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     sys.exit(code)

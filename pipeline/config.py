@@ -10,9 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ParamsError
+from pipeline.errors import ParamsError, shortened
+from pipeline.params_file import read_params_file
 from pipeline.storage import Url, parse_address
 
 Location = Annotated[
@@ -551,57 +551,17 @@ def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
     Raises:
         ParamsError: one sentence that names the key.
     """
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ParamsError(
-            f"{file} cannot be read ({error.strerror}): name it by --params"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{file} is not UTF-8 text ({error.reason}): save it as that") from None
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ParamsError(f"{file} is not valid YAML: {where}") from None
-    if not isinstance(values, dict):
-        raise ParamsError(f"{file} must hold a mapping of sections, as params.yaml does")
-    for override in overrides:
-        _apply(values, override)
+    values = read_params_file(file, overrides)
     try:
         return Params.model_validate(values)
     except ValidationError as error:
         raise ParamsError(f"{file}: {_sentence(error)}") from None
 
 
-def _apply(values: dict[str, Any], text: str) -> None:
-    # Here, since importing them takes longer than all else before a stage's own work.
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise ParamsError(f"--set {text!r} is not of the form key.path=value: {reason}") from None
-    if override.is_sweep_override():
-        raise ParamsError(
-            f"--set {text!r} names several values: `dvc exp run --queue -S` takes those"
-        )
-    *parents, leaf = override.key_or_group.split(".")
-    node: Any = values
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise ParamsError(f"--set {text!r}: {'.'.join(parents)} is not a section")
-    if override.is_delete():
-        node.pop(leaf, None)
-    else:
-        node[leaf] = override.value()
-
-
 def _sentence(error: ValidationError) -> str:
     """The first complaint of pydantic as a sentence, with the number of further ones."""
     first, *rest = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part)[:60] for part in first["loc"])
     kind = first["type"]
     if kind == "missing":
         sentence = f"the key {key} is missing: params.yaml of the project shows all keys"
@@ -611,7 +571,7 @@ def _sentence(error: ValidationError) -> str:
         sentence = f"{key} is not a known key: {hint}"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
+        value = "" if isinstance(first["input"], dict) else f"={shortened(first['input'])}"
         sentence = f"{key}{value} is refused: {message[:1].lower()}{message[1:]}"
     return sentence + (f" (and {len(rest)} more)" if rest else "")
 

@@ -6,8 +6,13 @@ other exception is a defect of ours and keeps its traceback; that is why plain `
 torch and zarr raise too, is not caught by the stages.
 """
 
-import errno
+from __future__ import annotations
 
+import errno
+import re
+import reprlib
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ACCIDENTS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -26,9 +31,62 @@ _ACCIDENTS = {
 }
 
 
-def accident(error: OSError) -> str | None:
-    """What befell a disk, in words; None where it may as well be a defect of ours."""
-    return _ACCIDENTS.get(error.errno or 0)
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers, which are written in Rust, name the system's error."""
+
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
+"""How NumPy's tofile and torch.save say that a disk took less than they gave."""
+
+_UNPRINTABLE = re.compile(
+    r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but tab and newline, those that reverse the order of text, and surrogates."""
+
+_LONGEST = 150  # characters of a value in a message
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 70
+_shortened.maxlist = _shortened.maxtuple = 8
+_shortened.maxlevel = 3
+
+
+def accident(error: BaseException) -> str | None:
+    """Describe a disk error for the user; None where it may as well be a defect of ours."""
+    return _ACCIDENTS.get(_number(error))
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or a file has no more room."""
+    return _number(error) in _FULL
+
+
+def place_of(error: BaseException) -> str:
+    """The path that a disk error is about: of a copy, the file that was being written."""
+    names = (getattr(error, "filename2", None), getattr(error, "filename", None))
+    return next((str(name) for name in names if name is not None), "")
+
+
+def _number(error: BaseException) -> int:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if _SHORT_WRITE.search(str(error)):
+        return errno.ENOSPC
+    found = _OF_RUST.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def printable(text: str) -> str:
+    r"""Text of others, safe to print: what a terminal would obey is escaped, as in \x1b[2J.
+
+    Generated text, documents, file names and what error messages quote of them go through this
+    before they are printed. Newlines, tabs and all printable Unicode stay as they are.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(value: object) -> str:
+    """A value for a message: its repr, bounded in length and in depth."""
+    text = _shortened.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class DecantError(ValueError):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from pipeline.errors import DecantError
 
 
 def fsync(path: Path) -> None:
@@ -61,13 +64,44 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
+def open_file(file: Path) -> BinaryIO:
+    """Open a file to read bytes; of a pipe or a device, from which reading may never end, refuse.
+
+    Raises:
+        DecantError: it is something else than a file.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        if is_folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        raise DecantError(f"{file} is no file but a pipe or a device: remove it")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, for whoever does without."""
+    """A JSON object; empty where there is no file, for whoever does without.
+
+    Raises:
+        DecantError: the file is damaged.
+    """
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        with open_file(file) as stream:
+            content = json.loads(stream.read())
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return content if isinstance(content, dict) else {}
+    except DecantError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "it is empty" if not file.stat().st_size else str(error)[:100]
+        raise DecantError(
+            f"{file} is damaged ({reason}): put back a copy, or make it again by the stage that "
+            "writes it"
+        ) from None
+    if not isinstance(content, dict):
+        raise DecantError(f"{file} holds no JSON object: make it again by the stage that writes it")
+    return content
 
 
 @contextmanager

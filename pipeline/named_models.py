@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config import Paths
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.folder import hash_weights, teacher_folder
+from pipeline.storage import MARK, find_damage
 
 
 def run_folder(runs: Path, name: str) -> Path:
@@ -32,8 +33,8 @@ def run_model(runs: Path, name: str) -> Path:
         ParamsError: as run_folder.
         DecantError: the run has left no model.
     """
-    remedy = f"run stages/train.py --run {name} first"
-    return require_model(run_folder(runs, name) / "model", remedy)
+    command = f"run stages/train.py --run {name}"
+    return require_model(run_folder(runs, name) / "model", f"{command} first", f"{command} again")
 
 
 def is_of_run(runs: Path, name: str, model_sha256: object) -> bool:
@@ -46,14 +47,26 @@ def is_of_run(runs: Path, name: str, model_sha256: object) -> bool:
     return not is_run or hash_weights(model) == model_sha256
 
 
-def require_model(folder: Path, remedy: str = "name a model folder by --model") -> Path:
-    """The folder.
+def require_model(
+    folder: Path,
+    remedy: str = "name a model folder by --model",
+    repair: str = "make it again by the stage that wrote it",
+) -> Path:
+    """The folder, each of its files as the stage that wrote it left it.
+
+    Args:
+        remedy, repair: what to do about an absent one, and a damaged one.
 
     Raises:
-        DecantError: it holds no config.json, as every model folder does.
+        DecantError: it holds no config.json, as every model folder does, or is damaged.
     """
     if not (folder / "config.json").is_file():
         raise DecantError(f"{folder} holds no config.json: {remedy}")
+    if damage := find_damage(folder):
+        raise DecantError(
+            f"{folder} is not what was written there ({damage}): {repair}, or, if the change is "
+            f"yours, copy the folder without {MARK} and name the copy"
+        )
     return folder
 
 
@@ -78,7 +91,9 @@ def name_models(
             raise ParamsError(f"two models are called {name}: give each a name of its own")
     found = {}
     if teacher:
-        found[teacher] = require_model(teacher_folder(paths.teacher), "run stages/fetch.py first")
+        found[teacher] = require_model(
+            teacher_folder(paths.teacher), "run stages/fetch.py first", "run stages/fetch.py again"
+        )
     found |= {name: run_model(paths.runs, name) for name in runs}
     return found | {name: require_model(folder) for name, folder in given}
 

@@ -15,9 +15,12 @@ shuffle, blocks of 262,144 bytes), then its crc32c.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -25,12 +28,13 @@ import xxhash
 import zarr
 from numcodecs import Blosc
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from pipeline.errors import MismatchError
+from pipeline.errors import MismatchError, shortened
 from pipeline.storage import Folder
 
 _BLOCK_BYTES = 262_144
@@ -38,8 +42,52 @@ _BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, blocksize=_BLOCK_B
 _CRC_BYTES = 4
 
 
+Kind = TypeVar("Kind")
+Number = Annotated[int, Field(ge=0, le=2**40)]
+"""A count that metadata may give; what is larger is damage, or made to exhaust the memory."""
+Size = Annotated[int, Field(ge=1, le=2**40)]
+Length = Annotated[int, Field(ge=1, le=2**24)]
+"""Tokens of a row, or ids of a vocabulary."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Crc = Annotated[int, Field(ge=0, lt=2**32)]
+Entry = tuple[Number, str]
+"""Bytes of an object and its `object_hash`."""
+
+
 class DamagedError(ValueError):
     """Bytes that do not hold what their checksums or their form promise."""
+
+
+def parse(kind: type[Kind], values: Any, what: str) -> Kind:
+    """JSON values as a dataclass, each of the type that its annotation says.
+
+    A checksum says that values are as they were written, not by whom: the types are checked here,
+    for all metadata, so that nothing later meets a list where it counts.
+
+    Raises:
+        DamagedError: names the first value that is of another type.
+    """
+    try:
+        found: Kind = _adapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        raise DamagedError(f"{what}: {where}: {first['msg']}") from None
+    except RecursionError:
+        raise DamagedError(f"{what} is nested too deeply") from None
+    return found
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(TypeAdapter)
+
+
+@dataclass(frozen=True)
+class _Attributes:
+    """What a group's attributes are."""
+
+    decant: dict[str, Any]
+    arrays: dict[str, Crc]
+    crc32c: Crc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +100,11 @@ class ArraySpec:
     chunk_rows: int  # rows a chunk, the unit of compression
     shard_rows: int  # rows a shard, a multiple of chunk_rows; the unit of reading and writing
     last_axis_first: bool = False  # in storage: puts values of the same rank side by side
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk before compression."""
+        return self.chunk_rows * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     @property
     def num_shards(self) -> int:
@@ -79,6 +132,24 @@ def object_hash(key: str, data: bytes) -> str:
     return digest.hexdigest()
 
 
+def read_object(folder: Folder, key: str, entry: Entry) -> bytes:
+    """An object that is as long as it was when it was written, and hashes to the same.
+
+    Raises:
+        DamagedError: absent, or another.
+    """
+    try:
+        data = folder.read(key)
+    except FileNotFoundError:
+        raise DamagedError(f"{key} is missing") from None
+    size, checksum = entry
+    if len(data) != size:
+        raise DamagedError(f"{key} has {len(data)} bytes, but {size} were written")
+    if object_hash(key, data) != checksum:
+        raise DamagedError(f"{key} does not match its hash")
+    return data
+
+
 def crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli, RFC 3720) of bytes."""
     return int(google_crc32c.value(data))
@@ -91,7 +162,10 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
     """Whether the values are those that were sealed."""
-    return values.get("crc32c") == json_crc32c({k: v for k, v in values.items() if k != "crc32c"})
+    with suppress(RecursionError):
+        rest = {name: value for name, value in values.items() if name != "crc32c"}
+        return bool(values.get("crc32c") == json_crc32c(rest))
+    return False
 
 
 def json_crc32c(values: Mapping[str, Any]) -> int:
@@ -167,17 +241,18 @@ def read_group(folder: Folder, where: str, format_version: int) -> dict[str, Any
         raise MismatchError(f"{where} was not written by Decant: remove it, or choose another path")
     if about.get("format_version", format_version) != format_version:
         raise MismatchError(
-            f"{where} has format version {about['format_version']}, this program reads "
+            f"{where} has format version {shortened(about['format_version'])}, this program reads "
             f"{format_version}: use the version of Decant that wrote it, or make it again"
         )
     if not ours or not is_sealed(attributes):
         raise DamagedError("its zarr.json does not match its crc32c")
-    return about
+    return parse(_Attributes, attributes, "its zarr.json").decant
 
 
 def find_damaged_metadata(folder: Folder, specs: Sequence[ArraySpec]) -> list[str]:
     """Which arrays' zarr.json are not what the group's says, in words."""
-    checksums = json.loads(folder.read("zarr.json"))["attributes"]["arrays"]
+    attributes = json.loads(folder.read("zarr.json"))["attributes"]
+    checksums = parse(_Attributes, attributes, "zarr.json").arrays
     found = []
     for spec in specs:
         key = f"{spec.name}/zarr.json"
@@ -227,6 +302,7 @@ def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]
         if len(chunk) != length or length <= _CRC_BYTES:
             raise DamagedError(f"chunk {number} lies outside the {len(data)} bytes")
         body = bytes(chunk[:-_CRC_BYTES])
+        _require_size(body, spec.chunk_bytes, number)
         if crc32c(body) != int.from_bytes(chunk[-_CRC_BYTES:], "little"):
             raise DamagedError(f"the crc32c of chunk {number} is wrong")
         try:
@@ -242,6 +318,16 @@ def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]
     return chunks
 
 
+def _require_size(body: bytes, expected: int, number: int) -> None:
+    """Check what a blosc header says of its sizes, by which memory is taken before anything else.
+
+    The header: four bytes of flags, then uncompressed size, block size and compressed size, uint32.
+    """
+    sizes = [int.from_bytes(body[place : place + 4], "little") for place in (4, 12)]
+    if len(body) < 16 or sizes != [expected, len(body)]:
+        raise DamagedError(f"chunk {number} says that it holds {sizes[0]} bytes, not {expected}")
+
+
 def _index(spec: ArraySpec, data: bytes) -> list[tuple[int, int]]:
     size = spec.shard_rows // spec.chunk_rows * 16
     if len(data) < size + _CRC_BYTES:
@@ -252,16 +338,25 @@ def _index(spec: ArraySpec, data: bytes) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in np.frombuffer(table, dtype="<u8").reshape(-1, 2)]
 
 
-def read_shard(folder: Folder, spec: ArraySpec, shard: int) -> NDArray[Any]:
+def read_shard(
+    folder: Folder, spec: ArraySpec, shard: int, entry: Entry | None = None
+) -> NDArray[Any]:
     """One shard as the array shows it, [rows, ...].
+
+    Args:
+        entry: what the object is compared with; None compares its own checksums alone.
 
     Raises:
         DamagedError: absent, or not what its checksums say.
     """
-    try:
-        data = folder.read(spec.key_of(shard))
-    except FileNotFoundError:
-        raise DamagedError(f"{spec.key_of(shard)} is missing") from None
+    key = spec.key_of(shard)
+    if entry is not None:
+        data = read_object(folder, key, entry)
+    else:
+        try:
+            data = folder.read(key)
+        except FileNotFoundError:
+            raise DamagedError(f"{key} is missing") from None
     chunks = decode_shard(spec, data, shard)
     if spec.last_axis_first:
         chunks = [np.moveaxis(chunk, 0, -1) for chunk in chunks]

@@ -15,14 +15,17 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pipeline.errors import DecantError, MismatchError
+import xxhash
+
+from pipeline.errors import DecantError, MismatchError, accident, is_full, place_of
 from pipeline.extras import require
-from pipeline.files import create_bytes, fsync, write_bytes
+from pipeline.files import create_bytes, fsync, open_file, write_bytes
+from pipeline.locks import lock_folder
 
 Result = TypeVar("Result")
 
@@ -113,7 +116,10 @@ def open_folder(address: Address) -> Folder:
 
 
 def claim(address: Address, kind: str, *, key: str) -> None:
-    """Mark a folder as one of Decant's, unless it is marked already; see `require_ours`."""
+    """Mark a folder as one of Decant's, unless it is marked already; see `require_ours`.
+
+    The mark says what the folder is, not who writes it just now: that is what `lock` is for.
+    """
     if not require_ours(address, kind, key=key):
         open_folder(address).write(MARK, json.dumps({"kind": kind}).encode())
 
@@ -145,6 +151,60 @@ def require_ours(address: Address, kind: str, *, key: str) -> bool:
     )
 
 
+def lock(
+    address: Address, remedy: str, *, part: int = 1, parts: int = 1
+) -> AbstractContextManager[None]:
+    """Keep other processes from writing at an address while a block runs (pipeline/locks.py).
+
+    That holds for folders on a disk. In an object store nothing is locked: two writers of one
+    corpus, cache or run are not refused there. What they leave is guarded all the same, each object
+    is replaced as a whole, a group's zarr.json is created by one of them alone, and what they mixed
+    does not match the checksums in it, so that it is refused when it is read, never used.
+
+    Args:
+        remedy, part, parts: as of `lock_folder`.
+    """
+    if isinstance(address, Url):
+        return nullcontext()
+    return lock_folder(address, remedy, part=part, parts=parts)
+
+
+def find_damage(folder: Path) -> str:
+    """Describe the first file of a folder that is not as `atomic_folder` left it; empty if none.
+
+    A folder without a mark, or with a mark that lists no files, has nothing to be compared with.
+    """
+    try:
+        with open_file(folder / MARK) as stream:
+            mark = json.loads(stream.read())
+        listed = mark.get("files", {}) if isinstance(mark, dict) else None
+        entries = sorted(listed.items())  # type: ignore[union-attr]
+    except FileNotFoundError:
+        return ""
+    except (ValueError, AttributeError, RecursionError):
+        return f"{MARK} cannot be read"
+    for name, entry in entries:
+        try:
+            found = _sum(folder / name)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except DecantError:
+            return f"{name} is no file"
+        if found != entry:
+            return f"{name}, {found[0]:,} bytes, does not match its checksum"
+    return ""
+
+
+def _sum(file: Path) -> list[Any]:
+    """Bytes and xxh3 (128 bits, hexadecimal) of a file."""
+    digest, length = xxhash.xxh3_128(), 0
+    with open_file(file) as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+            length += len(block)
+    return [length, digest.hexdigest()]
+
+
 def _read_mark(folder: Folder) -> str | None:
     """The kind that a folder's mark says; empty for a damaged mark, None for none."""
     try:
@@ -169,35 +229,52 @@ def _names(address: Address) -> list[str]:
 def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
     """A new folder that takes its name, replacing an older one, only if the block ends well.
 
-    A link to a folder is followed: the folder that it names is replaced.
+    Its mark lists every file with its checksum, for `find_damage`. A link to a folder is followed:
+    the folder that it names is replaced.
 
     Args:
         kind, key: as of `require_ours`; only a folder that bears the mark is replaced.
 
     Raises:
         MismatchError: something else lies there; the block does not run.
+        DecantError: another process is at it, or the disk is full.
     """
     folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
     require_ours(folder, kind, key=key)
-    if partial.exists():
-        require_ours(partial, kind, key=key)
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    claim(partial, kind, key=key)
-    try:
-        yield partial
-        for file in partial.iterdir():
-            fsync(file)
-        fsync(partial)
-        if folder.exists():
-            require_ours(folder, kind, key=key)  # once more, since the block may take an hour
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with lock_folder(folder, f"set {key} to another place"):
+        if partial.exists():
+            require_ours(partial, kind, key=key)
+            shutil.rmtree(partial)
+        try:
+            partial.mkdir(parents=True)
+            claim(partial, kind, key=key)
+            yield partial
+            _finish(partial, kind)
+            if folder.exists():
+                require_ours(folder, kind, key=key)  # once more, since the block may take an hour
+                shutil.rmtree(folder)
+            partial.rename(folder)
+            fsync(folder.parent)
+        except BaseException as error:
+            written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            shutil.rmtree(partial, ignore_errors=True)
+            if is_full(error):
+                raise DecantError(
+                    f"{folder} is not written, since at {place_of(error) or partial} "
+                    f"{accident(error)} ({written / 1e6:,.0f} MB of it came there and are removed "
+                    "again): free more than that, then run the same command"
+                ) from error
+            raise
+
+
+def _finish(partial: Path, kind: str) -> None:
+    """List all files in the mark, and wait until they are on the disk."""
+    files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MARK)
+    sums = {file.relative_to(partial).as_posix(): _sum(file) for file in files}
+    write_bytes(partial / MARK, json.dumps({"kind": kind, "files": sums}, indent=1).encode())
+    for file in (*files, partial):
+        fsync(file)
 
 
 class LocalFolder:
@@ -207,7 +284,8 @@ class LocalFolder:
         self._path = path
 
     def read(self, key: str) -> bytes:
-        return (self._path / key).read_bytes()
+        with open_file(self._path / key) as stream:
+            return stream.read()
 
     def write(self, key: str, data: bytes) -> None:
         write_bytes(self._path / key, data)

@@ -68,7 +68,13 @@ def folder_runs(paths: Paths) -> list[SweepRun]:
             continue
         params = _flat({key: identity.get(key) for key in _SECTIONS})
         params["corpus"] = str(identity.get("corpus_sha256"))[:8]
-        runs.append(_run(folder.name, params, metrics, judged.get(folder.name, {})))
+        try:
+            runs.append(_run(folder.name, params, metrics, judged.get(folder.name, {})))
+        except (KeyError, TypeError, AttributeError):
+            raise DecantError(
+                f"{folder / 'dvclive' / 'metrics.json'} holds no validation loss: train the run "
+                f"again by stages/train.py --run {folder.name} --overwrite, or remove it"
+            ) from None
     return runs
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 from pipeline.errors import DecantError
 from pipeline.files import write_json, write_text
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("advise")
 @click.option(
     "--plan",
     "only_plan",

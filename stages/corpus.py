@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
 
 if TYPE_CHECKING:
     from pipeline.config import Params
 
 
 @stage
+@writes("corpus")
 @click.option("--overwrite", is_flag=True, help="Make it again though nothing has changed.")
 def main(params: Params, overwrite: bool) -> None:
     """Tokenize, split and pack the corpus into rows.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
-from pipeline.errors import ParamsError
+from pipeline.cli import stage, writes
+from pipeline.errors import ParamsError, printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
@@ -17,6 +17,7 @@ DEFAULT_RUNS = ("student", "baseline")
 
 
 @stage
+@writes("evaluate")
 @click.option(
     "--run",
     "runs",
@@ -88,7 +89,7 @@ def main(
     dtype = inference_dtype(params.evaluate.dtype, device, key="evaluate.dtype")
     comparison = judge(params, folders, dtype, device)
     for line in comparison_lines(comparison):
-        click.echo(line)
+        click.echo(printable(line))
     (params.paths.evaluate / "lm_eval.json").unlink(missing_ok=True)
     if harness is not None:
         run_harness(harness, params, folders, dtype, device)

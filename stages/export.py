@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
-from pipeline.errors import ParamsError
+from pipeline.cli import stage, writes
+from pipeline.errors import ParamsError, printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("export")
 @click.option("--run", default="student", help="The run under paths.runs to export.")
 @click.option(
     "--model",
@@ -62,7 +63,7 @@ def main(
         sys.exit(1)
     if repo_id is not None:
         for name, size in files:
-            click.echo(f"  {size / 1e6:10,.1f} MB  {name}")
+            click.echo(f"  {size / 1e6:10,.1f} MB  {printable(name)}")
         kind = "public" if public else "private"
         if dry_run:
             click.echo(f"export: these would go to {repo_id}, {kind}; nothing was sent")
@@ -85,7 +86,7 @@ def _say_check(check: ExportCheck) -> None:
             f"{tokenizer.equal_lines:,} of {tokenizer.lines:,} lines"
         )
     for words in check.left_out:
-        click.echo(f"  {words}")
+        click.echo(f"  {printable(words)}")
 
 
 def _word(passed: bool) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import stage
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
@@ -23,7 +24,7 @@ def main(params: Params) -> None:
 
     model = fetch_teacher(params.teacher, params.paths.teacher)
     verb = "holds" if model == params.paths.teacher else f"points to {model},"
-    click.echo(f"fetch: {params.paths.teacher} {verb} {describe(model)}")
+    click.echo(f"fetch: {params.paths.teacher} {verb} {printable(describe(model))}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import stage
-from pipeline.errors import ParamsError
+from pipeline.errors import ParamsError, printable
 from pipeline.files import write_text
 from pipeline.prompts import read_prompts
 
@@ -74,7 +74,7 @@ def main(
         pieces = generator.stream(prompt, settings)  # refuses before a word is printed
         try:
             for piece in chain([prompt], pieces):
-                click.echo(piece, nl=False)
+                click.echo(printable(piece), nl=False)
         finally:  # also behind a text that Ctrl-C cut short
             click.echo()
     elif texts is not None:
@@ -94,7 +94,7 @@ def hand_out(prompts: list[str], texts: list[str], output: Path | None) -> None:
     """Print each prompt with its continuation, or write them as jsonl."""
     if output is None:
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-            click.echo(f"--- {number}\n{prompt}{text}")
+            click.echo(f"--- {number}\n{printable(prompt + text)}")
         return
     pairs = zip(prompts, texts, strict=True)
     lines = [json.dumps({"prompt": p, "text": t}, ensure_ascii=False) for p, t in pairs]
@@ -115,7 +115,9 @@ def chat(generator: TextGenerator, settings: GenerationSettings) -> None:
         try:
             pieces = generator.chat(said, settings)
         except ParamsError as error:  # too long: the conversation goes on without it
-            click.echo(f"error: {error}; /reset starts a new conversation", err=True)
+            click.echo(
+                f"error: {printable(str(error))}; /reset starts a new conversation", err=True
+            )
             continue
         history = [*said, {"role": "assistant", "content": say_reply(pieces)}]
 
@@ -136,12 +138,12 @@ def messages() -> Iterator[str]:
 
 
 def say_reply(pieces: Iterator[str]) -> str:
-    """Print a stream of text, then a new line; Ctrl-C ends it early. Returns what was printed."""
+    """Print a stream of text, then a new line; Ctrl-C ends it early. Returns the text."""
     text = ""
     try:
         for piece in pieces:
             text += piece
-            click.echo(piece, nl=False)
+            click.echo(printable(piece), nl=False)
     except KeyboardInterrupt:
         click.echo(" ...", nl=False)
     click.echo()

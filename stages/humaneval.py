@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import stage
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
@@ -94,7 +95,7 @@ def _show(name: str, scores: dict[str, Any]) -> None:
     between = f"{low:.1%}..{high:.1%}"
     statuses = ", ".join(f"{count} {status}" for status, count in scores["statuses"].items())
     click.echo(
-        f"  {name:12} {scores['pass_at']['1']:7.1%} {between:>14} "
+        f"  {printable(name):12} {scores['pass_at']['1']:7.1%} {between:>14} "
         f"{scores['tokens_per_second']:9.1f}  {statuses}"
     )
 

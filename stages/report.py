@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
-from pipeline.errors import DecantError
+from pipeline.cli import stage, writes
+from pipeline.errors import DecantError, printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("report")
 @click.option(
     "--sweep",
     is_flag=True,
@@ -32,9 +33,9 @@ def main(params: Params, sweep: bool) -> None:
 
     runs = _runs(params) if sweep else []
     page = write_report(params, runs)
-    click.echo(markdown_table(read_scores(params.paths)))
+    click.echo(printable(markdown_table(read_scores(params.paths))))
     if runs:
-        click.echo(sweep_markdown(sweep_rows(runs)))
+        click.echo(printable(sweep_markdown(sweep_rows(runs))))
     click.echo(f"report: {page}")
 
 
@@ -46,7 +47,7 @@ def _runs(params: Params) -> list[SweepRun]:
     try:
         runs += dvc_experiments(params.paths)
     except DecantError as error:
-        click.echo(f"  the sweep is without DVC's experiments: {error}")
+        click.echo(f"  the sweep is without DVC's experiments: {printable(str(error))}")
     if not runs:
         raise DecantError(f"{params.paths.runs} holds no finished run: run stages/train.py first")
     return runs

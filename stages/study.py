@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
+from pipeline.errors import printable
 from pipeline.study.parts import NAMES
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @stage
+@writes("study")
 @click.option(
     "--model", show_default="paths.teacher", help="A Hugging Face folder, or an id on the hub."
 )
@@ -85,12 +87,13 @@ def main(
 def _print(section: Section) -> None:
     from pipeline.study.section import shown
 
-    click.echo(section.title)
+    click.echo(printable(section.title))
     if not section.comparisons:
-        click.echo(f"  {section.prose[0]}" if section.prose else "  nothing is compared")
+        click.echo(f"  {printable(section.prose[0]) if section.prose else 'nothing is compared'}")
     for c in section.comparisons:
         word = click.style("pass", fg="green") if c.passed else click.style("FAIL", fg="red")
-        click.echo(f"  {word}  {c.name:48} {shown(c.difference):>8}, at most {shown(c.tolerance)}")
+        name, most = printable(c.name), shown(c.tolerance)
+        click.echo(f"  {word}  {name:48} {shown(c.difference):>8}, at most {most}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli import stage
+from pipeline.cli import stage, writes
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from pipeline.config import Params
 
 
 @stage
+@writes("verify")
 @click.option(
     "--structure",
     is_flag=True,
@@ -94,7 +96,7 @@ def _check_structure(params: Params) -> None:
         result = check_cache(params.paths.logits, CorpusSplit(params.paths.corpus, split))
         for damage in result.damages:
             place = split if damage.shard is None else f"{split} shard {damage.shard}"
-            click.echo(f"  {place}: {damage.what}")
+            click.echo(f"  {place}: {printable(damage.what)}")
         if result.missing:
             click.echo(f"  {split}: {result.missing} of {result.shards} shards are not captured")
         whole = whole and not result.damages and not result.missing

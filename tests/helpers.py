@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.report import read_curves
 from pipeline.runtime.device import DTYPES
+from pipeline.sharding import object_hash, write_group
+from pipeline.storage import LocalFolder
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.training import trainer
@@ -81,6 +85,19 @@ def capture_all(params: Params, *, repair: bool = False) -> list[CaptureResult]:
 def open_cache(params: Params, split: str = "train", k: int | None = None) -> CacheReader:
     """A reader of the cache bound to its corpus."""
     return CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, split), k=k)
+
+
+def reseal_corpus(folder: Path) -> None:
+    """Make a split's checksums fit what its shards hold now, but for the sha256 of its rows."""
+    store, split = LocalFolder(folder), CorpusSplit(folder.parent, folder.name)
+    objects: dict[str, list[tuple[int, str]]] = {}
+    for name, spec in split._specs.items():
+        shards = [(key, store.read(key)) for key in map(spec.key_of, range(spec.num_shards))]
+        objects[name] = [(len(data), object_hash(key, data)) for key, data in shards]
+    text = json.dumps(objects).encode()
+    store.write("objects.json", text)
+    info = replace(split.info, objects=(len(text), object_hash("objects.json", text)))
+    write_group(store, list(split._specs.values()), asdict(info), replace=True)
 
 
 def run_with_power_cut(params: Params, name: str, *, before_step: int) -> None:

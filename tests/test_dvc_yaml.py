@@ -33,6 +33,8 @@ NO_EFFECT = {
     "pipeline.extras": "whether a package is installed",
     "pipeline.files": "how bytes get to a disk, not which",
     "pipeline.hashes": "of what a stage names among its deps, or looks at itself",
+    "pipeline.locks": "one process at a time",
+    "pipeline.params_file": "reads what pipeline.config checks",
     "pipeline.named_models": "which folders flags name, of which DVC gives one: --run NAME",
     "pipeline.storage": "how bytes get to a disk or an object store, not which",
     "pipeline.runtime.console": "progress bars and messages",

@@ -164,7 +164,7 @@ def test_fetch_replaces_a_fetched_teacher_alone(
     assert files(tmp_path / "models") == mine
     for _ in range(2):
         fetch_teacher(tiny_params.teacher, tmp_path / "teacher")
-    assert json.loads((tmp_path / "teacher" / MARK).read_text()) == {"kind": "teacher"}
+    assert json.loads((tmp_path / "teacher" / MARK).read_text())["kind"] == "teacher"
     before = files(teacher_folder)
     with pytest.raises(MismatchError, match=r"set paths\.teacher to another place"):
         fetch_teacher(tiny_params.teacher, teacher_folder)  # its own source

@@ -6,11 +6,17 @@ in shards of about 262,144 tokens (pipeline/sharding.py), and attributes that de
 group's zarr.json, with the sha256 of all rows, is written last: without it the split does not
 exist. The sha256 goes into the fingerprint of every cache made from the corpus, so a cache can not
 be paired with other tokens, documents or targets.
+
+`objects.json` beside the arrays has length and xxh3 of every shard, {array: [[bytes, hash], ...]},
+and its own hash is in zarr.json. Each shard is compared with it whenever it is read, so a shard of
+another corpus, or in another's place, is found; hashing all rows by sha256 would take as long as
+training's first epoch takes to read them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -24,18 +30,27 @@ from pipeline.errors import DecantError, MismatchError
 from pipeline.sharding import (
     ArraySpec,
     DamagedError,
+    Entry,
+    Length,
+    Number,
+    Sha256,
+    Size,
     encode_shard,
+    object_hash,
+    parse,
     read_group,
+    read_object,
     read_shard,
     write_group,
 )
-from pipeline.storage import Address, claim, open_folder
+from pipeline.storage import Address, Folder, claim, open_folder
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 _TOKENS_PER_CHUNK = 65_536
 _CHUNKS_PER_SHARD = 4
 _SHARDS_KEPT = 2
+_OBJECTS = "objects.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +58,18 @@ class SplitInfo:
     """What one split holds; stored as the group's attributes."""
 
     format_version: int
-    num_rows: int  # N
-    row_length: int  # L
-    num_tokens: int  # without padding
-    num_in_loss: int  # of these, tokens that are targets
-    num_documents: int
-    num_dropped: int  # documents left out since none of their tokens is a target
-    num_text_bytes: int  # UTF-8 bytes of the documents taken; of chats, as the template writes them
-    num_used_ids: int  # different token ids that occur
-    vocab_size: int  # ids a tokenizer can produce: largest id + 1
-    tokenizer_sha256: str
-    sha256: str  # of all arrays, row by row (`hash_rows`)
+    num_rows: Size  # N
+    row_length: Length  # L
+    num_tokens: Size  # without padding
+    num_in_loss: Number  # of these, tokens that are targets
+    num_documents: Size
+    num_dropped: Number  # documents left out since none of their tokens is a target
+    num_text_bytes: Number  # UTF-8 bytes of the documents; of chats, as the template writes them
+    num_used_ids: Number  # different token ids that occur
+    vocab_size: Length  # ids a tokenizer can produce: largest id + 1
+    tokenizer_sha256: Sha256
+    sha256: Sha256  # of all arrays, row by row (`hash_rows`)
+    objects: Entry  # bytes and hash of objects.json
 
     @property
     def num_positions(self) -> int:
@@ -91,6 +107,7 @@ class SplitWriter:
 
     def __init__(self, address: Address, split: str, *, row_length: int, vocab_size: int) -> None:
         self._root = open_folder(address)
+        self._where = str(address / split)
         self._folder = open_folder(address / split)
         claim(address, "corpus", key="paths.corpus")
         self._row_length = row_length
@@ -99,11 +116,13 @@ class SplitWriter:
         self._pending: list[Rows] = []
         self._num_rows = self._num_tokens = self._num_documents = self._num_shards = 0
         self._num_in_loss = 0
+        self._objects: dict[str, list[Entry]] = {name: [] for name in self._open_specs()}
 
     def add(self, rows: Rows) -> None:
         """Append rows, of which there is one at least; full shards are written at once."""
         if not self._num_rows:
-            for name in ("zarr.json", *self._open_specs()):  # in this order: first it is no split
+            # In this order: first it is no split.
+            for name in ("zarr.json", _OBJECTS, *self._open_specs()):
                 self._folder.remove(name)
         self._digest.update(_row_bytes(rows))
         real = rows.doc_ids != PADDING
@@ -123,8 +142,14 @@ class SplitWriter:
     def seal(
         self, *, num_text_bytes: int, tokenizer_sha256: str, num_dropped: int = 0
     ) -> SplitInfo:
-        """Write what is pending, and the metadata that makes the split exist."""
+        """Write what is pending, and the metadata that makes the split exist.
+
+        Raises:
+            DecantError: another process has made the split meanwhile.
+        """
         self._write_shards(final=True)
+        objects = json.dumps(self._objects).encode()
+        self._folder.write(_OBJECTS, objects)
         info = SplitInfo(
             format_version=FORMAT_VERSION,
             num_rows=self._num_rows,
@@ -138,9 +163,15 @@ class SplitWriter:
             vocab_size=len(self._used),
             tokenizer_sha256=tokenizer_sha256,
             sha256=self._digest.hexdigest(),
+            objects=(len(objects), object_hash(_OBJECTS, objects)),
         )
         write_group(self._root, [], {})
         write_group(self._folder, list(_specs(info).values()), asdict(info))
+        if _read_info(self._folder, self._where) != info:
+            raise DecantError(
+                f"{self._where} was made by another process meanwhile: wait until that has ended, "
+                "then run stages/corpus.py again"
+            )
         return info
 
     def _write_shards(self, *, final: bool) -> None:
@@ -150,7 +181,9 @@ class SplitWriter:
             rows = Rows.cat(self._pending)
             for name, spec in specs.items():
                 data = encode_shard(spec, getattr(rows, name)[:size])
-                self._folder.write(spec.key_of(self._num_shards), data)
+                key = spec.key_of(self._num_shards)
+                self._folder.write(key, data)
+                self._objects[name].append((len(data), object_hash(key, data)))
             self._pending = [rows[size:]]
             self._num_shards += 1
 
@@ -169,23 +202,19 @@ class CorpusSplit:
         self.path = address
         self.split = split
         self._folder = open_folder(address / split)
+        where = str(address / split)
         try:
-            about = read_group(self._folder, str(address / split), FORMAT_VERSION)
+            info = _read_info(self._folder, where)
+            if info is None:
+                raise DecantError(
+                    f"{address} holds no complete {split} split: run stages/corpus.py (or `dvc "
+                    "repro`)"
+                )
+            self.info = info
+            self._specs = _specs(info)
+            self._objects = _read_objects(self._folder, info, self._specs)
         except DamagedError as error:
-            raise DecantError(
-                f"{address / split} is damaged ({error}): run stages/corpus.py again"
-            ) from None
-        if about is None:
-            raise DecantError(
-                f"{address} holds no complete {split} split: run stages/corpus.py (or `dvc repro`)"
-            )
-        if about.keys() != {field.name for field in fields(SplitInfo)}:
-            raise MismatchError(
-                f"{address / split} is not a corpus of this version of Decant: set paths.corpus to "
-                "one, or make it there by stages/corpus.py"
-            )
-        self.info = SplitInfo(**about)
-        self._specs = _specs(self.info)
+            raise DecantError(f"{where} is damaged ({error}): run stages/corpus.py again") from None
         self._shards: OrderedDict[int, Future[Rows]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -230,16 +259,49 @@ class CorpusSplit:
 
     def _read(self, shard: int) -> Rows:
         try:
-            return Rows(
-                tokens=read_shard(self._folder, self._specs["tokens"], shard),
-                doc_ids=read_shard(self._folder, self._specs["doc_ids"], shard),
-                in_loss=read_shard(self._folder, self._specs["in_loss"], shard),
-            )
+            arrays = {
+                name: read_shard(self._folder, spec, shard, self._objects[name][shard])
+                for name, spec in self._specs.items()
+            }
+            return Rows(**arrays)
         except DamagedError as error:
             raise DecantError(
                 f"shard {shard} of {self.path / self.split} is damaged ({error}): run "
                 "stages/corpus.py again"
             ) from None
+
+
+def _read_info(folder: Folder, where: str) -> SplitInfo | None:
+    """What a split says of itself; None where there is none.
+
+    Raises:
+        MismatchError: something else than a corpus.
+        DamagedError: not what was written.
+    """
+    about = read_group(folder, where, FORMAT_VERSION)
+    if about is None:
+        return None
+    if about.keys() != {field.name for field in fields(SplitInfo)}:
+        raise MismatchError(
+            f"{where} is not a corpus of this version of Decant: set paths.corpus to one, or make "
+            "it there by stages/corpus.py"
+        )
+    return parse(SplitInfo, about, "its zarr.json")
+
+
+def _read_objects(
+    folder: Folder, info: SplitInfo, specs: dict[str, ArraySpec]
+) -> dict[str, list[Entry]]:
+    """What each shard is compared with; as many as the rows make, so both are what was written."""
+    text = read_object(folder, _OBJECTS, info.objects)
+    try:
+        objects = parse(dict[str, list[Entry]], json.loads(text), _OBJECTS)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{_OBJECTS} cannot be read ({error})") from None
+    counts = {name: len(entries) for name, entries in objects.items()}
+    if counts != {name: spec.num_shards for name, spec in specs.items()}:
+        raise DamagedError(f"{_OBJECTS} lists other shards than {info.num_rows:,} rows make")
+    return objects
 
 
 def _specs(info: SplitInfo) -> dict[str, ArraySpec]:

@@ -170,7 +170,7 @@ def keep_scores(file: Path, name: str, scores: Mapping[str, Any]) -> None:
     """
     try:
         metrics = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DecantError(f"{file} cannot be read as JSON ({error}): remove it") from None
     if not isinstance(metrics, dict):
         raise DecantError(f"{file} holds no scores by model: remove it")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.errors import DecantError, MismatchError
+from pipeline.errors import DecantError, MismatchError, shortened
 from pipeline.files import make_folder
 
 
@@ -88,7 +88,7 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
             raise DecantError(
@@ -103,6 +103,7 @@ def _refuse(file: Path, found: Any, wanted: dict[str, Any]) -> None:
     names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
     first = names[0] if names else "fingerprint"
     raise MismatchError(
-        f"{file} was made with {first}={found.get(first)!r}, not {wanted.get(first)!r}: run with "
+        f"{file} was made with {first}={shortened(found.get(first))}, not "
+        f"{shortened(wanted.get(first))}: run with "
         "--overwrite to start again, or set paths.humaneval to another folder"
     )

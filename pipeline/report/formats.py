@@ -16,6 +16,12 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class _Point(BaseModel):
+    """What is drawn: a picture has no place for what is not finite."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
 class Interval(_Record):
     """A 95 % confidence interval."""
 
@@ -87,7 +93,7 @@ class Gate(_Record):
     negative_control: GateSummary
 
 
-class GateBar(_Record):
+class GateBar(_Point):
     """A bin of the gate's histogram, by its lower edge."""
 
     series: str
@@ -95,7 +101,7 @@ class GateBar(_Record):
     share: float
 
 
-class CalibrationPoint(_Record):
+class CalibrationPoint(_Point):
     """A bin of the reliability diagram."""
 
     model: str

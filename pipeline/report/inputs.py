@@ -191,7 +191,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                 rows = list(csv.DictReader(stream, delimiter="\t"))
             values = [float(row[file.stem]) for row in rows]
             curves[name] = ([float(row["step"]) for row in rows], values)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, csv.Error):
             raise DecantError(
                 f"{file} cannot be read (no table of steps and numbers): run stages/train.py again"
             ) from None

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.errors import printable
 from pipeline.runtime.launch import is_first_rank
 
 Item = TypeVar("Item")
@@ -25,7 +26,7 @@ def progress(
     interactive = sys.stderr.isatty()
     return tqdm(
         items,
-        desc=what,
+        desc=printable(what),
         total=total,
         unit=unit,
         unit_scale=True,
@@ -73,7 +74,7 @@ def say(message: str) -> None:
     """Print a line for the user above any progress bar; of several ranks only the first does."""
     if not is_first_rank():
         return
-    tqdm.write(message, file=sys.stdout)
+    tqdm.write(printable(message), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -8,21 +8,33 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
 
 from pipeline.errors import MismatchError
 from pipeline.sharding import (
     ArraySpec,
     DamagedError,
+    Size,
     crc32c,
     is_sealed,
     json_crc32c,
+    parse,
     read_group,
     read_shard,
 )
 from pipeline.storage import Folder
 from pipeline.store.codec import RankTable
-from pipeline.store.schema import COMMITS, FORMAT_VERSION, RANK_TABLE, Fingerprint, marker_key
+from pipeline.store.schema import (
+    COMMITS,
+    FORMAT_VERSION,
+    RANK_TABLE,
+    Fingerprint,
+    Marker,
+    marker_key,
+)
 
 _ARRAYS = (
     "id_ranks",
@@ -34,6 +46,7 @@ _ARRAYS = (
     "draw_logprobs",
 )
 _MARKERS_AT_ONCE = 16  # requests to an object store
+_MAX_CHUNK = 2**31 - 1  # bytes that blosc compresses at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +54,9 @@ class CacheLayout:
     """How a cache of a fingerprint is cut into objects."""
 
     fingerprint: Fingerprint
-    chunk_rows: int
-    shard_rows: int
-    rank_table: str  # the name of the array rank_to_id
+    chunk_rows: Size
+    shard_rows: Size
+    rank_table: Annotated[str, Field(pattern=f"^{RANK_TABLE}[0-9a-f]{{8}}$")]  # rank_to_id's name
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
@@ -114,16 +127,33 @@ def load_layout(folder: Folder, where: str) -> CacheLayout | None:
     if about is None:
         return None
     try:
-        return CacheLayout(
-            fingerprint=Fingerprint.from_json(about),
-            chunk_rows=about["chunk_rows"],
-            shard_rows=about["shard_rows"],
-            rank_table=about["rank_table"],
-        )
+        fingerprint = Fingerprint.from_json(about)
+        names = ("chunk_rows", "shard_rows", "rank_table")
+        values = {name: about[name] for name in names} | {"fingerprint": asdict(fingerprint)}
+        layout = parse(CacheLayout, values, "its zarr.json")
     except KeyError as error:
         raise MismatchError(
             f"{where} is not a logit cache, it lacks {error}: choose another paths.logits"
         ) from None
+    _require_possible(layout)
+    return layout
+
+
+def _require_possible(layout: CacheLayout) -> None:
+    """Refuse sizes that no cache has, before memory is taken for them.
+
+    Raises:
+        DamagedError: names what does not fit.
+    """
+    if layout.shard_rows % layout.chunk_rows:
+        raise DamagedError(
+            f"its zarr.json has shards of {layout.shard_rows} rows in chunks of {layout.chunk_rows}"
+        )
+    for spec in (*layout.specs.values(), layout.rank_spec):
+        if spec.chunk_bytes > _MAX_CHUNK:
+            raise DamagedError(
+                f"its zarr.json has chunks of {spec.chunk_bytes} bytes in {spec.name}"
+            )
 
 
 def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
@@ -132,7 +162,10 @@ def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
     Raises:
         DamagedError: absent, or not the one that its name promises.
     """
-    table = RankTable(read_shard(folder, layout.rank_spec, 0))
+    ids = read_shard(folder, layout.rank_spec, 0)
+    if not np.array_equal(np.sort(ids), np.arange(len(ids))):
+        raise DamagedError(f"{layout.rank_table} is no permutation of the ids")
+    table = RankTable(ids)
     if rank_table_name(table) != layout.rank_table:
         raise DamagedError(f"{layout.rank_table} holds another table")
     return table
@@ -166,21 +199,21 @@ def rank_table_name(table: RankTable) -> str:
     return f"{RANK_TABLE}{crc32c(table.to_bytes()):08x}"
 
 
-def read_marker(folder: Folder, shard: int) -> dict[str, Any]:
+def read_marker(folder: Folder, shard: int) -> Marker:
     """A shard's commit marker.
 
     Raises:
         DamagedError: absent, or not what was written.
     """
     try:
-        marker = json.loads(folder.read(marker_key(shard)))
+        values = json.loads(folder.read(marker_key(shard)))
     except FileNotFoundError:
         raise DamagedError("its commit marker is missing") from None
     except (ValueError, RecursionError):
         raise DamagedError("its commit marker cannot be read") from None
-    if not isinstance(marker, dict) or not is_sealed(marker):
+    if not isinstance(values, dict) or not is_sealed(values):
         raise DamagedError("its commit marker does not match its crc32c")
-    return marker
+    return parse(Marker, values, "its commit marker")
 
 
 def shards_with_marker(folder: Folder, layout: CacheLayout) -> list[int]:
@@ -206,4 +239,4 @@ def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
         marker = read_marker(folder, shard)
     except DamagedError:
         return False
-    return bool(marker["shard"] == shard and marker["cache"] == layout.checksum())
+    return marker.shard == shard and marker.cache == layout.checksum()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, hash_rows
 from pipeline.errors import MismatchError
-from pipeline.sharding import DamagedError, decode_shard, object_hash
+from pipeline.sharding import DamagedError, decode_shard, read_object
 from pipeline.storage import Address, Folder, open_folder
 from pipeline.store.codec import Arrays, restore, to_topk
 from pipeline.store.layout import (
@@ -104,7 +104,7 @@ class CacheReader:
         for shard in range(self.layout.num_shards):
             with self._checked(shard):
                 marker = read_marker(self._folder, shard)
-            total += sum(size for size, _ in marker["objects"].values())
+            total += sum(size for size, _ in marker.objects.values())
         return total
 
     def shard(self, number: int) -> Shard:
@@ -135,7 +135,13 @@ class CacheReader:
                 assert shard.arrays is not None
                 parts.append(shard.arrays[name][row - shard.first])
             arrays[name] = np.stack(parts)
-        return to_topk(arrays, self.table, self.fingerprint)
+        try:
+            return to_topk(arrays, self.table, self.fingerprint)
+        except IndexError:
+            raise MismatchError(
+                f"{self.address} holds ranks beyond its {self.fingerprint.vocab_size} ids: capture "
+                "it again with stages/prepare.py --overwrite"
+            ) from None
 
     def _keep(self, number: int) -> Shard:
         if number not in self._kept:
@@ -160,6 +166,7 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
         "tokenizer_sha256": info.tokenizer_sha256,
         "num_rows": info.num_rows,
         "row_length": info.row_length,
+        "vocab_size": info.vocab_size,
     }
     for name, value in wanted.items():
         stored = getattr(fingerprint, name)
@@ -180,27 +187,19 @@ def read_shard_arrays(
     """
     marker = read_marker(folder, shard)
     start, stop = layout.rows_of(shard)
-    if marker["shard"] != shard or marker["rows"] != [start, stop]:
-        raise DamagedError(f"its commit marker is that of shard {marker['shard']}")
-    if marker["cache"] != layout.checksum():
+    if marker.shard != shard or marker.rows != (start, stop):
+        raise DamagedError(f"its commit marker is that of shard {marker.shard}")
+    if marker.cache != layout.checksum():
         raise DamagedError("it was captured for another cache in this place")
     rows = corpus.rows(start, stop)
-    if hash_rows(rows) != marker["tokens_sha256"]:
+    if hash_rows(rows) != marker.tokens_sha256:
         raise DamagedError(
             f"it was captured from other tokens than rows {start}..{stop} of {corpus.path} hold now"
         )
     arrays: Arrays = {}
     for name, spec in layout.specs.items():
         key = spec.key_of(shard)
-        try:
-            data = folder.read(key)
-        except FileNotFoundError:
-            raise DamagedError(f"{key} is missing") from None
-        size, checksum = marker["objects"].get(name, (0, ""))
-        if len(data) != size:
-            raise DamagedError(f"{key} has {len(data)} bytes, its marker says {size}")
-        if object_hash(key, data) != checksum:
-            raise DamagedError(f"{key} does not match its marker's hash")
+        data = read_object(folder, key, marker.objects.get(name, (0, "")))
         try:
             arrays[name] = restore(name, decode_shard(spec, data, shard))
         except DamagedError as error:

@@ -62,11 +62,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.errors import MismatchError
+from pydantic import Field
+
+from pipeline.errors import MismatchError, shortened
 from pipeline.model.attention import Attention
+from pipeline.sharding import Crc, Entry, Length, Number, Sha256, Size, parse
 
+Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FORMAT_VERSION = 1
 COMMITS = "commits"
 RANK_TABLE = "rank_to_id_"
@@ -83,19 +87,23 @@ class Fingerprint:
     corpus_sha256: str  # of the split
     dtype: str  # the teacher's number format
     attention: Attention  # of the teacher over a row (pipeline/model/attention.py)
-    k: int
-    draws: int  # M
-    draw_seed: int  # 0 without draws
-    temperatures: tuple[float, ...]
-    vocab_size: int  # V
-    num_rows: int  # N
-    row_length: int  # L
+    k: Number
+    draws: Number  # M
+    draw_seed: Number  # 0 without draws
+    temperatures: tuple[Temperature, ...]
+    vocab_size: Length  # V
+    num_rows: Size  # N
+    row_length: Length  # L
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Fingerprint:
-        """Parse what a group says of itself; raises KeyError where a field is missing."""
+        """Parse what a group says of itself; raises KeyError where a field is missing.
+
+        Raises:
+            DamagedError: a value is of another type.
+        """
         known = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**{**known, "temperatures": tuple(float(t) for t in values["temperatures"])})
+        return parse(cls, known, "its zarr.json")
 
     def require_equal(self, other: Fingerprint, where: str, remedy: str) -> None:
         """Refuse another fingerprint, naming the first field that differs.
@@ -111,8 +119,25 @@ class Fingerprint:
         mine, theirs = asdict(self), asdict(wanted)
         for name, value in mine.items():
             if value != theirs[name]:
-                return f"was made with {name}={value}, wanted is {theirs[name]}"
+                was, now = _brief(value), _brief(theirs[name])
+                return f"was made with {name}={was}, wanted is {now}"
         return ""
+
+
+def _brief(value: object) -> str:
+    return value if isinstance(value, str) and len(value) <= 80 else shortened(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """A shard's commit marker, as above."""
+
+    shard: Number
+    rows: tuple[Number, Number]
+    cache: Crc
+    tokens_sha256: Sha256
+    objects: dict[str, Entry]
+    crc32c: Crc = 0  # of the rest; `seal` writes it
 
 
 def marker_key(shard: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 
 from pipeline.sharding import encode_shard, object_hash, seal, write_group
 from pipeline.storage import Address, claim, open_folder
@@ -22,7 +23,7 @@ from pipeline.store.layout import (
     load_table,
     rank_table_name,
 )
-from pipeline.store.schema import Fingerprint, marker_key
+from pipeline.store.schema import Fingerprint, Marker, marker_key
 from pipeline.topk import TopK
 
 
@@ -55,11 +56,6 @@ class CacheWriter:
             self.layout, self._table = self._open_or_create(
                 address, fingerprint, chunk_rows, shard_rows, count
             )
-        self.layout.fingerprint.require_equal(
-            fingerprint,
-            str(self.address),
-            "remove it, or run stages/prepare.py --overwrite to capture again",
-        )
 
     def _open_or_create(
         self,
@@ -87,6 +83,9 @@ class CacheWriter:
             write_group(self._folder, specs, layout.about())
         found = load_layout(self._folder, where)
         assert found is not None
+        found.fingerprint.require_equal(
+            fingerprint, where, "remove it, or run stages/prepare.py --overwrite to capture again"
+        )
         return found, load_table(self._folder, found)
 
     def missing(self) -> list[int]:
@@ -110,15 +109,17 @@ class CacheWriter:
             assert len(arrays[name]) == stop - start
             data = encode_shard(spec, arrays[name])
             self._folder.write(spec.key_of(shard), data)
-            objects[name] = [len(data), object_hash(spec.key_of(shard), data)]
-        marker = {
-            "shard": shard,
-            "rows": [start, stop],
-            "cache": self.layout.checksum(),
-            "tokens_sha256": tokens_sha256,
-            "objects": objects,
-        }
-        self._folder.write(marker_key(shard), json.dumps(seal(marker)).encode())
+            objects[name] = (len(data), object_hash(spec.key_of(shard), data))
+        marker = Marker(
+            shard=shard,
+            rows=(start, stop),
+            cache=self.layout.checksum(),
+            tokens_sha256=tokens_sha256,
+            objects=objects,
+        )
+        values = asdict(marker)
+        del values["crc32c"]
+        self._folder.write(marker_key(shard), json.dumps(seal(values)).encode())
 
     def drop(self, shard: int) -> None:
         """Take back the commit of a shard, which is then missing."""

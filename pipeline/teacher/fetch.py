@@ -39,7 +39,7 @@ from pipeline.model.folder import (
 )
 from pipeline.runtime.console import announce
 from pipeline.runtime.optional import import_transformers
-from pipeline.storage import atomic_folder, require_ours
+from pipeline.storage import atomic_folder, find_damage, require_ours
 from pipeline.teacher.front_matter import CARD, write_gguf_card
 
 _SPLITS_EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
@@ -71,7 +71,7 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
     made_from = _made_from(params, folder)
     # A folder that is as it was, or has gone since, is not looked into again.
     done = params.source == "folder" or _is_whole(teacher_folder(folder))
-    if done and read_pointer(folder) == made_from:
+    if done and read_pointer(folder) == made_from and not find_damage(folder):
         require_ours(folder, "teacher", key="paths.teacher")
         announce("fetch", f"has nothing to do: {folder} was made from the same source")
         return teacher_folder(folder)

@@ -17,6 +17,7 @@ checksums is named and passed over.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -24,17 +25,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 
 from pipeline.errors import DecantError
-from pipeline.files import fsync
+from pipeline.files import fsync, open_file
 from pipeline.runtime.console import say
+from pipeline.sharding import DamagedError, Number, Size, parse
 from pipeline.storage import MARK, Address, Url, open_folder
 from pipeline.training.parallel import ALONE, Ranks
 from pipeline.training.sharded import Learner, read_tensors, write_tensors
 
+Kind = TypeVar("Kind")
 _KEEP = 2
 _STATE = "state.json"
 _COMPLETE = "complete.json"
@@ -50,6 +53,20 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)  # what was logged, with "step"
     best_step: int | None = None  # of the lowest validation loss, with train.keep_best
     best_loss: float | None = None
+
+
+@dataclass
+class _Saved(TrainState):
+    """state.json."""
+
+    ranks: Size = 1
+
+
+@dataclass
+class _Listed:
+    """complete.json: bytes and crc32c of each file."""
+
+    files: dict[str, tuple[Number, str]]
 
 
 class Checkpoints:
@@ -110,13 +127,13 @@ class Checkpoints:
         return None
 
     def _state(self, folder: Path) -> TrainState:
-        values = json.loads((folder / _STATE).read_text())
-        if (before := values.pop("ranks")) != self._ranks.count:
+        state = _read(folder / _STATE, _Saved)
+        if (before := state.ranks) != self._ranks.count:
             say(
                 f"{before} ranks saved what {self._ranks.count} continue: losses stay the same "
                 "within rounding where student.dropout is 0; dropped units follow the rank"
             )
-        return TrainState(**values)
+        return TrainState(state.step, state.skipped, state.history)
 
     def remove(self) -> None:
         """Delete all of them, and what says which run they are of; nothing else that lies there."""
@@ -228,10 +245,27 @@ def _remove_partial(folder: Path) -> None:
         left_over.unlink()
 
 
+def _read(file: Path, kind: type[Kind]) -> Kind:
+    """A small JSON file of ours, its values of the right types.
+
+    Raises:
+        DamagedError: it is not.
+    """
+    try:
+        with open_file(file) as stream:
+            return parse(kind, json.loads(stream.read()), file.name)
+    except FileNotFoundError:
+        raise DamagedError(f"{file.name} is missing") from None
+    except DamagedError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        raise DamagedError(f"{file.name} cannot be read") from None
+
+
 def _sum(file: Path) -> list[Any]:
     """Length in bytes and crc32c in hexadecimal."""
     total, length = 0, 0
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         while block := stream.read(2**20):
             total = google_crc32c.extend(total, block)
             length += len(block)
@@ -241,12 +275,16 @@ def _sum(file: Path) -> list[Any]:
 def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     """The first of this rank's share of files that differs from the marker; empty if none does."""
     try:
-        listed = json.loads((folder / _COMPLETE).read_text())["files"]
+        listed = _read(folder / _COMPLETE, _Listed).files
         entries = sorted(listed.items())
-    except FileNotFoundError:
-        return f"{_COMPLETE} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return f"{_COMPLETE} cannot be read"
+        unlisted = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.is_file()]
+        if unlisted:  # a pipe, for example, from which reading would never end
+            return f"{unlisted[0].name} is no file"
+        if lost := {".metadata", _STATE} - listed.keys():
+            return f"{_COMPLETE} does not list {min(lost)}"
+        _read(folder / _STATE, _Saved)
+    except DamagedError as error:
+        return str(error)
     for file, entry in entries[rank::ranks]:
         try:
             found = _sum(folder / file)
@@ -254,6 +292,6 @@ def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
             return f"{file} is missing"
         except (OSError, ValueError):
             return f"{file} cannot be read"
-        if found != entry:
+        if found != list(entry):
             return f"{file}, {found[0]} bytes, does not match its checksum"
     return ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
-from pipeline.errors import MismatchError, ParamsError
+from pipeline.errors import MismatchError, ParamsError, shortened
 from pipeline.files import read_json_object, write_json
 from pipeline.losses.reference import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder
@@ -30,7 +31,7 @@ from pipeline.named_models import run_folder
 from pipeline.resolved import resolve
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
-from pipeline.storage import Folder, claim, open_folder, require_ours
+from pipeline.storage import Folder, claim, find_damage, lock, open_folder, require_ours
 from pipeline.store.reader import CacheReader
 from pipeline.teacher.base import NoTeacher, Teacher
 from pipeline.teacher.cached import CachedTeacher
@@ -73,8 +74,17 @@ def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunRe
         ParamsError: the student cannot express the teacher's vocabulary, and the like.
     """
     folder = run_folder(params.paths.runs, name)  # which --overwrite deletes
-    with join_ranks(params.device) as ranks:
+    with join_ranks(params.device) as ranks, ExitStack() as stack:
+        ranks.on_first(lambda: _lock(stack, params, folder))
         return _run(params, folder, overwrite, ranks)
+
+
+def _lock(stack: ExitStack, params: Params, folder: Path) -> None:
+    """Keep other processes from the run, and from its checkpoints where they lie elsewhere."""
+    stack.enter_context(lock(folder, "give this run another name by --run"))
+    if elsewhere := params.paths.checkpoints:
+        remedy = "set paths.checkpoints to another place"
+        stack.enter_context(lock(elsewhere / folder.name, remedy))
 
 
 def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResult:
@@ -251,18 +261,19 @@ def _claim(
     finished = ours["model"]
     places = [open_folder(folder), open_folder(checkpoints.address)]
     if finished or checkpoints.names():
-        if difference := _difference(_first_json(places, "run.json"), identity):
+        if difference := _refusal(folder, places, identity):
             if not overwrite:
                 raise MismatchError(
-                    f"{folder} holds a run with other parameters ({difference}): add --overwrite to"
-                    " replace it, or choose another --run"
+                    f"{folder} {difference}: add --overwrite to replace it, or choose another --run"
                 )
             checkpoints.remove()
             for name in ("run.json", *_FOLDERS, "dvclive"):
                 open_folder(folder).remove(name)
-        elif finished:
+        elif finished and not (damage := find_damage(folder / "model")):
             _sign(folder)
             return True
+        elif finished:
+            say(f"train: {folder / 'model'} is damaged ({damage}): it is trained again")
     claim(checkpoints.address, "checkpoints", key="paths.checkpoints")
     text = json.dumps(identity, indent=2) + "\n"
     for place in places:
@@ -276,14 +287,28 @@ def _sign(folder: Path) -> None:
     write_json(file, read_json_object(file) | {"model_sha256": hash_weights(folder / "model")})
 
 
-def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any]:
-    """The JSON object under a key of the first place that has a whole one; empty where none has."""
+def _refusal(folder: Path, places: Sequence[Folder], identity: dict[str, Any]) -> str:
+    """Why a run that lies there is not continued, in words; empty where it is the same run."""
+    found = _first_json(places, "run.json")
+    if found is None:
+        return (
+            "holds a run whose run.json is missing or damaged, so that nothing says what it was "
+            "made from (put back a copy of run.json to keep the run)"
+        )
+    difference = _difference(found, identity)
+    return f"holds a run with other parameters ({difference})" if difference else ""
+
+
+def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any] | None:
+    """The JSON object under a key of the first place that has a whole one; None where none has."""
     for place in places:
         try:
-            return dict(json.loads(place.read(key)))
-        except (FileNotFoundError, ValueError, TypeError):
+            found = json.loads(place.read(key))
+        except (FileNotFoundError, ValueError, RecursionError):
             continue
-    return {}
+        if isinstance(found, dict) and found:
+            return found
+    return None
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
@@ -294,5 +319,10 @@ def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
             if inner := _difference(old, new, f"{prefix}{key}."):
                 return inner
         elif old != new:
-            return f"{prefix}{key}={old}, now {new}"
+            return f"{prefix}{key[:60]}={_brief(old)}, now {_brief(new)}"
     return ""
+
+
+def _brief(value: object) -> str:
+    """As it is, unless it is long: then enough to know it by."""
+    return str(value) if len(str(value)) <= 80 else shortened(value)

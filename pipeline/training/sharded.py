@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,11 @@ class Learner:
             if part == "best":
                 self.best[rest] = torch.zeros_like(parameters[rest].detach())
             if part == "optimizer":
+                if name not in parameters or about.size not in (parameters[name].shape, ()):
+                    raise DecantError(
+                        f"a checkpoint holds {full_name} {tuple(about.size)}, which this student "
+                        "does not have: delete that checkpoint"
+                    )
                 like, dtype = parameters[name].detach(), about.properties.dtype
                 self.optimizer.state[parameters[name]][key] = (
                     torch.zeros_like(like, dtype=dtype)
@@ -167,13 +172,31 @@ class _Reader(FileSystemReader):
         file = Path(self.path, ".metadata")
         with file.open("rb") as stream:
             try:
-                found: metadata.Metadata = _MetadataUnpickler(stream).load()
-            except pickle.UnpicklingError as error:
+                found = _MetadataUnpickler(stream).load()
+            except Exception as error:  # of whatever constructor was given nonsense
                 raise DecantError(
                     f"{file} names {error}, which no checkpoint of ours holds, so it is not read: "
                     "delete that checkpoint, and ask where it came from"
                 ) from None
+        if not _is_ours(found):
+            raise DecantError(f"{file} describes no tensors of ours: delete that checkpoint")
         return found
+
+
+def _is_ours(found: Any) -> TypeGuard[metadata.Metadata]:
+    """Whether it describes tensors, and where they lie."""
+    return (
+        isinstance(found, metadata.Metadata)
+        and isinstance(found.state_dict_metadata, dict)
+        and isinstance(found.storage_data, dict)
+        and all(
+            isinstance(about, metadata.TensorStorageMetadata)
+            and isinstance(about.size, torch.Size)
+            and isinstance(about.properties, metadata.TensorProperties)
+            and isinstance(about.properties.dtype, torch.dtype)
+            for about in found.state_dict_metadata.values()
+        )
+    )
 
 
 def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
@@ -186,8 +209,15 @@ def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     learner.make_room(saved)
     random = {name: s for name, s in _random_state(ranks.rank).items() if name in saved}
-    with _one_process_is_meant():
-        load(learner.tensors() | random, storage_reader=reader, no_dist=not ranks.grouped)
+    try:
+        with _one_process_is_meant():
+            load(learner.tensors() | random, storage_reader=reader, no_dist=not ranks.grouped)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise DecantError(
+            f"{folder} does not hold this student ({' '.join(str(first).split())[:200]}): delete "
+            "that checkpoint"
+        ) from error
     for name, values in random.items():
         if name.startswith("random/cpu"):
             torch.set_rng_state(values)

@@ -110,6 +110,12 @@ def broken(text: str) -> Callable[[str], str]:
         ("evaluate", "metrics.json", None, r"does not exist\): run stages/evaluate.py first"),
         ("verify", "histogram.json", None, r"does not exist\): run stages/verify.py first"),
         (
+            "verify",
+            "histogram.json",
+            lambda text: text.replace("-1.5", "NaN"),
+            r"histogram.json cannot be read \(0.log10_one_minus_cosine: .* finite number\)",
+        ),
+        (
             "evaluate",
             "samples.json",
             lambda text: text.replace('"prompts": [', '"prompts": ["one more",'),

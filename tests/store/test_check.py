@@ -15,7 +15,7 @@ import zarr
 
 from pipeline.config import Params
 from pipeline.data.rows import CorpusSplit
-from pipeline.errors import MismatchError
+from pipeline.errors import DecantError, MismatchError
 from pipeline.sharding import encode_shard, seal
 from pipeline.storage import LocalFolder
 from pipeline.store.check import CheckResult, check_cache
@@ -23,7 +23,7 @@ from pipeline.store.codec import RankTable
 from pipeline.store.layout import rank_table_name
 from pipeline.store.schema import marker_key
 from tests.conftest import change, make_teacher
-from tests.helpers import capture_all, make_capture, open_cache
+from tests.helpers import capture_all, make_capture, open_cache, reseal_corpus
 
 CASES = 25  # of each kind below
 
@@ -205,11 +205,15 @@ def test_tokens_changed_under_the_cache_are_found(cache: Params) -> None:
         changed = whole.copy()
         changed[row, place] = (changed[row, place] + 1) % 300
         folder.write(spec.key_of(0), encode_shard(spec, changed))
+        with pytest.raises(DecantError, match=r"shard 0 of .*: run stages/corpus\.py again"):
+            check(cache)
+        reseal_corpus(cache.paths.corpus / "train")
         result = check(cache)
         assert [damage.shard for damage in result.damages] == [row // 4]
         with pytest.raises(MismatchError, match=f"shard {row // 4} .* other tokens .*--repair"):
             open_cache(cache).shard(row // 4)
     folder.write(spec.key_of(0), encode_shard(spec, whole))
+    reseal_corpus(cache.paths.corpus / "train")
     assert check(cache).damages == ()
 
 

@@ -219,6 +219,22 @@ def write_gguf(file: Path, teacher: Path) -> None:
     writer.close()
 
 
+def test_a_damaged_teacher_is_made_again(
+    gguf_file: Path, tiny_params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"source": "gguf", "gguf": {"path": str(gguf_file), "sha256": None}}
+    teacher = change(tiny_params, teacher=section).teacher
+    folder = fetch_teacher(teacher, tmp_path / "teacher")
+    fetch_teacher(teacher, folder)
+    assert "nothing to do" in capsys.readouterr().out
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    fetch_teacher(teacher, folder)
+    assert "dequantises" in capsys.readouterr().out
+    assert weights.read_bytes() == whole
+
+
 @pytest.fixture
 def gguf_file(teacher_folder: Path, tmp_path: Path) -> Path:
     write_gguf(tmp_path / "tiny.gguf", teacher_folder)

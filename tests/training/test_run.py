@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.config import Params
-from pipeline.errors import MismatchError, ParamsError
-from pipeline.storage import open_folder
+from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.named_models import require_model, run_model
+from pipeline.storage import lock, open_folder
 from pipeline.training.run import run_training
 from tests.conftest import change, make_teacher, make_tokenizer
-from tests.helpers import SMALL, capture_all
+from tests.helpers import SMALL, capture_all, weights
 
 
 def test_the_model_folder_is_complete_and_a_finished_run_is_left_alone(tiny_cache: Params) -> None:
@@ -89,11 +91,50 @@ def test_a_run_is_one_folder(name: str, tiny_params: Params) -> None:
         run_training(tiny_params, name, overwrite=True)
 
 
-def test_a_damaged_record_of_a_run_is_another_run(tiny_cache: Params) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "[" * 100_000])
+def test_a_damaged_record_of_a_run_is_told_from_another_run(text: str, tiny_cache: Params) -> None:
     folder = run_training(tiny_cache, "student").folder
-    (folder / "run.json").write_text("{")
-    with pytest.raises(MismatchError, match="holds a run with other parameters"):
+    (folder / "run.json").write_text(text)
+    message = r"run\.json is missing or damaged.*put back a copy .*--overwrite.* --run"
+    with pytest.raises(MismatchError, match=message):
         run_training(tiny_cache, "student")
+
+
+def test_a_long_difference_is_shortened(tiny_cache: Params) -> None:
+    folder = run_training(tiny_cache, "student").folder
+    said = json.loads((folder / "run.json").read_text())
+    said["student"]["layers"] = list(range(10_000))
+    (folder / "run.json").write_text(json.dumps(said))
+    with pytest.raises(MismatchError, match=r"student\.layers=.*, now \[0, 2\]") as caught:
+        run_training(tiny_cache, "student")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_damaged_model_is_refused_and_trained_again(
+    tiny_cache: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = run_training(tiny_cache, "student").folder / "model"
+    whole = {name: tensor.clone() for name, tensor in weights(model.parent).items()}
+    file = model / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    runs = tiny_cache.paths.runs
+    with pytest.raises(DecantError, match=r"model\.safetensors, .* --run student again"):
+        run_model(runs, "student")
+    with pytest.raises(DecantError, match="does not match its checksum"):
+        require_model(model)
+    assert run_training(tiny_cache, "student").state is not None
+    assert "is damaged (model.safetensors" in capsys.readouterr().out
+    again = weights(run_model(runs, "student").parent)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_a_run_that_another_process_trains_is_refused(tiny_cache: Params) -> None:
+    folder = tiny_cache.paths.runs / "student"
+    with lock(folder, "wait"), pytest.raises(DecantError, match=r"written by process \d+ on "):
+        run_training(tiny_cache, "student")
+    assert run_training(tiny_cache, "student").state is not None
 
 
 def test_temperature_not_stored_is_refused(tiny_cache: Params) -> None:
