@@ -106,7 +106,7 @@ def test_a_slightly_trained_teacher_is_caught(tiny_cache: Params) -> None:
 def test_a_blind_gate_is_a_failure(tiny_cache: Params) -> None:
     loose = {
         "min_mean_cosine": 0.0,
-        "min_batch_cosine": 0.0,
+        "min_row_cosine": 0.0,
         "max_mean_kl": 1e6,
         "min_top1": 0.0,
         "min_overlap": 0.0,
