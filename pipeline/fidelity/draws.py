@@ -78,7 +78,8 @@ def draw_sums(weights: Tensor, draw_ids: Tensor) -> DrawSums:
             all are 0 has nothing to draw from, and sums of 0.
         draw_ids: int64 [n, M].
     """
-    at_once = 8 if weights.device.type == "cpu" else 64  # on a CPU, what its cache holds
+    values = 2**19 if weights.device.type == "cpu" else 2**24  # on a CPU, what its cache holds
+    at_once = max(1, values // weights.shape[-1])
     pieces = zip(torch.split(weights, at_once), torch.split(draw_ids, at_once), strict=True)
     return DrawSums.cat([_draw_sums(rows, ids) for rows, ids in pieces])
 

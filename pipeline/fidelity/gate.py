@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from pipeline.fidelity.limits import (
     limits_from,
     smallest_found,
 )
-from pipeline.fidelity.power import Reach, reach, spread
+from pipeline.fidelity.power import reach, spread
 from pipeline.model.attention import documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
@@ -87,37 +88,30 @@ class GateSummary:
 class Found:
     """The smallest faults that this check finds in 95 of 100 caches that have them."""
 
-    reach: Reach
     errors: dict[str, Levels]  # by quantity
     signed: dict[str, float]  # by name, nats
     draws: dict[str, float]  # by test
+    wrong_positions: float  # share, wherever they lie
+    wrong_shards: int
+    shards: int
+    shards_seen: int
+    batches_for: dict[str, int]  # verify.batches that would find less
 
     def __str__(self) -> str:
         names = {"kl": "KL", "logprobs": "log-probabilities", "lse": "lse", "entropy": "entropy"}
         errors = (f"{words} {self.errors[name].mean:.1e}" for name, words in names.items())
-        reach = self.reach
-        share = 100.0 * reach.wrong_positions
-        return (
-            f"errors from {', '.join(errors)} nats on; {share:.2g} % of positions wrong; "
-            f"{reach.wrong_shards} of {reach.shards:,} shards wrong{self._more()}"
-        )
-
-    def _more(self) -> str:
-        """How many rows would find what this check does not."""
-        reach = self.reach
-        wanted = {
-            "0.1 % of positions": (
-                reach.rows_for_one_position_in_1000,
-                reach.wrong_positions > 1e-3,
-            ),
-            "1 % of shards": (
-                reach.rows_for_one_shard_in_100,
-                100 * reach.wrong_shards > reach.shards,
-            ),
-            "any one shard": (reach.rows_for_one_shard, reach.wrong_shards > 1),
+        share = f"{100.0 * self.wrong_positions:.2g} % of positions wrong"
+        beyond = {
+            "one position in 1,000": self.wrong_positions > 0.001,
+            "one shard in 100": self.wrong_shards > ceil(self.shards / 100),
+            "one shard": self.wrong_shards > 1,
         }
-        more = [f"{what} {rows:,}" for what, (rows, beyond) in wanted.items() if beyond]
-        return f" (rows to find {', '.join(more)})" if more else ""
+        more = [f"{what} {self.batches_for[what]:,}" for what in beyond if beyond[what]]
+        return (
+            f"errors from {', '.join(errors)} nats on, {share}, "
+            f"{self.wrong_shards} of {self.shards:,} shards wrong"
+            + (f" (it takes verify.batches to find {', '.join(more)})" if more else "")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,23 +221,20 @@ def run_gate(
     failures = [*failures_of(of_cache, limits, calls), *failures]
     if not failures_of(of_control, limits, calls):
         failures.append("the negative control, targets shifted by one, passed: the gate is blind")
-    errors, signed = smallest_found(of_noise, limits, len(places))
     return GateReport(
         cache=_summary(of_cache),
         noise=_summary(of_noise),
         control=_summary(of_control),
         limits=limits,
         draw_tests=tests,
-        found=Found(
-            reach=reach(
-                shards=shards,
-                rows=len(places),
-                positions=len(of_cache),
-                allowed=allowed_positions(len(of_cache)),
-            ),
-            errors=errors,
-            signed=signed,
-            draws={test.name: test.found for test in tests},
+        found=_found(
+            of_noise,
+            limits,
+            tests,
+            shards=shards,
+            rows=len(places),
+            positions=len(of_cache),
+            batch_rows=params.batch_rows,
         ),
         failures=tuple(failures),
         histogram=_histogram(
@@ -368,6 +359,32 @@ def _judge_draws(parts: Sequence[_Part], cache: Compared) -> tuple[list[FitTest]
     if impossible := int(sums.impossible.sum()):
         failures.append(f"{impossible:,} draws are among the kept ids, outside which they belong")
     return tests, failures
+
+
+def _found(
+    noise: Compared,
+    limits: Limits,
+    tests: Sequence[FitTest],
+    *,
+    shards: int,
+    rows: int,
+    positions: int,
+    batch_rows: int,
+) -> Found:
+    errors, signed = smallest_found(noise, limits, rows)
+    how_much = reach(
+        shards=shards, rows=rows, positions=positions, allowed=allowed_positions(positions)
+    )
+    return Found(
+        errors=errors,
+        signed=signed,
+        draws={test.name: test.found for test in tests},
+        wrong_positions=how_much.wrong_positions,
+        wrong_shards=how_much.wrong_shards,
+        shards=shards,
+        shards_seen=how_much.shards_seen,
+        batches_for={what: ceil(wanted / batch_rows) for what, wanted in how_much.rows_for.items()},
+    )
 
 
 def _announce(teacher: HuggingFaceTeacher, batches: Sequence[Sequence[Place]], noisy: int) -> None:

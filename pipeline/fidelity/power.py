@@ -20,15 +20,13 @@ POWER = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How much of a cache must be wrong to be found; rows to look at to find less."""
+    """How much of a cache must be wrong to be found."""
 
     shards: int
     shards_seen: int
     wrong_shards: int  # the smallest number that is found, wherever they lie
     wrong_positions: float  # the smallest share that is found, wherever they lie
-    rows_for_one_shard: int
-    rows_for_one_shard_in_100: int
-    rows_for_one_position_in_1000: int
+    rows_for: dict[str, int]  # how many find smaller shares
 
 
 def reach(*, shards: int, rows: int, positions: int, allowed: int) -> Reach:
@@ -45,9 +43,11 @@ def reach(*, shards: int, rows: int, positions: int, allowed: int) -> Reach:
         shards_seen=seen,
         wrong_shards=_smallest(shards, lambda wrong: _all_missed(shards, wrong, seen)),
         wrong_positions=min(1.0, _poisson_mean(allowed) / positions),
-        rows_for_one_shard=_rows_for(shards, 1),
-        rows_for_one_shard_in_100=_rows_for(shards, ceil(shards / 100)),
-        rows_for_one_position_in_1000=ceil(_poisson_mean(0) / 0.001 * rows / positions),
+        rows_for={
+            "one position in 1,000": ceil(_poisson_mean(0) / 0.001 * rows / positions),
+            "one shard in 100": _rows_for(shards, ceil(shards / 100)),
+            "one shard": _rows_for(shards, 1),
+        },
     )
 
 
@@ -110,8 +110,8 @@ def _rows_for(shards: int, wrong: int) -> int:
 
 
 def _smallest(most: int, missed: Callable[[int], float]) -> int:
-    """The first of 1..most at which a falling probability is at most 1 - POWER."""
-    return 1 + bisect_left(range(1, most), True, key=lambda n: missed(n) <= 1.0 - POWER)
+    """The first of 1..most at which a falling probability is 1 - POWER or less, up to rounding."""
+    return 1 + bisect_left(range(1, most), True, key=lambda n: missed(n) <= 1.0 - POWER + 1e-9)
 
 
 def _poisson_mean(allowed: int) -> float:
