@@ -30,7 +30,7 @@ def test_one_wrong_shard_of_200_is_said_to_escape_100_rows() -> None:
     found = reach(shards=200, rows=100, positions=25_600, allowed=2)
     assert (found.shards_seen, found.wrong_shards) == (100, 5)
     assert found.rows_for["one shard"] == 190
-    assert found.rows_for["one shard in 100"] == 156
+    assert found.rows_for["one shard in 100"] == 155  # 45 x 44 / (200 x 199) = 0.0497
     for wrong, share in ((1, 0.5), (5, 0.97)):
         generator = np.random.default_rng(0)
         hits = 0
