@@ -249,14 +249,20 @@ class VerifyParams(Section):
     batches: Count
     batch_rows: Count
     noise_batches: Count = Field(description="batches for noise floor and negative control")
+    noise_factor: Annotated[float, Field(ge=1.0)] = Field(
+        description="limits are this many times the noise floor, and at most those that follow"
+    )
     min_mean_cosine: Fraction
-    min_batch_cosine: Fraction = Field(description="for the worst batch")
+    min_row_cosine: Fraction = Field(description="for the worst row")
     max_mean_kl: Positive = Field(description="KL(live || cached), nats a token")
     min_top1: Fraction
     min_overlap: Fraction
+    max_logprob_error: Positive = Field(
+        description="of the band of ranks where it is largest, mean over positions, nats"
+    )
     max_lse_error: Positive = Field(description="mean over positions, nats")
     max_normaliser_error: Positive = Field(
-        description="of lse_tau and entropy, the larger, mean over positions, nats"
+        description="of lse_tau, and of entropy, mean over positions, nats"
     )
 
 

@@ -264,12 +264,12 @@ def _draw(
         *(torch.split(t, len(work)) for t in (logits, lse, kept, uniforms)), strict=True
     ):
         weights = torch.sub(rows, shift, out=work[: len(rows)]).exp_().scatter_(-1, ids, 0.0)
-        parts.append(_invert(weights, chances))
+        parts.append(draw_by_inversion(weights, chances))
     return torch.cat(parts)
 
 
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """`_draw` for weights [r, V] and uniforms [r, M]."""
+def draw_by_inversion(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids int64 [r, M] drawn in proportion to weights [r, V], as uniforms [r, M] decide."""
     size = weights.shape[-1]
     whole = size // _BLOCK * _BLOCK
     blocks = weights[:, :whole].view(len(weights), -1, _BLOCK).sum(-1).double()

@@ -73,13 +73,50 @@ class GateSummary(_Record):
     """How a cache agrees with the teacher: means over positions but for the two extremes."""
 
     mean_cosine: float
-    worst_batch_cosine: float  # the lowest mean of a batch
+    worst_row_cosine: float  # the lowest mean of a row
     mean_kl: float  # nats
     max_kl: float  # nats
     top1: float
     overlap: float
+    logprob_error: float  # nats
     lse_error: float  # nats
-    normaliser_error: float  # nats
+    lse_tau_error: float  # nats
+    entropy_error: float  # nats
+    draw_agreement: float
+
+
+class GateLevels(_Record):
+    """An error at three levels."""
+
+    mean: float
+    worst_row: float
+    position: float | None
+
+
+class GateLimits(_Record):
+    """What an error may be, by quantity."""
+
+    errors: dict[str, GateLevels]
+
+
+class GateTest(_Record):
+    """A number that follows from the draws, and where it must lie."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+class GateFound(_Record):
+    """The smallest faults that the check would have found in 95 of 100 caches."""
+
+    errors: dict[str, GateLevels]
+    wrong_positions: float  # share
+    wrong_shards: int
+    shards: int
+    shards_seen: int
+    batches_for: dict[str, int]
 
 
 class Gate(_Record):
@@ -91,6 +128,9 @@ class Gate(_Record):
     cache: GateSummary
     noise_floor: GateSummary
     negative_control: GateSummary
+    limits: GateLimits
+    found: GateFound
+    draw_tests: dict[str, GateTest]
 
 
 class GateBar(_Point):

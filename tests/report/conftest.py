@@ -96,14 +96,20 @@ def write_inputs(params: Params) -> None:
     agreement = {
         "mean_cosine": 0.999612,
         "min_cosine": 0.97,
-        "worst_batch_cosine": 0.9991,
+        "worst_row_cosine": 0.9991,
         "mean_kl": 7e-4,
         "max_kl": 0.07,
         "top1": 0.98,
         "overlap": 0.97,
+        "logprob_error": 0.05,
         "lse_error": 0.09,
-        "normaliser_error": 0.03,
+        "lse_tau_error": 0.02,
+        "entropy_error": 0.03,
+        "draw_agreement": 0.9,
     }
+    levels = {"mean": 1e-3, "worst_row": 2e-3, "position": None}
+    names = ("cosine", "kl", "top1", "overlap", "logprobs", "lse", "lse_tau", "entropy", "draws")
+    drawn = {"name": "inverse temperature", "value": 1.003, "low": 0.98, "high": 1.02}
     write_json(
         paths.verify / "metrics.json",
         {
@@ -113,6 +119,16 @@ def write_inputs(params: Params) -> None:
             "cache": agreement,
             "noise_floor": agreement,
             "negative_control": agreement | {"mean_cosine": 0.08},
+            "limits": {"errors": dict.fromkeys(names, levels)},
+            "draw_tests": {"inverse temperature": drawn},
+            "found": {
+                "errors": dict.fromkeys(names, levels | {"mean": 2e-3}),
+                "wrong_positions": 0.0047,
+                "wrong_shards": 5,
+                "shards": 200,
+                "shards_seen": 100,
+                "batches_for": {"one position in 1,000": 94, "one shard": 190},
+            },
         },
     )
     shares = {"cache": [0.9, 0.1, 0.0], "noise floor": [0.8, 0.2, 0.0], "shifted by one": [0, 0, 1]}

@@ -1,0 +1,219 @@
+"""What the gate lets pass, and the smallest error that it would not have.
+
+The noise floor is measured on a part of the rows. What honest caches show elsewhere is bounded from
+it, per quantity and level:
+
+    mean        of all positions: noise_factor times the floor's, at most the ceiling of verify.*
+    worst row   noise_factor times the floor's worst row
+    position    noise_factor times the floor's worst position times sqrt(n / n_0), as the largest of
+                n values grows when tails fall as x^-2 or faster; WRONG_SHARE of the positions may
+                be beyond it
+    signed      the mean over all positions: noise_factor times the largest of the floor's rows
+
+A share that is 0 in n_0 trials may be 3 / n_0 (the rule of three: Hanley & Lippman-Hand 1983, "If
+Nothing Goes Wrong, Is Everything All Right?"), which is added to the floor of shares. No limit is
+below a quantity's resolution, since passes that round alike have no noise at all, and those on
+other hardware do. Two rules guard shares whose noise is large: a limit leaves at least half of what
+the noise leaves, so that draws of another distribution fail.
+
+Shapes: n positions, C signed errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import VerifyParams
+from pipeline.fidelity.agreement import Agreement
+from pipeline.fidelity.power import POWER
+
+WRONG_SHARE = 1e-4  # of positions that may be beyond their limit
+NATS = 1e-3  # an error below this is never a fault
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """An error of a position: a field of Agreement, or 1 less it."""
+
+    name: str
+    words: str  # in sentences, after "mean"
+    resolution: float
+    likeness: bool = False  # 1 is perfect, and the error is what is missing
+    ceiling: str | None = None  # the parameter that bounds the mean
+
+    def errors(self, agreement: Agreement) -> Tensor:
+        """[n], 0 where said and live are the same."""
+        values: Tensor = getattr(agreement, self.name)
+        return 1.0 - values if self.likeness else values
+
+
+QUANTITIES = (
+    Quantity("cosine", "cosine", 1e-5, likeness=True, ceiling="min_mean_cosine"),
+    Quantity("kl", "KL", 1e-5, ceiling="max_mean_kl"),
+    Quantity("top1", "top-1 agreement", 1e-3, likeness=True, ceiling="min_top1"),
+    Quantity("overlap", "overlap of ids", 1e-3, likeness=True, ceiling="min_overlap"),
+    Quantity("logprobs", "error of log-probabilities", NATS, ceiling="max_logprob_error"),
+    Quantity("lse", "error of lse", NATS, ceiling="max_lse_error"),
+    Quantity("lse_tau", "error of lse_tau", NATS, ceiling="max_normaliser_error"),
+    Quantity("entropy", "error of entropy", NATS, ceiling="max_normaliser_error"),
+    Quantity("draws", "agreement of draws", 1e-3, likeness=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A cache against the live teacher."""
+
+    agreement: Agreement
+    rows: Tensor  # int64 [n], which of the rows looked at a position is in
+    columns: Tensor  # int64 [n], its place there
+    signed_names: list[str]  # the columns of agreement.signed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row_means(self, values: Tensor) -> tuple[list[int], Tensor]:
+        """The rows that have positions, and the means of values [n, ...] there, float64."""
+        numbers, place = np.unique(self.rows.numpy(), return_inverse=True)
+        counts = torch.from_numpy(np.bincount(place)).double()
+        flat = values.double().reshape(len(values), -1)
+        sums = flat.new_zeros(len(numbers), flat.shape[1])
+        sums.index_add_(0, torch.from_numpy(place), flat)
+        return numbers.tolist(), (sums / counts[:, None]).reshape(-1, *values.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """An error of a quantity: what it may be, or what would be found, at each level."""
+
+    mean: float
+    worst_row: float
+    position: float | None  # None: one position proves nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What may be."""
+
+    errors: dict[str, Levels]  # by quantity
+    signed: dict[str, float]  # by name
+
+
+def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, draws: int) -> Limits:
+    """The limits that a noise floor sets for a cache of which `size` positions are looked at."""
+    factor = params.noise_factor
+    tails = max(1.0, sqrt(size / len(noise)))
+    unit = {"top1": 1.0, "overlap": 1.0 / max(1, k), "draws": 1.0 / max(1, draws)}
+    limits = {}
+    for quantity in QUANTITIES:
+        errors = quantity.errors(noise.agreement)
+        _, rows = noise.row_means(errors)
+        unseen = 3.0 * unit.get(quantity.name, 0.0)
+        floors = (
+            float(errors.mean()) + unseen / len(noise),
+            float(rows.max()) + unseen * len(rows) / len(noise),
+        )
+        mean, row = (max(factor * floor, quantity.resolution) for floor in floors)
+        if quantity.likeness:
+            mean, row = (min(m, (1.0 + f) / 2) for m, f in zip((mean, row), floors, strict=True))
+        if quantity.ceiling:
+            ceiling = getattr(params, quantity.ceiling)
+            mean = min(mean, 1.0 - ceiling if quantity.likeness else ceiling)
+        if quantity.name == "cosine":
+            row = min(row, 1.0 - params.min_row_cosine)
+        position = max(factor * tails * (float(errors.max()) + unseen), quantity.resolution)
+        possible = position < 1.0 or not quantity.likeness
+        limits[quantity.name] = Levels(
+            mean=mean, worst_row=row, position=position if possible else None
+        )
+    worst = noise.row_means(noise.agreement.signed)[1].abs().amax(0)
+    signed = [max(factor * float(value), NATS) for value in worst]
+    return Limits(errors=limits, signed=dict(zip(noise.signed_names, signed, strict=True)))
+
+
+def allowed_positions(size: int) -> int:
+    """How many positions may be beyond their limits."""
+    return int(WRONG_SHARE * size)
+
+
+def failures_of(cache: Compared, limits: Limits, places: Sequence[str]) -> list[str]:
+    """A sentence for each quantity that misses a limit, and one for signed errors; NaN misses all.
+
+    Args:
+        places: what to call the rows looked at.
+    """
+    found = [_failure(q, cache, limits.errors[q.name], places) for q in QUANTITIES]
+    means = cache.agreement.signed.double().mean(0).tolist()
+    offsets = zip(cache.signed_names, means, limits.signed.values(), strict=True)
+    wrong = [(abs(mean) / limit, name, mean, limit) for name, mean, limit in offsets]
+    ratio, name, mean, limit = max(wrong, key=lambda item: (item[0] != item[0], item[0]))
+    if not ratio <= 1.0:
+        found.append(f"mean offset of {name} {mean:+.3g} is not within {limit:.3g}")
+    return [sentence for sentence in found if sentence]
+
+
+def _failure(
+    quantity: Quantity, cache: Compared, limit: Levels, places: Sequence[str]
+) -> str | None:
+    errors = quantity.errors(cache.agreement)
+    numbers, rows = cache.row_means(errors)
+    mean, worst = float(errors.double().mean()), int(rows.argmax())
+    if not mean <= limit.mean:
+        return f"mean {_against(quantity, mean, limit.mean)}"
+    if not float(rows[worst]) <= limit.worst_row:
+        said = _against(quantity, float(rows[worst]), limit.worst_row)
+        return f"in {places[numbers[worst]]} mean {said}"
+    if limit.position is None:
+        return None
+    beyond, allowed = int((~(errors <= limit.position)).sum()), allowed_positions(len(errors))
+    if beyond <= allowed:
+        return None
+    below = f"below {1.0 - limit.position:.6g}"
+    bound = below if quantity.likeness else f"above {limit.position:.3g}"
+    where = f"{beyond:,} of {len(errors):,} positions"
+    return f"{quantity.words} is {bound} at {where}, more than {allowed}"
+
+
+def _against(quantity: Quantity, error: float, limit: float) -> str:
+    if quantity.likeness:
+        return f"{quantity.words} {1.0 - error:.6f} is not >= {1.0 - limit:.6g}"
+    return f"{quantity.words} {error:.3g} is not <= {limit:.3g}"
+
+
+def smallest_found(
+    noise: Compared, limits: Limits, rows: int
+) -> tuple[dict[str, Levels], dict[str, float]]:
+    """The smallest errors that are found at POWER in a check of so many rows, and signed ones.
+
+    A constant e under noise of mean 0 makes a mean |error| of e or more (Jensen's inequality). It
+    is found if it exceeds the limit by what honest values fall short of their mean in 1 of 20
+    cases: 1.645 standard errors, from the spread between rows; at a position, the 95 % quantile.
+    """
+    z = NormalDist().inv_cdf(POWER)
+    found = {}
+    for quantity in QUANTITIES:
+        errors, limit = quantity.errors(noise.agreement), limits.errors[quantity.name]
+        margin = z * float(_deviation(noise.row_means(errors)[1]))
+        position = limit.position
+        if position is not None:
+            position += float(np.quantile(errors.numpy(), POWER))
+        found[quantity.name] = Levels(
+            mean=limit.mean + margin / sqrt(rows),
+            worst_row=limit.worst_row + margin,
+            position=position,
+        )
+    margins = z * _deviation(noise.row_means(noise.agreement.signed)[1]) / sqrt(rows)
+    signed = zip(limits.signed.items(), margins.tolist(), strict=True)
+    return found, {name: limit + margin for (name, limit), margin in signed}
+
+
+def _deviation(rows: Tensor) -> Tensor:
+    """Standard deviation over rows [rows, ...]; 0 of a single one."""
+    return rows.std(0) if len(rows) > 1 else torch.zeros_like(rows[0])
