@@ -39,7 +39,7 @@ PARAMETERS = {  # the longest row that begins a key counts
     "prepare.attention": "prepare train baseline evaluate",
     "prepare.shard_rows": "prepare train baseline",
     "capture": "",
-    "verify": "verify report",
+    "verify": "verify",
     "student": "train baseline report",
     "train": "train baseline report",
     "train.teacher": "train report",
