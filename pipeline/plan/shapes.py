@@ -10,13 +10,13 @@ Symbols: D hidden, A query width (heads x head size), G key/value width, F inter
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import LoraParams, StudentParams, TeacherParams
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.config import read_config_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +202,8 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
 
 def _read(file: Path) -> Shape:
     try:
-        return _from_config(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return _from_config(read_config_file(file))
+    except (LookupError, TypeError) as error:
         raise DecantError(
             f"{file} does not give the shape of a decoder ({type(error).__name__}: {error}): plans "
             "are made for models whose config.json has the keys of Qwen2's or Llama's"
