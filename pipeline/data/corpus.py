@@ -28,9 +28,10 @@ from pipeline.data.chat import ChatTokenizer, Message
 from pipeline.data.packing import PACKERS, Document
 from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.config import embedding_rows
 from pipeline.model.folder import hash_tokenizer
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import announce, progress_bar
-from pipeline.runtime.optional import import_transformers
 from pipeline.storage import Address
 
 _DOCUMENTS_AT_ONCE = 32
@@ -63,7 +64,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
     tokenizer = load_tokenizer(teacher)
     tokenizer_sha256 = hash_tokenizer(teacher)
     to_documents = DocumentTokenizer(tokenizer, completions_only=params.loss_on == "completions")
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = num_ids(tokenizer, teacher)
     writers = {
         split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
         for split in SPLITS
@@ -80,6 +81,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
             counters[split],
         )
         for rows in pack(documents, params.row_length, to_documents.separator, at_once):
+            _require_rows(teacher, int(rows.tokens.max()), vocab_size, tokenizer)
             writer.add(rows)
         if not writer.num_tokens:
             raise DecantError(_came_out_empty(params, split, counters[split]))
@@ -106,23 +108,24 @@ def _came_out_empty(params: CorpusParams, split: str, counter: _Counter) -> str:
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local Hugging Face folder; no code of the folder is run.
+def num_ids(tokenizer: Any, teacher: Path) -> int:
+    """Ids that a corpus may hold: those of the tokenizer for which the teacher has a row.
 
-    Raises:
-        DecantError: there is none, or it is damaged.
+    Some tokenizers have a few more, for example Gemma 3's <image_soft_token>, for which the text
+    models have no row. A corpus without them is one that the teacher can read.
     """
-    if not (folder / "tokenizer.json").exists():
-        raise DecantError(f"{folder} holds no tokenizer.json: run stages/fetch.py (or `dvc repro`)")
-    try:
-        return import_transformers().AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # damage shows as errors of several libraries
-        reason = " ".join(str(error).split())[:200]
+    largest = max(tokenizer.get_vocab().values())
+    rows = embedding_rows(teacher)
+    return int(largest) + 1 if rows is None else min(int(largest) + 1, rows)
+
+
+def _require_rows(teacher: Path, largest: int, vocab_size: int, tokenizer: Any) -> None:
+    if largest >= vocab_size:
         raise DecantError(
-            f"the tokenizer of {folder} cannot be read ({reason}): bring the folder's files again"
-        ) from error
+            f"the corpus holds id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and "
+            f"{teacher} has {vocab_size} embedding rows: leave out the documents that hold it, or "
+            "choose a teacher that has a row for it"
+        )
 
 
 def document_separator(tokenizer: Any) -> int:
