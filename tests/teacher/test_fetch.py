@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Params
 from pipeline.errors import DecantError
+from pipeline.model.config import describe
 from pipeline.model.folder import hash_weights
-from pipeline.teacher.fetch import describe, fetch_teacher
+from pipeline.teacher.fetch import fetch_teacher
 from tests.conftest import change
 
 
