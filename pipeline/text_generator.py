@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.generation import GenerationSettings, decode_steps, generate_ids
+from pipeline.model.folder import require_regular_files
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student
 from pipeline.runtime.console import progress
 from pipeline.runtime.device import place_rounded
@@ -273,11 +274,12 @@ def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 def _read_optional(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
+    require_regular_files([file])
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DecantError(f"{file} cannot be read as JSON ({error}): mend or remove it") from None
     if not isinstance(content, dict):
         raise DecantError(f"{file} must hold a JSON object: mend or remove it")

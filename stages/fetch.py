@@ -20,7 +20,8 @@ def main(params: Params) -> None:
     A folder, and what the hub's library keeps, are used where they lie. The only stage that touches
     the network. Reads teacher.*; writes paths.teacher.
     """
-    from pipeline.teacher.fetch import describe, fetch_teacher
+    from pipeline.model.config import describe
+    from pipeline.teacher.fetch import fetch_teacher
 
     model = fetch_teacher(params.teacher, params.paths.teacher)
     verb = "holds" if model == params.paths.teacher else f"points to {model},"

@@ -56,7 +56,7 @@ PARAMETERS = {  # the longest row that begins a key counts
     "study": "",
 }
 INPUTS = {
-    "cache/teacher/source.json": "corpus prepare verify train baseline evaluate",
+    "cache/teacher/source.json": "corpus prepare verify train baseline evaluate export",
     "cache/corpus.zarr/file": "prepare verify train baseline evaluate export report",
     "cache/logits.zarr/file": "verify train report",
     "cache/verify/metrics.json": "train report",

@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import Params
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.samples import sample
 from pipeline.generation import GenerationSettings
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.prompts import read_prompts
 from pipeline.text_generator import PieceDecoder, TextGenerator
 from stages.generate import main

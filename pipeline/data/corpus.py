@@ -27,9 +27,10 @@ from pipeline.data.prefix import PrefixEncoder
 from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.data.sources import Extent, Source, read_documents
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.config import embedding_rows
 from pipeline.model.folder import hash_tokenizer
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
-from pipeline.runtime.optional import import_transformers
 from pipeline.storage import Address
 
 _DOCUMENTS_AT_ONCE = 32
@@ -71,7 +72,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         longest=_longest(params),
         bad=bad,
     )
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = num_ids(tokenizer, teacher)
     writers = {
         split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
         for split in SPLITS
@@ -83,6 +84,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
             to_documents, _chosen(params, split, counters[split], bad), params, split, counters
         )
         for rows in pack(documents, params.row_length, to_documents.separator, at_once):
+            _require_rows(teacher, int(rows.tokens.max()), vocab_size, tokenizer)
             writer.add(rows)
         if not writer.num_tokens:
             raise DecantError(_came_out_empty(params, split, counters[split], bad))
@@ -147,23 +149,24 @@ def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[s
             yield f"{counter.duplicates:,} exact duplicates are left out of {split}"
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local Hugging Face folder; no code of the folder is run.
+def num_ids(tokenizer: Any, teacher: Path) -> int:
+    """Ids that a corpus may hold: those of the tokenizer for which the teacher has a row.
 
-    Raises:
-        DecantError: there is none, or it is damaged.
+    Some tokenizers have a few more, for example Gemma 3's <image_soft_token>, for which the text
+    models have no row. A corpus without them is one that the teacher can read.
     """
-    if not (folder / "tokenizer.json").exists():
-        raise DecantError(f"{folder} holds no tokenizer.json: run stages/fetch.py (or `dvc repro`)")
-    try:
-        return import_transformers().AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # damage shows as errors of several libraries
-        reason = " ".join(str(error).split())[:200]
+    largest = max(tokenizer.get_vocab().values())
+    rows = embedding_rows(teacher)
+    return int(largest) + 1 if rows is None else min(int(largest) + 1, rows)
+
+
+def _require_rows(teacher: Path, largest: int, vocab_size: int, tokenizer: Any) -> None:
+    if largest >= vocab_size:
         raise DecantError(
-            f"the tokenizer of {folder} cannot be read ({reason}): bring the folder's files again"
-        ) from error
+            f"the corpus holds id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and "
+            f"{teacher} has {vocab_size} embedding rows: leave out the documents that hold it, or "
+            "choose a teacher that has a row for it"
+        )
 
 
 def document_separator(tokenizer: Any) -> int:

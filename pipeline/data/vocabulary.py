@@ -26,7 +26,7 @@ import numpy as np
 
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
-from pipeline.model.folder import hash_tokenizer
+from pipeline.model.folder import hash_tokenizer, require_regular_files
 
 _ROWS_AT_ONCE = 1024
 
@@ -47,18 +47,21 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         DecantError: there is none, or it cannot be read.
     """
     file = folder / "tokenizer.json"
+    require_regular_files([file])
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         model = content["model"]
         added = {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
         tokens = _ids(model["vocab"]) | added
         merges = tuple(
             rule if isinstance(rule, str) else " ".join(rule) for rule in model.get("merges") or ()
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(type(number) is int for number in tokens):
+            raise TypeError("an id is no whole number")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DecantError(
-            f"{file} cannot be read as a tokenizer ({type(error).__name__}: {error}): write it by "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{file} cannot be read as a tokenizer ({type(error).__name__}: {str(error)[:200]}): "
+            "bring the model's own file"
         ) from None
     return Vocabulary(tokens=tokens, control=frozenset(added), merges=merges)
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.extras import require
 from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.runtime.device import place_rounded
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Params
-from pipeline.data.corpus import load_tokenizer
 from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.evaluation.compare import TEACHER, Comparison, compare
@@ -21,6 +20,7 @@ from pipeline.evaluation.samples import sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.files import write_json, write_text
 from pipeline.model.folder import hash_weights
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.teacher.hf import HuggingFaceTeacher
 

@@ -22,7 +22,12 @@ from pipeline.data.vocabulary import require_shared_ids
 from pipeline.errors import DecantError, MismatchError
 from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
-from pipeline.model.hugging_face import LogitsError, keeps_documents_apart, load_causal_lm
+from pipeline.model.hugging_face import (
+    LogitsError,
+    keeps_documents_apart,
+    load_causal_lm,
+    max_positions,
+)
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import compute_dtype, place_rounded
 from pipeline.runtime.numerics import mm_float32
@@ -84,10 +89,9 @@ class WholeModel:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._model = place_rounded(load_causal_lm(folder, dtype, what="model"), dtype, device)
-        config = self._model.config.get_text_config(decoder=True)
         self.parameters: int = self._model.num_parameters()
         self.vocab_size: int = len(self._model.get_output_embeddings().weight)
-        self.max_seq_len: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_seq_len: int | None = max_positions(self._model.config)
         self._keeps_apart = keeps_documents_apart(self._model, self.vocab_size)
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError
 from pipeline.generation import GenerationSettings
 from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import read_config
 from pipeline.runtime.console import progress
 from pipeline.text_generator import TextGenerator

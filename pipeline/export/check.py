@@ -15,8 +15,9 @@ are equal: where a model hardly prefers any token, ties would excuse anything. l
 a bf16 matrix is multiplied with to bf16, and to q8_0 for q8_0, so that they compute another
 function: they pass from `export.min_agreement` on and are not required to.
 
-Tokenizers are compared on lines of the same text. llama.cpp normalises nothing, so it gets a line
-as the tokenizer's own normaliser leaves it.
+Tokenizers are compared on lines of the same text: what tokenizer.json of the original says, what
+transformers' AutoTokenizer makes of the exported folder, and what llama.cpp does. llama.cpp
+normalises nothing, so it gets a line as the tokenizer's own normaliser leaves it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ExportParams
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.extras import install_hint
 from pipeline.generation import GenerationSettings, generate_ids, pad_left
 from pipeline.model.folder import hash_weights
-from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.hugging_face import load_causal_lm, max_positions
+from pipeline.model.tokenizer import load_auto_tokenizer, load_tokenizer
 from pipeline.model.weights import VariantError, load_student
 from pipeline.runtime.console import progress
 from pipeline.runtime.device import DTYPES
@@ -150,10 +151,8 @@ def check_export(
     chosen = follow(transformers_generate(theirs), reference)
     paths = [judge("transformers, float32", chosen, reference, NEAR_TIE["float32"], params)]
     del theirs
-    original = load_tokenizer(source)
-    tokenizers = [
-        compare_lines("transformers", [encode(original, t) for t in lines], tokenizer, lines)
-    ]
+    original, auto = load_tokenizer(source), load_auto_tokenizer(folder)
+    tokenizers = [compare_lines("transformers", [encode(auto, t) for t in lines], original, lines)]
     left_out = [WITHOUT_LLAMA_CPP] if files and not has_llama_cpp() else []
     context = params.prompt_tokens + params.new_tokens
     for kind, file in progress(
@@ -210,7 +209,7 @@ def make_reference(
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits
             return logits
 
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = max_positions(model.config)
     else:
         name, limit, run = "ours, float32", student.max_seq_len, student
 
@@ -302,8 +301,8 @@ def normalised(tokenizer: Any, text: str) -> str:
 
 
 def compare_lines(
-    name: str, ids: Sequence[list[int]], exported: Any, lines: Sequence[str]
+    name: str, ids: Sequence[list[int]], tokenizer: Any, lines: Sequence[str]
 ) -> TokenizerResult:
-    """Ids of each line against those of the exported tokenizer."""
-    equal = sum(found == encode(exported, line) for found, line in zip(ids, lines, strict=True))
+    """Ids of each line against those that the tokenizer makes."""
+    equal = sum(found == encode(tokenizer, line) for found, line in zip(ids, lines, strict=True))
     return TokenizerResult(name, len(lines), equal, passed=equal == len(lines))

@@ -11,7 +11,6 @@ dimension i with i + E / 2, so their rows are reordered; those of a Qwen2 are no
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from pipeline.errors import DecantError
 from pipeline.export.vocabulary import add_tokenizer
 from pipeline.extras import require
 from pipeline.files import fsync
+from pipeline.model.config import read_config_json
 from pipeline.model.rope import Llama3Scaling, YarnScaling, inverse_frequencies
 from pipeline.model.student import ModelConfig
-from pipeline.model.weights import VariantError, read_config, stream_tensors
+from pipeline.model.weights import OUT_BIAS, VariantError, read_config, stream_tensors
 from pipeline.runtime.console import progress
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -89,7 +89,7 @@ def write_gguf(
             or the folder is damaged.
     """
     gguf, config = require_gguf(), require_convertible(folder)
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_config_json(folder)
     partial = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(partial, "qwen2" if config.attention_bias else "llama")
     try:
@@ -169,7 +169,13 @@ def _sources(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that goes into the file, as the folder has it."""
     for name, tensor in stream_tensors(folder):
         tied = name == "lm_head.weight" and config.tie_embeddings  # llama.cpp takes the embedding
-        if not tied and not name.endswith(".rotary_emb.inv_freq"):  # old folders store what follows
+        if name.endswith(OUT_BIAS) and tensor.any():
+            raise DecantError(
+                f"{folder} has {name} other than zero, and its config.json says attention_out_bias="
+                "false: set export.gguf=[], or use llama.cpp's own converter"
+            )
+        # old folders store inv_freq, which follows; for OUT_BIAS see pipeline/model/weights.py
+        if not tied and not name.endswith((".rotary_emb.inv_freq", OUT_BIAS)):
             yield name, tensor
     if isinstance(config.rope_scaling, Llama3Scaling):
         plain = inverse_frequencies(config.head_size, config.rope_theta, None)

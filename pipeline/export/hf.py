@@ -9,15 +9,25 @@ tokenizer with its chat template, and a model card (pipeline/export/card.py).
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError
-from pipeline.model.folder import TOKENIZER_FILES, copy_files
+from pipeline.model.config import read_config_json
+from pipeline.model.folder import copy_files
 from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.tokenizer import (
+    TokenizerClassError,
+    load_tokenizer,
+    require_kept,
+    save_tokenizer,
+)
+from pipeline.model.weights import VariantError, load_student, save_student
 from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
 from pipeline.text_generator import default_eos_ids
@@ -34,7 +44,8 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
         dtype: weights are rounded to it.
 
     Raises:
-        DecantError: no usable model or tokenizer, or weights that are not finite in `dtype`.
+        DecantError: no usable model or tokenizer, weights that are not finite in `dtype`, or a
+            tokenizer that transformers does not open beside such a model.
     """
     model = load_causal_lm(source, dtype, what="model")
     for name, parameter in model.named_parameters():
@@ -44,7 +55,7 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
                 "export.dtype=bfloat16, or train again if the model is damaged"
             )
     tokenizer = load_tokenizer(source)
-    said = json.loads((source / "config.json").read_text())
+    said = read_config_json(source)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -60,8 +71,38 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # written for their owner's eyes alone
         weights.chmod((folder / "config.json").stat().st_mode)
-    copy_files(source, TOKENIZER_FILES, folder)
+    try:
+        save_tokenizer(source, folder)
+    except TokenizerClassError:
+        with _as_llama(source) as llama:
+            write_hugging_face(llama, folder, dtype)
+        return
     _clean_tokenizer_config(folder / "tokenizer_config.json")
+
+
+@contextmanager
+def _as_llama(source: Path) -> Iterator[Path]:
+    """The same model and tokenizer under a type beside which transformers keeps the tokenizer.
+
+    Runs of older versions are of type qwen2 with any tokenizer; see pipeline/model/weights.py.
+
+    Raises:
+        TokenizerClassError: this architecture has no such type.
+    """
+    try:
+        student = load_student(source)
+    except VariantError:
+        require_kept(source)
+        raise
+    said = read_config_json(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        save_student(student, folder, tokenizer_from=source)
+        copy_files(source, ["generation_config.json"], folder)
+        content = json.loads((folder / "config.json").read_text())
+        content |= {name: value for name, value in said.items() if name.endswith("_token_id")}
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        yield folder
 
 
 def _clean_tokenizer_config(file: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Params
-from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import PADDING
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.model.folder import hash_tokenizer, teacher_folder
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.named_models import require_model, run_model
 
 _ROWS_AT_ONCE = 256

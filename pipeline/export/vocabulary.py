@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError
+from pipeline.model.tokenizer import load_tokenizer
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -106,17 +106,21 @@ def token_table(tokenizer: Any, rows: int, folder: Path) -> tuple[list[str], lis
     """Token and kind (gguf.TokenType) of each embedding row.
 
     Special tokens are control tokens, other added ones user-defined: both are found in a text
-    before it is split, and the former are not shown. A row without a token is unused.
+    before it is split, and the former are not shown. A row without a token is unused. Added tokens
+    beyond the rows, which the model cannot read, are left out.
+
+    Raises:
+        DecantError: an ordinary token lies beyond the rows.
     """
     from gguf import TokenType
 
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
-    if max(by_id) >= rows:
+    added = tokenizer.added_tokens_decoder
+    if beyond := [number for number in by_id if number >= rows and number not in added]:
         raise DecantError(
-            f"the tokenizer of {folder} gives id {max(by_id)}, but the model has {rows} embedding "
+            f"the tokenizer of {folder} gives id {max(beyond)}, but the model has {rows} embedding "
             "rows: they do not belong together"
         )
-    added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
     for number in range(rows):
         kind = TokenType.NORMAL if number in by_id else TokenType.UNUSED

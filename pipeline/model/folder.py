@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import stat
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,38 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+_OPENED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+"""Suffixes of what transformers opens in a folder."""
+
+
+def require_regular_files(files: Iterable[Path]) -> None:
+    """Refuse what exists and is no file: to open a pipe waits for ever, a device never ends.
+
+    Raises:
+        DecantError: names the first one.
+    """
+    for file in files:
+        try:
+            mode = file.stat().st_mode
+        except OSError:  # absent, which is said where the file is needed
+            continue
+        if not stat.S_ISREG(mode):
+            raise DecantError(
+                f"{file} is not a regular file, as the files of a model are: put the file itself "
+                "there"
+            )
+
+
+def require_regular_folder(folder: Path) -> None:
+    """`require_regular_files` over all that a library may open in a model folder.
+
+    Raises:
+        DecantError: as `require_regular_files`.
+    """
+    if folder.is_dir():
+        files = (file for file in sorted(folder.iterdir()) if file.suffix in _OPENED)
+        require_regular_files(file for file in files if not file.is_dir())
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
@@ -104,13 +137,14 @@ def files_to_copy(source: Path, patterns: Iterable[str]) -> list[Path]:
     links into DVC's cache.
 
     Raises:
-        DecantError: names the link.
+        DecantError: names the link, or what is no regular file.
     """
     trusted = (source / MARK).exists()
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
     files = sorted(file for pattern in patterns for file in source.glob(pattern))
+    require_regular_files(files)
     for file in files:
         whole = file.resolve()
         if not (trusted or any(whole.is_relative_to(folder) for folder in inside)):
@@ -138,6 +172,7 @@ def hash_tokenizer(folder: Path) -> str:
 
 
 def _hash_files(files: Sequence[Path]) -> str:
+    require_regular_files(files)
     total = hashlib.sha256()
     for file in files:
         try:

@@ -2,12 +2,12 @@
 
 Only the library's own classes are used, from a local folder of safetensors: no code of a folder is
 run. Training takes hidden states and the head's matrix apart, so a model that does something to its
-logits after the head is refused: by name where the config says so, and for all others by a probe of
-a few tokens. Documents packed into one row are kept apart by their positions alone: where a
-position is not the one before it plus one, transformers sees a new sequence, and masks attention
-accordingly for whatever kernel and layers a model has, sliding windows included; a 4D mask of our
-own would replace those. Models whose layers do not follow (recurrent ones, ALiBi) are found by a
-probe too.
+logits after the head, or to its hidden states before it, is refused: by name where the config says
+so, and for all others by a probe of a few tokens. Documents packed into one row are kept apart by
+their positions alone: where a position is not the one before it plus one, transformers sees a new
+sequence, and masks attention accordingly for whatever kernel and layers a model has, sliding
+windows included; a 4D mask of our own would replace those. Models whose layers do not follow
+(recurrent ones, ALiBi) are found by a probe too.
 
 Shapes: B batch, L length, D hidden, V vocabulary rows.
 """
@@ -26,11 +26,17 @@ from torch import Tensor, nn
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
+from pipeline.model.config import read_config_json
+from pipeline.model.folder import require_regular_folder
 from pipeline.runtime.optional import import_transformers
 
 _PROBE_TOKENS = 8
-_TOLERANCE = 1e-3  # of the largest value; float32 differs by 1e-6 between shapes of a product
+_REPEATED = 1e-3  # of the largest value: the body run twice, whose kernels may add in any order
+_ROUNDED = 2e-2  # of the largest value: a product in bfloat16 against one in float32
+_UNCHANGED = 1e-6  # of the largest value: what left the head, against the logits that came out
 _ROUNDING = 1e-4  # of the norm: where the probe saw no rounding at all
+_NUMBERS = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
+"""Attributes of a module that may differ between a layer and the same at another place."""
 _LOGIT_CHANGES = (
     "logit_scale",  # Cohere
     "logits_scaling",  # Granite
@@ -40,7 +46,7 @@ _LOGIT_CHANGES = (
 
 
 class LogitsError(DecantError):
-    """The model does more to its logits than to multiply hidden states by its head's matrix."""
+    """Logits are not the body's final hidden states times the head's matrix, plus its bias."""
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
@@ -52,6 +58,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
     Raises:
         DecantError: no model, an unknown architecture, or missing tensors.
     """
+    require_regular_folder(folder)
+    read_config_json(folder)
     try:
         model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
             folder,
@@ -86,12 +94,88 @@ def require_plain_head(folder: Path, config: Any) -> None:
             )
 
 
+@torch.no_grad()
+def require_own_logits(folder: Path, model: Any) -> None:
+    """Refuse a model whose logits are not its body's final hidden states, through its head.
+
+    The model's own forward is watched: what enters the head must be what the body gives, and what
+    leaves it their product, and the logits. Step by step a small change shows in any number format.
+
+    Raises:
+        LogitsError: something is done before or after the head, or the head is not used.
+        DecantError: the model cannot be run, as with sizes that do not fit together.
+    """
+    tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+    passed: list[tuple[Tensor | None, Tensor | None]] = []
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise LogitsError(
+            f"{folder} holds a {model.config.model_type!r} model without a head apart from its "
+            "body, which Decant needs: choose a model with one"
+        )
+    hook = head.register_forward_hook(lambda _, args, out: passed.append((args[0], out)))
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        hidden = body_states(model, tokens)
+    except Exception as error:  # whatever a class makes of foreign sizes
+        reason = " ".join(str(error).split())[:200]
+        raise DecantError(
+            f"the model of {folder} cannot be run ({reason}): bring the whole model again"
+        ) from error
+    finally:
+        hook.remove()
+    (entered, left), *_ = passed or [(None, None)]
+    product = left
+    if entered is not None and type(head) is not nn.Linear:
+        product = _product(head, entered)
+    for where, found, wanted, tolerance in (
+        ("before", entered, hidden, _REPEATED),
+        ("in", left, product, _REPEATED if model.dtype == torch.float32 else _ROUNDED),
+        ("after", left, logits, _UNCHANGED),
+    ):
+        if found is None or wanted is None or not _close(found, wanted, tolerance):
+            raise LogitsError(
+                f"the logits of {folder} are not its hidden states times its head's matrix: a "
+                f"{model.config.model_type!r} model does more {where} the head, which Decant does "
+                "not follow: choose a model without that"
+            )
+
+
+def _product(head: Any, states: Tensor) -> Tensor:
+    bias = getattr(head, "bias", None)
+    product: Tensor = states.float() @ head.weight.float().T
+    return product if bias is None else product + bias.float()
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    found, wanted = found.float(), wanted.float()
+    if not bool(wanted.isfinite().all()):  # which whoever uses the numbers says
+        return True
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
 def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
     """Final hidden states [B, L, D] of a model of transformers."""
     hidden: Tensor = model.base_model(
         input_ids=tokens, use_cache=False, **options
     ).last_hidden_state
     return hidden
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest row that a model of transformers reads; None where its config names no limit.
+
+    YaRN is switched on by `rope_scaling` alone, beside the context that was trained on.
+    """
+    config = config.get_text_config(decoder=True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "yarn" and rope.get("factor"):
+        original = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, round(rope["factor"] * original))
+    return limit
 
 
 @torch.no_grad()
@@ -142,7 +226,12 @@ class HuggingFaceStudent(Student):
         if layers is not None:
             model = _keep_layers(model, layers, folder)
         self.model = model
-        self._require_product(folder)
+        require_own_logits(folder, model)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise LogitsError(
+                f"{folder} has a bias in its head, which training does not follow: choose a model "
+                "without"
+            )
         self._keeps_apart = keeps_documents_apart(model, self.vocab_size)
         self.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
@@ -153,8 +242,7 @@ class HuggingFaceStudent(Student):
 
     @property
     def max_seq_len(self) -> int | None:
-        config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None)
+        return max_positions(self.model.config)
 
     @property
     def body(self) -> nn.Module:
@@ -172,20 +260,19 @@ class HuggingFaceStudent(Student):
             )
         return body_states(self.model, tokens, position_ids=document_positions(doc_ids))
 
-    @torch.no_grad()
-    def _require_product(self, folder: Path) -> None:
-        tokens = torch.arange(_PROBE_TOKENS)[None]
-        logits = self.model(input_ids=tokens, use_cache=False).logits
-        product = body_states(self.model, tokens) @ self.head_weight.T
-        if not bool((product - logits).abs().max() <= _TOLERANCE * logits.abs().max()):
-            raise LogitsError(
-                f"the logits of {folder} are not its hidden states times its head's matrix (a "
-                "bias, a scale or a cap follows), which training relies on: choose a model without"
-            )
-
 
 def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
-    """The same model with chosen decoder layers only; lists a layer in the config are cut alike."""
+    """The same model with chosen decoder layers only; lists a layer in the config are cut alike.
+
+    Raises:
+        DecantError: its layers cannot be chosen from, or one would become another kind of layer at
+            its new place (some architectures count which of them are sparse, or attend locally).
+    """
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise DecantError(
+            f"{folder} holds a {model.config.model_type!r} model, whose language model is a part of"
+            " a larger one, and layers are not chosen from these: set student.init to checkpoint"
+        )
     count = model.config.num_hidden_layers
     stacks = (
         name
@@ -205,9 +292,35 @@ def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
             setattr(config, name, [value[i] for i in layers])
     config.num_hidden_layers = len(layers)
     smaller = type(model)(config)
+    for place, (number, layer) in enumerate(zip(layers, smaller.get_submodule(stack), strict=True)):
+        if difference := _difference(model.get_submodule(f"{stack}.{number}"), layer):
+            raise DecantError(
+                f"layer {number} of {folder} would be another kind of layer at place {place} of "
+                f"the student ({difference}), since a {model.config.model_type!r} model counts its "
+                f"layers: choose others than student.layers={list(layers)}"
+            )
     smaller.load_state_dict(_renumbered(model.state_dict(), stack, layers))
     smaller.generation_config = model.generation_config
     return smaller.eval()
+
+
+def _difference(wanted: nn.Module, found: nn.Module) -> str | None:
+    """In what two layers differ besides their weights and numbers; None where in nothing."""
+    shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in (wanted, found)]
+    if shapes[0] != shapes[1] and shapes[0].keys() == shapes[1].keys():
+        name = next(name for name, shape in shapes[0].items() if shape != shapes[1][name])
+        return f"{name} {tuple(shapes[0][name])}, {tuple(shapes[1][name])}"
+    pairs = dict(wanted.named_modules()), dict(found.named_modules())
+    for name in sorted(pairs[0].keys() | pairs[1].keys()):
+        one, two = (modules.get(name) for modules in pairs)
+        if type(one) is not type(two):
+            return f"{name or 'layer'} {type(one).__name__}, {type(two).__name__}"
+        for key in sorted(vars(one).keys() & vars(two).keys() - _NUMBERS):
+            values = vars(one)[key], vars(two)[key]
+            simple = all(isinstance(value, bool | int | float | str | None) for value in values)
+            if simple and values[0] != values[1]:
+                return f"{name}.{key}".lstrip(".") + f"={values[0]!r}, {values[1]!r}"
+    return None
 
 
 def require_layers(layers: Sequence[int], count: int, folder: Path) -> None:

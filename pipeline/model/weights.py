@@ -1,7 +1,10 @@
 """Load and save students as Hugging Face folders: config.json, model.safetensors, tokenizer files.
 
 Parameter names are Hugging Face's, so loading is a copy by name and a saved student opens with
-`AutoModelForCausalLM` (as `qwen2` when q/k/v carry a bias, as `llama` when not).
+`AutoModelForCausalLM`: as `llama`, or as `qwen2` when q/k/v carry a bias. transformers opens the
+tokenizer of any `qwen2` folder as Qwen2's own, whatever its files say. A student with a bias and
+another tokenizer is therefore a `llama` with `attention_bias`, whose fourth bias, of o_proj, is
+zero; `attention_out_bias: false` says so (the name that Seed-OSS has for it).
 
 Which engine runs a folder follows from its config.json, not from a parameter: our own model where
 it implements that architecture, transformers for all others. The two agree number by number where
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,10 +29,12 @@ from torch import Tensor
 
 from pipeline.errors import DecantError
 from pipeline.model.base import Student
-from pipeline.model.folder import TOKENIZER_FILES, copy_files
+from pipeline.model.config import read_config_json, stored_weights
+from pipeline.model.folder import require_regular_files
 from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.tokenizer import TokenizerClassError, save_tokenizer
 from pipeline.storage import atomic_folder
 
 _NEEDED = (
@@ -40,7 +46,10 @@ _NEEDED = (
     "rms_norm_eps",
     "vocab_size",
 )
+_BY_NUMBER = (*_NEEDED, "num_key_value_heads", "head_dim")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+OUT_BIAS = ".self_attn.o_proj.bias"
+"""End of the name of the bias that a `llama` with attention_bias has and ours lacks."""
 
 
 class VariantError(DecantError):
@@ -70,7 +79,7 @@ def read_config(folder: Path) -> ModelConfig:
         VariantError: a variant this model does not implement, named.
         DecantError: no readable config.json.
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_config_json(folder)
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
@@ -78,20 +87,27 @@ def read_config(folder: Path) -> ModelConfig:
         raise VariantError(
             f"{folder}/config.json lacks {absent[0]}: add it, or bring the file again"
         )
+    if lists := [name for name in raw if name in _BY_NUMBER and isinstance(raw[name], list)]:
+        raise VariantError(f"{folder} has a {lists[0]} for each layer: the student has one for all")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    scaling = _read_rope(folder, raw, rope)
+    theta = float(rope.get("rope_theta", raw.get("rope_theta")) or 10_000.0)
+    scaling = _read_rope(folder, raw, rope, theta)
     head_size = raw["hidden_size"] // raw["num_attention_heads"]
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
         "head_dim": (raw.get("head_dim") or head_size, head_size),
         "mlp_bias": (raw.get("mlp_bias", False), False),
         "use_sliding_window": (raw.get("use_sliding_window", False), False),
-        "attention_bias": (kind == "llama" and raw.get("attention_bias", False), False),
     }
+    bias = kind == "qwen2" or bool(raw.get("attention_bias"))
+    if kind == "llama" and bias and raw.get("attention_out_bias") is not False:
+        raise VariantError(
+            f"{folder} has attention_bias=True, for o_proj too: the student supports False"
+        )
     for name, (value, supported) in unsupported.items():
         if value != supported:
             raise VariantError(f"{folder} has {name}={value!r}: the student supports {supported!r}")
-    return ModelConfig(
+    config = ModelConfig(
         hidden_size=raw["hidden_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=raw["num_attention_heads"],
@@ -99,20 +115,43 @@ def read_config(folder: Path) -> ModelConfig:
         intermediate_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
         max_seq_len=_context(raw["max_position_embeddings"], scaling),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+        rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=raw["rms_norm_eps"],
-        attention_bias=kind == "qwen2",
-        tie_embeddings=raw.get("tie_word_embeddings", False),
+        norm_eps=float(raw["rms_norm_eps"]),
+        attention_bias=bias,
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
     )
+    stored = stored_weights(folder)
+    if stored is not None and num_weights(config) > 2 * stored.elements:
+        raise DecantError(
+            f"{folder}/config.json describes {num_weights(config):,} weights, and the folder holds "
+            f"{stored.elements:,}: they do not belong together, bring the whole model again"
+        )
+    return config
 
 
-def _read_rope(folder: Path, raw: dict[str, Any], rope: dict[str, Any]) -> RopeScaling | None:
+def num_weights(config: ModelConfig) -> int:
+    """Weights of all matrices, a tied one counted once."""
+    width, kv_width = config.hidden_size, config.num_kv_heads * config.head_size
+    layer = width * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    embeddings = 1 if config.tie_embeddings else 2
+    return config.num_layers * layer + embeddings * config.vocab_size * width
+
+
+def _read_rope(
+    folder: Path, raw: dict[str, Any], rope: dict[str, Any], theta: float
+) -> RopeScaling | None:
     original = raw.get("original_max_position_embeddings") or raw["max_position_embeddings"]
     try:
-        return read_scaling(rope, original)
+        scaling = read_scaling(rope, original)
     except DecantError as error:
         raise VariantError(f"{folder} has {error}") from None
+    if isinstance(scaling, YarnScaling) and (theta <= 1 or not original):
+        raise VariantError(
+            f"{folder} has rope_theta={theta:g} and {original} original positions for rope type="
+            "'yarn', which needs more than 1 and 0"
+        )
+    return scaling
 
 
 def _context(max_position_embeddings: int, scaling: RopeScaling | None) -> int:
@@ -152,6 +191,8 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
                 continue
             if name.endswith(".rotary_emb.inv_freq"):  # Llama 2 stores what config.json gives
                 continue
+            if name.endswith(OUT_BIAS) and not tensor.any():  # see the module
+                continue
             if name not in targets or targets[name].shape != tensor.shape:
                 raise DecantError(
                     f"{folder} holds {name} {tuple(tensor.shape)}, which its config.json does not "
@@ -165,24 +206,66 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
 
 
 def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None) -> None:
-    """Write a Hugging Face folder atomically: complete under `folder`, or not there at all."""
+    """Write a Hugging Face folder atomically: complete under `folder`, or not there at all.
+
+    Raises:
+        DecantError: the tokenizer cannot be read, or transformers would open it as another than
+            its tokenizer.json describes.
+    """
     with atomic_folder(folder, "model", key="paths.runs") as partial:
         if isinstance(student, HuggingFaceStudent):
             student.model.save_pretrained(partial)
+            if tokenizer_from is not None:
+                save_tokenizer(tokenizer_from, partial)
         elif isinstance(student, StudentModel):
-            _write_model(student, partial)
-        if tokenizer_from is not None:
-            copy_files(tokenizer_from, TOKENIZER_FILES, partial)
+            _write_model(student, partial, tokenizer_from)
 
 
-def _write_model(student: StudentModel, folder: Path) -> None:
+def require_saveable(student: Student, tokenizer_from: Path) -> None:
+    """Refuse before training what `save_student` would refuse after it.
+
+    Raises:
+        DecantError: as `save_student`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(student, HuggingFaceStudent):
+            student.model.config.save_pretrained(scratch)
+            save_tokenizer(tokenizer_from, Path(scratch))
+        elif isinstance(student, StudentModel):
+            _write_config_and_tokenizer(student.config, Path(scratch), tokenizer_from)
+
+
+def _write_model(student: StudentModel, folder: Path, tokenizer_from: Path | None) -> None:
+    kind = _write_config_and_tokenizer(student.config, folder, tokenizer_from)
     tensors = {
         name: parameter.detach().to("cpu").contiguous()
         for name, parameter in student.named_parameters()
     }
+    if kind == "llama" and student.config.attention_bias:
+        for number in range(student.config.num_layers):
+            zeros = torch.zeros(student.config.hidden_size)
+            tensors[f"model.layers.{number}{OUT_BIAS}"] = zeros
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(_hugging_face_config(student.config), indent=2)
-    (folder / "config.json").write_text(text + "\n")
+
+
+def _write_config_and_tokenizer(
+    config: ModelConfig, folder: Path, tokenizer_from: Path | None
+) -> str:
+    """Returns the first model_type, of those that have the weights, that keeps the tokenizer."""
+    kinds = ("qwen2", "llama") if config.attention_bias else ("llama",)
+    for kind in kinds:
+        text = json.dumps(_hugging_face_config(config, kind), indent=2)
+        (folder / "config.json").write_text(text + "\n")
+        if tokenizer_from is None:
+            return kind
+        try:
+            save_tokenizer(tokenizer_from, folder)
+        except TokenizerClassError:
+            if kind == kinds[-1]:
+                raise
+        else:
+            return kind
+    raise AssertionError
 
 
 def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -192,6 +275,7 @@ def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         DecantError: no *.safetensors, or a damaged one.
     """
     files = sorted(folder.glob("*.safetensors"))
+    require_regular_files(files)
     if not files:
         raise DecantError(f"{folder} holds no *.safetensors: is it a model folder?")
     with ExitStack() as stack:
@@ -206,8 +290,8 @@ def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    kind = "qwen2" if config.attention_bias else "llama"
+def _hugging_face_config(config: ModelConfig, kind: str) -> dict[str, Any]:
+    biases = {"attention_bias": True, "attention_out_bias": False}
     return {
         "architectures": ["Qwen2ForCausalLM" if kind == "qwen2" else "LlamaForCausalLM"],
         "model_type": kind,
@@ -224,16 +308,5 @@ def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_parameters": rope_parameters(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
+        **(biases if kind == "llama" and config.attention_bias else {}),
     }
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DecantError(
-            f"{file} cannot be read as a model's config.json ({error}): bring the whole model again"
-        ) from None
-    if not isinstance(content, dict):
-        raise DecantError(f"{file} must hold a JSON object: bring the folder's files again")
-    return content

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.config import LoraParams, Params, StudentParams, TeacherParams
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.config import read_config_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +224,8 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
 
 def _read(file: Path) -> Shape:
     try:
-        return _from_config(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return _from_config(read_config_file(file))
+    except (LookupError, TypeError) as error:
         raise DecantError(
             f"{file} does not give the shape of a decoder ({type(error).__name__}: {error}): plans "
             "are made for models whose config.json has the keys of Qwen2's or Llama's"

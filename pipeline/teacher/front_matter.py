@@ -24,7 +24,7 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return {}
     return front if isinstance(front, dict) else {}
 

@@ -27,6 +27,8 @@ from pipeline.model.hugging_face import (
     body_states,
     keeps_documents_apart,
     load_causal_lm,
+    max_positions,
+    require_own_logits,
     require_plain_head,
 )
 from pipeline.runtime.device import compute_dtype, dtype_name, inference_dtype, place_rounded
@@ -46,8 +48,8 @@ class HuggingFaceTeacher:
             several copies of a chunk.
 
     Raises:
-        DecantError: the folder is no model, its head is smaller than the vocabulary, or logits
-            are changed after the head.
+        DecantError: the folder is no model, its head is smaller than the vocabulary, or its own
+            logits are not what its body and head give.
     """
 
     def __init__(
@@ -61,7 +63,10 @@ class HuggingFaceTeacher:
     ) -> None:
         model = load_causal_lm(folder, dtype, what="teacher")
         require_plain_head(folder, model.config)
+        self.folder = folder
         self.model = place_rounded(model, dtype, device).eval().requires_grad_(False)
+        require_own_logits(folder, self.model)
+        self.max_seq_len = max_positions(self.model.config)
         self.device = device
         self.dtype = dtype
         self._compute_dtype = compute_dtype(dtype, device)
@@ -97,8 +102,15 @@ class HuggingFaceTeacher:
                 None for plain causal attention over the row.
 
         Raises:
-            DecantError: this architecture can not keep documents apart.
+            DecantError: this architecture can not keep documents apart, or the rows are longer than
+                the teacher reads.
         """
+        if self.max_seq_len is not None and tokens.shape[1] > self.max_seq_len:
+            raise DecantError(
+                f"rows of {tokens.shape[1]:,} tokens are longer than the {self.max_seq_len:,} "
+                f"positions of the teacher {self.folder}: set corpus.row_length to that at most, "
+                "or choose a teacher with a longer context"
+            )
         if doc_ids is None:
             return body_states(self.model, tokens.to(self.device))
         if self._keeps_apart is None:

@@ -17,11 +17,11 @@ from pipeline.data.rows import CorpusSplit
 from pipeline.data.vocabulary import require_shared_ids, tokenizer_folder
 from pipeline.errors import ParamsError
 from pipeline.model.base import Student
-from pipeline.model.folder import TOKENIZER_FILES, files_to_copy, teacher_folder
+from pipeline.model.folder import teacher_folder
 from pipeline.model.hugging_face import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters, save_adapters
 from pipeline.model.student import ModelConfig, StudentModel
-from pipeline.model.weights import open_student, save_student
+from pipeline.model.weights import open_student, require_saveable, save_student
 from pipeline.runtime.console import say
 
 
@@ -67,7 +67,8 @@ class RunStudent:
         corpora: the splits it will see, training first.
 
     Raises:
-        DecantError: the tokenizer is a link out of its folder.
+        DecantError: the tokenizer is a link out of its folder, or one that transformers would not
+            open beside such a model.
         ParamsError, MismatchError: it cannot take the corpus's rows or does not share its ids, or
             paths.teacher holds another tokenizer than the corpus's, which the model would get.
     """
@@ -79,10 +80,10 @@ class RunStudent:
         if self._start is not None:
             require_shared_ids(self._start, corpora, teacher)
         self._tokenizer = tokenizer_folder((teacher, self._start), corpora[0])
-        if self._tokenizer is not None:  # what `save` would refuse is refused before training
-            files_to_copy(self._tokenizer, TOKENIZER_FILES)
         self.model = build_student(params.student, teacher)
         require_room(self.model, corpora[0])
+        if self._tokenizer is not None:
+            require_saveable(self.model, self._tokenizer)
         self._adapters: Any = None
         if params.student.lora is not None:
             self._adapters = add_adapters(self.model, params.student.lora)

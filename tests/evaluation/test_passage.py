@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.config import Params
-from pipeline.data.corpus import load_tokenizer
 from pipeline.data.packing import Rows
 from pipeline.data.rows import CorpusSplit, SplitWriter
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import first_passage, read_tokens, view_passage
+from pipeline.model.tokenizer import load_tokenizer
 from tests.conftest import make_teacher, make_tokenizer
 from tests.helpers import live_teacher
 

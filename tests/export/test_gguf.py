@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from pipeline.errors import DecantError
 from pipeline.export.gguf import interleave_halves, require_convertible, write_gguf
 from pipeline.export.vocabulary import pre_tokenizer_name
-from pipeline.model.weights import stream_tensors
+from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.weights import save_student, stream_tensors
 from tests.conftest import make_tokenizer
-from tests.export.conftest import SHAPE, edit_json, make_llama
+from tests.export.conftest import SHAPE, edit_json, make_digit_tokenizer, make_llama
 from tests.study.conftest import make_model, make_qwen_tokenizer
 
 NAMES = {
@@ -262,9 +263,32 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "model", vocab_size=308)
-    with pytest.raises(DecantError, match="gives id 310, but the model has 308 embedding rows"):
+    with pytest.raises(DecantError, match="gives id 309, but the model has 308 embedding rows"):
         write_gguf(folder, tmp_path / "x.gguf", "f16", name="x")
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
+    """As Gemma 3's <image_soft_token> of its text models: <tool> has id 310."""
+    folder = make_llama(tmp_path / "model", vocab_size=310)
+    write_gguf(folder, tmp_path / "x.gguf", "f16", name="x")
+    values, _, _ = read(tmp_path / "x.gguf")
+    assert len(values["tokenizer.ggml.tokens"]) == 310
+    assert "<tool>" not in values["tokenizer.ggml.tokens"]
+
+
+def test_the_pre_tokenizer_is_tokenizer_jsons_beside_any_model(tmp_path: Path) -> None:
+    """A student with a bias is a qwen2 in a GGUF file, and its tokenizer is the corpus's."""
+    make_digit_tokenizer(tmp_path / "digits")
+    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2}
+    student = StudentModel(ModelConfig(**shape, intermediate_size=64, vocab_size=320))
+    save_student(student, tmp_path / "model", tokenizer_from=tmp_path / "digits")
+    write_gguf(tmp_path / "model", tmp_path / "x.gguf", "f16", name="x")
+    values, tensors, _ = read(tmp_path / "x.gguf")
+    assert values["general.architecture"] == "qwen2"
+    assert values["tokenizer.ggml.pre"] == "smollm"
+    assert "blk.0.attn_q.bias" in tensors
+    assert "blk.0.attn_output.bias" not in tensors
 
 
 def test_weights_beyond_float16_are_refused_and_an_older_file_stays(

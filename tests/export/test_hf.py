@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Params
@@ -22,7 +23,7 @@ from pipeline.export.card import card_license, folder_card, run_card, unknown_fi
 from pipeline.export.hf import write_hugging_face
 from pipeline.model.weights import load_student, save_student
 from tests.conftest import change
-from tests.export.conftest import edit_json
+from tests.export.conftest import edit_json, make_digit_tokenizer, text_of_many_lines
 
 OPEN = """
 import sys, torch
@@ -89,6 +90,33 @@ def test_special_ids_and_template_are_the_tokenizers(exported: Path, trained: Pa
     said = json.loads((exported / "tokenizer_config.json").read_text())
     assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"local_files_only", "is_local", "backend"} & said.keys()
+
+
+def test_a_qwen2_with_another_tokenizer_is_exported_so_that_it_opens_with_it(
+    qwen_folder: Path, tmp_path: Path
+) -> None:
+    """As runs of older versions are: transformers would open Qwen2's own tokenizer."""
+    source = shutil.copytree(qwen_folder, tmp_path / "run")
+    make_digit_tokenizer(source)
+    edit_json(source / "config.json", bos_token_id=7)
+    (tmp_path / "export").mkdir()
+    write_hugging_face(source, tmp_path / "export", torch.float32)
+    text = text_of_many_lines()
+    wanted = Tokenizer.from_file(str(source / "tokenizer.json"))
+    found = AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = found(text, add_special_tokens=False)["input_ids"]
+    assert ids == wanted.encode(text, add_special_tokens=False).ids
+    tokens = torch.randint(0, 300, (2, 12))
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (source, tmp_path / "export")
+    ]
+    logits = [model(tokens).logits for model in models]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+    assert models[1].config.model_type == "llama"
+    assert models[1].config.bos_token_id == 7
+    ours = load_student(tmp_path / "export").eval()
+    torch.testing.assert_close(ours(tokens), logits[0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_a_folder_says_is_kept(qwen_folder: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_shape_that_is_not_to_be_had_is_one_sentence(
     with pytest.raises(DecantError, match=r"does not give the shape of a decoder \(KeyError"):
         teacher_shape(of_teacher(source="hub"), tmp_path)
     (tmp_path / "config.json").write_text("[768]")
-    with pytest.raises(DecantError, match="does not give the shape of a decoder"):
+    with pytest.raises(DecantError, match="must hold a JSON object"):
         teacher_shape(of_teacher(source="hub"), tmp_path)
     student = change(tiny_params, student={"init": "checkpoint", "checkpoint": "x/y"}).student
     with pytest.raises(ParamsError, match=r"student\.checkpoint=x/y is not known here"):

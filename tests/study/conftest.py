@@ -34,11 +34,7 @@ _CHATML = (
 
 
 def make_qwen_tokenizer(folder: Path, **changes: Any) -> None:
-    """Byte-level BPE of 320 entries and 3 special ones; `changes` replace parts of it.
-
-    Beside a `qwen2` model transformers puts Qwen2.5's normaliser in, whatever the file says: change
-    it beside a `llama`.
-    """
+    """Byte-level BPE of 320 entries and 3 special ones; `changes` replace parts of it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = changes.get("normalizer", normalizers.NFC())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

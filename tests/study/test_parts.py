@@ -316,7 +316,7 @@ def test_damaged_weights_are_one_sentence(qwen_folder: Path, tmp_path: Path) -> 
     shutil.copytree(qwen_folder, folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(DecantError, match="cannot be read as a causal language model"):
+    with pytest.raises(DecantError, match=r"model\.safetensors is damaged"):
         run_one(make_subject(folder), "architecture")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(DecantError, match=r"the tokenizer of .* cannot be read"):
