@@ -46,7 +46,6 @@ class Quantity:
     words: str  # in sentences, after "mean"
     resolution: float
     likeness: bool = False  # 1 is perfect, and the error is what is missing
-    ceiling: str | None = None  # the parameter that bounds the mean
 
     def errors(self, agreement: Agreement) -> Tensor:
         """[n], 0 where said and live are the same."""
@@ -55,14 +54,14 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("cosine", "cosine", 1e-5, likeness=True, ceiling="min_mean_cosine"),
-    Quantity("kl", "KL", 1e-5, ceiling="max_mean_kl"),
-    Quantity("top1", "top-1 agreement", 1e-3, likeness=True, ceiling="min_top1"),
-    Quantity("overlap", "overlap of ids", 1e-3, likeness=True, ceiling="min_overlap"),
-    Quantity("logprobs", "error of log-probabilities", NATS, ceiling="max_logprob_error"),
-    Quantity("lse", "error of lse", NATS, ceiling="max_lse_error"),
-    Quantity("lse_tau", "error of lse_tau", NATS, ceiling="max_normaliser_error"),
-    Quantity("entropy", "error of entropy", NATS, ceiling="max_normaliser_error"),
+    Quantity("cosine", "cosine", 1e-5, likeness=True),
+    Quantity("kl", "KL", 1e-5),
+    Quantity("top1", "top-1 agreement", 1e-3, likeness=True),
+    Quantity("overlap", "overlap of ids", 1e-3, likeness=True),
+    Quantity("logprobs", "error of log-probabilities", NATS),
+    Quantity("lse", "error of lse", NATS),
+    Quantity("lse_tau", "error of lse_tau", NATS),
+    Quantity("entropy", "error of entropy", NATS),
     Quantity("draws", "agreement of draws", 1e-3, likeness=True),
 )
 
@@ -111,6 +110,7 @@ def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, dra
     factor = params.noise_factor
     tails = max(1.0, sqrt(size / len(noise)))
     unit = {"top1": 1.0, "overlap": 1.0 / max(1, k), "draws": 1.0 / max(1, draws)}
+    ceilings = _ceilings(params)
     limits = {}
     for quantity in QUANTITIES:
         errors = quantity.errors(noise.agreement)
@@ -123,9 +123,7 @@ def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, dra
         mean, row = (max(factor * floor, quantity.resolution) for floor in floors)
         if quantity.likeness:
             mean, row = (min(m, (1.0 + f) / 2) for m, f in zip((mean, row), floors, strict=True))
-        if quantity.ceiling:
-            ceiling = getattr(params, quantity.ceiling)
-            mean = min(mean, 1.0 - ceiling if quantity.likeness else ceiling)
+        mean = min(mean, ceilings.get(quantity.name, mean))
         if quantity.name == "cosine":
             row = min(row, 1.0 - params.min_row_cosine)
         position = max(factor * tails * (float(errors.max()) + unseen), quantity.resolution)
@@ -136,6 +134,20 @@ def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, dra
     worst = noise.row_means(noise.agreement.signed)[1].abs().amax(0)
     signed = [max(factor * float(value), NATS) for value in worst]
     return Limits(errors=limits, signed=dict(zip(noise.signed_names, signed, strict=True)))
+
+
+def _ceilings(params: VerifyParams) -> dict[str, float]:
+    """Of means over all positions."""
+    return {
+        "cosine": 1.0 - params.min_mean_cosine,
+        "kl": params.max_mean_kl,
+        "top1": 1.0 - params.min_top1,
+        "overlap": 1.0 - params.min_overlap,
+        "logprobs": params.max_logprob_error,
+        "lse": params.max_lse_error,
+        "lse_tau": params.max_normaliser_error,
+        "entropy": params.max_normaliser_error,
+    }
 
 
 def allowed_positions(size: int) -> int:

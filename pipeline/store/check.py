@@ -3,7 +3,7 @@
 What is damaged is named and can be captured again alone: a damaged shard loses its commit marker,
 damaged metadata is written anew from the fingerprint. Nothing here asks the teacher, so a check
 runs at the disk's speed; whether the cache says what the teacher says is the gate's question
-(pipeline/fidelity.py).
+(pipeline/fidelity).
 """
 
 from __future__ import annotations
