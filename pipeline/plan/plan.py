@@ -25,7 +25,7 @@ from pipeline.resolved import resolve
 TOKENIZED = 2.1e5  # tokens a second of one processor, by `build_corpus` of Python's library
 READ = 6.1e6  # tokens a second that two threads beside a device read and decode (cache_speed.py)
 WRITTEN = 1.6e6  # tokens a second that two threads encode and commit (cache_speed.py)
-NOISE_COPIES = 3  # of a row in a forward of the noise floor (pipeline/fidelity.py)
+NOISE_COPIES = 3  # of a row in a forward of the noise floor (pipeline/fidelity/gate.py)
 MODES = (Mode(k=64, draws=0), Mode(k=32, draws=0), Mode(k=16, draws=0), Mode(k=0, draws=50))
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from pipeline.config import DeviceName, Params
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import ParamsError
-from pipeline.fidelity import run_gate
+from pipeline.fidelity.gate import run_gate
 from pipeline.plan.devices import DEVICES
 from pipeline.plan.plan import make_plan
 from pipeline.plan.storage import Mode, bytes_a_token
@@ -124,7 +124,7 @@ def test_verify_counts_what_the_gate_computes(tiny_cache: Params) -> None:
         for split in SPLITS
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.fidelity._announce", lambda *_: None)
+        patch.setattr("pipeline.fidelity.gate._announce", lambda *_: None)
         run_gate(teacher, splits, tiny_cache.verify, seed=0)
     plan = make_plan(tiny_cache)
     seconds = plan.stage("verify").seconds
