@@ -411,7 +411,9 @@ class ChatTokenizer:
     def _ends(self, text: str) -> Iterator[re.Match[str]]:
         """Special tokens that the template itself has written."""
         return (
-            match for match in self._special.finditer(text) if text[: match.start()][-1:] != _OPEN
+            match
+            for match in self._special.finditer(text)
+            if text[max(match.start() - 1, 0) : match.start()] != _OPEN
         )
 
     def _closed(self, turn: str) -> int:
@@ -574,8 +576,9 @@ def _text_of(part: Any, message: Message) -> str:
 
 
 def _call_of(arguments: Any) -> Message:
+    """A call of ours, in both of the forms that templates read."""
     call = {"name": "look", "arguments": arguments}
-    calls = [{"type": "function", "id": "call00001", "function": call}]
+    calls = [{"type": "function", "id": "call00001", "function": call, **call}]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
