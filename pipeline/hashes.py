@@ -35,6 +35,6 @@ def hash_changed(files: Iterable[Path], seen: Path | None) -> dict[str, str]:
             now[str(file)] = known
         else:
             now[str(file)] = [*as_it_is, hash_file(file)]
-    if seen and seen.parent.is_dir() and now != before:
+    if seen and now != before:
         write_json(seen, now)
     return {name: str(found[2]) for name, found in now.items()}

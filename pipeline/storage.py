@@ -25,6 +25,7 @@ import xxhash
 from pipeline.errors import DecantError, MismatchError, accident, is_full, place_of
 from pipeline.extras import require
 from pipeline.files import create_bytes, fsync, open_file, write_bytes
+from pipeline.hashes import SEEN
 from pipeline.locks import lock_folder
 
 Result = TypeVar("Result")
@@ -203,6 +204,13 @@ def _sum(file: Path) -> list[Any]:
             digest.update(block)
             length += len(block)
     return [length, digest.hexdigest()]
+
+
+def seen_file(address: Address) -> Path | None:
+    """Where hashes of source files are remembered: in a folder that bears the mark, on a disk."""
+    if isinstance(address, Url) or not (address / MARK).exists():
+        return None
+    return address / SEEN
 
 
 def _read_mark(folder: Folder) -> str | None:

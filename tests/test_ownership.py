@@ -165,6 +165,10 @@ def test_fetch_replaces_a_fetched_teacher_alone(
     for _ in range(2):
         fetch_teacher(tiny_params.teacher, tmp_path / "teacher")
     assert json.loads((tmp_path / "teacher" / MARK).read_text())["kind"] == "teacher"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    fetch_teacher(tiny_params.teacher, tmp_path / "link")
+    assert json.loads((tmp_path / "disk" / MARK).read_text())["kind"] == "teacher"
     before = files(teacher_folder)
     with pytest.raises(MismatchError, match=r"set paths\.teacher to another place"):
         fetch_teacher(tiny_params.teacher, teacher_folder)  # its own source

@@ -17,10 +17,10 @@ from pipeline.config import CorpusParams
 from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.data.sources import find_files, stdlib_files
 from pipeline.errors import DecantError
-from pipeline.hashes import SEEN, hash_changed
+from pipeline.hashes import hash_changed
 from pipeline.hub import commit_of
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
-from pipeline.storage import Address, Url, open_folder, require_ours
+from pipeline.storage import Address, open_folder, require_ours, seen_file
 
 _HERE = Path(__file__).parent
 _CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
@@ -39,7 +39,7 @@ def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str
     unused = {"files", "hub"} - {params.source}
     values = params.model_dump(mode="json", exclude=unused)
     try:
-        text = _text(params, None if isinstance(address, Url) else address / SEEN, before)
+        text = _text(params, seen_file(address), before)
     except DecantError:
         if before.get("corpus") != values:
             raise

@@ -24,7 +24,7 @@ from typing import Any
 from pipeline.config import GgufTeacher, HubTeacher, TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.files import write_json
-from pipeline.hashes import SEEN, hash_changed
+from pipeline.hashes import hash_changed
 from pipeline.hub import commit_of
 from pipeline.model.config import read_config_json
 from pipeline.model.folder import (
@@ -37,7 +37,7 @@ from pipeline.model.folder import (
     teacher_folder,
 )
 from pipeline.runtime.console import announce
-from pipeline.storage import atomic_folder, find_damage, require_ours
+from pipeline.storage import atomic_folder, find_damage, require_ours, seen_file
 from pipeline.teacher.front_matter import CARD
 from pipeline.teacher.gguf import dequantise
 
@@ -122,13 +122,13 @@ def _hash_folder(source: Path, folder: Path) -> Any:
     if not (source / "config.json").exists():
         raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
     files = files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links out of it
-    hashes = hash_changed(files, folder / SEEN)
+    hashes = hash_changed(files, seen_file(folder))
     return {Path(name).name: sha256 for name, sha256 in hashes.items()}
 
 
 def _hash_gguf(params: GgufTeacher, folder: Path) -> str:
     if params.path.exists():
-        return hash_changed([params.path], folder / SEEN)[str(params.path)]
+        return hash_changed([params.path], seen_file(folder))[str(params.path)]
     before = read_pointer(folder)
     if before.get("source") != "gguf":
         raise DecantError(f"teacher GGUF {params.path} does not exist: set teacher.gguf.path")

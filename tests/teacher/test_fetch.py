@@ -59,9 +59,10 @@ def test_a_changed_folder_changes_what_dvc_follows(
     teacher = from_folder(tiny_params, source)
     fetch_teacher(teacher, tmp_path / "teacher")
     before = read_pointer(tmp_path / "teacher")
-    data = bytearray((source / name).read_bytes())
-    data[-2] ^= 1
-    (source / name).write_bytes(data)
+    data = (source / name).read_bytes()
+    is_text = name.endswith(".json")
+    changed = data + b"\n" if is_text else data[:-1] + bytes([data[-1] ^ 1])
+    (source / name).write_bytes(changed)
     fetch_teacher(teacher, tmp_path / "teacher")
     after = read_pointer(tmp_path / "teacher")
     assert {key for key in after["files"] if after["files"][key] != before["files"][key]} == {name}
