@@ -1,4 +1,4 @@
-"""Bring the teacher and its tokenizer to a local folder: `python stages/fetch.py`."""
+"""Fetch the teacher and its tokenizer: `python stages/fetch.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @stage
 def main(params: Params) -> None:
-    """Bring the teacher and its tokenizer to this machine, as a Hugging Face folder.
+    """Fetch the teacher and its tokenizer, as a Hugging Face folder.
 
     A folder, and what the hub's library keeps, are used where they lie. The only stage that touches
     the network. Reads teacher.*; writes paths.teacher.

@@ -61,7 +61,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DecantError(
             f"{file} cannot be read as a tokenizer ({type(error).__name__}: {str(error)[:200]}): "
-            "bring the model's own file"
+            "use the model's original file"
         ) from None
     return Vocabulary(tokens=tokens, control=frozenset(added), merges=merges)
 
@@ -77,7 +77,7 @@ def require_tokenizer(folder: Path, corpus: CorpusSplit) -> None:
     if found != wanted:
         raise MismatchError(
             f"{corpus.path} was tokenized with tokenizer {wanted[:12]}, {folder} holds "
-            f"{found[:12]}: run stages/corpus.py again, or bring the other teacher back"
+            f"{found[:12]}: run stages/corpus.py again, or restore the other teacher"
         )
 
 
@@ -120,7 +120,7 @@ def require_shared_ids(start: Path, corpora: Sequence[CorpusSplit], tokenizer: P
     if not (tokenizer / "tokenizer.json").exists() or hash_tokenizer(tokenizer) != wanted:
         raise MismatchError(
             f"{start} has tokenizer {found[:12]}, the corpus was made by {wanted[:12]}, which "
-            f"{tokenizer} does not hold for a comparison of their ids: bring that teacher back, or "
+            f"{tokenizer} does not hold for a comparison of their ids: restore that teacher, or "
             "make the corpus again with stages/corpus.py"
         )
     ours, theirs = read_vocabulary(start), read_vocabulary(tokenizer)

@@ -117,7 +117,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
         if file.stat().st_size > _LARGEST_FILE:
             raise DecantError(
                 f"{file} has {file.stat().st_size:,} bytes, more than the {_LARGEST_FILE:,} that a "
-                "config.json may have: bring the model's own file"
+                "config.json may have: use the model's original file"
             )
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -125,11 +125,11 @@ def read_config_file(file: Path) -> dict[str, Any]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
-            f"{file} cannot be read as a model's config.json ({reason}): bring the whole model "
+            f"{file} cannot be read as a model's config.json ({reason}): download the whole model "
             "again"
         ) from None
     if not isinstance(content, dict):
-        raise DecantError(f"{file} must hold a JSON object: bring the folder's files again")
+        raise DecantError(f"{file} must hold a JSON object: download the folder's files again")
     for path, values in _objects(content, file):
         _require_types(values, file, path)
     return content
@@ -199,7 +199,7 @@ def stored_weights(folder: Path) -> StoredWeights | None:
         except (SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DecantError(
-                f"{file} is damaged ({reason}): bring the folder's files again"
+                f"{file} is damaged ({reason}): download the folder's files again"
             ) from None
     return StoredWeights(elements, layers) if files else None
 
@@ -225,7 +225,7 @@ def _objects(config: dict[str, Any], file: Path) -> Iterator[tuple[str, dict[str
         path, depth, value = waiting.pop()
         if depth > _DEEPEST:
             raise DecantError(
-                f"{file} is nested deeper than {_DEEPEST} levels: bring the model's own config.json"
+                f"{file} is nested deeper than {_DEEPEST} levels: use the model's original config.json"
             )
         if isinstance(value, dict):
             yield path, value
@@ -293,7 +293,7 @@ def _require_fit(
                 if value > most:
                     raise DecantError(
                         f"{file} says {path}{name}={value:,}, and the model {has}: sizes and "
-                        "weights do not belong together, bring the whole model again"
+                        "weights do not belong together, download the whole model again"
                     )
 
 
@@ -301,7 +301,7 @@ def _wrong(file: Path, name: str, value: Any, wanted: str) -> DecantError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
     return DecantError(
-        f"{file} says {name}={shown}, which must be {wanted}: bring the model's own config.json"
+        f"{file} says {name}={shown}, which must be {wanted}: use the model's original config.json"
     )
 
 

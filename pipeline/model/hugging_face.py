@@ -77,7 +77,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
         ) from error
     if missing := loading["missing_keys"]:  # transformers would start these at random
         raise DecantError(
-            f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: bring the whole "
+            f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the whole "
             "model by stages/fetch.py"
         )
     return model.eval()
@@ -120,7 +120,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
     except Exception as error:  # whatever a class makes of foreign sizes
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
-            f"the model of {folder} cannot be run ({reason}): bring the whole model again"
+            f"the model of {folder} cannot be run ({reason}): download the whole model again"
         ) from error
     finally:
         hook.remove()

@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not 0 <= largest < LARGEST_ID:
         raise DecantError(
             f"the tokenizer of {folder} has {largest:,} for its largest id, which must lie in 0.."
-            f"{LARGEST_ID - 1:,}: bring the folder's files again"
+            f"{LARGEST_ID - 1:,}: download the folder's files again"
         )
     return tokenizer
 
@@ -114,7 +114,7 @@ def _open(folder: Path, factory: Any) -> Any:
             raise
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
-            f"the tokenizer of {folder} cannot be read ({reason}): bring the folder's files again"
+            f"the tokenizer of {folder} cannot be read ({reason}): download the folder's files again"
         ) from error
 
 

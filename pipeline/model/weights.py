@@ -85,7 +85,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
     if absent := [name for name in _NEEDED if not raw.get(name)]:
         raise VariantError(
-            f"{folder}/config.json lacks {absent[0]}: add it, or bring the file again"
+            f"{folder}/config.json lacks {absent[0]}: add it, or download the file again"
         )
     if lists := [name for name in raw if name in _BY_NUMBER and isinstance(raw[name], list)]:
         raise VariantError(f"{folder} has a {lists[0]} for each layer: the student has one for all")
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> ModelConfig:
     if stored is not None and num_weights(config) > 2 * stored.elements:
         raise DecantError(
             f"{folder}/config.json describes {num_weights(config):,} weights, and the folder holds "
-            f"{stored.elements:,}: they do not belong together, bring the whole model again"
+            f"{stored.elements:,}: they do not belong together, download the whole model again"
         )
     return config
 
@@ -284,7 +284,7 @@ def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
             except SafetensorError as error:
                 raise DecantError(
-                    f"{file} is damaged ({error}): bring the folder's files again"
+                    f"{file} is damaged ({error}): download the folder's files again"
                 ) from None
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 yield name, opened.get_tensor(name)

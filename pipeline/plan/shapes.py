@@ -169,7 +169,7 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
     found = params.checkpoint and _at_hand(str(params.checkpoint), params.checkpoint)
     if not found:
         raise ParamsError(
-            f"the shape of student.checkpoint={params.checkpoint} is not known here: bring the "
+            f"the shape of student.checkpoint={params.checkpoint} is not known here: download the "
             "folder, so that its config.json can be read"
         )
     return str(params.checkpoint), found

@@ -33,5 +33,5 @@ def import_ray() -> Any:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported; PyTorch's CUDA builds for Linux bring it along."""
+    """Whether Triton can be imported; PyTorch's CUDA builds for Linux depend on it."""
     return importlib.util.find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""Bring the teacher and its tokenizer to this machine; the only networked step.
+"""Fetch the teacher and its tokenizer; the only networked step.
 
 What later stages read offline is a plain folder of safetensors and tokenizer files. A folder, and a
 model that the hub's own library keeps, are used where they lie, with a pointer to them at

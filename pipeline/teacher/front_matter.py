@@ -1,6 +1,6 @@
 """The front matter of a model card, README.md: what a teacher's folder says of licence and origin.
 
-A folder and the hub bring their own card. A GGUF file has the same facts among its metadata
+A folder and the hub have a card of their own. A GGUF file has the same facts among its metadata
 (`general.license` and `general.base_model.<n>.repo_url` of the GGUF specification), from which
 `fetch` writes a card.
 """

@@ -71,7 +71,7 @@ _SIZES = {  # GGUF's key below the architecture's name -> config.json's
     "rope.scaling.factor": "factor",
 }
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
-_INSTEAD = "set teacher.source to hub or folder, and bring the model's safetensors"
+_INSTEAD = "set teacher.source to hub or folder, and use the model's safetensors"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DecantError(
-            f"{file} cannot be read as a GGUF model ({reason}): bring the file again, or {_INSTEAD}"
+            f"{file} cannot be read as a GGUF model ({reason}): download the file again, or {_INSTEAD}"
         ) from error
 
 
@@ -408,9 +408,9 @@ def _require_finite(model: Any, file: Path) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise DecantError(
-                f"{file} holds numbers in {name} that are not finite: bring the file again"
+                f"{file} holds numbers in {name} that are not finite: download the file again"
             )
 
 
 def _damaged(file: Path, what: str) -> DecantError:
-    return DecantError(f"{file} {what}, so that it is no whole GGUF file: bring it again")
+    return DecantError(f"{file} {what}, so that it is no whole GGUF file: download it again")
