@@ -225,7 +225,8 @@ def _objects(config: dict[str, Any], file: Path) -> Iterator[tuple[str, dict[str
         path, depth, value = waiting.pop()
         if depth > _DEEPEST:
             raise DecantError(
-                f"{file} is nested deeper than {_DEEPEST} levels: use the model's original config.json"
+                f"{file} is nested deeper than {_DEEPEST} levels: use the model's original "
+                "config.json"
             )
         if isinstance(value, dict):
             yield path, value

@@ -77,8 +77,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
         ) from error
     if missing := loading["missing_keys"]:  # transformers would start these at random
         raise DecantError(
-            f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the whole "
-            "model by stages/fetch.py"
+            f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
+            "whole model by stages/fetch.py"
         )
     return model.eval()
 

@@ -114,7 +114,8 @@ def _open(folder: Path, factory: Any) -> Any:
             raise
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
-            f"the tokenizer of {folder} cannot be read ({reason}): download the folder's files again"
+            f"the tokenizer of {folder} cannot be read ({reason}): download the folder's files "
+            "again"
         ) from error
 
 

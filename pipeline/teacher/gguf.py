@@ -134,7 +134,8 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DecantError(
-            f"{file} cannot be read as a GGUF model ({reason}): download the file again, or {_INSTEAD}"
+            f"{file} cannot be read as a GGUF model ({reason}): download the file again, or "
+            f"{_INSTEAD}"
         ) from error
 
 

@@ -40,8 +40,8 @@ def start_folder(params: StudentParams, teacher: Path) -> Path | None:
     if not params.checkpoint.is_dir():
         raise ParamsError(
             f"student.checkpoint={params.checkpoint} is no folder here: if it is a model's name on "
-            f"the hub, download it by `hf download {params.checkpoint} --local-dir FOLDER`, and name "
-            "that folder"
+            f"the hub, download it by `hf download {params.checkpoint} --local-dir FOLDER`, and "
+            "name that folder"
         )
     return params.checkpoint
 
