@@ -54,7 +54,7 @@ def print_sizes(reader: CacheReader) -> None:
     tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
     sizes: dict[str, int] = {}
     for shard in range(reader.layout.num_shards):
-        for name, (size, _) in read_marker(reader._folder, shard)["objects"].items():
+        for name, (size, _) in read_marker(reader._folder, shard).objects.items():
             sizes[name] = sizes.get(name, 0) + size
     group = reader.corpus._folder.sizes()
     for name in ("tokens", "doc_ids", "in_loss"):
