@@ -78,7 +78,10 @@ class Section(BaseModel):
 class Paths(Section):
     """Where each stage writes, relative to the working folder."""
 
-    teacher: Path = Field(description="Hugging Face folder of the teacher, with its tokenizer")
+    inputs: Path = Field(description="for DVC: hashes of what teacher.* and corpus.* name")
+    teacher: Path = Field(
+        description="Hugging Face folder of the teacher with its tokenizer, or a pointer to one"
+    )
     corpus: Location = Field(description="zarr group of tokens and document ids")
     advise: Path = Field(description="what each K would keep and cost, measured on a sample")
     logits: Location = Field(description="zarr group of the teacher's top-K: the cache")

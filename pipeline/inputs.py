@@ -1,0 +1,57 @@
+"""Describe what lies outside the pipeline, teacher and text, in files that DVC can follow.
+
+DVC follows paths inside the project. It cannot follow what a pattern matches, a folder elsewhere, a
+revision on the hub, or the running Python's library. Under DVC, stages/inputs.py therefore runs
+each time and writes the hashes of all these to paths.inputs. `fetch` and `corpus` depend on the two
+files, which stay as they are, byte for byte, as long as nothing has changed. It is a stage of its
+own because DVC copies the links that make up a stage's output before it runs the stage: a corpus of
+gigabytes must not be copied only to find that it is up to date.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.data.made_from import text_made_from
+from pipeline.files import read_json_object, write_json
+from pipeline.runtime.console import announce
+from pipeline.storage import claim, seen_file
+from pipeline.teacher.made_from import teacher_made_from
+
+TEACHER, TEXT = "teacher.json", "text.json"
+
+
+def write_inputs(params: Params) -> list[str]:
+    """Write both files; return the names of those that have changed.
+
+    A source that has gone since is taken to be as it was: on a machine that has only what was made
+    from it, none of it can have changed.
+
+    Raises:
+        DecantError: a source is not there and never was, or cannot be reached.
+        MismatchError: paths.inputs holds something else.
+    """
+    folder = params.paths.inputs
+    announce(
+        "inputs",
+        f"hashes what teacher.source={params.teacher.source} and corpus.source="
+        f"{params.corpus.source} name, as far as it has changed",
+    )
+    claim(folder, "inputs", key="paths.inputs")
+    before = {name: read_json_object(folder / name) for name in (TEACHER, TEXT)}
+    seen = {name: _seen(folder, name) for name in before}
+    now = {
+        TEACHER: teacher_made_from(params.teacher, before[TEACHER], seen[TEACHER]),
+        TEXT: text_made_from(params.corpus, before[TEXT], seen[TEXT]),
+    }
+    changed = [name for name in now if now[name] != before[name]]
+    for name in changed:
+        write_json(folder / name, now[name])
+    return changed
+
+
+def _seen(folder: Path, name: str) -> Path | None:
+    """A memory of hashes for each of the two, since each forgets the files of the other."""
+    memory = seen_file(folder)
+    return memory and memory.with_name(f".{name}{memory.name}")
