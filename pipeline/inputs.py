@@ -10,13 +10,11 @@ gigabytes must not be copied only to find that it is up to date.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pipeline.config import Params
 from pipeline.data.made_from import text_made_from
 from pipeline.files import read_json_object, write_json
+from pipeline.hashes import SEEN
 from pipeline.runtime.console import announce
-from pipeline.storage import claim, seen_file
 from pipeline.teacher.made_from import teacher_made_from
 
 TEACHER, TEXT = "teacher.json", "text.json"
@@ -30,7 +28,6 @@ def write_inputs(params: Params) -> list[str]:
 
     Raises:
         DecantError: a source is not there and never was, or cannot be reached.
-        MismatchError: paths.inputs holds something else.
     """
     folder = params.paths.inputs
     announce(
@@ -38,20 +35,12 @@ def write_inputs(params: Params) -> list[str]:
         f"hashes what teacher.source={params.teacher.source} and corpus.source="
         f"{params.corpus.source} name, as far as it has changed",
     )
-    claim(folder, "inputs", key="paths.inputs")
     before = {name: read_json_object(folder / name) for name in (TEACHER, TEXT)}
-    seen = {name: _seen(folder, name) for name in before}
     now = {
-        TEACHER: teacher_made_from(params.teacher, before[TEACHER], seen[TEACHER]),
-        TEXT: text_made_from(params.corpus, before[TEXT], seen[TEXT]),
+        TEACHER: teacher_made_from(params.teacher, before[TEACHER], folder / f".{TEACHER}{SEEN}"),
+        TEXT: text_made_from(params.corpus, before[TEXT], folder / f".{TEXT}{SEEN}"),
     }
     changed = [name for name in now if now[name] != before[name]]
     for name in changed:
         write_json(folder / name, now[name])
     return changed
-
-
-def _seen(folder: Path, name: str) -> Path | None:
-    """A memory of hashes for each of the two, since each forgets the files of the other."""
-    memory = seen_file(folder)
-    return memory and memory.with_name(f".{name}{memory.name}")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.config import Params, load_params
-from pipeline.errors import DecantError, MismatchError
+from pipeline.errors import DecantError
 from pipeline.inputs import TEACHER, TEXT, write_inputs
 from tests.conftest import change
 
@@ -63,9 +63,3 @@ def test_a_gguf_file_is_followed_by_its_content(params: Params, tmp_path: Path) 
     assert write_inputs(of_gguf) == [TEACHER]
     file.unlink()
     assert write_inputs(of_gguf) == []
-
-
-def test_a_folder_of_the_users_is_left_alone(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(MismatchError, match=r"set paths\.inputs to another place"):
-        write_inputs(change(params, paths={"inputs": str(tmp_path / "text")}))
-    assert not (tmp_path / "text" / TEXT).exists()

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import Params
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, printable
 from pipeline.evaluation.samples import sample
 from pipeline.generation import GenerationSettings
 from pipeline.model.tokenizer import load_tokenizer
@@ -247,7 +247,7 @@ def test_stage_continues_a_prompt(tiny_params: Params, folder: Path, tmp_path: P
     done = stage(tiny_params, tmp_path, *words, "--prompt", "the cat")
     assert done.exit_code == 0, done.output
     text = TextGenerator(folder).generate(["the cat"], GenerationSettings(max_new_tokens=6))[0]
-    assert done.output.startswith(f"the cat{text}\ngenerate: 6 tokens from ")
+    assert done.output.startswith(f"the cat{printable(text)}\ngenerate: 6 tokens from ")
     assert "tokens/s" in done.output
 
 
@@ -266,7 +266,8 @@ def test_stage_continues_a_file_of_prompts(
     plain.write_text("\n".join(PROMPTS))
     done = stage(tiny_params, tmp_path, "--model", str(folder), "--prompts", str(plain))
     for number, pair in enumerate(found, 1):
-        assert f"--- {number}\n{pair['prompt']}{pair['text']}\n" in done.output
+        said = printable(pair["prompt"] + pair["text"])
+        assert f"--- {number}\n{said}\n" in done.output
 
 
 def test_stage_chats_line_by_line(tiny_params: Params, folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ _TOKENS_PER_CHUNK = 65_536
 _CHUNKS_PER_SHARD = 4
 _SHARDS_KEPT = 2
 _OBJECTS = "objects.json"
+_REMEDY = "run stages/corpus.py --overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,7 @@ class CorpusSplit:
             self._specs = _specs(info)
             self._objects = _read_objects(self._folder, info, self._specs)
         except DamagedError as error:
-            raise DecantError(f"{where} is damaged ({error}): run stages/corpus.py again") from None
+            raise DecantError(f"{where} is damaged ({error}): {_REMEDY}") from None
         self._shards: OrderedDict[int, Future[Rows]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -266,8 +267,7 @@ class CorpusSplit:
             return Rows(**arrays)
         except DamagedError as error:
             raise DecantError(
-                f"shard {shard} of {self.path / self.split} is damaged ({error}): run "
-                "stages/corpus.py again"
+                f"shard {shard} of {self.path / self.split} is damaged ({error}): {_REMEDY}"
             ) from None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,6 @@ from typing import Any
 
 from pipeline.errors import DecantError
 from pipeline.hashes import hash_file
-from pipeline.storage import MARK
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,6 +64,9 @@ def require_regular_folder(folder: Path) -> None:
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")
+
+_IN_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+"""How the path of a file in DVC's cache ends."""
 
 POINTER = "source.json"
 """In paths.teacher: what `fetch` made it from, and where the model is if it is not beside it."""
@@ -131,15 +134,13 @@ def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
 def files_to_copy(source: Path, patterns: Iterable[str]) -> list[Path]:
     """A model folder's files, by names or patterns, all of which may be copied.
 
-    A link that leads out of a folder that Decant did not make is refused: a stranger's folder could
-    have a private file copied, and published with the model, by linking to it. Only the hub's own
-    cache, whose snapshots link to the files beside them, is followed. Decant's own folders may be
-    links into DVC's cache.
+    A link that leads out of the folder is refused: a stranger's folder could have a private file
+    copied, and published with the model, by linking to it. Two caches are followed: the hub's own,
+    whose snapshots link to the files beside them, and DVC's, whose files are named by their hash.
 
     Raises:
         DecantError: names the link, or what is no regular file.
     """
-    trusted = (source / MARK).exists()
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parents[1] / "blobs")
@@ -147,7 +148,8 @@ def files_to_copy(source: Path, patterns: Iterable[str]) -> list[Path]:
     require_regular_files(files)
     for file in files:
         whole = file.resolve()
-        if not (trusted or any(whole.is_relative_to(folder) for folder in inside)):
+        in_dvc = _IN_DVC.search(whole.as_posix()) is not None
+        if not (in_dvc or any(whole.is_relative_to(folder) for folder in inside)):
             raise DecantError(
                 f"{file} is a link to {whole}, outside of its folder, and is not followed: put the "
                 "file itself there if it belongs to the model"

@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,7 +133,9 @@ class Checkpoints:
                 f"{before} ranks saved what {self._ranks.count} continue: losses stay the same "
                 "within rounding where student.dropout is 0; dropped units follow the rank"
             )
-        return TrainState(state.step, state.skipped, state.history)
+        return TrainState(
+            **{field.name: getattr(state, field.name) for field in fields(TrainState)}
+        )
 
     def remove(self) -> None:
         """Delete all of them, and what says which run they are of; nothing else that lies there."""
