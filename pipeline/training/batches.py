@@ -112,6 +112,7 @@ class BatchStream:
     the next, so every row is seen exactly once per epoch whatever the batch size. With several
     ranks, `batch_rows` counts the rows of all ranks together. The rows of a batch are ordered by
     shard before each rank takes its share, so that a rank reads as few shards as possible.
+
     Args:
         window_shards: number of shards whose rows are mixed; two windows are in memory at a time.
         pin: put batches into page-locked memory.

@@ -16,8 +16,8 @@ class DistillationStep(nn.Module):
     """Map a batch to its loss sums: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
 
     The loss reads the head's weight directly, outside any layer. Because this happens in this
-    module's forward, FSDP2 has gathered the weight as a plain tensor by then, and its gradient (added
-     to the embedding's if the head is tied) goes through the engines' hooks.
+    module's forward, FSDP2 has gathered the weight as a plain tensor by then, and its gradient
+    (added to the embedding's if the head is tied) goes through the engines' hooks.
 
     Args:
         student: a student with float32 parameters.

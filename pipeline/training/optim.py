@@ -31,9 +31,9 @@ def learning_rate(step: int, params: TrainParams) -> float:
     """Return the learning rate of optimizer step `step` (from 0).
 
     The rate rises linearly to `learning_rate` over `warmup_steps` and reaches `min_learning_rate`
-    at the last step; a run no longer than its warm-up ends within it. With x in [0, 1] the part of
-    the decay that is done, the rate is `min_learning_rate` plus a share of the difference between the
-    two rates:
+    at the last step; a run no longer than its warm-up ends within it. With x in [0, 1], the part
+    of the decay that is done, the rate is `min_learning_rate` plus a share of the difference
+    between the two rates:
 
     cosine: (1 + cos(pi x)) / 2, decaying from the end of warm-up (Loshchilov & Hutter 2017, eq. 5,
     without restarts).
@@ -56,7 +56,7 @@ def learning_rate(step: int, params: TrainParams) -> float:
 
 
 def alpha_at(step: int, params: TrainParams) -> float:
-    """Return KL's weight at `step` (from 0), linear from `alpha` to `alpha_end` at the last."""
+    """Return KL's weight at a step (from 0), linear from `alpha` to `alpha_end` at the last."""
     if params.alpha_end is None:
         return params.alpha
     return params.alpha + (params.alpha_end - params.alpha) * step / max(1, params.num_steps - 1)

@@ -48,7 +48,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together, or alone if torchrun did not start it."""
+    """One process among those that train together, or alone if torchrun did not start it."""
 
     device: torch.device
     rank: int = 0
