@@ -2,8 +2,7 @@
 
 A time is a number of operations divided by the device's peak times advise.utilisation, so it is
 only as good as that share; a run's own train/tokens_per_second, and `advise` on a sample, measure
-it.
-Several devices are assumed to share work without loss. This package's constants hold the other
+it. Several devices are assumed to share work without loss. This package's constants hold the other
 assumptions, each with its measurement.
 """
 
