@@ -18,9 +18,9 @@ JOBS ?= 2
 test: $(VENV)/ready
 	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# Prepare a finished run for others: evaluate it, export it as Hugging Face folder and GGUF files that
-# are checked on three paths, and write its page. All results go to INTO, so that those of `dvc repro`
-# stay as they are: `make deliver RUN=t2`. ARGS go to each stage.
+# Prepare a finished run for others: evaluate it, export it as Hugging Face folder and GGUF files
+# that are checked on three paths, and write its page. All results go to INTO, so that those of
+# `dvc repro` stay as they are: `make deliver RUN=t2`. ARGS go to each stage.
 RUN ?= student
 INTO ?= cache/delivery/$(RUN)
 DELIVERY = $(ARGS) $(foreach stage,evaluate export report,--set 'paths.$(stage)=$(INTO)/$(stage)')

@@ -159,8 +159,9 @@ def seed_as_the_harness() -> None:
 
 
 def read_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """{"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": {"value": 0.5, "stderr": 0.1}}.
+    """Group the harness's metrics with their standard errors.
 
+    {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": {"value": 0.5, "stderr": 0.1}}.
     If the filter of the model's answers is not "none", it stays in the name.
     """
     metrics = {}

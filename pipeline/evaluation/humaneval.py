@@ -112,10 +112,11 @@ def hash_problems(problems: Sequence[Problem]) -> str:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the chance that one of k samples passes, drawn without replacement from n with c good.
+    """Return the chance that at least one of k samples passes, if c of n samples pass.
 
-    1 - C(n - c, k) / C(n, k), which is unbiased for pass@k (Chen et al. 2021, eq. 1), computed as a
-    product to avoid large binomial coefficients.
+    The k samples are drawn from the n without replacement. 1 - C(n - c, k) / C(n, k) is unbiased
+    for pass@k (Chen et al. 2021, eq. 1); it is computed as a product, so that no binomial
+    coefficient is formed.
 
     Args:
         n, c, k: integers, 0 <= c <= n and 1 <= k <= n.

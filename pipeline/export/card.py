@@ -132,7 +132,7 @@ def unknown_fields(params: Params, run: str) -> list[str]:
 
 
 def _has_teacher(about: Mapping[str, Any]) -> bool:
-    """Whether a run uses anything of its teacher: its predictions or its layers."""
+    """Return whether a run uses its teacher: the predictions or the layers."""
     taught = about.get("train", {}).get("teacher") in ("cached", "online")
     return taught or about.get("student", {}).get("init") == "layers"
 

@@ -82,7 +82,7 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _as_llama(source: Path) -> Iterator[Path]:
-    """Yield the same model and tokenizer under a model type with which transformers keeps both.
+    """Yield the same model and tokenizer under a type with which transformers keeps the tokenizer.
 
     Runs of older versions have type qwen2 with any tokenizer; see pipeline/model/weights.py.
 

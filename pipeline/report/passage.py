@@ -62,7 +62,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class PassageView:
-    """The section's content."""
+    """The content of the section."""
 
     students: list[str]
     tokens: list[PassageToken]

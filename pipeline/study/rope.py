@@ -70,7 +70,7 @@ def rope(subject: Subject) -> Section:
 
 
 def _ratios(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
-    """Return ours over theirs, and ones; slow frequencies, near 1e-6, would pass any tolerance."""
+    """Return ours over theirs, and ones; frequencies of 1e-6 themselves would match any others."""
     return ours.inv_freq / theirs.inv_freq, torch.ones_like(theirs.inv_freq)
 
 

@@ -11,7 +11,7 @@ from pipeline.topk import TopK
 
 
 class CachedTeacher:
-    """Implements `pipeline.teacher.base.Teacher` over a CacheReader."""
+    """A `pipeline.teacher.base.Teacher` that reads from a CacheReader."""
 
     in_background = True
 

@@ -20,7 +20,7 @@ from pipeline.topk import TopK, row_uniforms
 
 
 class OnlineTeacher:
-    """Implements `pipeline.teacher.base.Teacher` over a live model.
+    """A `pipeline.teacher.base.Teacher` that runs a live model.
 
     Args:
         k: number of ids kept per position.

@@ -107,7 +107,7 @@ class Checkpoints:
             self._ranks.on_first(lambda: self._complete(name, folder, sums, state))
 
     def load_newest(self, learner: Learner) -> TrainState | None:
-        """Restore the learner and the random state in place; return None if nothing was saved.
+        """Restore learner and random state in place; return None if there is nothing to restore.
 
         Raises:
             DecantError: there are checkpoints, but all are damaged.

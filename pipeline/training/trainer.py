@@ -101,7 +101,7 @@ def _validate(
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Validate and return the results; with keep_best, save the student's weights if it is best."""
+    """Validate and return the results; with keep_best, keep weights that are the best yet."""
     values = validate(model, validation, params, ranks)
     loss = values["validation/loss"]  # the same on all ranks
     if not params.keep_best:
