@@ -54,7 +54,7 @@ class Scores:
 
 
 class PositionScores:
-    """Collect the scores of positions, and the expected calibration error (Guo et al. 2017, eq. 3).
+    """The scores of positions, with the expected calibration error (Guo et al. 2017, eq. 3).
 
     ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over equal-width bins of the confidence, which
     is the probability of the most probable id.

@@ -77,7 +77,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended; `detail` is the last line it printed, or the reason it was ended."""
+    """The result of a program; `detail` is the last line it printed, or why it was ended."""
 
     status: Status
     detail: str

@@ -11,8 +11,8 @@ Rounding differs between programs and can decide a near tie differently. So a di
 as a near tie if the reference's logit of it is below that of the reference's own choice by at most
 `NEAR_TIE`. Paths that compute in float32, and f16, pass if every token is equal or a near tie (near
 ties do not count as equal) and at least the share `export.min_agreement` is equal: if a model
-hardly prefers any token, ties would excuse anything. llama.cpp rounds the other factor of a bf16
-matrix to bf16, and that of a q8_0 matrix to q8_0, so these paths compute another function: they
+hardly prefers any token, ties would excuse anything. llama.cpp rounds the factor of a bf16 matrix
+to bf16, and the factor of a q8_0 matrix to q8_0, so these paths compute another function: they
 pass from `export.min_agreement` on, and are not required to pass.
 
 Tokenizers are compared on lines of the same text: the original's tokenizer.json, the tokenizer that

@@ -30,7 +30,7 @@ class Student(nn.Module, ABC):
     @property
     @abstractmethod
     def head_weight(self) -> Tensor:
-        """The head's matrix [V, D]; logits are hidden states times its transpose, and no more."""
+        """The head's matrix [V, D]; logits are hidden states times its transpose, unchanged."""
 
     @property
     @abstractmethod

@@ -35,7 +35,7 @@ _OPENED = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 
 def require_regular_files(files: Iterable[Path]) -> None:
-    """Refuse anything else than regular files: opening a pipe may block, a device may never end.
+    """Refuse anything but regular files: opening a pipe waits for ever, a device never ends.
 
     Raises:
         DecantError: it names the first such file.

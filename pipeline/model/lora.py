@@ -49,7 +49,7 @@ def merge_adapters(adapters: Any) -> None:
 
 
 def save_adapters(adapters: Any, folder: Path, *, start: Path) -> None:
-    """Write a folder atomically, which `peft.PeftModel.from_pretrained` applies to `start`."""
+    """Write an adapter folder atomically, for `peft.PeftModel.from_pretrained` over `start`."""
     adapters.peft_config["default"].base_model_name_or_path = str(start)
     with atomic_folder(folder, "adapter", key="paths.runs") as partial:
         # By default, PEFT would ask the hub whether the vocabulary was enlarged.

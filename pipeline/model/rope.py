@@ -43,7 +43,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Scale each pair by how often it turns in the training context (`apply_scaling` of Llama 3.1).
+    """Scaling by how often a pair turns in the training context (Llama 3.1's `apply_scaling`).
 
     With r_i = original_max_position_embeddings * f_i / (2 pi) turns, and m_i rising linearly from 0
     at r_i = low_freq_factor to 1 at high_freq_factor:  f_i (m_i + (1 - m_i) / s).
@@ -69,7 +69,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Keep fast pairs, slow the others, sharpen attention (Peng et al. 2023, 3.2 and 3.4).
+    """Scaling that slows only slow pairs and sharpens attention (Peng et al. 2023, 3.2 and 3.4).
 
     f_i (m_i + (1 - m_i) / s), where m_i falls linearly over the PAIRS, as in the authors' code,
     from 1 at the pair that makes `beta_fast` turns within the training context to 0 at the pair

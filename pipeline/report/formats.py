@@ -181,7 +181,7 @@ class TaskMetric(_Record):
 
 
 class HumanEval(_Record):
-    """Results of running a model's samples for HumanEval's problems."""
+    """Results of a model's samples for HumanEval's problems, after running them."""
 
     pass_at: dict[str, float]  # by k
     interval: Interval | None = None  # for pass@1

@@ -1,4 +1,4 @@
-"""How much of the teacher's probability the stored ids hold, measured on the cache itself.
+"""The share of the teacher's probability that the stored ids hold, measured on the cache.
 
 At temperature tau, the K ids of a position hold sum_k p_tau(k), which the stored normaliser makes
 exact. A few shards suffice: a page must not read a terabyte.

@@ -32,7 +32,7 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: token ids, labels and, if there is a teacher, its stored logits.
+    """One batch: token ids, labels and, if there is a teacher, its top-K logits.
 
     Attributes:
         tokens: int64 [B, L].

@@ -14,7 +14,7 @@ from pipeline.training.checkpoint import TrainState
 
 
 class Curves:
-    """Log values and remember them, so that a resumed run can replay its history without a gap.
+    """A log that remembers its values, so that a resumed run replays its history without a gap.
 
     All ranks remember, because a run may resume on any number of ranks; only rank 0 writes.
 

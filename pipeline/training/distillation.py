@@ -13,7 +13,7 @@ from pipeline.training.batches import Batch
 
 
 class DistillationStep(nn.Module):
-    """Map a batch to its loss sums: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
+    """The loss sums of a batch: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
 
     The loss reads the head's weight directly, outside any layer. Because this happens in this
     module's forward, FSDP2 has gathered the weight as a plain tensor by then, and its gradient

@@ -51,7 +51,7 @@ _FOLDERS = ("model", "adapter")
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended; if it had finished before, `state` is None and nothing is counted."""
+    """The result of a run; if it had finished before, `state` is None and nothing is counted."""
 
     folder: Path
     state: TrainState | None

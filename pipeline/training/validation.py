@@ -17,7 +17,7 @@ from pipeline.training.parallel import Ranks, evaluating
 
 @dataclass(frozen=True)
 class Validation:
-    """Where the student is validated: a split and, for KL, the teacher of its rows."""
+    """The rows to validate on: a split and, for KL, the teacher's predictions for it."""
 
     teacher: Teacher
     rows: int  # number of rows to validate on, from the first
