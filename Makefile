@@ -1,8 +1,8 @@
-# `make demo` and `make test` do all set-up on a machine with Python 3.11 and make.
+# `make demo` and `make test` do the whole set-up on a machine with Python 3.11 and make.
 PYTHON ?= python3
-# uv, pip, or auto: uv where it can be had and would do what pip is configured to do.
+# uv, pip, or auto: uv if it can be installed and would do what pip is configured to do.
 INSTALLER ?= auto
-# An index of PyTorch's builds beside PyPI, for example that of its CPU builds.
+# An index with PyTorch's builds in addition to PyPI, for example the one with its CPU builds.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,13 +13,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/demo
 	dvc repro
 
-# Two processes, since each takes a gigabyte or two: `make test JOBS=4` on a larger machine.
+# Two processes, since each needs a gigabyte or two: `make test JOBS=4` on a larger machine.
 JOBS ?= 2
 test: $(VENV)/ready
 	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# A finished run for others: judged, as Hugging Face folder and GGUF, checked on three paths, and its
-# page, all in INTO, so that what `dvc repro` made stays: `make deliver RUN=t2`. ARGS go to each stage.
+# Prepare a finished run for others: evaluate it, export it as Hugging Face folder and GGUF files
+# that are checked on three paths, and write its page. All results go to INTO, so that those of
+# `dvc repro` stay as they are: `make deliver RUN=t2`. ARGS go to each stage.
 RUN ?= student
 INTO ?= cache/delivery/$(RUN)
 DELIVERY = $(ARGS) $(foreach stage,evaluate export report,--set 'paths.$(stage)=$(INTO)/$(stage)')
@@ -34,7 +35,7 @@ lint: $(VENV)/ready
 	mypy
 	lint-imports
 
-# Installed again whenever the requirements change; `ready` has what tests and linters need besides.
+# Installed again whenever the requirements change; `ready` adds what tests and linters need.
 $(VENV)/demo: EXTRA := demo
 $(VENV)/ready: EXTRA := dev
 $(VENV)/demo $(VENV)/ready: pyproject.toml constraints.txt

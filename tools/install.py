@@ -33,7 +33,7 @@ SECONDS_TO_READ = 10
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 _CONSTRAINTS = ("--constraint", "constraints.txt")
 
-# pip's settings, by what passes them on to uv. Any other setting is left to pip.
+# pip's settings and the options or variables that pass them on to uv; others are left to pip.
 _OPTIONS = {
     "constraint": "--constraint",
     "extra-index-url": "--extra-index-url",
@@ -68,13 +68,13 @@ _WITHOUT_EFFECT = {
 
 
 class NotForUv(Exception):  # noqa: N818 (no error: pip does it)
-    """Why pip installs instead of uv."""
+    """The reason why pip installs instead of uv."""
 
 
 def pip_settings(listed: str) -> dict[str, str]:
-    """What holds for `pip install`, from what `pip config list` prints.
+    """Return the settings for `pip install`, from the output of `pip config list`.
 
-    As in pip, a later source replaces an earlier one: [global], [install], PIP_* variables.
+    As in pip, a later source overrides an earlier one: [global], [install], PIP_* variables.
     """
     sources: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for line in listed.splitlines():
@@ -86,12 +86,12 @@ def pip_settings(listed: str) -> dict[str, str]:
 
 
 def for_uv(settings: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Settings of pip as arguments and as environment variables of uv.
+    """Translate pip's settings to arguments and environment variables of uv.
 
     Raises:
-        NotForUv: uv has no equal of a setting, which is named.
+        NotForUv: uv has no equivalent of a setting; the message names it.
     """
-    # Of several indexes pip takes the best version, uv by default the first that has the package.
+    # With several indexes, pip takes the best version, uv by default the first index that has it.
     arguments, variables = ["--index-strategy", "unsafe-best-match"], {}
     for name, value in settings.items():
         if option := _OPTIONS.get(name):
@@ -104,15 +104,15 @@ def for_uv(settings: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
 
 
 def find_uv() -> list[str]:
-    """The command; where there is none, uv is installed into this environment.
+    """Return the command for uv; if there is none, install uv into this environment.
 
     Raises:
-        NotForUv: it could not be installed.
+        NotForUv: uv could not be installed.
     """
     own, found = [sys.executable, "-m", "uv"], shutil.which("uv")
     for command in [own, [found]] if found else [own]:
         version = subprocess.run([*command, "--version"], capture_output=True, text=True)
-        if version.stdout.startswith("uv "):  # a shim of another Python's uv says something else
+        if version.stdout.startswith("uv "):  # a shim for another Python's uv prints another line
             return command
     if run([*_PIP, "install", *_CONSTRAINTS, "uv"]):
         raise NotForUv("uv could not be installed")
@@ -120,7 +120,7 @@ def find_uv() -> list[str]:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether the driver's library can be loaded, as PyTorch's CUDA build does."""
+    """Return whether the driver's library can be loaded, as PyTorch's CUDA build does it."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -129,10 +129,11 @@ def has_nvidia_driver() -> bool:
 
 
 def cuda_notice(planned: str | None) -> str:
-    """What to say before a CUDA build is downloaded that no driver is there for; else empty.
+    """Return what to say before downloading a CUDA build without a driver for it, else no text.
 
     Args:
-        planned: uv's dry run for torch; None where pip decides, which tells only by downloading.
+        planned: uv's dry run for torch; None if pip installs, which shows its choice only by
+            downloading.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64") or has_nvidia_driver():
         return ""
@@ -148,7 +149,7 @@ def cuda_notice(planned: str | None) -> str:
 
 
 def warn_of_size(planned: str | None) -> None:
-    """Say what a CUDA build costs; on a terminal, leave time to read that and stop."""
+    """Announce the size of a CUDA build; on a terminal, leave time to read that and stop."""
     if notice := cuda_notice(planned):
         say(notice)
         if sys.stdin.isatty():
@@ -156,13 +157,13 @@ def warn_of_size(planned: str | None) -> None:
 
 
 def forget_incomplete(site_packages: Path) -> list[str]:
-    """Remove the metadata of packages whose files are not all there, and return their names.
+    """Remove the metadata of packages with missing files, and return the names of the packages.
 
-    An installer believes the metadata, and one that was killed may have written little more.
+    An installer trusts the metadata, and one that was killed may have written little more.
     """
     forgotten = []
     for metadata in sorted(site_packages.glob("*.dist-info")):
-        record = metadata / "RECORD"  # importlib.metadata leaves out what is missing, from 3.12 on
+        record = metadata / "RECORD"  # from 3.12 on, importlib.metadata omits missing files
         rows = csv.reader(record.read_text().splitlines() if record.exists() else [])
         files = [site_packages / row[0] for row in rows if row and not row[0].endswith(".pyc")]
         if not files or not all(file.exists() for file in files):
@@ -172,10 +173,10 @@ def forget_incomplete(site_packages: Path) -> list[str]:
 
 
 def install_by_uv(what: Sequence[str], torch_index: Sequence[str]) -> int:
-    """Returns uv's exit status.
+    """Install by uv, and return its exit status.
 
     Raises:
-        NotForUv: pip is to install instead.
+        NotForUv: pip should install instead.
     """
     listed = subprocess.run([*_PIP, "config", "list"], capture_output=True, text=True)
     if listed.returncode:
@@ -190,27 +191,27 @@ def install_by_uv(what: Sequence[str], torch_index: Sequence[str]) -> int:
 
 
 def install_by_pip(what: Sequence[str], torch_index: Sequence[str]) -> int:
-    """Returns pip's exit status."""
+    """Install by pip, and return its exit status."""
     if not torch_index and not importlib.util.find_spec("torch"):
         warn_of_size(None)
-    # A current pip resolves faster than the one that a Python brings. Compiling all modules takes
-    # as long as the rest, and Python compiles those that it imports.
+    # A current pip resolves faster than the one that comes with Python. Compiling all modules would
+    # take as long as the rest, and Python compiles the modules that it imports anyway.
     run([*_PIP, "install", "--upgrade", "pip"])
     return run([*_PIP, "install", "--no-compile", *torch_index, *what])
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command in Decant's folder, its output for the user; returns its exit status."""
+    """Run a command in Decant's folder with its output shown; return its exit status."""
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def say(text: str) -> None:
-    """Print before what the installer prints."""
+    """Print at once, before the installer's output."""
     print(text, flush=True)
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Parse the arguments and install; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -218,7 +219,7 @@ def main() -> int:
     parser.add_argument("--installer", choices=("auto", "uv", "pip"), default="auto")
     parser.add_argument("--torch-index", default="", help="of packages beside PyPI's")
     args = parser.parse_args()
-    under_way = Path(sys.prefix) / "installing"  # stays where an installation was killed
+    under_way = Path(sys.prefix) / "installing"  # it remains if an installation is killed
     if under_way.exists():
         for name in forget_incomplete(Path(sysconfig.get_path("purelib"))):
             say(f"{name} was left incomplete and is installed again")

@@ -1,19 +1,20 @@
-"""Confidence intervals of means over positions, by drawing documents with replacement.
+"""Confidence intervals of means over positions, by resampling whole documents with replacement.
 
-Positions of one document are correlated: taken for independent, they would give intervals that are
-far too narrow. So whole documents are drawn, as Koehn 2004 ("Statistical Significance Tests for
-Machine Translation Evaluation", section 3) draws sentences. A mean over positions is then a ratio
-of sums over documents, and sums by document are all that is needed.
+Positions of one document are correlated, so treating them as independent would give intervals that
+are far too narrow. Therefore whole documents are drawn, as Koehn 2004 ("Statistical Significance
+Tests for Machine Translation Evaluation", section 3) draws sentences. A mean over positions is then
+a ratio of sums over documents, and only the sums per document are needed.
 
 Limits are percentiles of the replicates (Efron & Tibshirani 1993, "An Introduction to the
-Bootstrap", section 13.3), moved out as far as Student's t with n - 1 degrees of freedom and the
-factor sqrt(n / (n - 1)) ask for n documents (Hesterberg 2015, "What Teachers Should Know about the
-Bootstrap": the expanded percentile interval). Plain percentiles are too narrow where documents are
-few: of 15, in tests/evaluation/test_bootstrap.py, they hold the truth in 90 % of cases and these in
-93 %, of 40 in 94 % and 95.5 %. With positions taken for independent it is 22 %.
+Bootstrap", section 13.3), moved outwards as Student's t with n - 1 degrees of freedom and the
+factor sqrt(n / (n - 1)) require for n documents (Hesterberg 2015, "What Teachers Should Know about
+the Bootstrap": the expanded percentile interval). Plain percentiles are too narrow for few
+documents: in tests/evaluation/test_bootstrap.py, they contain the true value in 90 % of cases for
+15 documents and in 94 % for 40, and the expanded ones in 93 % and 95.5 %. If positions are treated
+as independent, it is 22 %.
 
-What two models differ by has an interval of its own, from differences position by position: both
-see the same documents in every replicate, so what makes a text hard for both cancels.
+The difference between two models has its own interval, from differences position by position: both
+models see the same documents in every replicate, so what makes a text hard for both cancels out.
 
 Shapes: n clusters (documents), m quantities, r replicates.
 """
@@ -31,12 +32,12 @@ from numpy.typing import NDArray
 _LEVEL = 0.95
 _REPLICATES = 2000
 _SEED = 0
-_DRAWS_AT_ONCE = 4_000_000  # 32 MB each of what is drawn and of how often
+_DRAWS_AT_ONCE = 4_000_000  # 32 MB each for the drawn numbers and for the counts
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Of confidence, 95 %."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float
@@ -50,14 +51,14 @@ class Interval:
 def intervals(
     values: Mapping[str, NDArray[np.float32]], clusters: NDArray[np.int64]
 ) -> dict[str, Interval]:
-    """Intervals of the means of several quantities, from the same replicates.
+    """Return intervals of the means of several quantities, from the same replicates.
 
     Args:
-        values: [positions] of each quantity.
+        values: [positions] for each quantity.
         clusters: [positions], the number of the document that a position belongs to.
 
     Returns:
-        An interval each; none at all where there are fewer than two clusters.
+        An interval for each quantity; an empty dict if there are fewer than two clusters.
     """
     _, index, counts = np.unique(clusters, return_inverse=True, return_counts=True)
     if len(counts) < 2:
@@ -78,7 +79,7 @@ def intervals(
 
 
 def _replicates(n: int, r: int) -> Iterator[NDArray[np.float64]]:
-    """How often each of n clusters is drawn, of n draws: [some, n] at a time, r rows in all."""
+    """Yield how often each cluster is drawn in n draws, [some, n] at a time, r rows in total."""
     generator = np.random.default_rng(_SEED)
     at_once = max(1, _DRAWS_AT_ONCE // n)
     for first in range(0, r, at_once):
@@ -88,10 +89,10 @@ def _replicates(n: int, r: int) -> Iterator[NDArray[np.float64]]:
 
 
 def outside_share(n: int) -> float:
-    """Share of replicates beyond each limit of the expanded percentile interval of n clusters.
+    """Return the share of replicates beyond each limit of the expanded interval of n clusters.
 
-    Phi(-sqrt(n / (n - 1)) t), t the quantile of Student's t with n - 1 degrees of freedom; plain
-    percentiles have 0.025.
+    This is Phi(-sqrt(n / (n - 1)) t), where t is the quantile of Student's t with n - 1 degrees of
+    freedom; for plain percentiles it would be 0.025.
     """
     normal = NormalDist()
     t = _t_quantile(normal.inv_cdf((1.0 + _LEVEL) / 2), n - 1)
@@ -99,7 +100,7 @@ def outside_share(n: int) -> float:
 
 
 def _t_quantile(z: float, degrees: int) -> float:
-    """Student's t quantile from the normal one, by Abramowitz & Stegun 1964, eq. 26.7.5."""
+    """Return Student's t quantile from the normal one (Abramowitz & Stegun 1964, eq. 26.7.5)."""
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

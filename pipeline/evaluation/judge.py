@@ -1,4 +1,4 @@
-"""What stages/evaluate.py does with a set of models: judge them, and write what was found."""
+"""The work of stages/evaluate.py: judge a set of models and write the results."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pipeline.teacher.hf import HuggingFaceTeacher
 def judge(
     params: Params, folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device
 ) -> Comparison:
-    """Compare models with the teacher, look at a passage and at samples, and write all that.
+    """Compare models with the teacher, view a passage, sample texts, and write all results.
 
     Args:
-        folders: by name, the teacher's among them.
+        folders: model folders by name, including the teacher's.
     """
     corpus = CorpusSplit(params.paths.corpus, "validation")
     require_tokenizer(folders[TEACHER], corpus)
@@ -44,7 +44,7 @@ def judge(
     tokenizer = load_tokenizer(folders[TEACHER])
     length = params.evaluate.passage_tokens
     passage = view_passage(teacher, models, corpus, tokenizer, length)
-    del teacher, models  # samples are made by others, and may need the room
+    del teacher, models  # sampling loads its own models and may need the memory
     continuations = {
         name: sample(folder, params.evaluate.prompts, params.evaluate.new_tokens)
         for name, folder in folders.items()
@@ -78,7 +78,7 @@ def run_harness(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Run the harness on each model; what is finished is written and shown at once."""
+    """Run the harness on each model; write and show each model's results as soon as it is done."""
     results: dict[str, Results] = {}
     for name, folder in folders.items():
         results[name] = harness.run(

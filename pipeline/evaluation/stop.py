@@ -1,4 +1,4 @@
-"""Texts that end at a string: found token by token, so that nothing is generated behind it."""
+"""Texts that end at a stop string, found token by token, so that nothing is generated after it."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pipeline.generation import ENDED, GenerationSettings, decode_steps
 from pipeline.text_generator import TextGenerator
 
 _CONTEXT = 4
-"""Tokens that others are decoded behind: some tokenizers drop a space at the beginning."""
+"""Number of tokens decoded before the others, because some tokenizers drop an initial space."""
 
 
 class StopStrings:
-    """Keeps the tokens of a batch, and says whose text a step has ended: `decode_steps`' `ends`.
+    """The tokens of a batch, and which texts a step has ended; it is the `ends` of `decode_steps`.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         prompts: token ids of each row.
-        stop: strings, none empty.
+        stop: non-empty strings.
 
     Attributes:
-        tokens: ids generated so far, of each row.
+        tokens: ids generated so far, per row.
     """
 
     def __init__(self, tokenizer: Any, prompts: Sequence[list[int]], stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._before = [prompt[-_CONTEXT:] for prompt in prompts]
-        # A token holds a byte at least, so that so many of the last hold a string that just ended.
+        # A token holds at least one byte, so this many last tokens cover a stop string just ended.
         self._window = max((len(text.encode()) for text in stop), default=0) + 1
         self.tokens: list[list[int]] = [[] for _ in prompts]
 
     def __call__(self, step: Tensor) -> Tensor:
-        """Take a step's tokens, int64 [B]; bool [B], True where a text now holds a stop string."""
+        """Take a step's tokens, int64 [B]; return bool [B], True where a text has a stop string."""
         ended = torch.zeros(len(step), dtype=torch.bool)
         for row, token in enumerate(step.tolist()):
             if token != ENDED:
@@ -44,12 +44,12 @@ class StopStrings:
         return ended
 
     def text(self, row: int) -> str:
-        """What a row says, up to its first stop string."""
+        """Return the text of a row, up to its first stop string."""
         text = self._text(row, len(self.tokens[row]))
         return text[: min((text.find(stop) for stop in self._stop if stop in text), default=None)]
 
     def _text(self, row: int, last: int) -> str:
-        """The text of the last so many new tokens."""
+        """Return the text of the last `last` new tokens."""
         everything = [*self._before[row], *self.tokens[row]]
         middle = max(len(self._before[row]), len(everything) - last)
         start = max(0, middle - _CONTEXT)
@@ -69,10 +69,10 @@ def complete(
     settings: GenerationSettings,
     stop: Sequence[str],
 ) -> list[tuple[str, int]]:
-    """One batch of encoded prompts; each continuation up to its first stop string.
+    """Complete one batch of encoded prompts, each up to its first stop string.
 
-    A row that has ended leaves the batch. Returns text and number of tokens generated, those of the
-    stop string and of what came with it included.
+    A row that has ended leaves the batch. Return each text with the number of tokens generated,
+    including those of the stop string and of any text that came with it.
     """
     ends = StopStrings(generator.tokenizer, prompts, stop)
     for _ in decode_steps(generator.student, prompts, generator.fill(settings), ends=ends):

@@ -1,4 +1,4 @@
-"""What an evaluation prints: metrics with half the width of their intervals, KL, differences."""
+"""The tables that an evaluation prints: metrics with half-widths of intervals, KL, differences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _WITH_INTERVAL = {
     "top1_agreement": "top-1",
     "accuracy": "accuracy",
 }
-_CELL = 16  # characters of a number with its interval
+_CELL = 16  # characters per number with its interval
 _KL = ("mean", "median", "90 %", "95 %", "99 %", "maximum")
 
 
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
-    """All models by all metrics; the KL's distribution; the first model against the others."""
+    """Yield all models by all metrics, the distribution of KL, and differences of the first."""
     width = max(map(len, comparison.scores))
     titles = " ".join(f"{title:>{_CELL}}" for title in _WITH_INTERVAL.values())
     yield f"  {'':{width}} {titles} {'ppl':>9} {'ECE':>7}"
@@ -55,7 +55,7 @@ def _number(value: float, interval: Interval | None, sign: str = "") -> str:
 
 
 def harness_lines(name: str, results: Results) -> Iterator[str]:
-    """What one model scores on the harness's tasks, with the harness's standard errors."""
+    """Yield one model's scores on the harness's tasks, with the harness's standard errors."""
     for task, metrics in results.items():
         for metric, found in metrics.items():
             error = found["stderr"]

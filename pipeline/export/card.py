@@ -1,7 +1,7 @@
 """The model card: README.md with the front matter that the hub reads.
 
-It says what is known and leaves out the rest: licence and base model as export.* gives them, else
-as the teacher's own card does, metrics only where they were measured, and no path of this machine.
+The card states what is known and omits the rest. Licence and base model come from export.*, or else
+from the teacher's own card; metrics appear only if they were measured. It contains no local path.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ _HOW = {
     "cached": "distilled offline from a cache of its teacher's logits",
     "online": "distilled from its live teacher",
 }
-"""train.teacher -> what was done."""
+"""train.teacher -> how the model was trained, in words."""
 
 
 def run_card(params: Params, run: str, files: Sequence[str]) -> str:
-    """The card of a run, with what its run.json and paths.evaluate say of it.
+    """Return the card of a run, with the facts from its run.json and from paths.evaluate.
 
     Args:
-        run: its name under paths.runs. files: names of the GGUF files beside the card.
+        run: the run's name under paths.runs.
+        files: names of the GGUF files beside the card.
     """
     about = read_json_object(params.paths.runs / run / "run.json")
     how = about.get("train", {}).get("teacher")
@@ -80,7 +81,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
 
 
 def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
-    """The card of a model that no run made: how it is used, and the licence its own card names."""
+    """Return the card of a model that no run made: its use, and the licence on its own card."""
     found = card_license(folder)
     front = ModelCardData(
         license=found, library_name="transformers", pipeline_tag="text-generation"
@@ -93,21 +94,21 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
 
 
 def run_license(params: Params) -> str | None:
-    """export.license, else what the teacher's own card says, else None."""
+    """Return export.license, else the licence on the teacher's own card, else None."""
     return params.export.license or card_license(teacher_folder(params.paths.teacher))
 
 
 def card_license(folder: Path) -> str | None:
-    """The licence in the front matter of a folder's README.md; None where nothing says."""
+    """Return the licence in the front matter of a folder's README.md; None if there is none."""
     found = read_front_matter(folder).get("license")
     return found if isinstance(found, str) else None
 
 
 def run_base_model(params: Params, run: str) -> str | list[str] | None:
-    """What the hub is to show the model as derived from; None where that is unknown, or nothing is.
+    """Return the models that the hub should show this one as derived from, or None.
 
-    export.base_model, else the teacher's id on the hub, else what the teacher's own card says that
-    the teacher itself was derived from.
+    This is export.base_model, else the teacher's id on the hub, else the base model on the
+    teacher's own card. None means that it is unknown, or that the model is not derived from one.
     """
     if not _has_teacher(read_json_object(params.paths.runs / run / "run.json")):
         return None
@@ -122,7 +123,7 @@ def run_base_model(params: Params, run: str) -> str | list[str] | None:
 
 
 def unknown_fields(params: Params, run: str) -> list[str]:
-    """The parameters of export.* that would put on a run's card what it lacks."""
+    """Return the parameters of export.* that would add facts missing from a run's card."""
     about = read_json_object(params.paths.runs / run / "run.json")
     unknown = [] if run_license(params) else ["export.license"]
     if _has_teacher(about) and not run_base_model(params, run):
@@ -131,13 +132,13 @@ def unknown_fields(params: Params, run: str) -> list[str]:
 
 
 def _has_teacher(about: Mapping[str, Any]) -> bool:
-    """Whether a run has anything of its teacher: what it said, or its layers."""
+    """Return whether a run uses its teacher: the predictions or the layers."""
     taught = about.get("train", {}).get("teacher") in ("cached", "online")
     return taught or about.get("student", {}).get("init") == "layers"
 
 
 def _license_terms(params: Params) -> dict[str, Any]:
-    """Name and address of a licence that has no id on the hub, as the teacher's card gives them."""
+    """Return name and link of a licence without an id on the hub, as on the teacher's card."""
     front = read_front_matter(teacher_folder(params.paths.teacher))
     if params.export.license or front.get("license") != "other":
         return {}
@@ -186,7 +187,7 @@ def _data(params: Params) -> str:
 
 
 def _start(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the student was before training, as run.json has it."""
+    """Describe the student before training, as run.json records it."""
     student = about.get("student", {})
     said = {
         "random": "random weights",
@@ -206,7 +207,7 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _kept(params: Params, run: str) -> list[tuple[str, str]]:
-    """Which step's weights these are, where train.keep_best chose it."""
+    """Say which step the weights are from, if train.keep_best chose it."""
     metrics = read_json_object(params.paths.runs / run / "dvclive" / "metrics.json")
     step = metrics.get("validation", {}).get("best_step")
     return [] if step is None else [("weights", f"of step {step:g}, the lowest validation loss")]
@@ -216,7 +217,7 @@ def _evaluation(params: Params, run: str) -> str:
     metrics = read_json_object(params.paths.evaluate / "metrics.json")
     shown = {name: metrics[name] for name in ("teacher", run) if name in metrics}
     if run not in shown or not is_of_run(params.paths.runs, run, shown[run].get("model_sha256")):
-        return ""  # it was not judged, or has been trained again since
+        return ""  # it was not evaluated, or has been trained again since
     head = ("", *shown)
     rows = [
         (words, *(f"{scores[key]:.4f}" for scores in shown.values()))

@@ -1,23 +1,23 @@
-"""Whether an exported model says the same on three paths: our generation, transformers, llama.cpp.
+"""Check that an exported model agrees on three paths: our generation, transformers, llama.cpp.
 
-All continue the same token ids, greedily, with the exported weights. The reference computes in
-float32: ours, or, for an architecture that ours does not implement, transformers on the weights
-before the export, rounded as they were to be. Every other path is led along it: where it chooses
-another token, that is counted, and it goes on behind the reference's token, so that one early
-difference does not hide what follows. A prompt is equal when no token differs, which is to say
-that the path, left alone, would have written the same text.
+All paths continue the same token ids, greedily, with the exported weights. The reference computes
+in float32: our own model, or, for an architecture that it does not implement, transformers on the
+weights before the export, rounded as in the export. Every other path is teacher-forced along the
+reference: if it chooses another token, the difference is counted, and the path continues after the
+reference's token, so that one early difference does not hide what follows. A prompt is equal if no
+token differs, which means that the path on its own would have written the same text.
 
-Rounding differs between programs, and tips a choice that is nearly a tie. So a different token is a
-near tie where the reference's own logit of it is below that of its choice by no more than
-`NEAR_TIE`. Paths that compute in float32, and f16, pass when every token is equal or a near tie
-(and these stand beside the equal ones, not among them), and no fewer than `export.min_agreement`
-are equal: where a model hardly prefers any token, ties would excuse anything. llama.cpp rounds what
-a bf16 matrix is multiplied with to bf16, and to q8_0 for q8_0, so that they compute another
-function: they pass from `export.min_agreement` on and are not required to.
+Rounding differs between programs and can decide a near tie differently. So a different token counts
+as a near tie if the reference's logit of it is below that of the reference's own choice by at most
+`NEAR_TIE`. Paths that compute in float32, and f16, pass if every token is equal or a near tie (near
+ties do not count as equal) and at least the share `export.min_agreement` is equal: if a model
+hardly prefers any token, ties would excuse anything. llama.cpp rounds the factor of a bf16 matrix
+to bf16, and the factor of a q8_0 matrix to q8_0, so these paths compute another function: they
+pass from `export.min_agreement` on, and are not required to pass.
 
-Tokenizers are compared on lines of the same text: what tokenizer.json of the original says, what
-transformers' AutoTokenizer makes of the exported folder, and what llama.cpp does. llama.cpp
-normalises nothing, so it gets a line as the tokenizer's own normaliser leaves it.
+Tokenizers are compared on lines of the same text: the original's tokenizer.json, the tokenizer that
+transformers' AutoTokenizer makes of the exported folder, and llama.cpp's. llama.cpp normalises
+nothing, so it gets each line after the tokenizer's own normaliser.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from pipeline.runtime.device import DTYPES
 from pipeline.runtime.optional import import_transformers
 
 NEAR_TIE = {"float32": 1e-3, "f32": 1e-3, "f16": 0.05}
-"""Logits by which the reference may prefer its own token, by what a path computes in."""
+"""Largest gap in logits to the reference's own token that is a near tie, by a path's precision."""
 
 WITHOUT_LLAMA_CPP = f"llama.cpp is left out: {install_hint('llama')}"
 
 Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
-"""Prompts, and how many tokens -> at most so many greedy tokens each."""
+"""Map prompts and a number of tokens to at most that many greedy tokens for each prompt."""
 
 
 @dataclass(frozen=True)
 class PathResult:
-    """One path against the reference; see the module."""
+    """Comparison of one path with the reference; see the module."""
 
     name: str
     tokens: int
@@ -67,7 +67,7 @@ class PathResult:
 
 @dataclass(frozen=True)
 class TokenizerResult:
-    """One tokenizer against the original's, line by line."""
+    """Comparison of one tokenizer with the original's, line by line."""
 
     name: str
     lines: int
@@ -77,11 +77,11 @@ class TokenizerResult:
 
 @dataclass(frozen=True)
 class Reference:
-    """What is to be said.
+    """The continuations that every path is compared with.
 
     Attributes:
-        tokens: of each prompt, what follows.
-        logits: token ids -> float32 [V], of what follows them.
+        tokens: for each prompt, the tokens that follow.
+        logits: maps token ids to the logits of the next token, float32 [V].
     """
 
     name: str
@@ -95,7 +95,7 @@ class ExportCheck:
     """All comparisons of one export."""
 
     model: str
-    model_sha256: str  # of what was exported
+    model_sha256: str  # hash of the model that was exported
     reference: Reference
     new_tokens: int
     paths: list[PathResult]
@@ -104,13 +104,13 @@ class ExportCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every required path, and every tokenizer, passed."""
+        """Whether every required path and every tokenizer passed."""
         return all(path.passed or not path.required for path in self.paths) and all(
             tokenizer.passed for tokenizer in self.tokenizers
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in check.json."""
+        """Return the content of check.json."""
         return {
             "model": self.model,
             "model_sha256": self.model_sha256,
@@ -132,12 +132,12 @@ def check_export(
     text: str,
     params: ExportParams,
 ) -> ExportCheck:
-    """Compare an exported folder and its GGUF files with each other and with what they came from.
+    """Compare an exported folder and its GGUF files with each other and with their source.
 
     Args:
         source: the folder that was exported.
         files: GGUF files by format.
-        text: prompts and lines are taken from it.
+        text: text that prompts and lines are taken from.
 
     Raises:
         DecantError: a part cannot be loaded.
@@ -160,7 +160,7 @@ def check_export(
     ):
         with LlamaCpp(file, context=context) as llama:
             chosen = follow(llama.generate, reference)
-            if len(tokenizers) == 1:  # the files hold the same
+            if len(tokenizers) == 1:  # all files contain the same tokenizer
                 plain = [normalised(tokenizer, line) for line in lines]
                 ids = [llama.tokenize(line) for line in plain]
                 tokenizers.append(compare_lines("llama.cpp", ids, tokenizer, plain))
@@ -172,15 +172,15 @@ def check_export(
 
 
 def cut_prompts(text: str, tokenizer: Any, params: ExportParams) -> list[list[int]]:
-    """Token ids of prompts evenly spaced over a text, each from the start of a line.
+    """Return token ids of prompts evenly spaced over a text, each from the start of a line.
 
     Raises:
-        DecantError: there is no text.
+        DecantError: the text is too short.
     """
     prompts = []
     for number in range(params.prompts):
         start = len(text) * number // params.prompts
-        start = text.find("\n", start) + 1 if number else 0  # the beginning, behind the last line
+        start = text.find("\n", start) + 1 if number else 0  # 0 too if no line follows
         piece = text[start : start + 16 * params.prompt_tokens]
         prompts.append(list(tokenizer(piece)["input_ids"])[: params.prompt_tokens])
     if not all(prompts):
@@ -194,7 +194,7 @@ def cut_prompts(text: str, tokenizer: Any, params: ExportParams) -> list[list[in
 def make_reference(
     source: Path, folder: Path, prompts: list[list[int]], params: ExportParams
 ) -> Reference:
-    """The greedy continuation of each prompt, in float32.
+    """Generate the greedy continuation of each prompt in float32.
 
     Raises:
         ParamsError: prompt and continuation exceed the model's context.
@@ -232,7 +232,7 @@ def make_reference(
 
 
 def transformers_generate(model: Any) -> Generate:
-    """Greedy `generate` of a transformers model, whatever its own generation_config says."""
+    """Return greedy generation by a transformers model, whatever its generation_config says."""
     settings = import_transformers().GenerationConfig(
         do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -249,7 +249,7 @@ def transformers_generate(model: Any) -> Generate:
 
 
 def follow(generate: Generate, reference: Reference) -> list[list[int]]:
-    """What a path chooses behind each of the reference's tokens: as many tokens as that has."""
+    """Return the path's choice after each of the reference's tokens, as many as there are."""
     chosen: list[list[int]] = [[] for _ in reference.prompts]
     pairs = list(zip(reference.prompts, reference.tokens, strict=True))
     while waiting := [i for i, (_, wanted) in enumerate(pairs) if len(chosen[i]) < len(wanted)]:
@@ -272,7 +272,7 @@ def judge(
     near_tie: float | None,
     params: ExportParams,
 ) -> PathResult:
-    """Count what is equal; `near_tie` None is for a path whose tokens may differ."""
+    """Count equal tokens; `near_tie` is None for a path whose tokens may differ."""
     tokens = equal = ties = prompts = 0
     for prompt, wanted, found in zip(reference.prompts, reference.tokens, chosen, strict=True):
         differing = [i for i, token in enumerate(wanted) if found[i] != token]
@@ -289,13 +289,13 @@ def judge(
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, without tokens put around it."""
+    """Return the ids of a text, without special tokens around it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def normalised(tokenizer: Any, text: str) -> str:
-    """The text as the tokenizer's normaliser leaves it."""
+    """Return the text after the tokenizer's normaliser."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     return text if normalizer is None else str(normalizer.normalize_str(text))
 
@@ -303,6 +303,6 @@ def normalised(tokenizer: Any, text: str) -> str:
 def compare_lines(
     name: str, ids: Sequence[list[int]], tokenizer: Any, lines: Sequence[str]
 ) -> TokenizerResult:
-    """Ids of each line against those that the tokenizer makes."""
+    """Compare the ids of each line with those of the tokenizer."""
     equal = sum(found == encode(tokenizer, line) for found, line in zip(ids, lines, strict=True))
     return TokenizerResult(name, len(lines), equal, passed=equal == len(lines))

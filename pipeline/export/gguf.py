@@ -1,11 +1,12 @@
-"""GGUF files, which llama.cpp and what is built on it read, of Qwen2 and Llama folders.
+"""Write Qwen2 and Llama folders as GGUF files, for llama.cpp and the programs built on it.
 
-Names and metadata are those of llama.cpp's own converter (conversion/llama.py and qwen.py there);
-the format is the package gguf's. Matrices are stored in the chosen format, vectors (norms and
-biases) in float32. q8_0 keeps, for each 32 weights of a row, 32 integers and their scale, the
-largest / 127 in float16; a matrix whose rows are no multiple of 32 stays float16 in such a file.
+Names and metadata are those of llama.cpp's own converter (its conversion/llama.py and qwen.py); the
+package gguf provides the format. Matrices are stored in the chosen format, vectors (norms and
+biases) in float32. q8_0 stores, for each 32 weights of a row, 32 integers and their scale, the
+largest weight / 127 in float16; a matrix whose row length is not a multiple of 32 stays float16 in
+such a file.
 
-llama.cpp turns neighbouring dimensions of a Llama's queries and keys, where Hugging Face turns
+llama.cpp rotates neighbouring dimensions of a Llama's queries and keys, where Hugging Face rotates
 dimension i with i + E / 2, so their rows are reordered; those of a Qwen2 are not.
 """
 
@@ -35,7 +36,7 @@ _LARGEST_F16 = 65504.0
 
 
 def require_gguf() -> Any:
-    """The package gguf.
+    """Import the package gguf.
 
     Raises:
         DecantError: it is not installed.
@@ -44,10 +45,10 @@ def require_gguf() -> Any:
 
 
 def require_convertible(folder: Path) -> ModelConfig:
-    """The shape of a folder that can be written as GGUF.
+    """Return the configuration of a folder that can be written as GGUF.
 
     Raises:
-        DecantError: another architecture, or a variant that llama.cpp computes otherwise.
+        DecantError: it has another architecture, or a variant that llama.cpp computes differently.
     """
     try:
         config = read_config(folder)
@@ -78,15 +79,16 @@ def require_convertible(folder: Path) -> ModelConfig:
 def write_gguf(
     folder: Path, file: Path, kind: str, *, name: str, license_id: str | None = None
 ) -> None:
-    """Convert a Hugging Face folder; the file is complete under its name, or not there.
+    """Convert a Hugging Face folder; `file` is either complete or does not exist.
 
     Args:
         kind: f32, f16, bf16 or q8_0.
-        name: of the model, as llama.cpp shows it. license_id: for example apache-2.0.
+        name: name of the model, as llama.cpp shows it.
+        license_id: for example apache-2.0.
 
     Raises:
-        DecantError: architecture or tokenizer are not llama.cpp's, weights too large for float16,
-            or the folder is damaged.
+        DecantError: llama.cpp does not support the architecture or the tokenizer, weights are too
+            large for float16, or the folder is damaged.
     """
     gguf, config = require_gguf(), require_convertible(folder)
     raw = read_config_json(folder)
@@ -122,12 +124,12 @@ def write_gguf(
 
 @dataclass(frozen=True)
 class _Stored:
-    """How a tensor lies in the file."""
+    """Name, format and shape of a tensor in the file."""
 
     name: str
     format: Any  # gguf.GGMLQuantizationType
-    stored_shape: tuple[int, ...]  # of its bytes where these are blocks
-    dtype: str  # of NumPy
+    stored_shape: tuple[int, ...]  # in bytes if the format has blocks
+    dtype: str  # NumPy's name
 
     @property
     def num_bytes(self) -> int:
@@ -139,7 +141,7 @@ _ROPE = "rope_freqs.weight"
 
 
 def _plan(folder: Path, config: ModelConfig, kind: str) -> dict[str, _Stored]:
-    """Hugging Face's name -> place in the file, in the order of `_sources`."""
+    """Map Hugging Face's names to stored tensors, in the order of `_sources`."""
     gguf = require_gguf()
     architecture = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
@@ -166,15 +168,16 @@ def _placed(target: str, shape: tuple[int, ...], kind: str) -> _Stored:
 
 
 def _sources(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that goes into the file, as the folder has it."""
+    """Yield every tensor for the file, as stored in the folder."""
     for name, tensor in stream_tensors(folder):
-        tied = name == "lm_head.weight" and config.tie_embeddings  # llama.cpp takes the embedding
+        tied = name == "lm_head.weight" and config.tie_embeddings  # llama.cpp uses the embedding
         if name.endswith(OUT_BIAS) and tensor.any():
             raise DecantError(
                 f"{folder} has {name} other than zero, and its config.json says attention_out_bias="
                 "false: set export.gguf=[], or use llama.cpp's own converter"
             )
-        # old folders store inv_freq, which follows; for OUT_BIAS see pipeline/model/weights.py
+        # Old folders store inv_freq, which can be computed; see pipeline/model/weights.py for
+        # OUT_BIAS.
         if not tied and not name.endswith((".rotary_emb.inv_freq", OUT_BIAS)):
             yield name, tensor
     if isinstance(config.rope_scaling, Llama3Scaling):
@@ -184,7 +187,7 @@ def _sources(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def _values(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The same as llama.cpp has them, float32, one in memory at a time."""
+    """Yield the same tensors in llama.cpp's layout, float32, with one in memory at a time."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     for name, tensor in _sources(folder, config):
         projection = name.split(".")[-2]
@@ -194,7 +197,7 @@ def _values(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave_halves(rows: Tensor, heads: int) -> Tensor:
-    """Rows [heads * E, ...] with dimensions i and i + E / 2 of each head made neighbours."""
+    """Reorder rows [heads * E, ...] so that dimensions i and i + E / 2 of a head are neighbours."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 

@@ -1,9 +1,9 @@
-"""A trained student as a Hugging Face folder that opens with none of our code.
+"""Export a trained student as a Hugging Face folder that opens without any of our code.
 
-A run's model is such a folder already, in float32 and with a config.json of the least that ours
-needs. Here transformers reads it and writes it again, in the number format that is published, with
-all that its classes and other programs look for: special ids, generation_config.json, the
-tokenizer with its chat template, and a model card (pipeline/export/card.py).
+A run's model already is such a folder, in float32 and with the minimal config.json that our code
+needs. Here transformers reads it and writes it again in the published dtype, with everything that
+its classes and other programs look for: special ids, generation_config.json, the tokenizer with its
+chat template, and a model card (pipeline/export/card.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.runtime.optional import import_transformers
 from pipeline.text_generator import default_eos_ids
 
 _LOCAL = ("is_local", "local_files_only", "backend")
-"""What transformers notes in tokenizer_config.json about the machine that it was saved on."""
+"""Keys that transformers writes to tokenizer_config.json about the local machine."""
 
 
 def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -41,11 +41,11 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
     Args:
         source: a Hugging Face folder of any architecture that transformers knows.
-        dtype: weights are rounded to it.
+        dtype: dtype that weights are rounded to.
 
     Raises:
-        DecantError: no usable model or tokenizer, weights that are not finite in `dtype`, or a
-            tokenizer that transformers does not open beside such a model.
+        DecantError: there is no usable model or tokenizer, weights are not finite in `dtype`, or
+            transformers would not open that tokenizer with such a model.
     """
     model = load_causal_lm(source, dtype, what="model")
     for name, parameter in model.named_parameters():
@@ -62,14 +62,14 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
         "pad_token_id": tokenizer.pad_token_id,
     }
     for name, value in ids.items():
-        if name not in said:  # the class's own default means another tokenizer's token
+        if name not in said:  # the class's default would be another tokenizer's token
             setattr(model.config, name, value)
     if not (source / "generation_config.json").exists():
         eos = said.get("eos_token_id")
         ids["eos_token_id"] = default_eos_ids(tokenizer) if eos is None else eos
         model.generation_config = import_transformers().GenerationConfig(**ids)
     model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # written for their owner's eyes alone
+    for weights in folder.glob("*.safetensors"):  # written with owner-only permissions
         weights.chmod((folder / "config.json").stat().st_mode)
     try:
         save_tokenizer(source, folder)
@@ -82,9 +82,9 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _as_llama(source: Path) -> Iterator[Path]:
-    """The same model and tokenizer under a type beside which transformers keeps the tokenizer.
+    """Yield the same model and tokenizer under a type with which transformers keeps the tokenizer.
 
-    Runs of older versions are of type qwen2 with any tokenizer; see pipeline/model/weights.py.
+    Runs of older versions have type qwen2 with any tokenizer; see pipeline/model/weights.py.
 
     Raises:
         TokenizerClassError: this architecture has no such type.
@@ -106,7 +106,7 @@ def _as_llama(source: Path) -> Iterator[Path]:
 
 
 def _clean_tokenizer_config(file: Path) -> None:
-    """Take out what concerns the machine, and name a class that older transformers have too."""
+    """Remove what describes the machine, and name a class that older transformers have too."""
     if not file.exists():
         return
     content: dict[str, Any] = json.loads(file.read_text())

@@ -1,7 +1,7 @@
-"""A GGUF file in llama.cpp, by the wheel xllamacpp: greedy tokens and token ids of texts.
+"""A GGUF file run by llama.cpp, from the wheel xllamacpp: greedy tokens and token ids of texts.
 
-The wheel embeds llama-server. It runs in a process of its own (llama_server.py) that listens on a
-free port of this machine alone, and goes when this one does.
+The wheel embeds llama-server. It runs in its own process (llama_server.py), which listens on a free
+port of this machine only and ends with this process.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ import torch
 
 from pipeline.errors import DecantError
 
-_PATIENCE = 600.0  # seconds for one answer
+_PATIENCE = 600.0  # seconds to wait for one answer
 
 
 def has_llama_cpp() -> bool:
-    """Whether the wheel is installed."""
+    """Return whether the wheel is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 class LlamaCpp:
-    """llama.cpp with one model, on the CPU, arithmetic as exact as its options allow.
+    """llama.cpp with one model, on the CPU, with arithmetic as exact as its options allow.
 
     Args:
-        file: GGUF. context: tokens of the longest text, prompt included.
+        file: a GGUF file.
+        context: number of tokens of the longest text, including the prompt.
 
     Raises:
-        DecantError: llama.cpp does not load the file; its own words are quoted.
+        DecantError: llama.cpp cannot load the file; the message quotes its own.
     """
 
     def __init__(self, file: Path, *, context: int) -> None:
@@ -49,7 +50,7 @@ class LlamaCpp:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends that one
+            start_new_session=True,  # Ctrl-C goes to this process, which then ends the other
         )
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -76,21 +77,21 @@ class LlamaCpp:
                 stream.close()
 
     def generate(self, texts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of token ids; one may end early, by a token that ends texts."""
+        """Continue token ids greedily; a continuation may end early, at an end-of-text token."""
         options = {
             "n_predict": new_tokens,
             "temperature": 0.0,
             "samplers": ["temperature"],
             "repeat_penalty": 1.0,
             "return_tokens": True,
-            "cache_prompt": False,  # a batch of another size is rounded otherwise
+            "cache_prompt": False,  # another batch size would round differently
         }
         return [
             self._ask("/completion", {"prompt": list(ids), **options})["tokens"] for ids in texts
         ]
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it recognised, none put around it."""
+        """Return the ids of a text; special tokens in it are recognised, none are added."""
         options = {"add_special": False, "parse_special": True}
         ids: list[int] = self._ask("/tokenize", {"content": text, **options})["tokens"]
         return ids
@@ -110,7 +111,7 @@ class LlamaCpp:
             ) from None
 
     def _last_words(self) -> str:
-        """What the process said last, and how it ended if it did."""
+        """Return the last error message of the process, and its exit status if it has ended."""
         try:
             ended = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

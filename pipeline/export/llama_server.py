@@ -1,7 +1,8 @@
-"""Runs llama.cpp's server until its standard input ends: `python -P llama_server.py FILE ...`.
+"""Run llama.cpp's server until standard input ends: `python -P llama_server.py FILE ...`.
 
-A program of its own, started by `LlamaCpp` in llama_cpp.py, since llama.cpp ends the process on
-damaged files, takes over Ctrl-C, and prints where it likes. Nothing of Decant is imported here.
+This is a separate program, started by `LlamaCpp` in llama_cpp.py, because llama.cpp ends the
+process on damaged files, takes over Ctrl-C, and prints wherever it likes. It imports nothing from
+Decant.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 
 
 def main(file: str, context: int, threads: int) -> None:
-    """Load a GGUF file, say by a line on standard output where it listens, and wait."""
+    """Load a GGUF file, print the server's address as a line on standard output, and wait."""
     import xllamacpp as llama
 
     params = llama.CommonParams()
@@ -19,17 +20,17 @@ def main(file: str, context: int, threads: int) -> None:
     params.n_ctx = context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = 0
-    # As exact as it gets: keys and values are kept in float32, attention is not fused.
+    # For the most exact arithmetic, keys and values are float32, and attention is not fused.
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.fit_params = params.warmup = params.ui = False
     params.cache_ram_mib = 0
-    params.verbosity = 1  # errors, on standard error
+    params.verbosity = 1  # only errors, on standard error
     server = llama.Server(params)
     sys.stdout.write(f"{server.listening_address}\n")
     sys.stdout.flush()
     sys.stdin.read()
-    os._exit(0)  # nothing is to be saved, and a second of tidying up to be had
+    os._exit(0)  # there is nothing to save, and this avoids a second of cleanup
 
 
 if __name__ == "__main__":

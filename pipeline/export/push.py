@@ -1,7 +1,7 @@
-"""An exported folder to the Hugging Face hub, by huggingface_hub.
+"""Push an exported folder to the Hugging Face hub, by huggingface_hub.
 
-The token is the one that `hf auth login` left, or HF_TOKEN; HF_ENDPOINT names another hub. All is
-left to that library, which reads them itself.
+The token is the one from `hf auth login`, or HF_TOKEN; HF_ENDPOINT names another hub. All of this
+is left to that library, which reads them itself.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pipeline.storage import MARK
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of each file that would go, in order of names."""
+    """Return name and size in bytes of each file that would be uploaded, sorted by name."""
     files = (file for file in sorted(folder.iterdir()) if file.name != MARK)
     return [(file.name, file.stat().st_size) for file in files]
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuse what is no name of a repository: ORG/NAME.
+    """Refuse anything that is not a repository name, ORG/NAME.
 
     Raises:
-        ParamsError: it is not.
+        ParamsError: it is not such a name.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -40,13 +40,13 @@ def require_repo_id(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, *, public: bool) -> str:
-    """Upload every file of a folder into a model repository, made if need be; returns its address.
+    """Upload every file of a folder to a model repository, creating it if needed; return its URL.
 
     Args:
-        public: visible to all; a repository that exists already keeps what it is.
+        public: whether a new repository is visible to all; an existing one keeps its visibility.
 
     Raises:
-        DecantError: no token, no permission, or the hub cannot be reached.
+        DecantError: there is no token, no permission, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ def push(folder: Path, repo_id: str, *, public: bool) -> str:
             allow_patterns=[name for name, _ in files_of(folder)],
             commit_message="Export by Decant",
         )
-    except Exception as error:  # HTTP, authentication and connection errors of three libraries
+    except Exception as error:  # HTTP, authentication and connection errors from three libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DecantError(
             f"{folder} could not be pushed to {repo_id} ({reason}): check the connection, the "

@@ -1,8 +1,8 @@
-"""One export: folder, GGUF files and card, complete under their name or not there, then the check.
+"""One export: folder, GGUF files and card, written atomically, then the check.
 
 <paths.export>/<name>/                a Hugging Face folder, with README.md
-<paths.export>/<name>/<name>-f16.gguf a file for each format of export.gguf
-<paths.export>/check.json             how the last export was checked (pipeline/export/check.py)
+<paths.export>/<name>/<name>-f16.gguf one file for each format in export.gguf
+<paths.export>/check.json             result of the last export's check (pipeline/export/check.py)
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipeline.storage import atomic_folder
 
 
 def export_model(params: Params, model: Exported) -> Path:
-    """Write <paths.export>/<name>, in place of an older one; returns it.
+    """Write <paths.export>/<name>, replacing an older export; return its path.
 
-    check.json goes when the new folder comes: it told of another.
+    check.json is removed with the replaced folder, because it describes that one.
 
     Raises:
         DecantError: the model or its tokenizer cannot be exported, or a package is missing.
     """
-    if params.export.gguf:  # before minutes are spent
+    if params.export.gguf:  # fail before minutes are spent
         require_gguf()
         require_convertible(model.folder)
     folder = params.paths.export / model.name
@@ -58,16 +58,16 @@ def export_model(params: Params, model: Exported) -> Path:
 
 
 def gguf_files(params: Params, model: Exported) -> dict[str, Path]:
-    """Where each GGUF file lies, by format."""
+    """Return the path of each GGUF file, by format."""
     folder = params.paths.export / model.name
     return {kind: folder / f"{model.name}-{kind}.gguf" for kind in params.export.gguf}
 
 
 def check_model(params: Params, model: Exported) -> ExportCheck:
-    """Check what `export_model` wrote, and write <paths.export>/check.json.
+    """Check the result of `export_model`, and write <paths.export>/check.json.
 
     Raises:
-        DecantError: there is no text to check by, or a part cannot be loaded.
+        DecantError: there is no text for the check, or a part cannot be loaded.
     """
     check = check_export(
         model.name,

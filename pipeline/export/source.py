@@ -1,4 +1,4 @@
-"""What is exported, and the text that it is checked by."""
+"""The model to export, and the text that the export is checked with."""
 
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ class Exported:
 
 
 def find_model(params: Params, run: str, model: Path | None) -> Exported:
-    """The model of a run, or a folder.
+    """Return the model of a run, or of a folder.
 
     Raises:
-        DecantError: there is none.
-        ParamsError: the run's name is no word, or the export would be written over what is
-            exported.
+        DecantError: there is no such model.
+        ParamsError: the run's name is not valid, or the export would overwrite its own source.
     """
     if model is None:
         return Exported(run, run_model(params.paths.runs, run), run)
     folder = require_model(model)
     name = folder.resolve().name
-    if name == "model":  # of a run elsewhere
+    if name == "model":  # the model of a run elsewhere
         name = folder.resolve().parent.name
     if (params.paths.export / name).resolve() == folder.resolve():
         raise ParamsError(
@@ -50,10 +49,10 @@ def find_model(params: Params, run: str, model: Path | None) -> Exported:
 
 
 def text_to_check_by(params: Params, model: Path) -> str:
-    """export.text, or as much of the corpus's validation documents as prompts and lines need.
+    """Return export.text, or as many of the corpus's validation documents as the check needs.
 
     Raises:
-        MismatchError: the corpus was made by a tokenizer that is not at hand.
+        MismatchError: the tokenizer that made the corpus cannot be found.
         ParamsError: export.text cannot be read.
     """
     if params.export.text is not None:
@@ -76,7 +75,7 @@ def text_to_check_by(params: Params, model: Path) -> str:
 
 
 def _tokenizer_of(corpus: CorpusSplit, folders: tuple[Path, ...]) -> Any:
-    """The tokenizer that a corpus was made by."""
+    """Load the tokenizer that the corpus was made with."""
     wanted = corpus.info.tokenizer_sha256
     for folder in folders:
         if (folder / "tokenizer.json").exists() and hash_tokenizer(folder) == wanted:

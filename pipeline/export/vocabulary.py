@@ -1,14 +1,14 @@
-"""A Hugging Face tokenizer in the words of GGUF: tokens, their kinds, merges, how text is split.
+"""A Hugging Face tokenizer as GGUF metadata: tokens, their types, merges, how text is split.
 
-llama.cpp does not read tokenizer.json. It knows byte-level BPE and, by a name that the file holds
-as `tokenizer.ggml.pre`, ways to split text before merging that are programmed into it. Its own
-converter finds the name from a hash of what a tokenizer makes of a sample, and so knows published
-tokenizers alone. Here the definition itself is compared, so that a tokenizer trained at home is
-taken too if it splits in one of the ways below. Any other is refused: under a wrong name a file
-loads, and the model reads other tokens than it was trained on.
+llama.cpp does not read tokenizer.json. It knows byte-level BPE and some ways to split text before
+merging, which are built into it and named in the file as `tokenizer.ggml.pre`. Its own converter
+finds the name by a hash of a tokenizer's output for a sample, and therefore only knows published
+tokenizers. Decant compares the definition itself, so that a tokenizer that you trained is accepted
+too if it splits in one of the ways below. Any other is refused: under a wrong name a file loads,
+but the model reads other tokens than it was trained on.
 
-llama.cpp normalises nothing. Qwen2's NFC leaves nearly all text as it is, and is let pass, so
-that whoever gives llama.cpp other text has to normalise it first; other normalisers are refused.
+llama.cpp normalises nothing. Qwen2's NFC leaves nearly all text unchanged and is accepted, so users
+who give llama.cpp other text must normalise it first; other normalisers are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
     (("Split", _QWEN2), _BYTES): "qwen2",
     (("Split", _LLAMA3), _BYTES): "llama-bpe",
 }
-"""Steps of a pre-tokenizer -> llama.cpp's name for what they do (src/llama-vocab.cpp)."""
+"""Steps of a pre-tokenizer -> llama.cpp's name for them (src/llama-vocab.cpp)."""
 _ROLES = ("bos", "eos", "unk", "sep", "pad")
 
 
@@ -43,11 +43,11 @@ def add_tokenizer(writer: Any, folder: Path, rows: int, config: Mapping[str, Any
 
     Args:
         writer: a `gguf.GGUFWriter` before its header is written.
-        rows: of the embedding; those beyond the tokenizer's ids become unused tokens.
-        config: the model's config.json, which names the special ids that the tokenizer does not.
+        rows: number of embedding rows; those beyond the tokenizer's ids become unused tokens.
+        config: the model's config.json, for special ids that the tokenizer does not name.
 
     Raises:
-        DecantError: llama.cpp has no such tokenizer, or it has more ids than the model rows.
+        DecantError: llama.cpp has no such tokenizer, or it has more ids than the model has rows.
     """
     tokenizer = load_tokenizer(folder)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -63,7 +63,7 @@ def add_tokenizer(writer: Any, folder: Path, rows: int, config: Mapping[str, Any
             number = config.get(f"{role}_token_id")
         if isinstance(number, int) and 0 <= number < rows:
             getattr(writer, f"add_{role}_token_id")(number)
-    ids = tokenizer("a")["input_ids"]  # what is really put around a text, whatever the config says
+    ids = tokenizer("a")["input_ids"]  # the tokens really added around a text, despite the config
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
@@ -71,13 +71,14 @@ def add_tokenizer(writer: Any, folder: Path, rows: int, config: Mapping[str, Any
 
 
 def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
-    """llama.cpp's name for how a tokenizer splits text.
+    """Return llama.cpp's name for the way that a tokenizer splits text.
 
     Args:
-        state: tokenizer.json. folder: named in errors.
+        state: content of tokenizer.json.
+        folder: folder to name in errors.
 
     Raises:
-        DecantError: it is not byte-level BPE, or splits in a way that has no name.
+        DecantError: it is not byte-level BPE, or llama.cpp has no name for the way it splits.
     """
     model, steps = state["model"], _steps(state.get("pre_tokenizer"))
     if model["type"] != "BPE" or model.get("byte_fallback"):
@@ -103,11 +104,11 @@ def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
 
 
 def token_table(tokenizer: Any, rows: int, folder: Path) -> tuple[list[str], list[int]]:
-    """Token and kind (gguf.TokenType) of each embedding row.
+    """Return token and type (gguf.TokenType) of each embedding row.
 
     Special tokens are control tokens, other added ones user-defined: both are found in a text
-    before it is split, and the former are not shown. A row without a token is unused. Added tokens
-    beyond the rows, which the model cannot read, are left out.
+    before it is split, and control tokens are not shown. A row without a token is unused. Added
+    tokens beyond the rows, which the model cannot read, are left out.
 
     Raises:
         DecantError: an ordinary token lies beyond the rows.
@@ -132,13 +133,13 @@ def token_table(tokenizer: Any, rows: int, folder: Path) -> tuple[list[str], lis
 
 
 def _merges(state: Mapping[str, Any]) -> list[list[str]]:
-    """Pairs; older files hold them as one string. Byte-level tokens hold no blanks."""
+    """Return merges as pairs; older files hold strings (byte-level tokens contain no spaces)."""
     rules = state["model"]["merges"]
     return [rule.split(" ") if isinstance(rule, str) else rule for rule in rules]
 
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[Any, ...]:
-    """What a pre-tokenizer does, in order, without the fields that change no token."""
+    """Return the steps of a pre-tokenizer in order, without fields that do not affect tokens."""
     if pre_tokenizer is None:
         return ()
     kind = pre_tokenizer["type"]

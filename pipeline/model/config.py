@@ -1,10 +1,10 @@
-"""config.json of a model folder, checked before anything is built by it.
+"""Read config.json of a model folder and check it before anything is built from it.
 
-A model's classes believe their config: a size that is text, or a thousand times the weights', ends
-in a traceback of another library, in memory that no machine has, or in a loop over ten million
-layers. So each size is compared with what the folder's weights hold (their headers alone are read)
-before PyTorch, transformers or the GGUF writer see it. Missing keys are the reader's matter: which
-ones a model needs depends on its architecture.
+Model classes trust their config. A size that is text, or a thousand times too large for the
+weights, would end in a traceback from another library, in an allocation that no machine can make,
+or in a loop over ten million layers. So each size is compared with the folder's weights (only their
+headers are read) before PyTorch, transformers or the GGUF writer see it. Missing keys are left to
+the reader, because the keys that a model needs depend on its architecture.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pipeline.errors import DecantError
 from pipeline.model.folder import require_regular_files
 from pipeline.runtime.optional import import_transformers
 
-_LARGEST_FILE = 2**24  # bytes; config.json files have some thousands
+_LARGEST_FILE = 2**24  # bytes; config.json files usually have some thousands
 _DEEPEST = 16  # levels of nesting; three are usual
 _LARGEST_INT = 2**31 - 1
-_LARGEST_FLOAT = 3.4e38  # of float32, in which models and GGUF files hold them
+_LARGEST_FLOAT = 3.4e38  # largest float32, the type that models and GGUF files store
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _VOCABULARY = ("vocab_size",)
-_BESIDE_HIDDEN = (  # the other side of some matrix with hidden_size
+_BESIDE_HIDDEN = (  # the other dimension of a matrix that has hidden_size as one
     "intermediate_size",
     "moe_intermediate_size",
     "n_inner",
@@ -50,10 +50,10 @@ _POSITIONS = (
 _SIZES = (*_HIDDEN, *_LAYERS, *_VOCABULARY, *_BESIDE_HIDDEN, *_HEADS, *_POSITIONS)
 _LAYERS_OF_OTHER_PARTS = 256
 _UNUSED = 2**24
-"""Weights of a matrix that a config describes and no layer has (models all of whose layers are
-sparse keep the default of a dense one's width).
+"""Weights of a matrix that a config describes but no layer has (a model with only sparse layers
+keeps the default width of a dense one).
 """
-_BY_LAYER = ("intermediate_size", *_HEADS)  # may be lists, of one for each layer
+_BY_LAYER = ("intermediate_size", *_HEADS)  # may be lists with one value per layer
 _AT_LEAST_ONE = (*_HIDDEN, *_LAYERS, *_VOCABULARY, "num_attention_heads", "n_head", "n_heads")
 _FLOATS = (
     "rms_norm_eps",
@@ -75,17 +75,18 @@ _BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_w
 _TEXTS = ("model_type", "rope_type", "hidden_act", "hidden_activation", "activation_function")
 _OBJECTS = ("rope_parameters", "rope_scaling", "text_config", "quantization_config")
 
-_PACKED = ("U8", "I8", "I32")  # quantised formats keep up to 8 weights in one number of these
+_PACKED = ("U8", "I8", "I32")  # quantised formats pack up to 8 weights into one of these numbers
 _NUMBERED = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What the headers of a folder's *.safetensors say.
+    """Sizes read from the headers of a folder's *.safetensors.
 
     Attributes:
-        elements: weights of all tensors, at most.
-        layers: numbered modules, at most: one more than the largest number in a tensor's name.
+        elements: upper bound on the number of weights in all tensors.
+        layers: upper bound on the number of numbered modules: one more than the largest number in
+            a tensor's name.
     """
 
     elements: int
@@ -93,10 +94,10 @@ class StoredWeights:
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, whose known sizes have the right types and fit the weights.
+    """Read a model folder's config.json; check that sizes have the right types and fit the weights.
 
     Raises:
-        DecantError: it cannot be read, a value has another type, or a size is beyond the weights.
+        DecantError: it cannot be read, a value has another type, or a size exceeds the weights.
     """
     file = folder / "config.json"
     content = read_config_file(file)
@@ -107,10 +108,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
-    """A config.json apart from its weights; known values have the right types and signs.
+    """Read a config.json without its weights; check the types and signs of known values.
 
     Raises:
-        DecantError: as `read_config_json`.
+        DecantError: it cannot be read, or a value has another type or sign.
     """
     require_regular_files([file])
     try:
@@ -136,16 +137,16 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that describes the language model of a larger one, or all of it."""
+    """Return the language model's part of a larger model's config.json, or all of it."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def embedding_rows(folder: Path) -> int | None:
-    """Rows of the model's embedding by its config.json; None where that does not say.
+    """Return the number of embedding rows in config.json, or None if it does not give one.
 
     Raises:
-        DecantError: as `read_config_json`.
+        DecantError: see `read_config_json`.
     """
     if not (folder / "config.json").exists():
         return None
@@ -154,12 +155,12 @@ def embedding_rows(folder: Path) -> int | None:
 
 
 def describe(folder: Path) -> str:
-    """One line about a model folder: kind, layers, width, vocabulary and size.
+    """Describe a model folder in one line: type, layers, width, vocabulary and size.
 
-    Where config.json leaves a number out, it is the default of the architecture's own class.
+    A number that config.json omits is the default of the architecture's own class.
 
     Raises:
-        DecantError: as `read_config_json`.
+        DecantError: see `read_config_json`.
     """
     raw = read_config_json(folder)
     inner: Mapping[str, Any] = text_config(raw)
@@ -179,10 +180,10 @@ def describe(folder: Path) -> str:
 
 
 def stored_weights(folder: Path) -> StoredWeights | None:
-    """What the headers of *.safetensors say; None where there is no such file.
+    """Read sizes from the headers of *.safetensors; return None if there is no such file.
 
     Raises:
-        DecantError: a damaged file, or one that is no regular file.
+        DecantError: a file is damaged or is not a regular file.
     """
     files = sorted(folder.glob("*.safetensors"))
     require_regular_files(files)
@@ -205,7 +206,7 @@ def stored_weights(folder: Path) -> StoredWeights | None:
 
 
 def _with_defaults(folder: Path) -> Mapping[str, Any] | None:
-    """The language model's config as its class completes it; None for an unknown one."""
+    """Return the language model's config with its class's defaults; None for an unknown class."""
     try:
         config = import_transformers().AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -214,12 +215,12 @@ def _with_defaults(folder: Path) -> Mapping[str, Any] | None:
         return {names[0]: getattr(inner, names[0], None) for names in (_LAYERS, _HIDDEN)} | {
             "vocab_size": getattr(inner, "vocab_size", None)
         }
-    except Exception:  # whatever a config's class makes of foreign values
+    except Exception:  # config classes fail in many ways on foreign values
         return None
 
 
 def _objects(config: dict[str, Any], file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All objects within a config, with the path to each; not by recursion."""
+    """Yield all objects within a config, with the path to each, without recursion."""
     waiting: list[tuple[str, int, Any]] = [("", 0, config)]
     while waiting:
         path, depth, value = waiting.pop()
@@ -236,10 +237,10 @@ def _objects(config: dict[str, Any], file: Path) -> Iterator[tuple[str, dict[str
 
 
 def require_sizes(values: Mapping[str, Any], stored: StoredWeights, file: Path) -> None:
-    """Refuse sizes, under config.json's names, of a wrong type or beyond the weights of a file.
+    """Refuse sizes, named as in config.json, with a wrong type or beyond the weights of a file.
 
     Raises:
-        DecantError: names the first one.
+        DecantError: it names the first such size.
     """
     _require_types(values, file, "")
     _require_fit(values, stored, file, "")
@@ -276,7 +277,7 @@ def _require_fit(
         return
     hidden = _first(values, _HIDDEN) or 1
     layers = stored.layers
-    if path not in ("", "text_config."):  # a part that the folder need not hold
+    if path not in ("", "text_config."):  # a part that the folder need not contain
         layers = max(layers, _LAYERS_OF_OTHER_PARTS)
     bounds = (
         (_LAYERS, layers, f"numbers {layers:,} at most in its tensors' names"),
@@ -307,7 +308,7 @@ def _wrong(file: Path, name: str, value: Any, wanted: str) -> DecantError:
 
 
 def _listed(value: Any, name: str) -> list[Any]:
-    """A value, or one for each layer where the key may have that; nothing for null."""
+    """Return the value as a list, one per layer if the key allows that; empty for null."""
     if value is None:
         return []
     return value if isinstance(value, list) and name in _BY_LAYER else [value]

@@ -1,13 +1,13 @@
-"""One new token a row through all layers: what generation does most, without what it need not do.
+"""Decode one new token per row through all layers, as fast as possible.
 
-`StudentModel` computes the same (tests/model/test_decode.py), a module at a time. For one token the
-modules themselves, and the reshaping between them, take longer than the arithmetic of a small
-model; and on a CPU half of the rest is lost in products that read a weight at half the speed of
-memory. So the layers are written out here once more, as plain operations on their weights. Whoever
-changes `pipeline/model/student.py` changes this too.
+`StudentModel` computes the same result (tests/model/test_decode.py), module by module. For a single
+token, the modules themselves and the reshaping between them take longer than the arithmetic of a
+small model, and on a CPU half of the remaining time is lost in products that read weights at half
+the memory's speed. So this file writes the layers out again as plain operations on their weights.
+A change in `pipeline/model/student.py` must be made here too.
 
-Shapes: B rows, D hidden, H query heads, G key/value heads, E head size, V vocabulary rows. Where B
-is 1, hidden states are vectors [D].
+Shapes: B rows, D hidden, H query heads, G key/value heads, E head size, V vocabulary rows. If B is
+1, hidden states are vectors [D].
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _FEW = 32
 
 
 class DecodeStep:
-    """Reads the next token of each row of a cache and returns logits.
+    """Decoding of the next token of each row of a cache.
 
-    Weights are looked up once: made for one text, not to be kept while they change.
+    Weights are looked up once, so make one instance per text and do not keep it while they change.
 
     Args:
-        student: on any device, in any dtype, its projections plain `nn.Linear`.
-        cache: already holds what was read before.
+        student: on any device, in any dtype; its projections must be plain `nn.Linear`.
+        cache: already holds the tokens read so far.
     """
 
     def __init__(self, student: StudentModel, cache: KVCache) -> None:
@@ -44,11 +44,11 @@ class DecodeStep:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [B] -> logits [B, V] of what follows them, in the model's dtype."""
+        """Map tokens, int64 [B], to logits [B, V] of the next tokens, in the model's dtype."""
         mask = self.cache.mask(1)
         cos, sin = self.rotary(self.cache.positions(1))
         half = self.config.head_size // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of `rotate`'s halves
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # signs of the halves in `rotate`
         cos, sin = cos.to(self.embedding.dtype), sin.to(self.embedding.dtype)
         x = F.embedding(tokens[0] if len(tokens) == 1 else tokens, self.embedding)
         for layer, kept in zip(self.layers, self.cache.layers, strict=True):
@@ -67,7 +67,7 @@ class DecodeStep:
         mask: Tensor | None,
         kept: LayerCache,
     ) -> Tensor:
-        """X plus attention over it; query heads that share a key/value head are its queries."""
+        """Return x plus its attention output; a key/value head's query heads act as its queries."""
         heads, groups, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
         h = self._normalise(x, layer.norm_1)
         q, k = product(h, layer.q, add=layer.q_bias), product(h, layer.k, add=layer.k_bias)
@@ -84,7 +84,7 @@ class DecodeStep:
 
 
 def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None) -> Tensor:
-    """W x + add for a vector x [D], or for each row of x [B, D].
+    """Return W x + add for a vector x [D], or for each row of x [B, D].
 
     Args:
         weight: W [out, D].
@@ -100,7 +100,7 @@ def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None) -> Tensor:
 
 
 class _Layer(NamedTuple):
-    """The parameters of a block; biases are None where it has none."""
+    """The parameters of a block; biases are None if the block has none."""
 
     norm_1: Tensor
     q: Tensor

@@ -1,8 +1,8 @@
-"""Hugging Face model folders without opening the model: where they are, their files and hashes.
+"""Hugging Face model folders: their place, files and hashes, without opening the model.
 
-A teacher that is a folder already, of the user's or in the hub's own cache, is used where it lies:
-stages/fetch.py then writes a pointer, `source.json`, to paths.teacher in place of a copy of the
-weights. The pointer also is what DVC follows: it holds the hash of every file, or the commit on the
+If the teacher already is a folder, the user's own or one in the hub's cache, it is used in place.
+Instead of copying the weights, stages/fetch.py then writes a pointer, `source.json`, to
+paths.teacher. DVC tracks this pointer too: it holds the hash of every file, or the commit on the
 hub.
 """
 
@@ -31,19 +31,19 @@ TOKENIZER_FILES = (
 )
 
 _OPENED = (".json", ".safetensors", ".jinja", ".txt", ".model")
-"""Suffixes of what transformers opens in a folder."""
+"""Suffixes of the files that transformers opens in a folder."""
 
 
 def require_regular_files(files: Iterable[Path]) -> None:
-    """Refuse what exists and is no file: to open a pipe waits for ever, a device never ends.
+    """Refuse anything but regular files: opening a pipe waits for ever, a device never ends.
 
     Raises:
-        DecantError: names the first one.
+        DecantError: it names the first such file.
     """
     for file in files:
         try:
             mode = file.stat().st_mode
-        except OSError:  # absent, which is said where the file is needed
+        except OSError:  # absent files are reported where they are needed
             continue
         if not stat.S_ISREG(mode):
             raise DecantError(
@@ -53,10 +53,10 @@ def require_regular_files(files: Iterable[Path]) -> None:
 
 
 def require_regular_folder(folder: Path) -> None:
-    """`require_regular_files` over all that a library may open in a model folder.
+    """Apply `require_regular_files` to every file that a library may open in a model folder.
 
     Raises:
-        DecantError: as `require_regular_files`.
+        DecantError: see `require_regular_files`.
     """
     if folder.is_dir():
         files = (file for file in sorted(folder.iterdir()) if file.suffix in _OPENED)
@@ -69,13 +69,13 @@ _IN_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 """How the path of a file in DVC's cache ends."""
 
 POINTER = "source.json"
-"""In paths.teacher: what `fetch` made it from, and where the model is if it is not beside it."""
+"""File in paths.teacher: the source that `fetch` used, and where the model is if not beside it."""
 
 
 def teacher_folder(folder: Path) -> Path:
-    """The Hugging Face folder of the teacher: paths.teacher, or what `fetch` left a pointer to.
+    """Return the teacher's Hugging Face folder: paths.teacher, or the folder it points to.
 
-    It may be absent, as a cached run allows: then it holds no config.json.
+    The folder may be absent, since a cached run allows that; then it holds no config.json.
     """
     pointer = read_pointer(folder)
     if (folder / "config.json").exists() or "model" not in pointer:
@@ -86,10 +86,10 @@ def teacher_folder(folder: Path) -> Path:
 
 
 def read_pointer(folder: Path) -> dict[str, Any]:
-    """What `source.json` in paths.teacher says; empty where there is none.
+    """Read `source.json` in paths.teacher; return an empty dict if there is none.
 
     Raises:
-        DecantError: it is damaged.
+        DecantError: the file is damaged.
     """
     try:
         said = json.loads((folder / POINTER).read_text())
@@ -105,7 +105,7 @@ def read_pointer(folder: Path) -> dict[str, Any]:
 
 
 def hub_snapshot(hub_id: str, revision: str) -> Path | None:
-    """A model's folder in the hub's own cache on this machine; None if it is not there whole."""
+    """Return a model's folder in the hub's local cache, or None if it is missing or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -122,24 +122,24 @@ def hub_snapshot(hub_id: str, revision: str) -> Path | None:
 
 
 def copy_files(source: Path, patterns: Iterable[str], target: Path) -> None:
-    """Copy a model folder's files, by names or patterns, into another folder; absent ones are left.
+    """Copy files of a model folder, by names or patterns, to another folder; skip absent ones.
 
     Raises:
-        DecantError: as `files_to_copy`.
+        DecantError: see `files_to_copy`.
     """
     for file in files_to_copy(source, patterns):
         shutil.copyfile(file, target / file.name)
 
 
 def files_to_copy(source: Path, patterns: Iterable[str]) -> list[Path]:
-    """A model folder's files, by names or patterns, all of which may be copied.
+    """Return the files of a model folder, by names or patterns, all of which may be copied.
 
     A link that leads out of the folder is refused: a stranger's folder could have a private file
     copied, and published with the model, by linking to it. Two caches are followed: the hub's own,
     whose snapshots link to the files beside them, and DVC's, whose files are named by their hash.
 
     Raises:
-        DecantError: names the link, or what is no regular file.
+        DecantError: it names the link, or the file that is not a regular file.
     """
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
@@ -158,7 +158,7 @@ def files_to_copy(source: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def hash_weights(folder: Path) -> str:
-    """sha256 over config.json and every *.safetensors file of a model folder, in name order."""
+    """Return the sha256 of a model folder's config.json and all *.safetensors, in name order."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     if len(files) == 1:
         raise DecantError(
@@ -169,7 +169,7 @@ def hash_weights(folder: Path) -> str:
 
 
 def hash_tokenizer(folder: Path) -> str:
-    """sha256 of tokenizer.json: vocabulary, merges, splitting and normalisation."""
+    """Return the sha256 of tokenizer.json: vocabulary, merges, splitting and normalisation."""
     return _hash_files([folder / "tokenizer.json"])
 
 
@@ -187,5 +187,5 @@ def _hash_files(files: Sequence[Path]) -> str:
 
 @lru_cache(maxsize=64)
 def _hash_file(file: Path, size: int, changed: int) -> bytes:
-    """sha256 of a file of that size and time of change: a teacher is hashed for each split."""
+    """Return a file's sha256, cached by size and mtime, since each split hashes the teacher."""
     return bytes.fromhex(hash_file(file))

@@ -1,13 +1,15 @@
-"""Any causal language model of transformers as student; and what teachers share with it.
+"""Run any causal language model of transformers as a student, and share code with teachers.
 
-Only the library's own classes are used, from a local folder of safetensors: no code of a folder is
-run. Training takes hidden states and the head's matrix apart, so a model that does something to its
-logits after the head, or to its hidden states before it, is refused: by name where the config says
-so, and for all others by a probe of a few tokens. Documents packed into one row are kept apart by
-their positions alone: where a position is not the one before it plus one, transformers sees a new
-sequence, and masks attention accordingly for whatever kernel and layers a model has, sliding
-windows included; a 4D mask of our own would replace those. Models whose layers do not follow
-(recurrent ones, ALiBi) are found by a probe too.
+Only the library's own classes are used, from a local folder of safetensors; no code from a folder
+is run. Training uses hidden states and the head's matrix separately. So a model that changes its
+logits after the head, or its hidden states before it, is refused: by name if its config says so,
+otherwise by a probe of a few tokens.
+
+Documents packed into one row are kept apart only by their positions. Where a position is not one
+more than the previous one, transformers sees a new sequence and masks attention accordingly, for
+every kernel and every type of layer that a model has, including sliding windows; a 4D mask of our
+own would replace those. Models whose layers ignore positions in this way (recurrent ones, ALiBi)
+are found by a probe too.
 
 Shapes: B batch, L length, D hidden, V vocabulary rows.
 """
@@ -31,12 +33,12 @@ from pipeline.model.folder import require_regular_folder
 from pipeline.runtime.optional import import_transformers
 
 _PROBE_TOKENS = 8
-_REPEATED = 1e-3  # of the largest value: the body run twice, whose kernels may add in any order
-_ROUNDED = 2e-2  # of the largest value: a product in bfloat16 against one in float32
-_UNCHANGED = 1e-6  # of the largest value: what left the head, against the logits that came out
-_ROUNDING = 1e-4  # of the norm: where the probe saw no rounding at all
+_REPEATED = 1e-3  # relative to the largest value: the body run twice; kernels may add in any order
+_ROUNDED = 2e-2  # relative to the largest value: a product in bfloat16 against one in float32
+_UNCHANGED = 1e-6  # relative to the largest value: the head's output against the final logits
+_ROUNDING = 1e-4  # relative to the norm: allowed even if the probe saw no rounding
 _NUMBERS = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
-"""Attributes of a module that may differ between a layer and the same at another place."""
+"""Attributes of a layer that may differ when the same layer is at another position."""
 _LOGIT_CHANGES = (
     "logit_scale",  # Cohere
     "logits_scaling",  # Granite
@@ -46,17 +48,17 @@ _LOGIT_CHANGES = (
 
 
 class LogitsError(DecantError):
-    """Logits are not the body's final hidden states times the head's matrix, plus its bias."""
+    """The logits are not the body's final hidden states times the head's matrix, plus its bias."""
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
-    """The model of a local folder, in evaluation mode, its weights complete.
+    """Load the model of a local folder in evaluation mode and require that no weights are missing.
 
     Args:
-        what: the model's part in the pipeline, for the error's sentence.
+        what: the model's role in the pipeline, for the error message.
 
     Raises:
-        DecantError: no model, an unknown architecture, or missing tensors.
+        DecantError: there is no model, its architecture is unknown, or tensors are missing.
     """
     require_regular_folder(folder)
     read_config_json(folder)
@@ -69,13 +71,13 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # damage shows as errors of four libraries
+    except Exception as error:  # damage can raise errors of four libraries
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
             f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a whole folder "
             "with safetensors of an architecture that transformers knows"
         ) from error
-    if missing := loading["missing_keys"]:  # transformers would start these at random
+    if missing := loading["missing_keys"]:  # transformers would initialise these at random
         raise DecantError(
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
             "whole model by stages/fetch.py"
@@ -84,7 +86,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
 
 
 def require_plain_head(folder: Path, config: Any) -> None:
-    """Refuse, by a LogitsError, configs that say that logits are scaled or capped."""
+    """Raise a LogitsError if the config says that logits are scaled or capped."""
     for name in _LOGIT_CHANGES:
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
@@ -96,14 +98,15 @@ def require_plain_head(folder: Path, config: Any) -> None:
 
 @torch.no_grad()
 def require_own_logits(folder: Path, model: Any) -> None:
-    """Refuse a model whose logits are not its body's final hidden states, through its head.
+    """Refuse a model whose logits are not its final hidden states passed through its head.
 
-    The model's own forward is watched: what enters the head must be what the body gives, and what
-    leaves it their product, and the logits. Step by step a small change shows in any number format.
+    The model's own forward is watched: the head's input must be the body's output, the head's
+    output must be the product of the two, and the logits must equal it. Because each step is
+    checked separately, even a small change shows in any number format.
 
     Raises:
-        LogitsError: something is done before or after the head, or the head is not used.
-        DecantError: the model cannot be run, as with sizes that do not fit together.
+        LogitsError: something happens before, in or after the head, or the head is not used.
+        DecantError: the model cannot be run, for example because sizes do not fit together.
     """
     tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None]
     passed: list[tuple[Tensor | None, Tensor | None]] = []
@@ -117,7 +120,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
     try:
         logits = model(input_ids=tokens, use_cache=False).logits
         hidden = body_states(model, tokens)
-    except Exception as error:  # whatever a class makes of foreign sizes
+    except Exception as error:  # model classes fail in many ways on foreign sizes
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
             f"the model of {folder} cannot be run ({reason}): download the whole model again"
@@ -151,13 +154,13 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     if found.shape != wanted.shape:
         return False
     found, wanted = found.float(), wanted.float()
-    if not bool(wanted.isfinite().all()):  # which whoever uses the numbers says
+    if not bool(wanted.isfinite().all()):  # reported where the numbers are used
         return True
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
-    """Final hidden states [B, L, D] of a model of transformers."""
+    """Return the final hidden states [B, L, D] of a transformers model."""
     hidden: Tensor = model.base_model(
         input_ids=tokens, use_cache=False, **options
     ).last_hidden_state
@@ -165,9 +168,9 @@ def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
 
 
 def max_positions(config: Any) -> int | None:
-    """Longest row that a model of transformers reads; None where its config names no limit.
+    """Return the longest row that a transformers model can read; None if its config has no limit.
 
-    YaRN is switched on by `rope_scaling` alone, beside the context that was trained on.
+    YaRN is enabled by `rope_scaling` alone, while the config still gives the training context.
     """
     config = config.get_text_config(decoder=True)
     limit: int | None = getattr(config, "max_position_embeddings", None)
@@ -180,13 +183,14 @@ def max_positions(config: Any) -> int | None:
 
 @torch.no_grad()
 def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
-    """Whether a document comes out the same behind another one and alone, but for rounding.
+    """Return whether a document's output is the same after another document and alone.
 
-    How much rounding does is seen from the same document in front, where nothing can leak into it.
+    Differences from rounding are allowed. Their size is measured with the same document first in
+    the row, where nothing can leak into it.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        vocab_size: ids to take the documents' tokens from.
+        vocab_size: number of ids that the documents' tokens are taken from.
     """
     tokens = torch.linspace(0, vocab_size - 1, 2 * _PROBE_TOKENS, device=model.device).long()
     other, document = tokens.view(2, 1, _PROBE_TOKENS)
@@ -200,7 +204,7 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
     try:
         behind = hidden(other, document, position_ids=positions)[:, _PROBE_TOKENS:]
         before = hidden(document, other, position_ids=positions)[:, :_PROBE_TOKENS]
-    except (TypeError, ValueError):  # takes no position ids
+    except (TypeError, ValueError):  # the model takes no position ids
         return False
     leak, rounding = (float((found - alone).norm()) for found in (behind, before))
     return leak <= 3.0 * rounding + _ROUNDING * float(alone.norm())
@@ -214,9 +218,9 @@ class HuggingFaceStudent(Student):
         layers: decoder layers to keep, in order (0-based, may not repeat); None keeps all.
 
     Raises:
-        DecantError: no model.
+        DecantError: there is no usable model in the folder.
         LogitsError: its logits are not hidden states times the head's matrix.
-        ParamsError: `layers` names what is not there.
+        ParamsError: `layers` names a layer that does not exist.
     """
 
     def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
@@ -250,7 +254,7 @@ class HuggingFaceStudent(Student):
         return body
 
     def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """As in `Student`. Raises DecantError for document masks that the model ignores."""
+        """See `Student`. Raise a DecantError for document masks that the model would ignore."""
         if doc_ids is None:
             return body_states(self.model, tokens)
         if not self._keeps_apart:
@@ -262,11 +266,12 @@ class HuggingFaceStudent(Student):
 
 
 def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
-    """The same model with chosen decoder layers only; lists a layer in the config are cut alike.
+    """Return the same model with only the chosen decoder layers; per-layer lists are cut alike.
 
     Raises:
-        DecantError: its layers cannot be chosen from, or one would become another kind of layer at
-            its new place (some architectures count which of them are sparse, or attend locally).
+        DecantError: its layers cannot be selected, or one would become another type of layer at its
+            new position (some architectures decide by position which layers are sparse, or attend
+            locally).
     """
     if model.config.get_text_config(decoder=True) is not model.config:
         raise DecantError(
@@ -305,7 +310,7 @@ def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
 
 
 def _difference(wanted: nn.Module, found: nn.Module) -> str | None:
-    """In what two layers differ besides their weights and numbers; None where in nothing."""
+    """Describe how two layers differ, besides weights and layer numbers; None if they do not."""
     shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in (wanted, found)]
     if shapes[0] != shapes[1] and shapes[0].keys() == shapes[1].keys():
         name = next(name for name, shape in shapes[0].items() if shape != shapes[1][name])
@@ -324,7 +329,7 @@ def _difference(wanted: nn.Module, found: nn.Module) -> str | None:
 
 
 def require_layers(layers: Sequence[int], count: int, folder: Path) -> None:
-    """Refuse an empty choice of layers, one that repeats, or one beyond the model's."""
+    """Refuse a selection of layers that is empty, repeats one or exceeds the model's layers."""
     outside = [i for i in layers if not 0 <= i < count]
     if outside or not layers or len(set(layers)) != len(layers):
         raise ParamsError(
@@ -334,7 +339,7 @@ def require_layers(layers: Sequence[int], count: int, folder: Path) -> None:
 
 
 def _renumbered(tensors: dict[str, Tensor], stack: str, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Tensors outside the stack of layers, and those of chosen layers under their new numbers."""
+    """Return the tensors outside the stack and those of the chosen layers, renumbered."""
     place = {source: i for i, source in enumerate(layers)}
     pattern = re.compile(rf"^{re.escape(stack)}\.(\d+)\.(.+)$")
     kept = {}

@@ -1,13 +1,14 @@
-"""Keys and values of what a model has read, kept so that each is computed once.
+"""Keys and values of the tokens that a model has read, cached so that each is computed once.
 
-One tensor [layers, 2, B, G, max_len, E] is made before the first token; index 0 of its second axis
-are keys (rotated), 1 are values. Nothing is concatenated or moved while text grows: prefill writes
-positions 0..L-1, each decoded token the next one, and attention looks at a view of what is filled.
+One tensor [layers, 2, B, G, max_len, E] is allocated before the first token; index 0 of its second
+axis holds keys (rotated), index 1 values. Nothing is concatenated or moved while the text grows:
+prefill writes positions 0..L-1, each decoded token writes the next one, and attention reads a view
+of the filled part.
 
-Rows of different lengths are padded on the LEFT, so that all rows end, and go on, at the same
-place. `padding` says how many positions of each row are not its own: they are masked out as keys,
-and positions are counted from the first real token (`cumsum(attention_mask) - 1`, as Hugging Face
-counts them), so a row's logits are what it would get alone.
+Rows of different lengths are padded on the LEFT, so that all rows end, and continue, at the same
+position. `padding` is the number of padded positions in each row. They are masked out as keys, and
+positions are counted from the first real token (`cumsum(attention_mask) - 1`, as Hugging Face
+counts them), so a row gets the same logits as it would alone.
 
 Shapes: B batch, L new positions, S positions filled after them, G key/value heads, E head size.
 """
@@ -21,14 +22,14 @@ from pipeline.errors import ParamsError
 
 
 class LayerCache:
-    """Keys and values of one layer: views of a `KVCache`."""
+    """Keys and values of one layer, as views of a `KVCache`."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values  # [B, G, max_len, E] each
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, G, L, E] behind what is there; return all of it, [B, G, S, E] views."""
+        """Write [B, G, L, E] after the filled part; return all of it as [B, G, S, E] views."""
         start, count = self.length, keys.shape[2]
         self.keys.narrow(2, start, count).copy_(keys)
         self.values.narrow(2, start, count).copy_(values)
@@ -41,12 +42,12 @@ class KVCache:
 
     Args:
         num_layers, batch_size, num_kv_heads, max_len, head_size: the axes of `tensor`.
-        dtype, device: those of the keys, which are the model's.
+        dtype, device: those of the model, and so of the keys.
         attention_mask: bool or 0/1 integers [B, L] of the padded prompts, 1 at real tokens; None
-            where nothing is padded.
+            if nothing is padded.
 
     Raises:
-        ParamsError: padding that is not on the left, or a row of nothing else.
+        ParamsError: padding is not on the left, or a row contains only padding.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class KVCache:
         attention_mask: Tensor | None = None,
     ) -> None:
         shape = (num_layers, 2, batch_size, num_kv_heads, max_len, head_size)
-        # Zeros, since a masked value is multiplied by 0, and 0 x NaN is NaN.
+        # The tensor starts as zeros because a masked value is multiplied by 0, and 0 x NaN is NaN.
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [LayerCache(layer[0], layer[1]) for layer in self.tensor]
         self.max_len = max_len
@@ -70,14 +71,14 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """S, positions filled, padding included."""
+        """S, the number of filled positions, including padding."""
         return self.layers[-1].length
 
     def positions(self, count: int) -> Tensor:
-        """Where the next `count` tokens stand in their texts: int64 [1 or B, count], from 0.
+        """Return the positions of the next `count` tokens: int64 [1 or B, count], from 0.
 
         Raises:
-            ParamsError: there is no room for them.
+            ParamsError: the cache has no room for them.
         """
         if self.length + count > self.max_len:
             raise ParamsError(
@@ -88,7 +89,7 @@ class KVCache:
         return index if self.padding is None else (index - self.padding[:, None]).clamp_(min=0)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, int64 [B'], in their order: copies what is kept."""
+        """Keep only the given rows, int64 [B'], in their order; this copies what is kept."""
         length = self.length
         self.tensor = self.tensor[:, :, rows]
         self.layers = [LayerCache(layer[0], layer[1]) for layer in self.tensor]
@@ -98,11 +99,11 @@ class KVCache:
             self.padding = self.padding[rows]
 
     def mask(self, count: int) -> Tensor | None:
-        """Which keys the next `count` queries may see; None where that is plain causal attention.
+        """Return which keys the next `count` queries may see; None for plain causal attention.
 
-        That is so without padding, for the first tokens (all keys are new) and for a single one
-        (all keys are before it). Else bool [1 or B, 1, count, S]. A padded query sees itself: an
-        empty row would come out as NaN.
+        Plain causal attention applies without padding, for the first tokens (all keys are new) and
+        for a single token (all keys precede it). Otherwise the mask is bool [1 or B, 1, count, S].
+        A padded query sees itself, because an empty row would give NaN.
         """
         start, end = self.length, self.length + count
         if self.padding is None and (start == 0 or count == 1):
@@ -116,7 +117,7 @@ class KVCache:
 
 
 def _left_padding(attention_mask: Tensor, batch_size: int) -> Tensor | None:
-    """int64 [B], zeros at the beginning of each row; None where there are none at all."""
+    """Return int64 [B], the number of leading zeros per row, or None if there are none at all."""
     mask = attention_mask.bool()
     if mask.ndim != 2 or len(mask) != batch_size:
         raise ParamsError(

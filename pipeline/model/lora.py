@@ -1,9 +1,9 @@
-"""Adapters of low rank by PEFT: only they are trained, and at the end they are merged.
+"""Low-rank adapters by PEFT: only they are trained, and they are merged at the end.
 
-W x becomes W x + (alpha / rank) B A x with W frozen, A [rank, in] at random and B [out, rank] zero
-(Hu et al. 2021, "LoRA", eq. 3), so a student starts as what it was. PEFT puts them into any module
-of linear layers in place: our own model and those of transformers take the same path, and since
-both have Hugging Face's names, a saved adapter opens over the folder that the run began with.
+W x becomes W x + (alpha / rank) B A x with W frozen, A [rank, in] random and B [out, rank] zero (Hu
+et al. 2021, "LoRA", eq. 3), so the student starts unchanged. PEFT adds adapters to any module of
+linear layers in place, so our own model and those of transformers take the same path. Both use
+Hugging Face's names, so a saved adapter can be applied to the folder that the run began with.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LINEAR = ("Linear", "Conv1D")  # GPT-2 calls its linear layers Conv1D
 
 
 def add_adapters(student: Student, params: LoraParams) -> Any:
-    """Freeze the student and put adapters beside its layers `params.targets`.
+    """Freeze the student and add adapters to its layers `params.targets`.
 
     Returns:
         PEFT's model over the student's body, for `merge_adapters` and `save_adapters`.
 
     Raises:
-        ParamsError: a target that the student does not have.
+        ParamsError: the student does not have one of the targets.
         DecantError: peft is not installed.
     """
     peft = require("peft", "lora", "student.lora")
@@ -44,15 +44,15 @@ def add_adapters(student: Student, params: LoraParams) -> Any:
 
 
 def merge_adapters(adapters: Any) -> None:
-    """Add each product to its matrix, in place: the student is as it was before, but trained."""
+    """Add each adapter's product to its matrix in place; the student is then plain, but trained."""
     adapters.merge_and_unload()
 
 
 def save_adapters(adapters: Any, folder: Path, *, start: Path) -> None:
-    """Write a folder, atomically, that `peft.PeftModel.from_pretrained` puts over `start`."""
+    """Write an adapter folder atomically, for `peft.PeftModel.from_pretrained` over `start`."""
     adapters.peft_config["default"].base_model_name_or_path = str(start)
     with atomic_folder(folder, "adapter", key="paths.runs") as partial:
-        # Otherwise PEFT asks the hub whether the vocabulary was enlarged.
+        # By default, PEFT would ask the hub whether the vocabulary was enlarged.
         adapters.save_pretrained(str(partial), save_embedding_layers=False)
 
 
@@ -67,7 +67,10 @@ def _require_targets(student: Student, targets: tuple[str, ...]) -> None:
 
 
 def linear_layers(student: Student) -> set[str]:
-    """The last parts of the names of all linear layers but the head, whose matrix losses read."""
+    """Return the last parts of the names of all linear layers except the head.
+
+    The head is excluded because losses read its matrix directly.
+    """
     return {
         name.rpartition(".")[2]
         for name, module in student.body.named_modules()

@@ -1,15 +1,15 @@
-"""Rotary frequencies, plain or stretched for contexts longer than a model was trained on.
+"""Rotary frequencies, plain or stretched for contexts longer than the training context.
 
 Dimension pair i of E / 2 turns by position * f_i. Plain RoPE has f_i = theta^(-2i / E) (Su et al.
-2021, eq. 15): the first pairs turn fast and tell neighbours apart, the last hardly turn within a
-whole context. A model that reads s times as far as it was trained would meet angles of the slow
-pairs that it never saw. The variants below slow these down by s, its `factor`; they differ in what
-they do to the fast ones.
+2021, eq. 15): the first pairs turn fast and distinguish neighbours, the last hardly turn within a
+whole context. A model that reads s times as far as in training would meet angles of the slow pairs
+that it never saw. The variants below slow these pairs down by s, their `factor`; they differ in how
+they treat the fast pairs.
 
-Classes and fields bear the names and defaults of `rope_parameters` in config.json, so that reading
+Classes and fields have the names and defaults of `rope_parameters` in config.json, so that reading
 and writing it is a copy; the numbers are those of `transformers.modeling_rope_utils`
-(tests/model/test_rope.py). Not here are "dynamic" and "longrope", whose frequencies change with
-the length of the input, and "proportional", which no Qwen2 or Llama model has.
+(tests/model/test_rope.py). "dynamic" and "longrope" are not supported, because their frequencies
+change with the length of the input, nor is "proportional", which no Qwen2 or Llama model uses.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from pipeline.errors import DecantError
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """f_i / s: all pairs alike, positions are interpolated (Chen et al. 2023, eq. 4)."""
+    """f_i / s for all pairs alike: positions are interpolated (Chen et al. 2023, eq. 4)."""
 
     rope_type: ClassVar[str] = "linear"
     factor: float
 
     def stretch(self, plain: Tensor, theta: float) -> Tensor:
-        """Plain frequencies [E / 2] -> those of the longer context."""
+        """Map plain frequencies [E / 2] to those of the longer context."""
         return plain / self.factor
 
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """Return the factor that cos and sin are multiplied by."""
         return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """By how often a pair turns within the context trained on (`apply_scaling` of Llama 3.1).
+    """Scaling by how often a pair turns in the training context (Llama 3.1's `apply_scaling`).
 
     With r_i = original_max_position_embeddings * f_i / (2 pi) turns, and m_i rising linearly from 0
     at r_i = low_freq_factor to 1 at high_freq_factor:  f_i (m_i + (1 - m_i) / s).
@@ -56,25 +56,26 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
     def stretch(self, plain: Tensor, theta: float) -> Tensor:
-        """Plain frequencies [E / 2] -> those of the longer context."""
+        """Map plain frequencies [E / 2] to those of the longer context."""
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)
         return plain * (kept + (1 - kept) / self.factor)
 
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """Return the factor that cos and sin are multiplied by."""
         return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Fast pairs kept, slow ones slowed, attention sharpened (Peng et al. 2023, 3.2 and 3.4).
+    """Scaling that slows only slow pairs and sharpens attention (Peng et al. 2023, 3.2 and 3.4).
 
     f_i (m_i + (1 - m_i) / s), where m_i falls linearly over the PAIRS, as in the authors' code,
-    from 1 where a pair makes `beta_fast` turns within the context trained on to 0 where it makes
-    `beta_slow`; these two places are rounded outwards when `truncate`. Logits grow as softmax has
-    more keys: cos and sin are multiplied by `attention_factor`, sqrt(1 / t) = 0.1 ln(s) + 1.
+    from 1 at the pair that makes `beta_fast` turns within the training context to 0 at the pair
+    that makes `beta_slow`; these two places are rounded outwards if `truncate` is set. Because
+    softmax has more keys, logits must grow: cos and sin are multiplied by `attention_factor`,
+    sqrt(1 / t) = 0.1 ln(s) + 1.
     """
 
     rope_type: ClassVar[str] = "yarn"
@@ -88,10 +89,10 @@ class YarnScaling:
     truncate: bool = True
 
     def stretch(self, plain: Tensor, theta: float) -> Tensor:
-        """Plain frequencies [E / 2] -> those of the longer context."""
+        """Map plain frequencies [E / 2] to those of the longer context."""
         pairs = len(plain)
 
-        def place(turns: float) -> float:  # the pair that makes so many
+        def place(turns: float) -> float:  # the pair that makes this many turns
             length = self.original_max_position_embeddings
             return pairs * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
 
@@ -104,7 +105,7 @@ class YarnScaling:
         return plain * (kept + (1 - kept) / self.factor)
 
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """Return the factor that cos and sin are multiplied by."""
         if self.attention_factor is not None:
             return self.attention_factor
 
@@ -121,20 +122,21 @@ _VARIANTS = (LinearScaling, Llama3Scaling, YarnScaling)
 
 
 def inverse_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """f_i, float32 [E / 2]: radians that each pair turns by a position."""
+    """Return f_i, float32 [E / 2]: the radians that each pair turns per position."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
     plain: Tensor = 1.0 / theta**exponents
     return plain if scaling is None else scaling.stretch(plain, theta)
 
 
 def read_scaling(parameters: Mapping[str, Any], original_max_len: int) -> RopeScaling | None:
-    """The variant that `rope_parameters` (or `rope_scaling`, as it was called) describes.
+    """Return the variant that `rope_parameters` (formerly `rope_scaling`) describes.
 
     Args:
-        original_max_len: stands in for a missing original_max_position_embeddings.
+        original_max_len: used if original_max_position_embeddings is missing.
 
     Raises:
-        DecantError: an unknown variant, or a field of it unknown, missing or out of range.
+        DecantError: the variant is unknown, or one of its fields is unknown, missing or out of
+            range.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     given = {
@@ -162,7 +164,7 @@ def read_scaling(parameters: Mapping[str, Any], original_max_len: int) -> RopeSc
 
 
 def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """`rope_parameters` as Hugging Face reads them; the inverse of `read_scaling`."""
+    """Return `rope_parameters` as Hugging Face reads them; the inverse of `read_scaling`."""
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}
     given = {name: value for name, value in asdict(scaling).items() if value is not None}

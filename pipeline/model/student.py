@@ -1,10 +1,10 @@
-"""A Qwen2-like decoder, written to be read downward.
+"""A Qwen2-like decoder, written to be read from top to bottom.
 
 Parameter names are Hugging Face's, so a checkpoint of `Qwen2ForCausalLM` or `LlamaForCausalLM`
-loads without a rename map (see `pipeline/model/weights.py`), and both agree number by number
+loads without a rename map (see `pipeline/model/weights.py`), and the results agree number by number
 (tests/model/test_student.py).
 
-Shapes: B batch, L length, S keys (L, or with a cache all that it holds), D hidden, H query heads,
+Shapes: B batch, L length, S keys (L, or all that the cache holds), D hidden, H query heads,
 G key/value heads, E head size, F intermediate, V vocabulary rows.
 """
 
@@ -85,8 +85,8 @@ class ModelConfig:
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4).
 
-    The mean SQUARE is normalised, the mean is not subtracted. Statistics are float32 whatever the
-    input, and the product with `weight` happens in the input's dtype, as in Hugging Face.
+    The mean SQUARE is normalised; the mean is not subtracted. Statistics are float32 whatever the
+    input's dtype, and the product with `weight` is in the input's dtype, as in Hugging Face.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -104,7 +104,7 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al. 2021, eq. 34), in Hugging Face's half-split layout.
 
     Dimension i is paired with i + E/2 (not with its neighbour) and turned by the angle
-    position * f_i; f_i = theta^(-2i/E), or what a long-context variant makes of it
+    position * f_i, where f_i = theta^(-2i/E) or a long-context variant's frequency
     (pipeline/model/rope.py).
     """
 
@@ -117,15 +117,15 @@ class RotaryEmbedding(nn.Module):
         self.amplitude = 1.0 if scaling is None else scaling.amplitude()
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, L] integers -> cos, sin [B, 1, L, E], float32."""
-        # bf16 cannot count past 256: angles stay float32 under autocast too.
+        """Map positions, integers [B, L], to cos and sin, float32 [B, 1, L, E]."""
+        # bfloat16 cannot count past 256, so angles stay float32 under autocast too.
         with torch.autocast(positions.device.type, enabled=False):
             angles = positions[..., None].float() * self.inv_freq
             angles = torch.cat((angles, angles), dim=-1)[:, None]
             return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow `to(device)`, but not `to(bfloat16)`: rounded frequencies turn far too far."""
+        """Follow `to(device)`, but not `to(bfloat16)`: rounded frequencies give wrong angles."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.inv_freq = self.frequencies().to(self.inv_freq.device)
         return self
@@ -143,7 +143,7 @@ class GQAAttention(nn.Module):
 
     o(softmax(q k^T / sqrt(E)) v) (Vaswani et al. 2017, eq. 1) by `scaled_dot_product_attention`;
     query head h reads key/value head h // (H / G), and q and k are rotated first.
-    `attention_plain` is the same, step by step.
+    `attention_plain` computes the same, step by step.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -165,12 +165,12 @@ class GQAAttention(nn.Module):
         mask: Tensor | None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend from x [B, L, D] to itself and to what the cache holds -> [B, L, D].
+        """Attend from x [B, L, D] to x and to the cached tokens; return [B, L, D].
 
         Args:
             cos, sin: angles of the L positions, from `RotaryEmbedding`.
             mask: bool [1 or B, 1, L, S], True where a query may see a key; None for causal.
-            cache: is appended to.
+            cache: the new keys and values are appended to it.
         """
 
         def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
@@ -186,11 +186,11 @@ class GQAAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Queries [B, H, L, E], keys and values [B, G, S, E] -> [B, H, L, E].
+    """Attend with queries [B, H, L, E] to keys and values [B, G, S, E]; return [B, H, L, E].
 
-    Without a mask a single query sees all keys, and more see those up to their own (S = L then).
-    With one, which includes causality, key/value heads are repeated first: no fused CUDA kernel
-    takes both a mask and grouped heads.
+    Without a mask, a single query sees all keys, and several queries see the keys up to their own
+    position (then S = L). With a mask, which must include causality, key/value heads are repeated
+    first, because no fused CUDA kernel takes both a mask and grouped heads.
     """
     if mask is not None and k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
@@ -209,15 +209,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 def attention_plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the fused kernels compute (Vaswani et al. 2017, eq. 1), with everything on the way.
+    """Compute what the fused kernels do (Vaswani et al. 2017, eq. 1) and return every step.
 
     Args:
-        q: [B, H, L, E]. k, v: [B, G, S, E]; query i stands at position S - L + i.
+        q: [B, H, L, E].
+        k, v: [B, G, S, E]; query i is at position S - L + i.
         mask: bool, broadcast to [B, H, L, S], True where a query may see a key; None for causal.
 
     Returns:
         softmax(scores) v [B, H, L, E]; the weights softmax(scores) [B, H, L, S]; the scores
-        q k^T / sqrt(E) [B, H, L, S], -inf where a query may not look.
+        q k^T / sqrt(E) [B, H, L, S], -inf where a query may not attend.
     """
     groups, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -245,7 +246,7 @@ class SwiGLUFFN(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm block (Xiong et al. 2020, figure 1b): x + attention(norm(x)), then x + ffn(norm(x)).
 
-    Dropout (Srivastava et al. 2014) acts on what each half adds, and on the attention weights.
+    Dropout (Srivastava et al. 2014) applies to the output of each half and to attention weights.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -301,10 +302,10 @@ class Decoder(nn.Module):
 class StudentModel(Student):
     """The causal language model: tokens [B, L] -> logits [B, L, V].
 
-    Logits are hidden states times W^T, where W [V, D] is the embedding itself when
-    `tie_embeddings` (Press & Wolf 2017), else a matrix of its own.
-    Training calls `hidden_states` and hands the result with `head_weight` to
-    `pipeline.losses.chunked`, which never holds B*L x V logits at once.
+    Logits are hidden states times W^T, where W [V, D] is the embedding itself if `tie_embeddings`
+    is set (Press & Wolf 2017), otherwise a separate matrix. Training calls `hidden_states` and
+    passes the result with `head_weight` to `pipeline.losses.chunked`, which never holds B*L x V
+    logits at once.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -318,7 +319,7 @@ class StudentModel(Student):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output matrix, which is the embedding when `tie_embeddings`."""
+        """The output matrix [V, D]; it is the embedding if `tie_embeddings` is set."""
         return self.lm_head.weight
 
     @property
@@ -332,12 +333,12 @@ class StudentModel(Student):
     def hidden_states(
         self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Tokens [B, L] integers -> final normalised hidden states [B, L, D].
+        """Map tokens, integers [B, L], to final normalised hidden states [B, L, D].
 
         Args:
-            doc_ids: integers [B, L], of documents to be kept apart (pipeline/model/attention.py);
+            doc_ids: integers [B, L], the documents to keep apart (pipeline/model/attention.py);
                 None for plain causal attention over the row.
-            cache: what was read before; `tokens` go on from there, and are added to it.
+            cache: the tokens read before; `tokens` continue them and are added to the cache.
         """
         length = tokens.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_seq_len:
@@ -357,11 +358,11 @@ class StudentModel(Student):
     def new_cache(
         self, batch_size: int, max_len: int, attention_mask: Tensor | None = None
     ) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `max_len` tokens, padding included.
+        """Return an empty cache for `batch_size` rows of up to `max_len` tokens with padding.
 
         Raises:
-            ParamsError: max_len exceeds the student's max_seq_len, or `attention_mask` pads
-                elsewhere than on the left.
+            ParamsError: max_len exceeds the student's max_seq_len, or `attention_mask` has padding
+                that is not on the left.
         """
         if max_len > self.config.max_seq_len:
             raise ParamsError(
@@ -381,7 +382,7 @@ class StudentModel(Student):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Normal(0, 0.02) matrices and zero biases, Hugging Face's `initializer_range`."""
+    """Initialise matrices to Normal(0, 0.02), Hugging Face's `initializer_range`, biases to 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:

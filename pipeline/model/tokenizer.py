@@ -1,13 +1,13 @@
-"""A folder's tokenizer: what its tokenizer.json says, and a folder that transformers opens so too.
+"""Read and write a folder's tokenizer so that it always follows its tokenizer.json.
 
 `AutoTokenizer` chooses a class by `tokenizer_class` in tokenizer_config.json or by `model_type` in
-config.json, and some classes take vocabulary and merges of tokenizer.json alone and split text in
+config.json. Some classes take only the vocabulary and merges from tokenizer.json and split text in
 their own way: the folder of a `qwen2` model is opened as Qwen2's tokenizer whatever its files say.
-Tokens are ids that a model was trained on, so Decant reads tokenizer.json itself. A folder that it
-writes is one of which AutoTokenizer makes the same tokens: a difference in a sample of text, or in
-the texts of its own tokens, is refused.
+A model depends on the token ids it was trained on, so Decant reads tokenizer.json itself. In a
+folder that Decant writes, AutoTokenizer must give the same tokens: a difference in a sample text,
+or in the texts of the vocabulary's own tokens, is refused.
 
-tokenizer_config.json still says which tokens are special, and gives the chat template.
+tokenizer_config.json still defines which tokens are special, and provides the chat template.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipeline.model.folder import TOKENIZER_FILES, copy_files, require_regular_f
 from pipeline.runtime.optional import import_transformers
 
 LARGEST_ID = 10_000_000
-"""No tokenizer has as many ids: a larger one is a damaged file, and would be allocated by."""
+"""No tokenizer has this many ids; a larger one is damage and would size an allocation."""
 
-_TOKENS_COMPARED = 10_000  # evenly spaced over the vocabulary: more take seconds
-_PLAIN_CLASS = "PreTrainedTokenizerFast"  # what older transformers call TokenizersBackend
+_TOKENS_COMPARED = 10_000  # evenly spaced over the vocabulary; more would take seconds
+_PLAIN_CLASS = "PreTrainedTokenizerFast"  # older transformers' name of TokenizersBackend
 _SAMPLE = """Don't stop: we'll see, THEY'RE here; it's 3.14159, 2024 or 1,234,567.
 \tif (x != 0) {\n        return foo_bar[i++] || "a\\tb";\r\n    }\n\n\n# end   of  file   \n
 Crème brûlée cafe\u0301, naïve \u212bngström \ufb01ne, Größe; 東京タワー、한국어, Привет, שלום, मानक
@@ -38,12 +38,12 @@ class TokenizerClassError(DecantError):
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local Hugging Face folder, as its tokenizer.json describes it.
+    """Load the tokenizer of a local Hugging Face folder as its tokenizer.json describes it.
 
-    No code of the folder is run.
+    No code from the folder is run.
 
     Raises:
-        DecantError: there is none, or it is damaged.
+        DecantError: the tokenizer is missing or damaged.
     """
     tokenizer = _open(folder, import_transformers().PreTrainedTokenizerFast)
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -56,41 +56,41 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_auto_tokenizer(folder: Path) -> Any:
-    """The tokenizer that `AutoTokenizer` makes of a folder: what other programs will use.
+    """Load a folder's tokenizer by `AutoTokenizer`, as other programs will.
 
     Raises:
-        DecantError: as `load_tokenizer`.
+        DecantError: see `load_tokenizer`.
     """
     return _open(folder, import_transformers().AutoTokenizer)
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer into a folder that holds a config.json, so that transformers keeps to it.
+    """Copy a tokenizer to a folder that holds a config.json, so that transformers opens it as is.
 
-    Where the class that tokenizer_config.json names would make other tokens, it is replaced.
+    If the class named in tokenizer_config.json would give other tokens, it is replaced.
 
     Raises:
-        TokenizerClassError: the model's type decides on another tokenizer in any case.
+        TokenizerClassError: the model's type selects another tokenizer in any case.
         DecantError: there is no tokenizer, or it cannot be copied (`files_to_copy`).
     """
     copy_files(source, TOKENIZER_FILES, folder)
-    load_tokenizer(folder)  # a damaged one is no matter of its class
+    load_tokenizer(folder)  # raises for damage, which another class would not repair
     with suppress(DecantError):
         require_kept(folder)
         return
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    content.pop("auto_map", None)  # code of the folder, which is not copied
+    content.pop("auto_map", None)  # refers to the folder's code, which is not copied
     content["tokenizer_class"] = _PLAIN_CLASS
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     require_kept(folder)
 
 
 def require_kept(folder: Path) -> None:
-    """Refuse a folder of which AutoTokenizer makes another tokenizer than its tokenizer.json.
+    """Refuse a folder whose tokenizer.json differs from what AutoTokenizer opens.
 
     Raises:
-        TokenizerClassError: it does.
+        TokenizerClassError: they give different tokens.
     """
     wanted, found = load_tokenizer(folder), load_auto_tokenizer(folder)
     if not _same_tokens(wanted, found):
@@ -108,8 +108,8 @@ def _open(folder: Path, factory: Any) -> Any:
     require_regular_folder(folder)
     try:
         return factory.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except BaseException as error:  # damage shows as errors of several libraries
-        # A panic of the Rust library is no Exception.
+    except BaseException as error:  # damage can raise errors of several libraries
+        # A panic in the Rust library is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -120,7 +120,7 @@ def _open(folder: Path, factory: Any) -> Any:
 
 
 def _same_tokens(one: Any, two: Any) -> bool:
-    """Whether two tokenizers make the same ids of the sample and of the texts of their tokens."""
+    """Return whether two tokenizers give the same ids for the sample and for their own tokens."""
     vocabulary = one.get_vocab()
     if vocabulary != two.get_vocab():
         return False

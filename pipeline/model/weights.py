@@ -1,15 +1,15 @@
 """Load and save students as Hugging Face folders: config.json, model.safetensors, tokenizer files.
 
 Parameter names are Hugging Face's, so loading is a copy by name and a saved student opens with
-`AutoModelForCausalLM`: as `llama`, or as `qwen2` when q/k/v carry a bias. transformers opens the
+`AutoModelForCausalLM`: as `llama`, or as `qwen2` if q/k/v have a bias. transformers opens the
 tokenizer of any `qwen2` folder as Qwen2's own, whatever its files say. A student with a bias and
-another tokenizer is therefore a `llama` with `attention_bias`, whose fourth bias, of o_proj, is
-zero; `attention_out_bias: false` says so (the name that Seed-OSS has for it).
+another tokenizer is therefore saved as a `llama` with `attention_bias`, whose fourth bias, that of
+o_proj, is zero; `attention_out_bias: false` says so (the key that Seed-OSS uses).
 
-Which engine runs a folder follows from its config.json, not from a parameter: our own model where
-it implements that architecture, transformers for all others. The two agree number by number where
-both apply (tests/model/test_student.py), so there is nothing to choose, and whoever opens a trained
-student need not know how it was trained.
+The engine that runs a folder is determined by its config.json, not by a parameter: our own model if
+it implements the architecture, otherwise transformers. Where both apply they agree number by number
+(tests/model/test_student.py), so there is nothing to choose, and a user of a trained student need
+not know how it was trained.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ _NEEDED = (
 _BY_NUMBER = (*_NEEDED, "num_key_value_heads", "head_dim")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 OUT_BIAS = ".self_attn.o_proj.bias"
-"""End of the name of the bias that a `llama` with attention_bias has and ours lacks."""
+"""Suffix of the bias that a `llama` with attention_bias has and our model lacks."""
 
 
 class VariantError(DecantError):
-    """The folder's architecture is not one that `StudentModel` implements; the message names it."""
+    """`StudentModel` does not implement the folder's architecture; the message says why."""
 
 
 def open_student(folder: Path, layers: Sequence[int] | None = None) -> Student:
-    """The student of any Hugging Face folder in float32, run by the engine that fits.
+    """Open the student of any Hugging Face folder in float32, with the engine that supports it.
 
     Args:
         layers: indices of decoder layers to keep (0-based, may not repeat); None keeps all.
 
     Raises:
         DecantError: neither engine can run it.
-        ParamsError: `layers` names what is not there.
+        ParamsError: `layers` names a layer that does not exist.
     """
     try:
         return load_student(folder, layers)
@@ -73,11 +73,12 @@ def open_student(folder: Path, layers: Sequence[int] | None = None) -> Student:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig of a Hugging Face `qwen2` or `llama` folder.
+    """Read the ModelConfig of a Hugging Face `qwen2` or `llama` folder.
 
     Raises:
-        VariantError: a variant this model does not implement, named.
-        DecantError: no readable config.json.
+        VariantError: the folder uses a variant that this model does not implement; the message
+            names it.
+        DecantError: there is no readable config.json.
     """
     raw = read_config_json(folder)
     kind = raw.get("model_type")
@@ -131,7 +132,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def num_weights(config: ModelConfig) -> int:
-    """Weights of all matrices, a tied one counted once."""
+    """Return the number of weights in all matrices, counting a tied one once."""
     width, kv_width = config.hidden_size, config.num_kv_heads * config.head_size
     layer = width * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
     embeddings = 1 if config.tie_embeddings else 2
@@ -155,9 +156,10 @@ def _read_rope(
 
 
 def _context(max_position_embeddings: int, scaling: RopeScaling | None) -> int:
-    """Positions a model may read: YaRN is switched on by `rope_scaling` alone (Qwen2.5's README).
+    """Return how many positions the model may read.
 
-    Its config.json then still tells the context it was trained on.
+    YaRN is enabled by `rope_scaling` alone (Qwen2.5's README); max_position_embeddings then still
+    gives the training context.
     """
     if not isinstance(scaling, YarnScaling):
         return max_position_embeddings
@@ -166,7 +168,7 @@ def _context(max_position_embeddings: int, scaling: RopeScaling | None) -> int:
 
 
 def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentModel:
-    """The student of a Hugging Face folder in float32, or only the given layers of it, in order.
+    """Load the student of a Hugging Face folder in float32, or only some of its layers, in order.
 
     Args:
         folder: config.json and *.safetensors, ours or Hugging Face's.
@@ -189,9 +191,9 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
                 name = f"model.layers.{position[int(match[1])]}.{match[2]}"
             if name == "lm_head.weight" and config.tie_embeddings:
                 continue
-            if name.endswith(".rotary_emb.inv_freq"):  # Llama 2 stores what config.json gives
+            if name.endswith(".rotary_emb.inv_freq"):  # Llama 2 stores it; config.json gives it too
                 continue
-            if name.endswith(OUT_BIAS) and not tensor.any():  # see the module
+            if name.endswith(OUT_BIAS) and not tensor.any():  # see the module docstring
                 continue
             if name not in targets or targets[name].shape != tensor.shape:
                 raise DecantError(
@@ -206,11 +208,11 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
 
 
 def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None) -> None:
-    """Write a Hugging Face folder atomically: complete under `folder`, or not there at all.
+    """Write a Hugging Face folder atomically: `folder` is either complete or does not exist.
 
     Raises:
-        DecantError: the tokenizer cannot be read, or transformers would open it as another than
-            its tokenizer.json describes.
+        DecantError: the tokenizer cannot be read, or transformers would open it as another
+            tokenizer than its tokenizer.json describes.
     """
     with atomic_folder(folder, "model", key="paths.runs") as partial:
         if isinstance(student, HuggingFaceStudent):
@@ -222,10 +224,10 @@ def save_student(student: Student, folder: Path, *, tokenizer_from: Path | None)
 
 
 def require_saveable(student: Student, tokenizer_from: Path) -> None:
-    """Refuse before training what `save_student` would refuse after it.
+    """Refuse, before training, a student that `save_student` would refuse after it.
 
     Raises:
-        DecantError: as `save_student`.
+        DecantError: see `save_student`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(student, HuggingFaceStudent):
@@ -251,7 +253,7 @@ def _write_model(student: StudentModel, folder: Path, tokenizer_from: Path | Non
 def _write_config_and_tokenizer(
     config: ModelConfig, folder: Path, tokenizer_from: Path | None
 ) -> str:
-    """Returns the first model_type, of those that have the weights, that keeps the tokenizer."""
+    """Try each model_type that has these weights; return the first that keeps the tokenizer."""
     kinds = ("qwen2", "llama") if config.attention_bias else ("llama",)
     for kind in kinds:
         text = json.dumps(_hugging_face_config(config, kind), indent=2)
@@ -269,10 +271,10 @@ def _write_config_and_tokenizer(
 
 
 def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model folder by name, as stored, one in memory at a time.
+    """Yield every tensor of a model folder by name, as stored, with one in memory at a time.
 
     Raises:
-        DecantError: no *.safetensors, or a damaged one.
+        DecantError: there is no *.safetensors file, or one is damaged.
     """
     files = sorted(folder.glob("*.safetensors"))
     require_regular_files(files)

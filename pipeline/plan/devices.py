@@ -1,8 +1,8 @@
-"""Peak rates and memory of devices, for plans. A peak is a limit: plans count on a share of it.
+"""Peak rates and memory of devices, for plans. A peak is a limit; plans assume a share of it.
 
-Rates are dense (without sparsity), in operations a second, a multiplication and an addition being
-two; half precision with products accumulated in float32, float32 without TF32, as PyTorch does
-unless told otherwise. From NVIDIA's own papers:
+Rates are dense (without sparsity), in operations per second, where a multiplication and an addition
+are two operations. Half precision accumulates products in float32; float32 is without TF32, which
+is PyTorch's default. From NVIDIA's own papers:
 
     t4          T4 Tensor Core GPU datasheet (2019); Turing has no bfloat16 units
     l4          L4 Tensor Core GPU datasheet (2023), half of the rate given with sparsity
@@ -12,10 +12,11 @@ unless told otherwise. From NVIDIA's own papers:
     h100, h200  H100 and H200 Tensor Core GPU datasheets (2023, 2024), SXM, half of the rates given
                 with sparsity
 
-cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), where the demo was measured, at
-what `torch.mm` of 4096 x 4096 came to in a second of processor time; float16 is multiplied in
-float32. cpu-avx2 is two cores of a server processor (AMD EPYC) without units for half formats, at
-what `torch.mm` of 2048 x 2048 came to; there `auto` is float32. Their 16 GB are an assumption.
+cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), on which the demo was measured, at
+the rate that `torch.mm` of 4096 x 4096 reached per second of processor time; it multiplies float16
+in float32. cpu-avx2 is two cores of a server processor (AMD EPYC) without units for half formats,
+at the rate that `torch.mm` of 2048 x 2048 reached; there, `auto` is float32. Their 16 GB of memory
+are an assumption.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from pipeline.config import DeviceName
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What one device can do at best."""
+    """Peak rates and memory of one device."""
 
-    half: float  # operations a second in float16, and in bfloat16 where there are units for it
-    single: float  # in float32
+    half: float  # operations per second in float16, and in bfloat16 if there are units for it
+    single: float  # operations per second in float32
     memory: float  # bytes
     has_bfloat16: bool = True
-    has_float16: bool = True  # on a CPU, products of float16 factors are made in float32
+    has_float16: bool = True  # a CPU computes products of float16 factors in float32
 
     def peak(self, dtype: str) -> float:
-        """Operations a second in "float32", "bfloat16" or "float16"."""
+        """Return the operations per second in "float32", "bfloat16" or "float16"."""
         has_units = {"bfloat16": self.has_bfloat16, "float16": self.has_float16, "float32": False}
         return self.half if has_units[dtype] else self.single
 

@@ -1,9 +1,9 @@
-"""Size, time and memory of each stage, from params and shapes: no teacher, corpus or GPU needed.
+"""Size, time and memory of each stage, from params and shapes, without teacher, corpus or GPU.
 
-Times are operations over the device's peak times advise.utilisation, so they are as good as that
-share; a run's own train/tokens_per_second, and `advise` on a sample, measure it. Several devices
-are taken to share work without loss. What else is assumed stands in this package's constants, each
-with where it was measured.
+A time is a number of operations divided by the device's peak times advise.utilisation, so it is
+only as good as that share; a run's own train/tokens_per_second, and `advise` on a sample, measure
+it. Several devices are assumed to share work without loss. This package's constants hold the other
+assumptions, each with its measurement.
 """
 
 from __future__ import annotations
@@ -22,85 +22,85 @@ from pipeline.plan.storage import CORPUS_BYTES, CacheSize, Mode, cache_size
 from pipeline.plan.work import capture_memory, step_operations, training_memory
 from pipeline.resolved import resolve
 
-TOKENIZED = 2.1e5  # tokens a second of one processor, by `build_corpus` of Python's library
-READ = 6.1e6  # tokens a second that two threads beside a device read and decode (cache_speed.py)
-WRITTEN = 1.6e6  # tokens a second that two threads encode and commit (cache_speed.py)
-NOISE_COPIES = 3  # of a row in a forward of the noise floor (pipeline/fidelity/gate.py)
+TOKENIZED = 2.1e5  # tokens per second on one processor, by `build_corpus` of Python's library
+READ = 6.1e6  # tokens per second read and decoded by two threads beside a device (cache_speed.py)
+WRITTEN = 1.6e6  # tokens per second encoded and committed by two threads (cache_speed.py)
+NOISE_COPIES = 3  # copies of a row in a forward of the noise floor (pipeline/fidelity/gate.py)
 MODES = (Mode(k=64, draws=0), Mode(k=32, draws=0), Mode(k=16, draws=0), Mode(k=0, draws=50))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How much text there is, and how much of it a run reads."""
+    """The amount of text, and how much of it a run reads."""
 
     row_length: int
     train_rows: int
     held_out_rows: int
-    run_tokens: int  # that the steps of a run of train.* read
-    validated_tokens: int  # that it looks at besides, from step 0 on
+    run_tokens: int  # tokens read by the steps of a run with train.*
+    validated_tokens: int  # tokens it also reads for validation, from step 0 on
 
     @property
     def tokens(self) -> int:
-        """Of both splits, as if no row were padded."""
+        """Tokens in both splits, assuming that no row is padded."""
         return (self.train_rows + self.held_out_rows) * self.row_length
 
     @property
     def passes_a_run(self) -> float:
-        """Over the training split."""
+        """Passes of a run over the training split."""
         return self.run_tokens / (self.train_rows * self.row_length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Tokens a second, by all devices together."""
+    """Tokens per second, on all devices together."""
 
-    teacher: float  # forward, in prepare.dtype
-    student: float  # forward, in train.dtype
-    train: float  # forward and backward of the student
-    judged_teacher: float  # forward, in evaluate.dtype
-    judged_student: float  # likewise
+    teacher: float  # teacher's forward, in prepare.dtype
+    student: float  # student's forward, in train.dtype
+    train: float  # student's forward and backward
+    judged_teacher: float  # teacher's forward, in evaluate.dtype
+    judged_student: float  # student's forward, in evaluate.dtype
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage writes and takes; None where that is not computed, or nothing."""
+    """Output, time and memory of one stage; None if a value is not computed or is nothing."""
 
     name: str
     written: float | None  # bytes
     seconds: float | None
-    memory: float | None  # bytes on one device
+    memory: float | None  # bytes per device
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A project's whole way, computed."""
+    """The computed plan of a project, for all stages."""
 
     teacher: str
     teacher_shape: Shape
     teacher_dtype: str
     student: str
     student_shape: Shape
-    student_dtype: str  # of autocast
+    student_dtype: str  # dtype of autocast
     evaluate_dtype: str
-    steps: int  # of a run of train.*
+    steps: int  # steps of a run with train.*
     extent: Extent
     rates: Rates
     stages: tuple[StagePlan, ...]
-    cache: CacheSize  # of prepare.*
-    modes: tuple[CacheSize, ...]  # of others, over the same corpus
-    break_even: int | None  # passes from which on a cache costs no more than an online teacher
+    cache: CacheSize  # with prepare.*
+    modes: tuple[CacheSize, ...]  # other choices for the same corpus
+    break_even: int | None  # passes from which a cache costs no more than an online teacher
 
     @property
     def seconds(self) -> float:
-        """Of all stages, one after the other."""
+        """Time of all stages, run one after the other."""
         return sum(stage.seconds or 0.0 for stage in self.stages)
 
     def stage(self, name: str) -> StagePlan:
-        """The stage of that name."""
+        """Return the stage with that name."""
         return next(stage for stage in self.stages if stage.name == name)
 
     def metrics(self) -> dict[str, Any]:
-        """For plan.json."""
+        """Return the content of plan.json."""
         extent = {"tokens": self.extent.tokens, "passes_a_run": self.extent.passes_a_run}
         return asdict(self) | extent | {"seconds": self.seconds}
 
@@ -109,8 +109,8 @@ def make_plan(params: Params) -> Plan:
     """Compute the plan of params.
 
     Raises:
-        ParamsError: a model's shape is not known here, the corpus has no stated size, or prepare.k
-            or student.layers ask for more than the teacher has.
+        ParamsError: a model's shape is unknown, the corpus has no stated size, or prepare.k or
+            student.layers exceed the teacher's vocabulary or layers.
     """
     folder = teacher_folder(params.paths.teacher)
     teacher_name, teacher = teacher_shape(params.teacher, folder)
@@ -133,7 +133,7 @@ def make_plan(params: Params) -> Plan:
         cache_size(mode, teacher.vocab_size, rows, extent.row_length, params.prepare)
         for mode in (kept, *MODES)
     )
-    live = params.advise.devices / rates.teacher  # seconds a token, of one device
+    live = params.advise.devices / rates.teacher  # seconds per token on one device
     return Plan(
         teacher=teacher_name,
         teacher_shape=teacher,
@@ -153,7 +153,7 @@ def make_plan(params: Params) -> Plan:
 
 
 def _inference_dtype(asked: str, device: Device) -> str:
-    """What prepare.dtype or evaluate.dtype comes to on the planned device."""
+    """Resolve prepare.dtype or evaluate.dtype on the planned device."""
     if asked != "auto":
         return asked
     return "float16" if device.has_float16 else _wide_range(device)
@@ -164,7 +164,7 @@ def _wide_range(device: Device) -> Literal["bfloat16", "float32"]:
 
 
 def _settled(params: Params, num_ids: int) -> Params:
-    """The same parameters with train.dtype, train.steps and student.vocab_size as they come to."""
+    """Return the parameters with train.dtype, train.steps and student.vocab_size resolved."""
     if params.train.dtype == "auto":
         dtype = _wide_range(DEVICES[params.advise.device])
         train = params.train.model_copy(update={"dtype": dtype})
@@ -216,18 +216,18 @@ def _stages(
     cache_bytes: float,
     dtype: str,
 ) -> tuple[StagePlan, ...]:
-    """As `dvc repro` would run them."""
+    """Plan the stages in the order of `dvc repro`."""
     from_gguf = params.teacher.source in ("wheel", "gguf")
-    folder = teacher.parameters * (4.0 if from_gguf else 2.0)  # as published, or dequantised
+    folder = teacher.parameters * (4.0 if from_gguf else 2.0)  # dequantised, or as published
     length, gate = extent.row_length, extent.row_length * _gate_rows(params, extent)
     alone = params.advise.devices  # verify and evaluate run on one device
     run = extent.run_tokens / rates.train + extent.validated_tokens / rates.student
     live = (extent.run_tokens + extent.validated_tokens) / rates.teacher
     distilled = run + (live if params.train.teacher == "online" else 0.0)
-    judged = 1.0 / rates.judged_teacher + 2.0 / rates.judged_student  # seconds a token
+    judged = 1.0 / rates.judged_teacher + 2.0 / rates.judged_student  # seconds per token
     capture = capture_memory(teacher, params, dtype).total
     training = training_memory(student, params).total
-    beside = capture if params.train.teacher == "online" else 0.0  # the teacher, for a batch
+    beside = capture if params.train.teacher == "online" else 0.0  # the teacher's own memory
     saved = 4.0 * student.parameters
     return (
         StagePlan("fetch", folder, None, None),
@@ -241,7 +241,7 @@ def _stages(
 
 
 def _gate_rows(params: Params, extent: Extent) -> int:
-    """Rows that verify runs through the teacher: the noise floor's again, three times over."""
+    """Return how many rows verify runs through the teacher; those of the noise floor run again."""
     verify, rows = params.verify, extent.train_rows + extent.held_out_rows
     wanted = min(verify.batches * verify.batch_rows, rows)
     return wanted + NOISE_COPIES * min(verify.noise_batches * verify.batch_rows, wanted)

@@ -1,9 +1,9 @@
-"""The shape of a decoder, and what follows from it: parameters and operations a token.
+"""The shape of a decoder, and the parameters and operations per token that follow from it.
 
-A shape comes from the params (a student that starts at random), from a config.json at hand, from
-the table of models that recipes name, or from the hub, in that order: the table saves a request,
-and says the same. Decoders are taken to be as Qwen2's and Llama's are: grouped-query attention and
-a gated feed-forward.
+A shape comes from the params (for a student with random weights), from a local config.json, from
+the table of models used in recipes, or from the hub, in that order; the table only saves a request.
+Decoders are assumed to be like Qwen2's and Llama's: grouped-query attention and a gated
+feed-forward.
 
 Symbols: D hidden, A query width (heads x head size), G key/value width, F intermediate, V rows.
 """
@@ -22,7 +22,7 @@ from pipeline.model.config import read_config_file
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A decoder's sizes."""
+    """The sizes of a decoder."""
 
     hidden_size: int  # D
     num_layers: int
@@ -36,33 +36,33 @@ class Shape:
 
     @property
     def query_size(self) -> int:
-        """A."""
+        """A, the width of all query heads."""
         return self.num_heads * self.head_size
 
     @property
     def kv_size(self) -> int:
-        """G."""
+        """G, the width of all key/value heads."""
         return self.num_kv_heads * self.head_size
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear layers of a block, by Hugging Face's names."""
+        """Return inputs and outputs of the linear layers of a block, by Hugging Face's names."""
         d, a, g, f = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         attention = {"q_proj": (d, a), "k_proj": (d, g), "v_proj": (d, g), "o_proj": (a, d)}
         return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
 
     @property
     def body_matrices(self) -> int:
-        """Weights of all blocks' linear layers, each used once a token."""
+        """Weights of all blocks' linear layers, each used once per token."""
         return self.num_layers * sum(one * two for one, two in self.matrices().values())
 
     @property
     def head(self) -> int:
-        """Weights of the head, V D."""
+        """Weights of the head, V x D."""
         return self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """All of them, a tied matrix counted once."""
+        """Number of all parameters; a tied matrix counts once."""
         biases = self.query_size + 2 * self.kv_size if self.qkv_bias else 0
         norms = 2 * self.hidden_size
         embeddings = self.head if self.tied else 2 * self.head
@@ -70,20 +70,20 @@ class Shape:
         return blocks + self.hidden_size + embeddings
 
     def lora_parameters(self, lora: LoraParams) -> int:
-        """Of adapters on the named layers of every block: r (inputs + outputs) each."""
+        """Return the number of adapter weights on the named layers: r (inputs + outputs) each."""
         sizes = [sum(size) for name, size in self.matrices().items() if name in lora.targets]
         return self.num_layers * lora.rank * sum(sizes)
 
     def body_operations(self, row_length: int) -> float:
-        """Of a forward through the blocks, a token: 2 N + 4 A L a layer.
+        """Return the operations per token of a forward through the blocks: 2 N + 4 A L per layer.
 
-        A weight is multiplied and added once; attention makes L products with keys and L with
-        values, whether a mask drops some or not (Chowdhery et al. 2022, PaLM, appendix B).
+        Each weight takes one multiplication and one addition. Attention computes L products with
+        keys and L with values, even if a mask drops some (Chowdhery et al. 2022, PaLM, appendix B).
         """
         return 2.0 * self.body_matrices + 4.0 * self.num_layers * self.query_size * row_length
 
     def forward_operations(self, row_length: int) -> float:
-        """Of a forward through blocks and head, a token."""
+        """Return the operations per token of a forward through blocks and head."""
         return self.body_operations(row_length) + 2.0 * self.head
 
 
@@ -117,17 +117,17 @@ KNOWN = {
     "SmolLM2-360M": _smollm((960, 32, 15, 5, 2560)),
     "SmolLM2-1.7B": _smollm((2048, 24, 32, 32, 8192)),
 }
-"""By the name without "-Instruct" and "-Coder", which change no shape."""
+"""Shapes by name without "-Instruct" and "-Coder", which do not affect the shape."""
 
 
 def teacher_shape(params: TeacherParams, folder: Path) -> tuple[str, Shape]:
-    """Name and shape of the teacher.
+    """Return name and shape of the teacher.
 
     Args:
-        folder: paths.teacher, where its config.json is read once `fetch` has run.
+        folder: paths.teacher, which holds its config.json once `fetch` has run.
 
     Raises:
-        ParamsError: the shape is nowhere to be had.
+        ParamsError: the shape cannot be found.
     """
     name = {
         "wheel": Path(params.wheel.member).name,
@@ -148,10 +148,10 @@ def teacher_shape(params: TeacherParams, folder: Path) -> tuple[str, Shape]:
 
 
 def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
-    """A word on the student's start, and its shape.
+    """Return a description of the student's start, and its shape.
 
     Raises:
-        ParamsError: the checkpoint is neither here nor in the table, or the teacher has not as many
+        ParamsError: the checkpoint is neither local nor in the table, or the teacher has fewer
             layers.
     """
     if params.init == "layers":
@@ -164,7 +164,7 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
             teacher, num_layers=len(params.layers)
         )
     if params.init == "random":
-        assert params.vocab_size != "auto"  # a number since pipeline/resolved.py
+        assert params.vocab_size != "auto"  # pipeline/resolved.py has made it a number
         return "at random", _from_config(params.model_dump())
     found = params.checkpoint and _at_hand(str(params.checkpoint), params.checkpoint)
     if not found:
@@ -176,13 +176,13 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
 
 
 def tokenizer_ids(params: Params, folder: Path, teacher: Shape) -> tuple[int, str]:
-    """The tokenizer's number of ids; and where student.vocab_size=auto rests on a guess, the guess.
+    """Return the number of the tokenizer's ids, and a note if student.vocab_size=auto is a guess.
 
-    Else the teacher's rows are taken for it, though it may have fewer ids (Qwen2.5: 151,665 of
-    151,936 rows).
+    Without the tokenizer, the teacher's rows are assumed, though the tokenizer may have fewer ids
+    (Qwen2.5: 151,665 ids for 151,936 rows).
 
     Args:
-        folder: the teacher's, whose tokenizer is counted once `fetch` has run.
+        folder: the teacher's folder, whose tokenizer is counted once `fetch` has run.
     """
     try:
         said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def tokenizer_ids(params: Params, folder: Path, teacher: Shape) -> tuple[int, st
 
 
 def _at_hand(name: str, *folders: Path) -> Shape | None:
-    """From the first folder that holds a config.json, else from the table."""
+    """Return the shape in the first folder with a config.json, else the one in the table."""
     for folder in folders:
         if (folder / "config.json").exists():
             return _read(folder / "config.json")
@@ -204,7 +204,7 @@ def _at_hand(name: str, *folders: Path) -> Shape | None:
 
 
 def known(name: str) -> Shape | None:
-    """The shape of a model by hub id, folder or file name; None where the table has it not."""
+    """Return a model's shape by hub id, folder or file name; None if it is not in the table."""
     plain = name.rpartition("/")[2].replace("-Coder", "").replace("-Instruct", "")
     if plain.endswith(".gguf"):
         plain = next((key for key in KNOWN if plain.startswith((f"{key}.", f"{key}-"))), plain)
@@ -218,7 +218,7 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
         return _read(Path(hf_hub_download(hub_id, "config.json", revision=revision)))
     except DecantError:
         raise
-    except Exception:  # HTTP, SSL, offline mode and file errors of several libraries
+    except Exception:  # HTTP, SSL, offline mode and file errors from several libraries
         return None
 
 
@@ -233,7 +233,7 @@ def _read(file: Path) -> Shape:
 
 
 def _from_config(raw: dict[str, Any]) -> Shape:
-    """From a config.json, or from the section `student`, whose names are shorter."""
+    """Read a shape from a config.json, or from the section `student`, with its shorter names."""
     heads = raw.get("num_attention_heads") or raw["num_heads"]
     kv_heads = raw.get("num_key_value_heads") or raw.get("num_kv_heads") or heads
     bias = raw.get("attention_bias", raw.get("model_type") == "qwen2")

@@ -1,4 +1,4 @@
-"""The plan as lines to read: stages, caches by what they keep, and what follows from them."""
+"""The plan as text: stages, caches by mode, and the conclusions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.runtime.console import readable_bytes, readable_seconds
 
 
 def plan_lines(plan: Plan, params: Params) -> list[str]:
-    """All of the plan in lines of up to 96 characters; the last one is the summary."""
+    """Return the plan in lines of up to 96 characters; the last one is the summary."""
     tables = [*_stage_table(plan), *_mode_table(plan)]
     return [
         *_wrapped(_subject(plan, params)),
@@ -84,7 +84,7 @@ def _mode_line(size: CacheSize, rate: float) -> str:
 
 
 def advice(plan: Plan, params: Params) -> list[str]:
-    """What fits, how much of a cache is read, and whether it pays; a sentence each."""
+    """Say what fits, how much of the cache a run reads, and whether a cache pays off."""
     return [*_fits(plan, params), *_coverage(plan, params), *_cache_or_online(plan, params)]
 
 

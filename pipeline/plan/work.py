@@ -1,10 +1,10 @@
 """Operations and peak memory of capture and training, from shapes alone.
 
-Memory is counted in tensors that live at once at the worst moment; what PyTorch, CUDA and
-fragmentation take besides is left to a margin (`FITS`). Activations are those of our own model
-under autocast (tests/plan/test_work.py holds the formula against what autograd keeps).
+Memory counts the tensors that exist at the same time at the worst moment. What PyTorch, CUDA and
+fragmentation use in addition is covered by a margin (`FITS`). Activations are those of our own
+model under autocast (tests/plan/test_work.py compares the formula with what autograd keeps).
 
-Symbols as in shapes.py; L row length, N parameters.
+Symbols are those of shapes.py, and L row length, N parameters.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from dataclasses import dataclass
 from pipeline.config import Params, StudentParams
 from pipeline.plan.shapes import Shape
 
-FITS = 0.9  # of a device's memory
+FITS = 0.9  # usable share of a device's memory
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_LOGIT_COPIES = 3  # a chunk of logits in float32, its rounded copy, and what a reduction makes
+_LOGIT_COPIES = 3  # a chunk of logits in float32, its rounded copy, and a reduction's result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes on one device at the worst moment."""
 
-    weights: float  # and copies of them, gradients and optimizer's state
+    weights: float  # with their copies, gradients and the optimizer's state
     activations: float
-    logits: float  # a chunk of them, and the head's gradient
+    logits: float  # one chunk of logits, and the head's gradient
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.activations + self.logits
 
 
 def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
-    """Of the teacher's forward over capture.batch_rows rows, and of the head over a chunk.
+    """Return the memory of the teacher's forward over capture.batch_rows rows and a head's chunk.
 
-    Nothing is kept for a backward: at the worst, a block's feed-forward holds the residual stream,
-    its normalised copy and three tensors of width F.
+    Nothing is kept for a backward: at worst, a block's feed-forward holds the residual stream, its
+    normalised copy and three tensors of width F.
     """
     size = _SIZES[dtype]
     tokens = params.capture.batch_rows * params.corpus.row_length
@@ -50,16 +50,16 @@ def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
 
 
 def mask_bytes(params: Params) -> int:
-    """Of the mask that keeps documents apart, a token: a byte for each key of its row."""
+    """Return the bytes per token of the mask that keeps documents apart: one per key of a row."""
     return params.corpus.row_length if params.prepare.attention == "documents" else 0
 
 
 def training_memory(student: Shape, params: Params) -> Memory:
-    """Of a training step's forward and backward, on each of advise.devices.
+    """Return the memory of a training step's forward and backward, on each of advise.devices.
 
-    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, shared by fsdp; 20
-    with train.keep_best.
-    Autograd keeps a rounded copy of each weight of a block until backward.
+    Weights, gradients and AdamW's two moments are float32: 16 bytes per parameter, or 20 with
+    train.keep_best, shared by the devices under fsdp. Autograd keeps a rounded copy of each weight
+    of a block until backward.
     """
     train, run, devices = params.train, params.run, params.advise.devices
     trained = trained_parameters(student, params.student)
@@ -80,17 +80,17 @@ def training_memory(student: Shape, params: Params) -> Memory:
 
 
 def trained_parameters(student: Shape, params: StudentParams) -> int:
-    """All, or those of adapters."""
+    """Return the number of trained parameters: all, or only those of adapters."""
     if params.lora is None:
         return student.parameters
     return student.lora_parameters(params.lora)
 
 
 def activation_bytes(student: Shape, params: Params) -> float:
-    """What autograd keeps for backward, a token.
+    """Return the bytes per token that autograd keeps for backward.
 
-    With activation checkpointing a block keeps its input alone, and one at a time is whole. At the
-    end: the last norm's two, and the loss's gradient for hidden states.
+    With activation checkpointing, each block keeps only its input, and one block at a time is kept
+    in full. At the end come the last norm's two tensors and the loss's gradient of hidden states.
     """
     block, width = block_bytes(student, params), 4 * student.hidden_size
     if params.run.activation_checkpointing:
@@ -99,11 +99,12 @@ def activation_bytes(student: Shape, params: Params) -> float:
 
 
 def block_bytes(student: Shape, params: Params) -> float:
-    """What autograd keeps of one block, a token; `size` is that of autocast's format.
+    """Return the bytes per token that autograd keeps of one block.
 
-    Float32: the input of each norm and its normalised copy. Else: what the matrices multiply, of
-    which autocast makes a copy for each; queries, attention's result, keys and values, repeated
-    where a mask keeps documents apart; the angles that turned them; gate, its silu, up and product.
+    In float32: the input of each norm and its normalised copy. In autocast's dtype: the factors of
+    the matrices, which autocast copies for each matrix; queries and attention's result; keys and
+    values, repeated if a mask keeps documents apart; the angles that rotated them; gate, its silu,
+    up and product. `size` is that of autocast's dtype.
     """
     size = _SIZES[params.train.dtype]
     d, a, f = student.hidden_size, student.query_size, student.intermediate_size
@@ -115,10 +116,10 @@ def block_bytes(student: Shape, params: Params) -> float:
 
 
 def step_operations(student: Shape, params: Params) -> float:
-    """Of training, a token: 3 forwards (Kaplan et al. 2020, table 1: 6 N), or what params change.
+    """Return the operations per token of training: 3 forwards (Kaplan et al. 2020, table 1: 6 N).
 
-    Less the products for gradients of frozen weights beside adapters. With activation checkpointing
-    a fourth forward of each block up to its last product, which backward does not need.
+    With adapters, the products for gradients of frozen weights are saved. Activation checkpointing
+    adds a fourth forward of each block up to its last product, which backward does not need.
     """
     length = params.corpus.row_length
     operations = (2.0 if params.student.lora else 3.0) * student.forward_operations(length)

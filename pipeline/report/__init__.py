@@ -1,8 +1,8 @@
-"""One self-contained HTML page about a pipeline's run, and the README's table of the same numbers.
+"""One self-contained HTML page about a run of the pipeline, and the same numbers for the README.
 
-`inputs` reads what the other stages wrote, in the forms of `formats`; `summary`, `passage` and
-`retained` turn it into what a section shows; `pictures` draws; `page` puts it together from
-templates/, a file a section.
+`inputs` reads the results of the other stages, in the forms of `formats`; `summary`, `passage` and
+`retained` turn them into the content of sections; `pictures` draws figures; `page` assembles the
+page from templates/, one file per section.
 """
 
 from pipeline.report.inputs import read_curves, read_scores

@@ -1,6 +1,6 @@
-"""What the other stages leave for the page: their JSON files, as typed records.
+"""The results of the other stages for the page: their JSON files as typed records.
 
-Keys that the page does not show may come beside these.
+The files may contain more keys than these; the page does not show them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class _Record(BaseModel):
 
 
 class _Point(BaseModel):
-    """What is drawn: a picture has no place for what is not finite."""
+    """A point of a figure, which must be finite to be drawn."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -30,7 +30,7 @@ class Interval(_Record):
 
 
 class KlStatistics(_Record):
-    """KL(teacher || model) over positions, nats: mean, quantiles, largest."""
+    """KL(teacher || model) over positions, in nats: mean, quantiles, maximum."""
 
     mean: float
     median: float
@@ -41,11 +41,11 @@ class KlStatistics(_Record):
 
 
 class Scores(_Record):
-    """A model on the validation rows (paths.evaluate/metrics.json)."""
+    """Scores of a model on the validation rows (paths.evaluate/metrics.json)."""
 
-    loss: float  # nats a token
+    loss: float  # nats per token
     perplexity: float
-    kl_to_teacher: float  # nats a token
+    kl_to_teacher: float  # nats per token
     top1_agreement: float
     accuracy: float
     calibration_error: float
@@ -70,10 +70,10 @@ class Samples(_Record):
 
 
 class GateSummary(_Record):
-    """How a cache agrees with the teacher: means over positions but for the two extremes."""
+    """Agreement of a cache with the teacher: means over positions, except for the two extremes."""
 
     mean_cosine: float
-    worst_row_cosine: float  # the lowest mean of a row
+    worst_row_cosine: float  # the lowest mean over a row
     mean_kl: float  # nats
     max_kl: float  # nats
     top1: float
@@ -86,7 +86,7 @@ class GateSummary(_Record):
 
 
 class GateLevels(_Record):
-    """An error at three levels."""
+    """An error at three levels: mean, worst row, position."""
 
     mean: float
     worst_row: float
@@ -94,13 +94,13 @@ class GateLevels(_Record):
 
 
 class GateLimits(_Record):
-    """What an error may be, by quantity."""
+    """The largest errors allowed, by quantity."""
 
     errors: dict[str, GateLevels]
 
 
 class GateTest(_Record):
-    """A number that follows from the draws, and where it must lie."""
+    """A statistic of the draws, and the range it must lie in."""
 
     name: str
     value: float
@@ -112,7 +112,7 @@ class GateFound(_Record):
     """The smallest faults that the check would have found in 95 of 100 caches."""
 
     errors: dict[str, GateLevels]
-    wrong_positions: float  # share
+    wrong_positions: float  # share of positions
     wrong_shards: int
     shards: int
     shards_seen: int
@@ -120,7 +120,7 @@ class GateFound(_Record):
 
 
 class Gate(_Record):
-    """What verify found (paths.verify/metrics.json)."""
+    """The results of verify (paths.verify/metrics.json)."""
 
     passed: bool
     batches: int
@@ -134,7 +134,7 @@ class Gate(_Record):
 
 
 class GateBar(_Point):
-    """A bin of the gate's histogram, by its lower edge."""
+    """A bin of the gate's histogram, given by its lower edge."""
 
     series: str
     log10_one_minus_cosine: float
@@ -150,9 +150,9 @@ class CalibrationPoint(_Point):
 
 
 class PassageModel(_Record):
-    """What a model said at each position of a passage."""
+    """The predictions of a model at each position of a passage."""
 
-    kl: list[float]  # from the teacher, nats
+    kl: list[float]  # KL from the teacher, nats
     p_next: list[float]  # probability of the token that follows
     top: list[list[tuple[str, float]]]  # its most probable tokens, with probabilities
 
@@ -174,40 +174,40 @@ class Passage(_Record):
 
 
 class TaskMetric(_Record):
-    """A metric of the evaluation harness."""
+    """A metric from the evaluation harness."""
 
     value: float | None
     stderr: float | None = None
 
 
 class HumanEval(_Record):
-    """A model's samples for HumanEval's problems, run."""
+    """Results of a model's samples for HumanEval's problems, after running them."""
 
     pass_at: dict[str, float]  # by k
-    interval: Interval | None = None  # of pass@1
+    interval: Interval | None = None  # for pass@1
     problems: int
     samples_per_problem: int
     temperature: float
     tokens_per_second: float
-    new_tokens: int  # of all samples
+    new_tokens: int  # in all samples
     statuses: dict[str, int]
     model_sha256: str
 
 
 class ExportPath(_Record):
-    """A program that generated from the exported model, against the reference."""
+    """A program that generated text from the exported model, compared with the reference."""
 
     name: str
     tokens: int
     equal_tokens: int
-    near_ties: int = 0  # of the others
+    near_ties: int = 0  # among the different tokens
     equal_prompts: int
     required: bool
     passed: bool
 
 
 class TokenizerPath(_Record):
-    """A program's tokenizer on lines of text, against the teacher's."""
+    """A program's tokenizer compared with the teacher's on lines of text."""
 
     name: str
     lines: int
@@ -220,16 +220,16 @@ class ExportCheck(_Record):
 
     model: str
     model_sha256: str
-    reference: str = "ours, float32"  # what the others were compared with
+    reference: str = "ours, float32"  # what the paths are compared with
     prompts: int
     new_tokens: int
     paths: list[ExportPath]
     tokenizer: list[TokenizerPath]
-    left_out: list[str] = Field(default_factory=list)  # programs that are not there, and the remedy
+    left_out: list[str] = Field(default_factory=list)  # missing programs, with the remedy
 
     @property
     def passed(self) -> bool:
-        """Whether every path that had to agree did."""
+        """Whether every required path and every tokenizer agreed."""
         return all(path.passed for path in self.paths if path.required) and all(
             path.passed for path in self.tokenizer
         )
@@ -237,4 +237,4 @@ class ExportCheck(_Record):
 
 AllScores = Annotated[dict[str, Scores], Field(min_length=1)]
 LmEval = dict[str, dict[str, dict[str, TaskMetric]]]
-"""By model, task and metric."""
+"""Metrics by model, task and metric."""

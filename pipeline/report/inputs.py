@@ -1,8 +1,8 @@
-"""What the page shows, read from the files of the other stages and checked.
+"""Read and check the content of the page, from the files of the other stages.
 
-A file that a stage always writes must be there. The others (the harness, HumanEval, the check of an
-export, the passage) are left out of the page where they are missing. A file that is there and
-cannot be read is an error, never an empty section.
+A file that a stage always writes must exist. Results of optional ones (the harness, HumanEval, the
+check of an export, the passage) are omitted from the page if the file is missing. A file that
+exists but cannot be read is an error, never an empty section.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Measured = TypeVar("Measured", Scores, HumanEval, ExportCheck)
 _OBJECTIVE = {
     f"train.{key}" for key in ("teacher", "alpha", "alpha_end", "divergence", "temperature", "k")
 }
-"""What a distilled run and a baseline are to differ in."""
+"""Parameters in which a distilled run and a baseline are meant to differ."""
 Curve = tuple[list[float], list[float]]
-"""Optimizer steps, and the value at each."""
+"""Optimizer steps, and the value at each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All that was found; None: not there."""
+    """All results found; None if a result does not exist."""
 
     scores: dict[str, Scores]
     samples: Samples
@@ -60,10 +60,10 @@ class Inputs:
 
 
 def read_inputs(paths: Paths) -> Inputs:
-    """Read everything.
+    """Read all results.
 
     Raises:
-        DecantError: a stage that the page shows has not run, which is named, or a file of one
+        DecantError: a required stage has not run (the message names it), or one of its files
             cannot be read.
     """
     evaluate, verify = paths.evaluate, paths.verify
@@ -105,10 +105,10 @@ def _less(names: Collection[str], found: Mapping[str, Content]) -> dict[str, Con
 
 
 def read_scores(paths: Paths) -> dict[str, Scores]:
-    """The comparison of models, by name, without runs that have been trained again since.
+    """Read the comparison of models, by name, without runs that have been trained again since.
 
     Raises:
-        DecantError: as `read_inputs`, or nothing is left of it.
+        DecantError: see `read_inputs`; or all runs have been trained again since.
     """
     scores = _all_scores(paths)
     found = _of_today(paths, scores)
@@ -126,7 +126,7 @@ def _all_scores(paths: Paths) -> dict[str, Scores]:
 
 
 def _of_today(paths: Paths, found: Mapping[str, Measured]) -> dict[str, Measured]:
-    """Of results by model those that were measured on what the run's folder holds now."""
+    """Keep the results that were measured on the model that the run's folder holds now."""
     return {
         name: result
         for name, result in found.items()
@@ -135,9 +135,9 @@ def _of_today(paths: Paths, found: Mapping[str, Measured]) -> dict[str, Measured
 
 
 def differences(paths: Paths, one: str | None, other: str) -> list[str]:
-    """What two runs were made from differently, the objective apart; keys as in params.yaml.
+    """Return the inputs in which two runs differ, except the objective; keys as in params.yaml.
 
-    Empty, too, where either is no run or has left no run.json.
+    The list is also empty if either is not a run or has no run.json.
 
     Raises:
         DecantError: a run.json cannot be read.
@@ -151,7 +151,7 @@ def differences(paths: Paths, one: str | None, other: str) -> list[str]:
 
 
 def _flat(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections opened: {"train.steps": 48, ...}."""
+    """Flatten the sections of run.json: {"train.steps": 48, ...}."""
     flat: dict[str, Any] = {}
     for name, value in said.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
@@ -160,7 +160,7 @@ def _flat(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def params_of_run(params: Params, run: str | None) -> Params:
-    """`params` with what run.json says that a run was made by; unchanged for what is no run.
+    """Return `params` with the values of a run's run.json, or unchanged if it is not a run.
 
     Raises:
         DecantError: run.json cannot be read.
@@ -182,7 +182,7 @@ def params_of_run(params: Params, run: str | None) -> Params:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """DVCLive's TSV files below a folder -> {metric: (steps, values)}."""
+    """Read DVCLive's TSV files below a folder as {metric: (steps, values)}."""
     curves = {}
     for file in sorted(folder.rglob("*.tsv")):
         name = file.relative_to(folder).with_suffix("").as_posix()
@@ -201,7 +201,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def _curves_of(runs: Path, scores: Mapping[str, Scores]) -> dict[str, dict[str, Curve]]:
-    """Curves of the judged models that are runs; others, judged by their folder, have none."""
+    """Read the curves of the models that are runs; models judged by folder have none."""
     return {
         name: read_curves(runs / name / "dvclive" / "plots" / "metrics")
         for name in scores
@@ -214,7 +214,7 @@ def _if_there(file: Path, kind: type[Content], stage: str) -> Content | None:
 
 
 def _read(file: Path, kind: Any, stage: str) -> Any:
-    """The file's JSON as `kind`."""
+    """Parse the file's JSON as `kind`."""
     try:
         return TypeAdapter(kind).validate_json(file.read_bytes())
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""The page: inputs and pictures into templates/page.html.
+"""Render the page: inputs and pictures into templates/page.html.
 
-It holds everything it shows and loads nothing, which its content security policy also forbids: the
-one script that may run is the page's own, by its hash, and the page can do without it. Text from
-models and corpora is escaped by the templates.
+The page contains everything it shows and loads nothing, which its content security policy also
+forbids. The only script allowed is its own, by hash, and the page works without it. The templates
+escape text from models and corpora.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from pipeline.store.reader import CacheReader
 from pipeline.sweep import SweepRun, sweep_figures, sweep_rows, sweep_scatter
 
 _PACKAGES = ("torch", "transformers", "zarr", "numpy", "dvc")
-_SECTIONS = {  # in the page's order; each has a template of its name
+_SECTIONS = {  # in the page's order; each has a template with its name
     "models": ("Models", "Models on the validation text"),
     "gate": ("Gate", "The gate: cache against live teacher"),
     "retained": ("Cache", "What the cache keeps"),
@@ -66,10 +66,10 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
     """Write `paths.report`/index.html and return its path.
 
     Args:
-        sweep: runs to be compared in a section of their own; none: no such section.
+        sweep: runs to compare in a section of their own; without any, there is no such section.
 
     Raises:
-        DecantError: a stage that the page shows has not run, which is named, or one of its files
+        DecantError: a required stage has not run (the message names it), or one of its files
             cannot be read.
     """
     announce(
@@ -119,7 +119,7 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
 
 
 def _provenance(params: Params) -> dict[str, Any]:
-    """What was distilled from what, and where."""
+    """Collect what was distilled from what, and on which machine."""
     corpora = {split: CorpusSplit(params.paths.corpus, split) for split in SPLITS}
     cache = CacheReader(params.paths.logits, corpora["train"])
     fingerprint, size = cache.fingerprint, cache.num_bytes()
@@ -141,7 +141,7 @@ def _provenance(params: Params) -> dict[str, Any]:
 
 
 def _of_models(inputs: Inputs) -> dict[str, Any]:
-    """Numbers and pictures of teacher and students."""
+    """Collect the numbers and pictures of teacher and students."""
     scores, curves = inputs.scores, inputs.curves
     student = student_of(scores)
     pictures = {
@@ -171,7 +171,7 @@ def _of_models(inputs: Inputs) -> dict[str, Any]:
 
 
 def _of_tasks(inputs: Inputs) -> dict[str, Any]:
-    """Columns of HumanEval's table and rows of the harness's, which models need not share."""
+    """Collect HumanEval's columns and the harness's rows; models need not share them."""
     passes = (k for values in (inputs.humaneval or {}).values() for k in values.pass_at)
     rows = (
         (task, metric)
@@ -194,7 +194,7 @@ def _of_sweep(runs: Sequence[SweepRun]) -> dict[str, Any]:
 
 
 def _script() -> dict[str, str]:
-    """The page's script and its hash for the content security policy."""
+    """Return the page's script and its hash for the content security policy."""
     text = files("pipeline.report").joinpath("templates/script.js").read_text("utf-8")
     digest = hashlib.sha256(text.encode()).digest()
     return {"text": text, "sha256": base64.b64encode(digest).decode()}

@@ -1,7 +1,8 @@
-"""The passage, token by token, as the page shows it.
+"""The passage, token by token, as shown on the page.
 
-What a model said at position i is about token i + 1, so a token bears the KL of the position before
-it, and the first token bears none. KL is shown in fixed steps, so that pages can be compared.
+A model's prediction at position i is for token i + 1, so each token carries the KL of the position
+before it, and the first token carries none. KL is shown in fixed steps, so that pages can be
+compared.
 """
 
 from __future__ import annotations
@@ -11,30 +12,30 @@ from dataclasses import dataclass
 
 from pipeline.report.formats import TEACHER, Passage, PassageModel
 
-KL_STEPS = (0.1, 0.5, 1.0, 2.0)  # nats; levels 0 to 4
-_TOKENS = 512  # a page of more is no longer light
+KL_STEPS = (0.1, 0.5, 1.0, 2.0)  # nats; they separate levels 0 to 4
+_TOKENS = 512  # with more, the page becomes heavy
 _WORST = 6
-_CONTEXT = 12  # tokens before a token, in the list of the worst
+_CONTEXT = 12  # tokens of context before a token in the list of the worst
 _SPACES = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
-_KEPT = {" ": " ", "\n": "↵\n", "\t": "\t"}  # in running text
+_KEPT = {" ": " ", "\n": "↵\n", "\t": "\t"}  # replacements in running text
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A token among a model's most probable."""
+    """One of a model's most probable tokens."""
 
     text: str
     probability: float
-    follows: bool  # in the passage
+    follows: bool  # whether it is the next token in the passage
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a model said of a token before it came."""
+    """A model's prediction for a token."""
 
     model: str
     kl: float
-    probability: float  # of the token
+    probability: float  # of the actual token
     top: list[Choice]
 
 
@@ -43,15 +44,15 @@ class PassageToken:
     """A token of the passage; `opinions` is empty for the first."""
 
     number: int
-    text: str  # a sign before each line end; control characters made visible
-    sign: str  # by itself, with visible spaces too
-    levels: list[int]  # 0 to 4 by student, in the order of `students`
+    text: str  # with a sign before each line end and control characters made visible
+    sign: str  # the token shown by itself, with visible spaces too
+    levels: list[int]  # 0 to 4 for each student, in the order of `students`
     opinions: list[Opinion]
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A token at which a student is far from the teacher."""
+    """A token at which a student diverges most from the teacher."""
 
     before: str
     token: PassageToken
@@ -61,16 +62,16 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class PassageView:
-    """The section's content."""
+    """The content of the section."""
 
     students: list[str]
     tokens: list[PassageToken]
-    worst: list[Disagreement]  # of the first student, the farthest first
-    left_out: int  # tokens beyond those shown
+    worst: list[Disagreement]  # for the first student, largest divergence first
+    left_out: int  # number of tokens not shown
 
 
 def passage_view(passage: Passage, student: str | None) -> PassageView | None:
-    """The passage with `student` as the first of its students; None where it has none."""
+    """Return the passage with `student` as the first student; None if it has no students."""
     names = [name for name in passage.models if name != TEACHER]
     students = sorted(names, key=lambda name: name != student)
     if not students:
@@ -84,7 +85,7 @@ def passage_view(passage: Passage, student: str | None) -> PassageView | None:
 
 
 def visible(text: str) -> str:
-    """A token by itself: its spaces, line ends and control characters as signs."""
+    """Show a token by itself: spaces, line ends and control characters become visible signs."""
     return "".join(_sign(character) for character in text) or "∅"
 
 

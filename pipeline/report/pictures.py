@@ -1,4 +1,4 @@
-"""The page's pictures: a series has a colour and, for those who see none, a dash or a marker."""
+"""The page's pictures; each series has a colour and, for colour-blind users, a dash or a marker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARKERS = {"student": "o", "baseline": "s", "teacher": "^"}
 
 
 def draw_curves(runs: Mapping[str, Mapping[str, Curve]], metric: str, label: str) -> str:
-    """A metric over the steps, a line a run; empty where no run has it."""
+    """Draw a metric over the steps, one line per run; return empty text if no run has it."""
     shown = {run: curves[metric] for run, curves in runs.items() if metric in curves}
     if not shown:
         return ""
@@ -40,7 +40,7 @@ def draw_curves(runs: Mapping[str, Mapping[str, Curve]], metric: str, label: str
 
 
 def draw_gate(bars: Sequence[GateBar]) -> str:
-    """The gate's histogram: how far each position of the cache is from the live teacher."""
+    """Draw the gate's histogram: the distance of each cached position from the live teacher."""
     names = list(dict.fromkeys(bar.series for bar in bars))
 
     def draw(axes: Any) -> None:
@@ -61,7 +61,7 @@ def draw_gate(bars: Sequence[GateBar]) -> str:
 
 
 def draw_retained_mass(mass: RetainedMass) -> str:
-    """Retained mass over the positions, those with the least first, a line a temperature."""
+    """Draw retained mass over positions, from least to most, with one line per temperature."""
 
     def draw(axes: Any) -> None:
         for number, at in enumerate(mass.temperatures):
@@ -77,7 +77,7 @@ def draw_retained_mass(mass: RetainedMass) -> str:
 
 
 def draw_calibration(points: Sequence[CalibrationPoint]) -> str:
-    """The reliability diagram."""
+    """Draw the reliability diagram."""
     names = list(dict.fromkeys(point.model for point in points))
 
     def draw(axes: Any) -> None:
@@ -101,6 +101,6 @@ def draw_calibration(points: Sequence[CalibrationPoint]) -> str:
 
 
 def _style(name: str, number: int) -> dict[str, Any]:
-    """The usual style of a name, else one that the usual names do not take."""
+    """Return a name's usual style, or one that no usual name has."""
     further = {"color": SERIES[3 + number % 3], "linestyle": _DASHES[3 - number % 3]}
     return _STYLES.get(name, further)

@@ -1,7 +1,7 @@
-"""How much of the teacher's probability the stored ids hold, measured on the cache itself.
+"""The share of the teacher's probability that the stored ids hold, measured on the cache.
 
-At temperature tau a position's K ids hold sum_k p_tau(k), exact by the stored normaliser. A few
-shards tell: a page must not read a terabyte.
+At temperature tau, the K ids of a position hold sum_k p_tau(k), which the stored normaliser makes
+exact. A few shards suffice: a page must not read a terabyte.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class MassAtTemperature:
 
     temperature: float
     mean: float
-    quantiles: NDArray[np.float64]  # [201], of the shares of positions in `shares`
+    quantiles: NDArray[np.float64]  # [201], one for each share of positions in `shares`
 
     def quantile(self, share: float) -> float:
-        """The mass that this share of the positions does not exceed."""
+        """Return the mass that this share of the positions does not exceed."""
         return float(np.interp(share, _QUANTILES, self.quantiles))
 
 
 @dataclass(frozen=True)
 class RetainedMass:
-    """Retained mass at each stored temperature, and of how much of the cache."""
+    """Retained mass at each stored temperature, and the part of the cache it was measured on."""
 
     temperatures: list[MassAtTemperature]
     positions: int
@@ -43,12 +43,12 @@ class RetainedMass:
 
     @property
     def shares(self) -> NDArray[np.float64]:
-        """Shares of positions, 0 to 1, at which the quantiles stand."""
+        """Shares of positions, from 0 to 1, that the quantiles belong to."""
         return _QUANTILES
 
 
 def measure_retained_mass(cache: CacheReader) -> RetainedMass | None:
-    """Of up to four shards, spread evenly, 64 rows each; None where the cache keeps draws alone.
+    """Measure up to four evenly spread shards, 64 rows each; return None if only draws are stored.
 
     Raises:
         MismatchError: a shard is damaged.
@@ -78,6 +78,6 @@ def measure_retained_mass(cache: CacheReader) -> RetainedMass | None:
 
 
 def _spread(size: int, wanted: int) -> list[int]:
-    """Up to `wanted` different places below `size`, evenly."""
+    """Return up to `wanted` different, evenly spread numbers below `size`."""
     wanted = min(size, wanted)
     return [place * size // wanted for place in range(wanted)]

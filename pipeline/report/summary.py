@@ -1,4 +1,4 @@
-"""The run in one screen: names, key numbers, the comparison of models as a table."""
+"""The run at a glance: names, key numbers, and the comparison of models as a table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True)
 class Column:
-    """A metric as it stands in tables."""
+    """Title and format of a metric in tables."""
 
     title: str
     shown: Callable[[float], str]
 
 
 def readable_count(count: float) -> str:
-    """84953664 -> "85.0 M"; powers of ten."""
+    """Format a count by powers of ten: 84953664 -> "85.0 M"."""
     return f"{count / 1e9:.2f} B" if count >= 999.95e6 else f"{count / 1e6:.1f} M"
 
 
@@ -39,7 +39,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Place:
-    """A model's loss on a line from the lowest to the highest, in percent of the line's length."""
+    """A model's loss on a scale from the lowest loss to the highest, in percent of its length."""
 
     name: str
     value: float
@@ -49,7 +49,7 @@ class Place:
 
 
 def markdown_table(scores: Mapping[str, Scores]) -> str:
-    """The comparison of models as a Markdown table, for the README."""
+    """Return the comparison of models as a Markdown table, for the README."""
     titles = [column.title for column in COLUMNS.values()]
     lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     for name, values in scores.items():
@@ -59,26 +59,27 @@ def markdown_table(scores: Mapping[str, Scores]) -> str:
 
 
 def table_cells(scores: Scores) -> dict[str, tuple[str, str]]:
-    """Each metric of a model and its margin, half the interval's width: ("3.097", " ± 0.021")."""
+    """Return each metric of a model with its margin, half the interval: ("3.097", " ± 0.021")."""
     cells = {}
     for name, column in COLUMNS.items():
         interval = scores.interval.get(name)
         half = (interval.high - interval.low) / 2 if interval else 0.0
-        margin = f" ± {column.shown(half)}" if half else ""  # the teacher agrees with itself
+        margin = f" ± {column.shown(half)}" if half else ""  # 0 where the teacher meets itself
         cells[name] = column.shown(getattr(scores, name)), margin
     return cells
 
 
 def student_of(scores: Mapping[str, Scores]) -> str | None:
-    """The model that the page is about: "student", else the first that was distilled."""
+    """Return the model that the page is about: "student", else the first distilled one."""
     others = [name for name in scores if name not in (TEACHER, BASELINE)]
     return "student" if "student" in others else next(iter(others), None)
 
 
 def gap_closed(scores: Mapping[str, Scores]) -> float | None:
-    """(baseline - student) / (baseline - teacher), in validation loss; None: says nothing.
+    """Return (baseline - student) / (baseline - teacher) in validation loss, None if undefined.
 
-    1: the student is as good as its teacher. 0: distilling gained nothing. Negative: it did harm.
+    1 means that the student is as good as its teacher, 0 that distilling gained nothing, a negative
+    value that it did harm.
     """
     student = student_of(scores)
     if student is None or TEACHER not in scores or BASELINE not in scores:
@@ -89,7 +90,7 @@ def gap_closed(scores: Mapping[str, Scores]) -> float | None:
 
 
 def places(scores: Mapping[str, Scores]) -> list[Place]:
-    """The models whose loss is a number, on one line."""
+    """Return the models with a finite loss, placed on one scale."""
     spans = {
         name: values.interval.get("loss", Interval(low=values.loss, high=values.loss))
         for name, values in scores.items()
@@ -108,7 +109,7 @@ def places(scores: Mapping[str, Scores]) -> list[Place]:
 
 
 def teacher_name(params: TeacherParams) -> str:
-    """The teacher as its makers call it, as far as the parameters tell."""
+    """Return the teacher's name as published, as far as the parameters tell."""
     if params.source == "hub":
         return params.hub.id
     if params.source == "folder":
@@ -118,7 +119,7 @@ def teacher_name(params: TeacherParams) -> str:
 
 
 def corpus_name(params: CorpusParams) -> str:
-    """What the text is."""
+    """Describe the source of the text."""
     if params.source == "stdlib":
         return "the source files of Python's standard library"
     if params.source == "hub":
@@ -127,7 +128,7 @@ def corpus_name(params: CorpusParams) -> str:
 
 
 def start_name(params: StudentParams) -> str:
-    """What the student was before training."""
+    """Describe the student before training."""
     if params.init == "layers":
         start = f"{len(params.layers)} layers of the teacher"
     elif params.init == "checkpoint" and params.checkpoint:

@@ -1,4 +1,4 @@
-"""What the model is built from: its tree of modules, hyper-parameters, and the way through it."""
+"""The model's structure: its tree of modules, its hyper-parameters, and a graph of the decoder."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _OUR_NAMES = {
     "attention_dropout": "dropout",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Hugging Face's key of config.json -> the field of ours."""
+"""Hugging Face's key of config.json -> our field."""
 
 
 def architecture(subject: Subject) -> Section:
-    """Module tree, counts, hyper-parameters under both names, and a drawn graph."""
+    """Show the module tree, counts, hyper-parameters under both names, and a drawn graph."""
     model = subject.theirs
     parameters = sum(parameter.numel() for parameter in model.parameters())
     section = Section(
@@ -74,7 +74,7 @@ def architecture(subject: Subject) -> Section:
 
 
 def module_tree(model: nn.Module, name: str = "", depth: int = 0) -> str:
-    """One line a module, by name and class; equal entries of a list are told once."""
+    """Return one line per module, with name and class; equal entries of a list appear once."""
     described = model.extra_repr().replace("\n", " ") if not list(model.children()) else ""
     lines = ["  " * depth + f"{name}{': ' if name else ''}{type(model).__name__}({described})"]
     if isinstance(model, nn.ModuleList) and len({repr(child) for child in model}) == 1:
@@ -86,7 +86,7 @@ def module_tree(model: nn.Module, name: str = "", depth: int = 0) -> str:
 
 
 def _by_class(model: nn.Module) -> list[tuple[object, ...]]:
-    """Class, number of modules, parameters of their own (a tied matrix at its first owner)."""
+    """Return class, number of modules, own parameters (a tied matrix at its first owner)."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
@@ -101,10 +101,10 @@ def _by_class(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 def draw_graph(axes: Any, config: Any) -> None:
-    """Embedding -> N x decoder layer (attention, MLP) -> RMSNorm -> head, upwards.
+    """Draw embedding -> N x decoder layer (attention, MLP) -> RMSNorm -> head, upwards.
 
     Args:
-        config: Hugging Face's, of a qwen2 or llama model: other families are built otherwise.
+        config: Hugging Face's, of a qwen2 or llama model; other families have another structure.
     """
     axes.set_axis_off()
     axes.set(xlim=(0, 10), ylim=(0, 15.2))
@@ -127,7 +127,7 @@ def draw_graph(axes: Any, config: Any) -> None:
     _text(axes, 5, 14.75, "logits  [B, L, V]")
     for start, end in _ARROWS:
         _arrow(axes, (5, start), (5, end))
-    for start, end in ((3.2, 6.55), (6.9, 10.15)):  # what goes round each half of the layer
+    for start, end in ((3.2, 6.55), (6.9, 10.15)):  # residual connections of both halves
         axes.plot([5, 2.0, 2.0], [start, start, end], color=INK, linewidth=1)
         _arrow(axes, (2.0, end), (4.75, end))
     _text(axes, 8.1, 6.55, f"[B, L, {d}]")

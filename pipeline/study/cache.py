@@ -1,4 +1,4 @@
-"""The KV cache: what it holds after the prompt and after each token, and the loop over it."""
+"""The KV cache: its contents after the prompt and after each token, and the loop that fills it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.study.subject import Subject
 
 @torch.no_grad()
 def cache(subject: Subject) -> Section:
-    """Prefill and decode by hand with both caches, beside Hugging Face's `generate`."""
+    """Prefill and decode by hand with both caches, and compare with Hugging Face's `generate`."""
     prompt, steps = subject.prompt, subject.params.new_tokens
     golden = subject.theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False
@@ -85,7 +85,7 @@ def cache(subject: Subject) -> Section:
 
 
 def _our_loop(subject: Subject, steps: int) -> tuple[list[int], Tensor, KVCache]:
-    """Greedy ids, the logits of every position that was read [1, S, V], and the cache."""
+    """Return greedy ids, the logits of every position read [1, S, V], and the cache."""
     kept = subject.ours.new_cache(1, len(subject.prompt_ids) + steps)
     tokens, ids, logits = subject.prompt, [], []
     for _ in range(steps):
@@ -98,7 +98,10 @@ def _our_loop(subject: Subject, steps: int) -> tuple[list[int], Tensor, KVCache]
 def _their_loop(
     subject: Subject, steps: int
 ) -> tuple[tuple[list[int], Any], tuple[list[str], list[str], list[str]]]:
-    """Greedy ids and Hugging Face's cache; the keys' shapes at prefill, one step on, at the end."""
+    """Return greedy ids, Hugging Face's cache, and its keys' shapes at three points.
+
+    The points are after prefill, after one more step and at the end.
+    """
     kept = import_transformers().DynamicCache(config=subject.config)
     tokens, ids, shapes = subject.prompt, [], []
     for _ in range(steps):
@@ -114,7 +117,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _steps(prompt: int, steps: int) -> list[tuple[object, ...]]:
-    """Prefill, the first decode steps, and the last."""
+    """Return rows for prefill, the first decode steps, and the last."""
     rows: list[tuple[object, ...]] = [
         ("prefill", prompt, f"0 to {prompt - 1}", prompt),
     ]
@@ -124,7 +127,7 @@ def _steps(prompt: int, steps: int) -> list[tuple[object, ...]]:
 
 
 def _bytes_a_token(subject: Subject, heads: int | None = None) -> int:
-    """Keys and values of all layers in float32, with `heads` of them a layer."""
+    """Return bytes per token for keys and values of all layers in float32, `heads` per layer."""
     config = subject.our_config
     return 2 * config.num_layers * (heads or config.num_kv_heads) * config.head_size * 4
 

@@ -1,6 +1,6 @@
 """Grouped-query attention step by step (Ainslie et al. 2023): Q, K, V, scores, weights, output.
 
-The fused kernel that our model uses shows none of its insides: the steps are those of its plain
+The fused kernel that our model uses hides its intermediate values. So the steps come from its plain
 twin, and the fused output is compared as well.
 """
 
@@ -24,7 +24,7 @@ _MAPS = 3
 
 @torch.no_grad()
 def gqa(subject: Subject) -> Section:
-    """Every intermediate of the chosen layer's attention on the prompt, and who shares what."""
+    """Show all intermediates of the chosen layer's attention on the prompt, and how heads share."""
     found = trace_layer(subject)
     attention = subject.our_block.self_attn
     x, cos, sin = found["input_layernorm.output"], found["cos"][:, None], found["sin"][:, None]
@@ -82,13 +82,13 @@ _STEPS = {
     "weights": ("weights", "weights softmax(scores)"),
     "output": ("self_attn.output", "output"),
 }
-"""Our step -> what it is in the trace, and how it is called in the report."""
+"""Our step -> its name in the trace, and its title in the report."""
 
 
 def attention_steps(
     attention: GQAAttention, x: Tensor, cos: Tensor, sin: Tensor
 ) -> dict[str, Tensor]:
-    """The attention written out; names and shapes as in pipeline/study/trace.py."""
+    """Compute the attention step by step; names and shapes as in pipeline/study/trace.py."""
     q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
     def by_head(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
@@ -103,12 +103,12 @@ def attention_steps(
 
 
 def _visible(name: str, tensor: Tensor) -> Tensor:
-    """Of scores only those that are used: above the diagonal the two mask in their own ways."""
+    """Keep only the used scores: above the diagonal, each model masks in its own way."""
     return tensor.tril() if name == "scores" else tensor
 
 
 def _explicit_repeat(steps: dict[str, Tensor]) -> Comparison:
-    """Grouped heads in the kernel against keys and values repeated in memory."""
+    """Compare grouped heads in the kernel with keys and values repeated in memory."""
     query, key, value = steps["query"], steps["key"], steps["value"]
     shared = query.shape[1] // key.shape[1]
     repeated = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
@@ -143,7 +143,7 @@ def _largest(tensor: Tensor) -> str:
 
 
 def _maps(weights: Tensor, shared: int) -> Picture:
-    """Weights [H, L, L] of the first query heads."""
+    """Draw the weights [H, L, L] of the first query heads."""
     shown = min(_MAPS, len(weights))
 
     def draw(head: int, axes: Any) -> None:

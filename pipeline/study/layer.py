@@ -1,4 +1,4 @@
-"""One decoder layer alone: its input and output saved, and run again by itself and by ours."""
+"""One decoder layer in isolation: its input and output are saved, and both models' layers rerun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.study.trace import trace_layer
 
 @torch.no_grad()
 def layer(subject: Subject) -> Section:
-    """The chosen layer on the prompt's hidden states, from the saved file."""
+    """Run the chosen layer on the prompt's hidden states, read back from the saved file."""
     found = trace_layer(subject)
     kept = {name: found[name] for name in ("layer.input", "layer.output", "cos", "sin")}
     number = subject.layer

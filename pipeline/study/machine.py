@@ -15,7 +15,7 @@ from pipeline.study.section import Table
 
 
 def describe_device(device: torch.device) -> str:
-    """Name and memory of the GPU, or of the processor with its threads."""
+    """Return name and memory of the GPU, or of the processor with its number of threads."""
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         return f"{about.name}, {readable_bytes(about.total_memory)} of memory"
@@ -25,7 +25,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """As Linux names it; on other systems what Python knows."""
+    """Return the processor's name from Linux, or on other systems what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -35,7 +35,7 @@ def _processor() -> str:
 
 
 def _memory() -> int | None:
-    """Bytes of the machine; None where the system does not say."""
+    """Return the machine's memory in bytes; None if the system does not provide it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -43,7 +43,7 @@ def _memory() -> int | None:
 
 
 def file_table(folder: Path) -> Table:
-    """The files of a model folder with their size and sha256, as `sha256sum` prints it."""
+    """List the files of a model folder with their size and sha256, as `sha256sum` prints it."""
     rows = []
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name != MARK:

@@ -1,6 +1,6 @@
-"""The names of the study's parts, in the order of the report: what `--part` may be.
+"""The names of the study's parts, in the order of the report: the values of `--part`.
 
-Apart from the parts themselves (run.py), which import PyTorch.
+They are separate from the parts themselves (run.py), which import PyTorch.
 """
 
 NAMES = (

@@ -1,9 +1,9 @@
-"""The golden reference: transformers.pipeline, and the loop that it comes to.
+"""The golden reference: transformers.pipeline, and the loop that is equivalent to it.
 
-Generation is three steps repeated: tokenize (once), forward, choose the next id from the last
-position's logits. The loop here keeps no cache and so forwards all tokens each time; with the same
-seed it must give the pipeline's very ids, greedy and sampled, whether Hugging Face's model or ours
-is in it.
+Generation repeats three steps: tokenize (once), forward, and choose the next id from the last
+position's logits. The loop here keeps no cache, so it forwards all tokens each time. With the same
+seed it must give exactly the pipeline's ids, greedy and sampled, with Hugging Face's model as well
+as with ours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SETTINGS = {"greedy": False, "sampled": True}
 
 
 def reference(subject: Subject) -> Section:
-    """`study.new_tokens` after `study.prompt` by the pipeline, and by the explicit loop."""
+    """Generate `study.new_tokens` after `study.prompt` by the pipeline and by the explicit loop."""
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "Hugging Face's model": lambda tokens: subject.theirs(tokens, use_cache=False).logits
     }
@@ -62,10 +62,10 @@ def reference(subject: Subject) -> Section:
 def generate_plainly(
     forward: Callable[[Tensor], Tensor], subject: Subject, do_sample: bool
 ) -> tuple[list[int], float]:
-    """The explicit loop: tokens int64 [1, L] -> logits [1, L, V], the next id, again.
+    """Run the explicit loop: tokens int64 [1, L] -> logits [1, L, V] -> next id, and repeat.
 
     Returns:
-        The new ids, and the smallest distance of the two best logits that it met.
+        The new ids, and the smallest distance between the two best logits in any step.
     """
     torch.manual_seed(subject.seed)
     tokens, margin = subject.prompt, float("inf")

@@ -1,7 +1,7 @@
 """The study as one self-contained HTML page and one Markdown file, from the same sections.
 
-Pictures are embedded in the page, where their ink takes the page's colour; for the Markdown they
-lie beside it, on white. Templates: report.html and report.md.
+In the page, pictures are embedded and their ink takes the page's colour; for the Markdown file they
+are separate files beside it, on white. The templates are report.html and report.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 def require_packages() -> None:
-    """To be called before the work, whose result could not be shown without them.
+    """Check for the packages of the report before the work, which would otherwise be wasted.
 
     Raises:
         DecantError: jinja2 or matplotlib is not installed.
@@ -36,10 +36,11 @@ def write_study(folder: Path, about: str, device: str, sections: Sequence[Sectio
     """Write index.html, report.md, their pictures and the sections' files.
 
     Args:
-        about: the model, in a line. device: what it ran on, likewise.
+        about: one line about the model.
+        device: one line about the device that it ran on.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         DecantError: jinja2 or matplotlib is not installed.
@@ -81,12 +82,12 @@ def _template(name: str) -> str:
 
 
 def _cell(value: object) -> str:
-    """A table's cell in Markdown: what would end the cell or be taken for markup is escaped."""
+    """Escape a Markdown table cell: anything that would end the cell or be taken for markup."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", str(value)).replace("\n", " ")
 
 
 def _fenced(text: str) -> str:
-    """A block of code, fenced by more backticks than it holds."""
+    """Return a code block, fenced by more backticks than the text contains."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text.rstrip(chr(10))}\n{fence}"

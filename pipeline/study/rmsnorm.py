@@ -1,4 +1,4 @@
-"""RMSNorm: the mean SQUARE is normalised, the mean stays (Zhang & Sennrich 2019, eq. 4)."""
+"""RMSNorm: the mean SQUARE is normalised, the mean is kept (Zhang & Sennrich 2019, eq. 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.study.trace import trace_layer
 
 @torch.no_grad()
 def rmsnorm(subject: Subject) -> Section:
-    """Both norms of the chosen layer and the final one, on what enters them."""
+    """Compare both norms of the chosen layer, on their own input, and the final norm."""
     found = trace_layer(subject)
     block, norm = subject.our_block, subject.ours.model.norm
     last = found["layer.output"]
@@ -27,7 +27,7 @@ def rmsnorm(subject: Subject) -> Section:
     comparisons: list[Comparison] = []
     for name, (ours, x, theirs) in norms.items():
         comparisons.append(compare(name, ours(x), theirs))
-        unit = RMSNorm(x.shape[-1], ours.eps).to(x.device)(x)  # before the weight
+        unit = RMSNorm(x.shape[-1], ours.eps).to(x.device)(x)  # before the weight is applied
         centred = F.layer_norm(x, x.shape[-1:], eps=ours.eps)
         rows.append(
             (

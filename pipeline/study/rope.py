@@ -1,4 +1,4 @@
-"""Rotary position embedding: angles, cos, sin, what it is for (Su et al. 2021, eq. 34)."""
+"""Rotary position embedding: angles, cos, sin, and its purpose (Su et al. 2021, eq. 34)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POSITIONS = 4096
 
 @torch.no_grad()
 def rope(subject: Subject) -> Section:
-    """Parameters, cos and sin over positions, rotated queries; the score of two rotated vectors."""
+    """Compare parameters, cos and sin, rotated queries, and scores of rotated vectors."""
     theirs, ours = subject.theirs.model.rotary_emb, subject.ours.model.rotary
     length = min(_POSITIONS, subject.config.max_position_embeddings)
     positions = torch.arange(length, device=subject.device)[None]
@@ -70,12 +70,12 @@ def rope(subject: Subject) -> Section:
 
 
 def _ratios(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
-    """Ours over theirs, and ones: the slow frequencies, of 1e-6, would agree with any others."""
+    """Return ours over theirs, and ones; frequencies of 1e-6 themselves would match any others."""
     return ours.inv_freq / theirs.inv_freq, torch.ones_like(theirs.inv_freq)
 
 
 def _scores_at_two_places(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The scaled score of a query and a key 3 positions apart, at the start and 8 further on."""
+    """Return scaled scores of a query and a key 3 positions apart, at the start and 8 later."""
     query, key = x[:, :, :1], x[:, :, 1:2]
 
     def score(place: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The parts of the study in the order of the report, and how they are run."""
+"""The parts of the study in the order of the report, and the loop that runs them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ PARTS: dict[str, Callable[[Subject], Section]] = {
 }
 
 _WITHOUT_OURS = ("reference", "architecture", "tensors", "tokenizer")
-"""What can be said of any model; the rest sets our components beside Hugging Face's."""
+"""Parts that apply to any model; the others compare our components with Hugging Face's."""
 
 
 def run_parts(subject: Subject, names: Sequence[str]) -> Iterator[Section]:
-    """The sections of the named parts, as they are made, in the report's order.
+    """Yield the sections of the named parts in the report's order, as soon as each is ready.
 
-    Of a model that ours does not implement, the parts that need ours say so and compare nothing.
+    If our model does not implement the studied one, the parts that need ours say so and compare
+    nothing.
     """
     for name, part in PARTS.items():
         if name not in names:

@@ -1,7 +1,7 @@
-"""What a part of the study hands to the report: a title, prose, tables, pictures, comparisons.
+"""The output of a part of the study: a title, prose, tables, pictures and comparisons.
 
 A `Comparison` is the unit of the study: one number of ours against Hugging Face's, with the
-tolerance it has to meet. Everything beside it explains what was compared.
+tolerance that it has to meet. Everything else explains what was compared.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ATOL = 1e-5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours against Hugging Face's: passed when `difference <= tolerance`, and finite.
+    """Ours against Hugging Face's: passed if `difference <= tolerance` and it is finite.
 
     Attributes:
-        difference: largest absolute difference, or a count of things that differ.
-        tolerance: 0 where the two must be equal.
+        difference: largest absolute difference, or the number of things that differ.
+        tolerance: 0 if the two must be equal.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; `folded` tables are long and start closed in HTML."""
+    """A table with cells as shown; `folded` tables are long and start closed in HTML."""
 
     title: str
     header: Sequence[str]
@@ -48,41 +48,41 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels side by side, each drawn into the matplotlib axes it is given."""
+    """Panels side by side; each function draws into the matplotlib axes it is given."""
 
-    name: str  # of its file
+    name: str  # name of its file
     caption: str
     panels: Sequence[Callable[[Any], None]]
-    inches: tuple[float, float] | None = None  # of one panel; None: the usual size
+    inches: tuple[float, float] | None = None  # size of one panel; None: the usual size
 
 
 @dataclass
 class Section:
     """One part of the study."""
 
-    name: str  # as `--part` names it
+    name: str  # name for `--part`
     title: str
     prose: list[str] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)  # title and preformatted text
     tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the report
+    files: dict[str, bytes] = field(default_factory=dict)  # files to write beside the report
 
 
 def shown(value: float) -> str:
-    """A difference or tolerance in a table: 0 where there is none at all."""
+    """Format a difference or tolerance for a table; exactly 0 becomes "0"."""
     return "0" if value == 0.0 else f"{value:.1e}"
 
 
 def compare(name: str, ours: Tensor, theirs: Tensor, atol: float = ATOL) -> Comparison:
-    """Two tensors of equal shape [..., N]: the largest absolute difference, vector by vector.
+    """Compare two tensors of equal shape [..., N]: the largest absolute difference by vector.
 
-    A vector of N may differ by `atol`, or by `atol` times the largest absolute value that it has in
-    `theirs` where that exceeds 1, since float32 keeps 24 bits whatever the size. Each has its own
+    A vector of N may differ by `atol`, or, if its largest absolute value in `theirs` exceeds 1, by
+    `atol` times that value, since float32 keeps 24 bits whatever the size. Each vector has its own
     tolerance, because real models make the first position's hidden state a thousand times as large
-    as all others, whose mistakes its tolerance would cover. The comparison is that of the vector
-    that comes nearest to its tolerance. Other shapes differ by infinity.
+    as all others, and its tolerance would hide their mistakes. The result is for the vector that
+    comes nearest to its tolerance. Tensors of different shapes differ by infinity.
     """
     if ours.shape != theirs.shape:
         return Comparison(name, float("inf"), atol)
@@ -95,6 +95,6 @@ def compare(name: str, ours: Tensor, theirs: Tensor, atol: float = ATOL) -> Comp
 
 
 def compare_tokens(name: str, ours: Sequence[int], theirs: Sequence[int]) -> Comparison:
-    """Two sequences of ids: how many places differ; what one has more than the other counts."""
+    """Count the places at which two sequences of ids differ, including any surplus ids."""
     differ = sum(a != b for a, b in zip(ours, theirs, strict=False))
     return Comparison(name, differ + abs(len(ours) - len(theirs)), 0)

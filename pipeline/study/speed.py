@@ -1,11 +1,11 @@
-"""How fast the model reads and writes, and what it takes: ours beside Hugging Face's.
+"""Speed and memory of generation: ours beside Hugging Face's.
 
-Both generate greedily from the same random prompts through the same number of tokens, in turns, in
-the format of `study.dtype`: Hugging Face's `generate` with its default attention (`sdpa`), ours as
-pipeline/generation.py does it. One run gives both speeds: prefill is the time to the first token,
-decode the time from there to the last. Medians over `study.repeats`, after one run that does not
-count; memory in a run of its own. On a machine that does other things too the numbers are noisy;
-their ratio is less so.
+Both generate greedily from the same random prompts and the same number of tokens, in turns, in
+`study.dtype`: Hugging Face's `generate` with its default attention (`sdpa`), ours with
+pipeline/generation.py. One run gives both speeds: prefill is the time to the first token, decode
+the time from there to the last. Results are medians over `study.repeats`, after one run that does
+not count; memory is measured in a separate run. On a machine that is busy with other things the
+numbers are noisy; their ratio is less so.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _COLOURS = {"ours": "#2f7de1", "Hugging Face": "#8a8f98"}
 
 @dataclass(frozen=True)
 class Speed:
-    """One model at one batch size."""
+    """Speed and memory of one model at one batch size."""
 
-    prefill: float  # tokens of prompt a second, until the first new token
-    decode: float  # new tokens a second after it, all rows together
-    peak: float | None  # bytes taken beyond the loaded model, at most; None: not measurable here
+    prefill: float  # tokens of prompt per second, until the first new token
+    decode: float  # new tokens per second after it, all rows together
+    peak: float | None  # peak bytes beyond the loaded model; None if not measurable here
 
 
 def speed(subject: Subject) -> Section:
-    """Tokens a second and peak memory by batch size."""
+    """Measure tokens per second and peak memory by batch size."""
     params = subject.params
     need, context = params.prompt_tokens + params.new_tokens, subject.our_config.max_seq_len
     if need > context:
@@ -109,13 +109,13 @@ def speed(subject: Subject) -> Section:
 
 
 def _in_format(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model itself in float32, in which comparisons need it, else a copy in `dtype`."""
+    """Return the model itself in float32, which comparisons need, or a copy in `dtype`."""
     same = compute_dtype(dtype, device) == torch.float32
     return model if same else place_rounded(copy.deepcopy(model), dtype, device)
 
 
 def _measure(subject: Subject, ours: Any, theirs: Any, batch: int) -> dict[str, Speed]:
-    """Both models in turns on the same prompts, int64 [batch, prompt_tokens]."""
+    """Measure both models in turns on the same prompts, int64 [batch, prompt_tokens]."""
     params = subject.params
     ids = max(subject.tokenizer.get_vocab().values()) + 1
     prompts = torch.randint(
@@ -132,7 +132,7 @@ def _measure(subject: Subject, ours: Any, theirs: Any, batch: int) -> dict[str, 
     for turn in range(params.repeats + 1):
         for name, run in runs.items():
             pair = _timed(run, prompts)
-            times[name] += [pair] if turn else []  # the first meets cold caches
+            times[name] += [pair] if turn else []  # the first run starts with cold caches
     for name, run in runs.items():
         peaks[name] = peak_bytes(subject.device, partial(run, prompts))
     return {
@@ -146,21 +146,21 @@ def _measure(subject: Subject, ours: Any, theirs: Any, batch: int) -> dict[str, 
 
 
 def _timed(run: Callable[[Tensor], list[float]], prompts: Tensor) -> tuple[float, float]:
-    """Seconds to the first token, and from there to the last."""
+    """Return the seconds to the first token, and from there to the last."""
     start = time.perf_counter()
     marks = run(prompts)
     return marks[0] - start, marks[-1] - marks[0]
 
 
 def _ours(model: Any, new_tokens: int, prompts: Tensor) -> list[float]:
-    """When each token came; a token is on the CPU by then, so a GPU has finished it."""
+    """Return the time of each token; the token is on the CPU by then, so a GPU has finished it."""
     settings = GenerationSettings(max_new_tokens=new_tokens)
     steps = decode_steps(model, prompts.tolist(), settings)
     return [time.perf_counter() for _ in steps]
 
 
 class _Clock:
-    """A streamer in Hugging Face's sense: `generate` hands it the prompt, then each token."""
+    """A streamer in Hugging Face's sense: `generate` passes it the prompt, then each token."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -179,7 +179,7 @@ def _theirs(model: Any, new_tokens: int, prompts: Tensor) -> list[float]:
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
-            eos_token_id=None,  # min_new_tokens would do, but looks at every row of logits
+            eos_token_id=None,  # min_new_tokens would work too, but reads every row of logits
             max_new_tokens=new_tokens,
             streamer=clock,
         )
@@ -197,10 +197,10 @@ def _default_attention(model: Any) -> Iterator[None]:
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> float | None:
-    """Memory taken while `work` runs, at most, beyond what was taken before.
+    """Return the peak memory used while `work` runs, beyond the memory used before.
 
-    On a GPU PyTorch's own count. On a CPU the process's resident memory, whose peak Linux can
-    forget (proc(5), clear_refs); None on other systems.
+    On a GPU this is PyTorch's own count. On a CPU it is the process's resident memory, whose peak
+    can be reset on Linux (proc(5), clear_refs); on other systems the result is None.
     """
     gc.collect()
     if device.type == "cuda":
@@ -210,7 +210,7 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> float | None
         work()
         return float(torch.cuda.max_memory_allocated(device) - before)
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed and kept would hide the next need
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed but kept memory would hide the next need
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         work()

@@ -1,6 +1,6 @@
 """The model under study, loaded once for all parts: Hugging Face's and ours from the same folder.
 
-Both run in float32, where agreement means something: bfloat16 alone would differ by 1e-2.
+Both run in float32, where agreement is meaningful: bfloat16 alone would make them differ by 1e-2.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate(model: str, revision: str | None) -> Path:
-    """The folder of a model named by its path or by its id on the Hugging Face hub.
+    """Return the folder of a model given by its path or by its id on the Hugging Face hub.
 
-    A snapshot of the hub is kept in the hub's own cache, so it is downloaded once.
+    A snapshot stays in the hub library's cache, so it is downloaded once.
 
     Raises:
-        DecantError: no such folder, or the hub cannot be reached.
+        DecantError: there is no such folder, or the hub cannot be reached.
     """
     if (Path(model) / "config.json").exists():
         return Path(model)
@@ -51,15 +51,15 @@ def locate(model: str, revision: str | None) -> Path:
 
 
 class Subject:
-    """A model folder and the settings it is studied under; what is loaded, is loaded when needed.
+    """A model folder and the settings of its study; models are loaded when first needed.
 
     Args:
         folder: Hugging Face folder with safetensors and tokenizer.json; no code from it is run.
-        layer: the decoder layer looked into, from 0.
+        layer: the decoder layer to study, from 0.
 
     Raises:
-        ParamsError: no such layer, prompt and new tokens exceed the model's context, or the device
-            has no units for study.dtype.
+        ParamsError: there is no such layer, prompt and new tokens exceed the model's context, or
+            the device has no units for study.dtype.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Subject:
 
     @cached_property
     def theirs(self) -> Any:
-        """Hugging Face's model in float32, with `eager` attention, whose scores can be seen.
+        """Hugging Face's model in float32, with `eager` attention, whose scores are accessible.
 
-        The folder's own sampling defaults are put aside, its end tokens kept: what a comparison
-        samples by, it says itself.
+        The folder's own sampling defaults are removed and its end tokens kept: a comparison that
+        samples sets its own options.
         """
         transformers = import_transformers()
         require_regular_folder(self.folder)
@@ -128,7 +128,7 @@ class Subject:
 
     @cached_property
     def unsupported(self) -> str | None:
-        """Why our model cannot read the folder, as a sentence; None where it can."""
+        """The reason why our model cannot read the folder, as a sentence; None if it can."""
         try:
             read_config(self.folder)
         except DecantError as error:
@@ -141,19 +141,19 @@ class Subject:
 
     @cached_property
     def ours(self) -> StudentModel:
-        """Our model from the same folder, float32, on the same device."""
+        """Our model from the same folder, in float32, on the same device."""
         return load_student(self.folder).to(self.device).eval().requires_grad_(False)
 
     @property
     def our_block(self) -> TransformerBlock:
-        """Layer `layer` of ours."""
+        """Layer `layer` of our model."""
         block = self.ours.model.layers[self.layer]
         assert isinstance(block, TransformerBlock)
         return block
 
     @cached_property
     def prompt_ids(self) -> list[int]:
-        """The ids of `study.prompt`, as the tokenizer makes them by default."""
+        """The ids of `study.prompt`, with the tokenizer's defaults."""
         ids: list[int] = self.tokenizer(self.params.prompt)["input_ids"]
         return ids
 
@@ -163,11 +163,11 @@ class Subject:
         return torch.tensor([self.prompt_ids], device=self.device)
 
     def describe(self) -> str:
-        """The folder and its kind, in a line."""
+        """Describe the folder and its model type in one line."""
         return f"{self.folder} ({self.config.model_type})"
 
 
 def _unusable(folder: Path, error: Exception) -> DecantError:
-    """What to raise for damage, which shows as errors of several libraries."""
+    """Return the error for a damaged folder; damage can raise errors of several libraries."""
     reason = " ".join(str(error).split())[:200]
     return DecantError(f"{folder} cannot be read as a causal language model: {reason}")

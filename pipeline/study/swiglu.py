@@ -15,7 +15,7 @@ from pipeline.study.trace import trace_layer
 
 @torch.no_grad()
 def swiglu(subject: Subject) -> Section:
-    """Gate, up, activation, product and output of the chosen layer on the prompt."""
+    """Compare gate, up, activation, product and output of the chosen layer on the prompt."""
     found = trace_layer(subject)
     mlp = subject.our_block.mlp
     x = found["mlp.input"]

@@ -1,7 +1,7 @@
-"""The folder's files, and each tensor of the checkpoint: key, shape, format, bytes and owner.
+"""The folder's files, and each tensor of the checkpoint: key, shape, dtype, bytes and owner.
 
 Our names are Hugging Face's (pipeline/model/student.py), so nothing is renamed on loading; the
-table says so line by line, and the comparison is bit for bit.
+table shows this line by line, and the comparison is bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.study.subject import Subject
 
 
 def tensors(subject: Subject) -> Section:
-    """The table of weights, and their equality with ours."""
+    """List the weights, and compare them with ours."""
     stored = dict(_read(subject.folder))
     theirs = subject.theirs
     ours: nn.Module = nn.Module() if subject.unsupported else subject.ours
@@ -59,7 +59,7 @@ def tensors(subject: Subject) -> Section:
 
 
 def _against(ours: nn.Module, theirs: nn.Module, stored: dict[str, Tensor]) -> list[Comparison]:
-    """Same names, same values; as stored, and as Hugging Face loaded them."""
+    """Compare names and values: as stored, and as Hugging Face loaded them."""
     loaded = dict(theirs.named_parameters())
     mine = dict(ours.named_parameters())
     apart = float(len(loaded.keys() ^ mine.keys()))
@@ -76,7 +76,7 @@ def _against(ours: nn.Module, theirs: nn.Module, stored: dict[str, Tensor]) -> l
 
 
 def _worst(differences: list[float]) -> float:
-    """The largest; NaN where one is NaN, which Python's max may pass over."""
+    """Return the largest difference; NaN if any is NaN, which Python's max could miss."""
     return float(torch.tensor(differences, dtype=torch.float64).max())
 
 
@@ -95,12 +95,12 @@ def _read(folder: Path) -> list[tuple[str, Tensor]]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _owner(model: nn.Module, name: str) -> str:
-    """The class of the module that holds a parameter."""
+    """Return the class of the module that holds a parameter."""
     try:
         return type(model.get_submodule(name.rpartition(".")[0])).__name__
     except AttributeError:

@@ -1,8 +1,8 @@
 """The tokenizer: text in several scripts, sizes, special tokens, chat template, round trips.
 
-Two sizes are easily taken for each other: how many ids the tokenizer can give, and how many rows
-the embedding (and so the logits) has. Qwen2.5 has 151,643 entries and 22 special ones, 151,665 ids
-in all, and 151,936 rows; the larger ones 152,064.
+Two sizes are easily confused: the number of ids that the tokenizer can give, and the number of rows
+of the embedding (and so of the logits). Qwen2.5 has 151,643 entries and 22 special ones, 151,665
+ids in total, and 151,936 rows; its larger models have 152,064 rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NORMALISATION = {
     "ligature fi": "\ufb01",
     "full-width A": "\uff21",
 }
-"""What Unicode writes in two ways. NFC changes the first five, NFKC all."""
+"""Characters that Unicode can write in two ways. NFC changes the first five, NFKC all."""
 
 _CONVERSATION = [
     {"role": "system", "content": "Answer in one word."},
@@ -44,7 +44,7 @@ _CONVERSATION = [
 
 
 def tokenizer(subject: Subject) -> Section:
-    """How texts come apart and back together."""
+    """Show how texts are split into tokens and joined again."""
     tok = subject.tokenizer
     samples = {name: encode(tok, text) for name, text in SAMPLES.items()}
     section = Section(
@@ -83,25 +83,25 @@ def tokenizer(subject: Subject) -> Section:
 
 
 def encode(tok: Any, text: str) -> list[int]:
-    """Ids of a text, without tokens put before or after."""
+    """Return the ids of a text, without special tokens before or after it."""
     ids: list[int] = tok(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def decode(tok: Any, ids: list[int]) -> str:
-    """The text of ids, with nothing tidied."""
+    """Return the text of ids, without any clean-up."""
     text: str = tok.decode(ids, clean_up_tokenization_spaces=False)
     return text
 
 
 def expected(tok: Any, text: str) -> str:
-    """What should come back: the text in the Unicode form that the tokenizer states, if any."""
+    """Return the text that should come back: in the tokenizer's own Unicode form, if it has one."""
     form = unicode_form(tok)
     return text if form is None else unicodedata.normalize(form, text)
 
 
 def unicode_form(tok: Any) -> Any:
-    """NFC, NFD, NFKC or NFKD where the tokenizer's normaliser is or contains that; else None."""
+    """Return NFC, NFD, NFKC or NFKD if the tokenizer's normaliser is or contains it; else None."""
     normalizer = tok.backend_tokenizer.normalizer
     if normalizer is None:
         return None
@@ -110,12 +110,12 @@ def unicode_form(tok: Any) -> Any:
 
 
 def compare_bytes(name: str, ours: str, theirs: str) -> Comparison:
-    """Two texts by their UTF-8: how many bytes differ."""
+    """Compare two texts in UTF-8: the number of bytes that differ."""
     return compare_tokens(name, list(ours.encode()), list(theirs.encode()))
 
 
 def _pieces(tok: Any, ids: list[int]) -> str:
-    """Each token's own text; a part of a character as its bytes."""
+    """Show each token's own text; a part of a character is shown as bytes."""
     shown = []
     for i in ids:
         text = tok.decode([i], clean_up_tokenization_spaces=False)
@@ -124,7 +124,7 @@ def _pieces(tok: Any, ids: list[int]) -> str:
 
 
 def _bytes_of(tok: Any, token: int) -> str:
-    """The bytes of a byte-level token, in hexadecimal."""
+    """Return the bytes of a byte-level token in hexadecimal."""
     table = {char: byte for byte, char in enumerate(byte_alphabet())}
     chars = tok.convert_ids_to_tokens(token)
     if not all(char in table for char in chars):
@@ -133,9 +133,9 @@ def _bytes_of(tok: Any, token: int) -> str:
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's character for each byte, 0 to 255: printable ones for themselves, others from 256 on.
+    """Return GPT-2's character for each byte: printable ones as they are, others from 256 on.
 
-    (Radford et al. 2019, `bytes_to_unicode` of the released code.)
+    (Radford et al. 2019, `bytes_to_unicode` in the released code.) The list has 256 entries.
     """
     own = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
@@ -199,7 +199,7 @@ def _there_and_back(tok: Any, name: str, text: str) -> tuple[object, ...]:
 
 
 def _add_chat(section: Section, tok: Any) -> None:
-    """The template applied; as ids it must be the encoding of the same text."""
+    """Apply the chat template; its ids must equal the encoding of its text."""
     if not tok.chat_template:
         section.prose.append("The tokenizer brings no chat template.")
         return
@@ -222,7 +222,7 @@ def _add_chat(section: Section, tok: Any) -> None:
 
 
 def _add_lost(section: Section, tok: Any) -> None:
-    """Characters that the vocabulary has no bytes for: they vanish, whatever the normalisation."""
+    """List characters that the vocabulary has no bytes for; they vanish under any normalisation."""
     lost = [char for char in _characters_by_byte() if not _survives(tok, char)]
     if lost:
         section.prose.append(
@@ -240,8 +240,8 @@ def _survives(tok: Any, char: str) -> bool:
 
 
 def _characters_by_byte() -> Iterator[str]:
-    """For each byte that UTF-8 can hold, the first assigned character or so that holds it."""
-    yield from map(chr, range(128))  # themselves
+    """Yield, for each byte that UTF-8 can contain, about the first assigned character with it."""
+    yield from map(chr, range(128))  # single bytes
     for lead in range(0xC2, 0xF5):
         length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
         tails = range(0x80, 0xC0) if lead == 0xC3 else [0x90 if lead == 0xF0 else 0x80]

@@ -1,8 +1,8 @@
-"""What passes through one decoder layer of Hugging Face's model when it reads the prompt.
+"""Record the tensors in one decoder layer of Hugging Face's model while it reads the prompt.
 
-Recorded from the running model: hooks take what enters and leaves each module, and an attention
-function registered with transformers takes queries, keys and values as they are after rotation,
-then calls the `eager` function of the model's own file.
+They are recorded from the running model: hooks take the inputs and outputs of each module, and an
+attention function registered with transformers takes queries, keys and values after rotation, then
+calls the `eager` function from the model's own file.
 
 Shapes: B = 1 batch, L prompt length, D hidden, H query heads, G key/value heads, E head size, F
 intermediate.
@@ -24,12 +24,12 @@ _NAME = "decant_recorder"
 
 
 def trace_layer(subject: Subject) -> dict[str, Tensor]:
-    """The tensors of layer `subject.layer`, by name.
+    """Return the tensors of layer `subject.layer`, by name.
 
     Returns:
         cos, sin [1, L, E]; for the layer and its modules (`input_layernorm`, `self_attn`,
         `q_proj`, `mlp`, ...) NAME.input and NAME.output, [1, L, width]; `layer.input` and
-        `layer.output`; of the attention `query` [1, H, L, E], `key` and `value` [1, G, L, E] after
+        `layer.output`; for the attention `query` [1, H, L, E], `key` and `value` [1, G, L, E] after
         rotation, `scores` (scaled, before the mask) and `weights` [1, H, L, L].
     """
     model = subject.theirs.model
@@ -58,7 +58,7 @@ def _recorder(name: str, found: dict[str, Tensor]) -> Callable[..., None]:
 
 @contextmanager
 def _recorded_attention(model: Any, attention: Any, found: dict[str, Tensor]) -> Iterator[None]:
-    """While it lasts, `attention` leaves its insides in `found`; all else stays as it was."""
+    """Record the intermediates of `attention` in `found` within the block; change nothing else."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 

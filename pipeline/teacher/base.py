@@ -1,7 +1,8 @@
-"""What training rows come from: tokens shard by shard, with what a teacher says of them.
+"""The source of training rows: tokens shard by shard, with the teacher's predictions for them.
 
-Three are interchangeable: `teacher/cached.py` reads the store, `teacher/online.py` runs the live
-model, and `NoTeacher` has tokens alone. Nothing else in training knows which one it has.
+There are three interchangeable sources: `teacher/cached.py` reads the store, `teacher/online.py`
+runs the live model, and `NoTeacher` has only tokens. No other part of training knows which one it
+has.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ class Teacher(Protocol):
 
     @property
     def corpus(self) -> CorpusSplit:
-        """The split whose rows it knows."""
+        """The split that the rows come from."""
         ...
 
     @property
     def shard_rows(self) -> int:
-        """Rows a shard, the unit of reading and of shuffling."""
+        """Number of rows per shard, the unit of reading and of shuffling."""
         ...
 
     @property
     def attention(self) -> Attention:
-        """How it attends within a row, and so its student."""
+        """How the teacher, and therefore its student, attends within a row."""
         ...
 
     @property
     def in_background(self) -> bool:
-        """Whether `top_k` may run in another thread, beside the student."""
+        """Whether `top_k` may run in another thread while the student runs."""
         ...
 
     def shard(self, number: int) -> Shard:
@@ -45,12 +46,12 @@ class Teacher(Protocol):
         ...
 
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK | None:
-        """TopK [B, L, ...] of corpus rows in shards at hand, whose tokens are int64 [B, L]."""
+        """Return TopK [B, L, ...] of rows in shards already read; tokens are int64 [B, L]."""
         ...
 
 
 class NoTeacher:
-    """Tokens alone, for plain language modelling."""
+    """Tokens without targets, for plain language modelling."""
 
     in_background = True
 
@@ -63,16 +64,16 @@ class NoTeacher:
         return corpus_shard(self.corpus, number, self.shard_rows)
 
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> None:
-        """No targets."""
+        """Return no targets."""
 
 
 def rows_at(places: list[tuple[Shard, int]]) -> Rows:
-    """Corpus rows that lie in shards at hand, in the order given."""
+    """Return corpus rows from shards already read, in the given order."""
     return Rows.cat([shard.rows[row - shard.first :][:1] for shard, row in places])
 
 
 def corpus_shard(corpus: CorpusSplit, number: int, shard_rows: int) -> Shard:
-    """The tokens that a cache of so many rows a shard would hold as shard `number`."""
+    """Return the tokens that a cache with `shard_rows` rows per shard would hold as that shard."""
     first = number * shard_rows
     rows = corpus.rows(first, min(first + shard_rows, len(corpus)))
     return Shard(first=first, rows=rows, arrays=None)

@@ -1,4 +1,4 @@
-"""The cached teacher: targets from the store, the teacher itself not needed at all."""
+"""The cached teacher: targets come from the store, so the teacher itself is not needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.topk import TopK
 
 
 class CachedTeacher:
-    """Implements `pipeline.teacher.base.Teacher` over a CacheReader."""
+    """A `pipeline.teacher.base.Teacher` that reads from a CacheReader."""
 
     in_background = True
 
@@ -34,5 +34,5 @@ class CachedTeacher:
         return self.reader.shard(number)
 
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
-        """Stored targets; that they belong to these tokens was checked with the shard."""
+        """Return stored targets; reading the shard has checked that they belong to its tokens."""
         return self.reader.gather(places)

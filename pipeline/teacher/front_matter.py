@@ -1,8 +1,8 @@
-"""The front matter of a model card, README.md: what a teacher's folder says of licence and origin.
+"""Licence and origin of a teacher, from the front matter of its model card, README.md.
 
-A folder and the hub have a card of their own. A GGUF file has the same facts among its metadata
-(`general.license` and `general.base_model.<n>.repo_url` of the GGUF specification), from which
-`fetch` writes a card.
+A folder and the hub have a card of their own. A GGUF file has the same facts in its metadata
+(`general.license` and `general.base_model.<n>.repo_url` of the GGUF specification); `fetch` writes
+a card from them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HUB = re.compile(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
 def read_front_matter(folder: Path) -> dict[str, Any]:
-    """The mapping between the first two lines of `---`; empty where there is none, or no card."""
+    """Read the mapping between the first two `---` lines; empty without them or without a card."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
@@ -30,7 +30,7 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
 
 
 def write_gguf_card(metadata: dict[str, Any], folder: Path) -> None:
-    """A card of what a GGUF file's metadata says; none where it says neither licence nor origin.
+    """Write a card from a GGUF file's metadata, unless it gives neither licence nor origin.
 
     Args:
         metadata: values by key.

@@ -1,11 +1,12 @@
-"""A GGUF file as a teacher: dequantised to a Hugging Face folder, or refused by what it holds.
+"""A GGUF file as a teacher: dequantised to a Hugging Face folder, or refused for its content.
 
 transformers reads weights, sizes and vocabulary of a GGUF file, but not how positions are scaled,
-nor (for some tokenizers) how text is split; both are taken from the file here. What cannot be
-written as a config.json is refused by name: a teacher that is a little off gives a student that is.
+nor (for some tokenizers) how text is split; both are read from the file here. Anything that
+config.json cannot express is refused by name, because a teacher that is slightly wrong gives a
+student that is slightly wrong.
 
-The header is walked first, by this module, within the file's bounds: counts and lengths in it are
-believed by the libraries, and one flipped byte would be allocated by.
+This module first reads the header within the file's bounds: libraries trust its counts and lengths,
+and a single flipped byte could lead to a huge allocation.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from pipeline.runtime.optional import import_transformers
 from pipeline.teacher.front_matter import write_gguf_card
 
 _EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-"""`tokenizer.ggml.pre` values that stand for "each digit alone, then GPT-2's pattern"."""
+"""`tokenizer.ggml.pre` values that mean "each digit alone, then GPT-2's pattern"."""
 _AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo"}
-_UNKNOWN_PRE = (None, "", "default")  # of files written before llama.cpp noted it
+_UNKNOWN_PRE = (None, "", "default")  # files written before llama.cpp recorded it
 
 _WIDTHS = {
     0: "B",
@@ -76,22 +77,22 @@ _INSTEAD = "set teacher.source to hub or folder, and use the model's safetensors
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies."""
+    """Location of a tensor in the file."""
 
-    shape: tuple[int, ...]  # the fastest dimension first
+    shape: tuple[int, ...]  # fastest dimension first
     format: int
-    start: int  # in the file
+    start: int  # byte offset in the file
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says before its weights; of an array, only its length."""
+    """The content of a GGUF file before its weights; of an array, only its length."""
 
     metadata: dict[str, Any]
     tensors: dict[str, _Stored]
 
     def of_architecture(self, key: str) -> Any:
-        """A value below the architecture's name; None where there is none."""
+        """Return the value of a key under the architecture's name; None if there is none."""
         return self.metadata.get(f"{self.metadata['general.architecture']}.{key}")
 
 
@@ -99,11 +100,11 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
     """Write a GGUF file as float32 safetensors with config and tokenizer, into an existing folder.
 
     Args:
-        sha256: that the file must have; None takes any.
+        sha256: hash that the file must have; None accepts any.
 
     Raises:
-        DecantError: no such file, another hash, damage, or something that a Hugging Face folder
-            cannot say.
+        DecantError: the file does not exist, has another hash, is damaged, or contains something
+            that a Hugging Face folder cannot express.
     """
     gguf = require("gguf", "gguf", "a GGUF teacher")
     if not file.exists():
@@ -127,8 +128,8 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_gguf_card(header.metadata, folder)
-    except BaseException as error:  # damage shows as errors of several libraries
-        # A panic of the Rust library is no Exception.
+    except BaseException as error:  # damage can raise errors of several libraries
+        # A panic in the Rust library is not an Exception.
         panic = type(error).__name__ == "PanicException"
         if isinstance(error, DecantError) or not (panic or isinstance(error, Exception)):
             raise
@@ -140,13 +141,14 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
 
 
 def read_header(file: Path, block_sizes: Any) -> Header:
-    """Metadata and the table of tensors, all of which must lie in the file.
+    """Read metadata and the table of tensors, and require that all tensors lie within the file.
 
     Args:
-        block_sizes: format -> weights and bytes of a block (gguf.GGML_QUANT_SIZES).
+        block_sizes: format -> weights and bytes per block (gguf.GGML_QUANT_SIZES).
 
     Raises:
-        DecantError: it does not begin as a GGUF file, or a count or an offset leads out of it.
+        DecantError: the file does not begin like a GGUF file, or a count or an offset leads out of
+            it.
     """
     sizes = {int(kind): size for kind, size in block_sizes.items()}
     with file.open("rb") as stream:
@@ -157,7 +159,7 @@ def read_header(file: Path, block_sizes: Any) -> Header:
 
 
 class _Walk:
-    """Reads a header from its start; `room` refuses what would lie beyond the file's end."""
+    """Reader of a header from its start; `_room` refuses what would lie beyond the file's end."""
 
     def __init__(self, data: mmap.mmap, file: Path) -> None:
         self._data = data
@@ -171,7 +173,7 @@ class _Walk:
         version, num_tensors, num_values = self._numbers("IQQ")
         if version not in (2, 3):
             raise _damaged(self._file, f"is of version {version}, and 2 and 3 are read")
-        self._room(num_tensors * 24 + num_values * 13)  # of each, the least that it takes
+        self._room(num_tensors * 24 + num_values * 13)  # the minimum size of each
         metadata: dict[str, Any] = {}
         for _ in range(num_values):
             key = self._string()
@@ -248,13 +250,13 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Array:
-    """An array of the metadata, of which only the length is kept."""
+    """An array in the metadata, of which only the length is kept."""
 
     length: int
 
 
 def _require_sizes(header: Header, file: Path) -> None:
-    """Refuse sizes that the file's weights cannot have."""
+    """Refuse sizes that do not fit the file's weights."""
     values: dict[str, Any] = {}
     for key, name in _SIZES.items():
         value = header.of_architecture(key)
@@ -269,7 +271,7 @@ def _require_sizes(header: Header, file: Path) -> None:
 
 
 def _open(file: Path) -> tuple[Any, Any]:
-    """Model in float32, and tokenizer, as transformers reads them."""
+    """Open the model, in float32, and the tokenizer, as transformers reads them."""
     transformers = import_transformers()
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -284,7 +286,7 @@ def _open(file: Path) -> tuple[Any, Any]:
 def _split_as_said(tokenizer: Any, header: Header, file: Path) -> None:
     """Make a byte-level tokenizer split text as `tokenizer.ggml.pre` says.
 
-    transformers knows some of llama.cpp's names, and takes GPT-2's pattern for all others.
+    transformers knows some of llama.cpp's names and uses GPT-2's pattern for all others.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
@@ -310,10 +312,10 @@ def _split_as_said(tokenizer: Any, header: Header, file: Path) -> None:
 
 
 def _rope_scaling(header: Header, file: Path) -> dict[str, Any] | None:
-    """`rope_parameters` without rope_theta, of how the file scales positions; None for not at all.
+    """Return the file's position scaling as `rope_parameters` without rope_theta; None if unscaled.
 
     Raises:
-        DecantError: in a way that config.json has no words for.
+        DecantError: config.json cannot express the file's scaling.
     """
     architecture = header.metadata["general.architecture"]
     prefix = f"{architecture}.rope.scaling."
@@ -349,10 +351,10 @@ def _rope_scaling(header: Header, file: Path) -> dict[str, Any] | None:
 
 
 def _llama3(header: Header, file: Path) -> dict[str, Any] | None:
-    """Llama 3's scaling, of which the file holds only plain / stretched frequencies.
+    """Reconstruct Llama 3's scaling; the file holds only the ratios plain / stretched frequencies.
 
-    Its low_freq_factor and high_freq_factor are 1 and 4 in all models of Meta's. With these, the
-    factor is the largest ratio, and any pair between the two ends gives the original context.
+    low_freq_factor and high_freq_factor are 1 and 4 in all of Meta's models. With these, the factor
+    is the largest ratio, and any pair between the two ends determines the original context.
     """
     stored = header.tensors["rope_freqs.weight"]
     if stored.format != _FLOAT32:
@@ -381,7 +383,7 @@ def _llama3(header: Header, file: Path) -> dict[str, Any] | None:
 
 
 def _original_contexts(ratios: Tensor, plain: Tensor, factor: float) -> list[int]:
-    """Original contexts that the pairs between both ends, or else the ends, allow."""
+    """Return original contexts that fit the pairs between both ends, or else the ends."""
     kept = (1 / ratios - 1 / factor) / (1 - 1 / factor)
     between = (kept > 0.01) & (kept < 0.99)
     if bool(between.any()):
@@ -394,9 +396,9 @@ def _original_contexts(ratios: Tensor, plain: Tensor, factor: float) -> list[int
 
 
 def _scale_positions(config: Any, scaling: dict[str, Any], file: Path) -> None:
-    """Write the scaling into a config that transformers made without it."""
+    """Add the scaling to a config that transformers created without it."""
     rope = getattr(config, "rope_parameters", None) or {"rope_type": "unknown"}
-    nested = any(isinstance(value, dict) for value in rope.values())  # by the kind of layer
+    nested = any(isinstance(value, dict) for value in rope.values())  # by the type of layer
     if nested or rope.get("rope_type", "default") != "default":
         raise DecantError(
             f"{file} scales the positions of a {config.model_type!r} model by rope type "

@@ -1,12 +1,12 @@
-"""A Hugging Face causal language model as teacher: hidden states, then the head by chunks.
+"""A Hugging Face causal language model as teacher: hidden states, then the head in chunks.
 
-The full logits of a batch (tokens x vocabulary in float32) never exist: the head is applied to a
+The full logits of a batch (tokens x vocabulary in float32) never exist. The head is applied to a
 few positions at a time, with products accumulated in float32, and each chunk of logits is reduced
-at once. Rows of the head that no tokenizer id points to are left out (Qwen2.5 has 151,936 rows for
-151,665 ids).
+at once. Rows of the head without a tokenizer id are left out (Qwen2.5 has 151,936 rows for 151,665
+ids).
 
-Whether an architecture keeps documents apart that are packed into one row is tried out before it is
-relied on (pipeline/model/hugging_face.py says how they are).
+An architecture is tested for keeping packed documents apart before Decant relies on it
+(pipeline/model/hugging_face.py says how they are kept apart).
 
 Shapes: B batch, L length, D hidden, V valid vocabulary, K kept ids.
 """
@@ -41,15 +41,16 @@ class HuggingFaceTeacher:
 
     Args:
         folder: Hugging Face folder with safetensors; no code from it is run.
-        vocab_size: V, ids the tokenizer can produce; the head's further rows are left out.
-        dtype: weights and activations; logits are float32 in any case. On a CPU, float16 weights
-            are computed in float32 (pipeline/runtime/device.py).
-        head_chunk: positions whose logits exist at once; the default suits callers that make
-            several copies of a chunk.
+        vocab_size: V, number of ids that the tokenizer can produce; further rows of the head are
+            left out.
+        dtype: dtype of weights and activations; logits are always float32. On a CPU, float16
+            weights are computed in float32 (pipeline/runtime/device.py).
+        head_chunk: number of positions whose logits exist at once; the default suits callers that
+            make several copies of a chunk.
 
     Raises:
-        DecantError: the folder is no model, its head is smaller than the vocabulary, or its own
-            logits are not what its body and head give.
+        DecantError: the folder is not a model, its head is smaller than the vocabulary, or its own
+            logits differ from the product of its body's output and its head.
     """
 
     def __init__(
@@ -80,14 +81,14 @@ class HuggingFaceTeacher:
                 "tokenizer and model do not belong together"
             )
         weight = head.weight[:vocab_size]
-        # mm_float32 takes float32 factors on CPU: converting once is 10 times cheaper than always.
+        # mm_float32 takes float32 factors on CPU; converting once is 10 times cheaper than always.
         self._head = (weight.float() if device.type == "cpu" else weight).T
         self._bias = (
             head.bias[:vocab_size].float() if getattr(head, "bias", None) is not None else None
         )
 
     def describe(self) -> str:
-        """For example "a llama of 134.5 M parameters in float32 on cpu"."""
+        """Describe the model, for example "a llama of 134.5 M parameters in float32 on cpu"."""
         return (
             f"a {self.model.config.model_type} of {self.model.num_parameters() / 1e6:.1f} M "
             f"parameters in {dtype_name(self.dtype)} on {self.device.type}"
@@ -95,15 +96,15 @@ class HuggingFaceTeacher:
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """Tokens int64 [B, L] -> final hidden states [B, L, D], as the body computes them.
+        """Map tokens, int64 [B, L], to final hidden states [B, L, D], as the body computes them.
 
         Args:
-            doc_ids: integers [B, L], of documents to be kept apart (pipeline/model/attention.py);
+            doc_ids: integers [B, L], the documents to keep apart (pipeline/model/attention.py);
                 None for plain causal attention over the row.
 
         Raises:
-            DecantError: this architecture can not keep documents apart, or the rows are longer than
-                the teacher reads.
+            DecantError: this architecture cannot keep documents apart, or the rows are longer than
+                the teacher can read.
         """
         if self.max_seq_len is not None and tokens.shape[1] > self.max_seq_len:
             raise DecantError(
@@ -128,7 +129,7 @@ class HuggingFaceTeacher:
     def logits_by_chunk(
         self, tokens: Tensor, doc_ids: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Positions of the flattened batch and their logits, float32 [chunk, V], chunk by chunk.
+        """Yield positions of the flattened batch with their logits, float32 [chunk, V], by chunks.
 
         The tensor is a work space: the next chunk overwrites it. For doc_ids see `hidden_states`.
         """
@@ -150,10 +151,10 @@ class HuggingFaceTeacher:
         uniforms: Tensor | None = None,
         doc_ids: Tensor | None = None,
     ) -> TopK:
-        """Tokens int64 [B, L] -> TopK [B, L, ...] on the teacher's device.
+        """Map tokens, int64 [B, L], to TopK [B, L, ...] on the teacher's device.
 
         Args:
-            uniforms: [B, L, M] in [0, 1), what decides the M draws; None draws nothing.
+            uniforms: [B, L, M] in [0, 1), which decide the M draws; None draws nothing.
             doc_ids: see `hidden_states`.
 
         Raises:
@@ -177,14 +178,14 @@ class HuggingFaceTeacher:
 
 
 def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
-    """What prepare.dtype comes to on this device; raises ParamsError as `inference_dtype` does."""
+    """Resolve prepare.dtype on this device; raise ParamsError like `inference_dtype`."""
     return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
 
 
 def open_teacher(
     params: Params, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> HuggingFaceTeacher:
-    """The teacher of paths.teacher, its head in chunks of capture.head_chunk positions."""
+    """Open the teacher of paths.teacher, its head in chunks of capture.head_chunk positions."""
     return HuggingFaceTeacher(
         teacher_folder(params.paths.teacher),
         vocab_size=vocab_size,

@@ -1,7 +1,7 @@
-"""The online teacher: the live model makes the same TopK that `prepare` would have stored.
+"""The online teacher: the live model computes the same TopK that `prepare` would have stored.
 
-On a GPU it works one batch ahead, in the thread that makes batches and on a CUDA stream of its own,
-so that its kernels fill what the student's leave idle.
+On a GPU it works one batch ahead, in the thread that makes batches and on its own CUDA stream, so
+that its kernels use the resources that the student's kernels leave idle.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pipeline.topk import TopK, row_uniforms
 
 
 class OnlineTeacher:
-    """Implements `pipeline.teacher.base.Teacher` over a live model.
+    """A `pipeline.teacher.base.Teacher` that runs a live model.
 
     Args:
-        k: ids kept. draws, seed: ids drawn besides, as in prepare. temperatures: only those
-            training asks for.
-        attention: how it attends within a row, and so its student.
-        shard_rows: rows a shard, for the same order of rows as a cache's.
+        k: number of ids kept per position.
+        draws, seed: number of ids drawn in addition, and the seed of the draws, as in prepare.
+        temperatures: temperatures that training needs.
+        attention: how the teacher, and therefore its student, attends within a row.
+        shard_rows: rows per shard, so that rows come in the same order as from a cache.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class OnlineTeacher:
 
     @property
     def in_background(self) -> bool:
-        """On a GPU alone.
+        """Whether the teacher is on a GPU.
 
-        On a CPU both would share the cores anyway, and `mm_float32` sets the precision of
-        matrix products for the whole process, the student's included.
+        On a CPU, both would share the cores anyway, and `mm_float32` sets the precision of matrix
+        products for the whole process, including the student's.
         """
         return self.teacher.device.type != "cpu"
 
@@ -66,10 +67,10 @@ class OnlineTeacher:
         return corpus_shard(self.corpus, number, self.shard_rows)
 
     def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
-        """One teacher forward over `tokens`; done when it returns, for any stream to use."""
+        """Run one teacher forward over `tokens`; the result is complete, for use on any stream."""
         uniforms = row_uniforms((row for _, row in places), tokens.shape[1], self.draws, self.seed)
         doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.attention)
-        with torch.cuda.stream(self._stream):  # of this thread; None changes nothing
+        with torch.cuda.stream(self._stream):  # this thread's stream; None changes nothing
             topk = self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)
         if self._stream is not None:
             self._stream.synchronize()
@@ -77,6 +78,6 @@ class OnlineTeacher:
         return topk
 
     def _keep_for_student(self, tensor: Tensor) -> Tensor:
-        """Its memory is not to be reused before the student's stream has read it."""
+        """Prevent reuse of the tensor's memory before the student's stream has read it."""
         tensor.record_stream(torch.cuda.default_stream(self.teacher.device))
         return tensor

@@ -1,9 +1,9 @@
 """The endless, seekable stream of training batches.
 
-Which rows batch number i holds follows from (seed, i) alone: a resumed run seeks in O(1), a cached,
-an online and a teacherless run see the same rows in the same order, and so does a run on another
-number of ranks. Shards are read and decoded ahead in worker threads, batches are put together one
-ahead in another (unless the teacher may not run there), in pinned memory where there is a GPU.
+The rows of batch i depend only on (seed, i). So a resumed run seeks in O(1), and cached, online and
+teacherless runs see the same rows in the same order on any number of ranks. Worker threads read and
+decode shards ahead of time. Another thread assembles the next batch while one is in use (unless the
+teacher must run in the consumer's thread), in pinned memory when training on a GPU.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ from pipeline.store.reader import Shard, ShuffledRows
 from pipeline.teacher.base import Teacher, rows_at
 from pipeline.topk import TopK
 
-_BATCHES_AHEAD = 16  # whose shards are being read while a batch is in use
+_BATCHES_AHEAD = 16  # read the shards of this many batches in advance
 _WORKERS = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens and labels int64 [B, L] (IGNORE where out of the loss); the teacher's TopK or None.
+    """One batch: token ids, labels and, if there is a teacher, its top-K logits.
 
-    doc_ids, int32 [B, L], tells the model which documents to keep apart; None where plain causal
-    attention over the rows does the same, or is wanted (pipeline/model/attention.py).
+    Attributes:
+        tokens: int64 [B, L].
+        labels: int64 [B, L], IGNORE where a position is not in the loss.
+        topk: the teacher's TopK, or None without a teacher.
+        doc_ids: int32 [B, L], which documents the model must keep apart; None if plain causal
+            attention over the rows gives the same result or is wanted
+            (pipeline/model/attention.py).
     """
 
     tokens: Tensor
@@ -45,12 +50,12 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
-        """Positions in the loss."""
+        """Number of positions in the loss."""
         return int((self.labels != IGNORE).sum())
 
     def pinned(self) -> Batch:
-        """In page-locked memory, from which a copy to the GPU does not block."""
-        topk = self.topk  # an online teacher's is on the GPU already
+        """Return the batch in page-locked memory, so that copying it to the GPU does not block."""
+        topk = self.topk  # an online teacher's TopK is already on the GPU
         if topk is not None and topk.lse.device.type == "cpu":
             topk = topk.map(Tensor.pin_memory)
         doc_ids = self.doc_ids.pin_memory() if self.doc_ids is not None else None
@@ -64,7 +69,7 @@ class Batch:
 
 
 def make_batch(teacher: Teacher, places: list[tuple[Shard, int]]) -> Batch:
-    """The batch of corpus rows that lie in shards at hand."""
+    """Return the batch of the given corpus rows, whose shards are already read."""
     rows = rows_at(places)
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
     return Batch(
@@ -78,10 +83,11 @@ def make_batch(teacher: Teacher, places: list[tuple[Shard, int]]) -> Batch:
 def first_rows(
     teacher: Teacher, count: int, batch_rows: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch]:
-    """Batches of the first `count` rows in corpus order: this rank's share of each.
+    """Yield batches of the first `count` rows in corpus order, with this rank's share of each.
 
-    All ranks get the same number of batches, since a sharded student runs on all or on none: a rank
-    without a share of the last, short one gets a row whose labels are all IGNORE.
+    All ranks get the same number of batches, because a sharded student runs on all ranks or on
+    none. If the last batch is too short to give this rank a row, the rank gets a row whose labels
+    are all IGNORE.
     """
     count = min(count, len(teacher.corpus))
     shard: Shard | None = None
@@ -100,15 +106,15 @@ def first_rows(
 
 
 class BatchStream:
-    """Batches of shuffled rows.
+    """An endless stream of batches of shuffled rows.
 
     Rows flow through epochs without a gap: a batch may hold the end of one epoch and the start of
-    the next, so every row is seen exactly once an epoch whatever the batch size. With several
-    ranks, `batch_rows` is that of all together; each takes its share of the batch's rows ordered by
-    shard, so that it has to read as few shards as possible.
+    the next, so every row is seen exactly once per epoch whatever the batch size. With several
+    ranks, `batch_rows` counts the rows of all ranks together. The rows of a batch are ordered by
+    shard before each rank takes its share, so that a rank reads as few shards as possible.
 
     Args:
-        window_shards: shards whose rows are mixed with each other; two windows are in memory.
+        window_shards: number of shards whose rows are mixed; two windows are in memory at a time.
         pin: put batches into page-locked memory.
     """
 
@@ -136,18 +142,18 @@ class BatchStream:
         )
 
     def rows_of(self, number: int) -> NDArray[np.int64]:
-        """Corpus rows, for this rank, of batch `number` (from 0)."""
+        """Return this rank's corpus rows of batch `number` (from 0)."""
         rows = np.sort(self._order.at(number * self._batch_rows, self._batch_rows))
         return np.array_split(rows, self._ranks)[self._rank]
 
     def starting_at(self, number: int) -> Iterator[Batch]:
-        """Batches number, number + 1, ... without end."""
+        """Yield batches number, number + 1, ... without end."""
         with ExitStack() as stack:
             readers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="shards")
-            # A thread begins on GPU 0: pinning there would open a context beside another rank's.
+            # A new thread uses GPU 0; pinning there would open a context on another rank's GPU.
             on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self._pin else ()
             maker = ThreadPoolExecutor(1, "batches", *on_gpu)
-            for pool in (readers, maker):  # one that is left early must not wait for what is queued
+            for pool in (readers, maker):  # leaving early must not wait for queued work
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             window = _ShardWindow(self.teacher, readers)
             coming: deque[NDArray[np.int64]] = deque()
@@ -173,10 +179,11 @@ class BatchStream:
 
 
 class _ShardWindow:
-    """The shards that batches at hand or coming need, each read once, dropped after its last use.
+    """The shards that current and upcoming batches need, each read once, dropped after last use.
 
-    `want` is called by the consumer's thread, `places` and `done` by the one that makes batches, in
-    the same order; a shard that is wanted again while in use is counted, not read again.
+    The consumer's thread calls `want`; the thread that makes batches calls `places` and `done`, in
+    the same order. If a shard is wanted again while it is in use, its use count goes up; it is not
+    read again.
     """
 
     def __init__(self, teacher: Teacher, readers: ThreadPoolExecutor) -> None:

@@ -6,12 +6,12 @@ A checkpoint `step_<n>` is a folder of
     state.json                       step, skipped steps, history, number of ranks
     complete.json                    length and crc32c of each of the above; written last
 
-The place in the data needs no storing: it follows from the step.
+The position in the data is not stored, because it follows from the step.
 
-On a disk (which all ranks share), the folder takes its name only when complete. In an object store,
-each rank copies the files it wrote there, in parts that fit a request, and complete.json comes
-last: without it there is no checkpoint. The newest two are kept. One that does not match its
-checksums is named and passed over.
+On a disk (which all ranks share), the folder is renamed to its final name only when it is complete.
+In an object store, each rank uploads the files that it wrote, in parts that fit a request, and
+complete.json is written last: without it, the checkpoint does not count. The newest two checkpoints
+are kept. A checkpoint that does not match its checksums is reported and skipped.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ Kind = TypeVar("Kind")
 _KEEP = 2
 _STATE = "state.json"
 _COMPLETE = "complete.json"
-_PART = 64 * 2**20  # bytes an object: a request has to end within storage.py's time limit
+_PART = 64 * 2**20  # bytes per object: a request must end within storage.py's time limit
 
 
 @dataclass
 class TrainState:
-    """What changes while training, apart from tensors."""
+    """The part of a run's state that changes during training, apart from tensors."""
 
     step: int = 0  # optimizer steps done
-    skipped: int = 0  # of those, dropped for a non-finite loss or gradient
-    history: list[dict[str, float]] = field(default_factory=list)  # what was logged, with "step"
-    best_step: int | None = None  # of the lowest validation loss, with train.keep_best
+    skipped: int = 0  # how many of those were dropped for a non-finite loss or gradient
+    history: list[dict[str, float]] = field(default_factory=list)  # logged values, with "step"
+    best_step: int | None = None  # step with the lowest validation loss, with train.keep_best
     best_loss: float | None = None
 
 
 @dataclass
 class _Saved(TrainState):
-    """state.json."""
+    """The content of state.json."""
 
     ranks: Size = 1
 
 
 @dataclass
 class _Listed:
-    """complete.json: bytes and crc32c of each file."""
+    """The content of complete.json: size in bytes and crc32c of each file."""
 
     files: dict[str, tuple[Number, str]]
 
@@ -72,11 +72,11 @@ class _Listed:
 class Checkpoints:
     """The checkpoints of one run, in a folder or under a prefix of an object store.
 
-    `save` and `load_newest` are called by all ranks together.
+    All ranks must call `save` and `load_newest` together.
 
     Args:
-        start_again: where there are checkpoints and none is whole, begin at step 0 instead of
-            refusing.
+        start_again: if there are checkpoints but all are damaged, begin at step 0 instead of
+            raising.
     """
 
     def __init__(
@@ -88,16 +88,16 @@ class Checkpoints:
         self._folder = open_folder(address)
 
     def names(self) -> list[str]:
-        """Complete checkpoints, oldest first."""
+        """Return the names of the complete checkpoints, oldest first."""
         return sorted(
             key.partition("/")[0] for key in self._folder.sizes() if key.endswith(f"/{_COMPLETE}")
         )
 
     def save(self, learner: Learner, state: TrainState) -> None:
-        """Write the checkpoint of `state.step` and drop all but the newest two.
+        """Write the checkpoint of `state.step` and delete all but the newest two.
 
         Raises:
-            DecantError, OSError: a disk is full, and the like.
+            DecantError, OSError: writing failed, for example because the disk is full.
         """
         name = f"step_{state.step:08d}"
         with self._new(name) as folder:
@@ -107,10 +107,10 @@ class Checkpoints:
             self._ranks.on_first(lambda: self._complete(name, folder, sums, state))
 
     def load_newest(self, learner: Learner) -> TrainState | None:
-        """Restore the learner and the random state in place; None if there is nothing.
+        """Restore learner and random state in place; return None if there is nothing to restore.
 
         Raises:
-            DecantError: there are checkpoints, and none is whole.
+            DecantError: there are checkpoints, but all are damaged.
         """
         for name in reversed(self._ranks.on_first(self._begun)):
             with self._local(name) as folder:
@@ -138,7 +138,7 @@ class Checkpoints:
         )
 
     def remove(self) -> None:
-        """Delete all of them, and what says which run they are of; nothing else that lies there."""
+        """Delete all checkpoints and the files that identify their run, and nothing else."""
         for name in self._begun():
             self._drop(name)
         if not isinstance(self.address, Url):
@@ -146,21 +146,21 @@ class Checkpoints:
         self._folder.remove("run.json")
         self._folder.remove(MARK)
         if not isinstance(self.address, Url) and self.address.is_dir():
-            with suppress(OSError):  # not empty: something else lies there
+            with suppress(OSError):  # not empty: it holds something that is not ours
                 self.address.rmdir()
 
     def _begun(self) -> list[str]:
-        """Checkpoints of which there is anything, complete or not, oldest first."""
+        """Return the names of all checkpoints, including incomplete ones, oldest first."""
         found = {key.partition("/")[0] for key in self._folder.sizes() if "/" in key}
         return sorted(name for name in found if re.fullmatch(r"step_\d{8}", name))
 
     def _drop(self, name: str) -> None:
-        self._folder.remove(f"{name}/{_COMPLETE}")  # first: what is half-deleted is not there
+        self._folder.remove(f"{name}/{_COMPLETE}")  # first: a half-deleted one must not count
         self._folder.remove(name)
 
     @contextmanager
     def _new(self, name: str) -> Iterator[Path]:
-        """An empty folder to write into: of all ranks on a disk, each one's own for a store."""
+        """Yield an empty folder to write into: on a disk one for all ranks, else one per rank."""
         if isinstance(self.address, Url):
             self._ranks.on_first(lambda: self._drop(name))
             with tempfile.TemporaryDirectory() as scratch:
@@ -185,7 +185,7 @@ class Checkpoints:
     def _complete(
         self, name: str, folder: Path, sums: list[dict[str, Any]], state: TrainState
     ) -> None:
-        """On rank 0, when all tensors are written: the rest, the marker, the name."""
+        """On rank 0, after all tensors are written, write the other files and the final name."""
         rest = [folder / ".metadata", folder / _STATE]
         rest[1].write_text(json.dumps(asdict(state) | {"ranks": self._ranks.count}))
         listed = {name: entry for part in sums for name, entry in part.items()}
@@ -200,11 +200,11 @@ class Checkpoints:
             for file in folder.iterdir():
                 fsync(file)
             fsync(folder)
-            self._drop(name)  # a damaged one of the same step
+            self._drop(name)  # a damaged checkpoint of the same step
             folder.rename(self.address / name)
             fsync(self.address)
         kept = [other for other in self.names() if other <= name][-_KEEP:]
-        for other in self._begun():  # what is newer was passed over
+        for other in self._begun():  # newer ones were skipped as damaged
             if other not in kept:
                 self._drop(other)
 
@@ -218,18 +218,18 @@ class Checkpoints:
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:
-        """The checkpoint as a folder; from an object store, a copy for each rank."""
+        """Yield the checkpoint as a folder; from an object store, each rank gets a copy."""
         if not isinstance(self.address, Url):
             yield self.address / name
             return
         with tempfile.TemporaryDirectory() as scratch:
-            for key in sorted(self._folder.sizes(name)):  # parts of a file in order
+            for key in sorted(self._folder.sizes(name)):  # the parts of a file in order
                 with (Path(scratch) / key.split("/")[1]).open("ab") as stream:
                     stream.write(self._folder.read(key))
             yield Path(scratch)
 
     def _damage(self, folder: Path) -> str:
-        """What is wrong, in words; on a shared disk each rank looks at its share of the files."""
+        """Describe the damage, if any; on a shared disk each rank checks its share of the files."""
         shared = not isinstance(self.address, Url)
         return _damage(folder, self._ranks.rank, self._ranks.count) if shared else _damage(folder)
 
@@ -240,7 +240,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Delete what killed processes left: checkpoints, and run.json, half-written."""
+    """Delete half-written checkpoints and run.json files that killed processes left behind."""
     for left_over in folder.glob("step_*.partial"):
         shutil.rmtree(left_over)
     for left_over in folder.glob(".run.json.*.partial"):
@@ -248,10 +248,10 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _read(file: Path, kind: type[Kind]) -> Kind:
-    """A small JSON file of ours, its values of the right types.
+    """Read one of our small JSON files and check the types of its values.
 
     Raises:
-        DamagedError: it is not.
+        DamagedError: the file is missing, unreadable or has a value of another type.
     """
     try:
         with open_file(file) as stream:
@@ -265,7 +265,7 @@ def _read(file: Path, kind: type[Kind]) -> Kind:
 
 
 def _sum(file: Path) -> list[Any]:
-    """Length in bytes and crc32c in hexadecimal."""
+    """Return the file's size in bytes and its crc32c in hexadecimal."""
     total, length = 0, 0
     with open_file(file) as stream:
         while block := stream.read(2**20):
@@ -275,12 +275,12 @@ def _sum(file: Path) -> list[Any]:
 
 
 def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
-    """The first of this rank's share of files that differs from the marker; empty if none does."""
+    """Describe the first damaged file in this rank's share; return an empty text if none is."""
     try:
         listed = _read(folder / _COMPLETE, _Listed).files
         entries = sorted(listed.items())
         unlisted = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.is_file()]
-        if unlisted:  # a pipe, for example, from which reading would never end
+        if unlisted:  # a pipe, for example; reading it would never end
             return f"{unlisted[0].name} is no file"
         if lost := {".metadata", _STATE} - listed.keys():
             return f"{_COMPLETE} does not list {min(lost)}"

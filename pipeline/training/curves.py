@@ -1,4 +1,4 @@
-"""The curves of a run: remembered in its state, written by DVCLive."""
+"""Training curves, kept in the run's state and written by DVCLive."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.training.checkpoint import TrainState
 
 
 class Curves:
-    """Logs and remembers: a resumed run replays its history, so its curves have no gap.
+    """A log that remembers its values, so that a resumed run replays its history without a gap.
 
-    All ranks remember, since any number of them may resume; only rank 0 writes.
+    All ranks remember, because a run may resume on any number of ranks; only rank 0 writes.
 
     Raises:
-        DecantError: on opening, the git repository around `folder` has no commit.
+        DecantError: on opening, the git repository that contains `folder` has no commit.
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
@@ -44,7 +44,7 @@ class Curves:
             self._live.__exit__(*error)
 
     def record(self, values: dict[str, float]) -> None:
-        """Add a point at the state's step."""
+        """Add a point at the current step."""
         point = {"step": float(self._state.step), **values}
         self._state.history.append(point)
         self._show(point)

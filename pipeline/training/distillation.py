@@ -1,4 +1,4 @@
-"""Student and loss as one module: what the parallel engines wrap and the trainer calls."""
+"""Student and loss as one module, which the parallel engines wrap and the trainer calls."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pipeline.training.batches import Batch
 
 
 class DistillationStep(nn.Module):
-    """A batch to its loss sums: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
+    """The loss sums of a batch: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
 
-    The loss reads the head's weight itself, outside any layer. Being in this module's forward, it
-    does so while FSDP2 has the weight gathered, as a plain tensor, and the gradient that it returns
-    for it (for a tied head: beside the embedding's) goes through the engines' hooks.
+    The loss reads the head's weight directly, outside any layer. Because this happens in this
+    module's forward, FSDP2 has gathered the weight as a plain tensor by then, and its gradient
+    (added to the embedding's if the head is tied) goes through the engines' hooks.
 
     Args:
-        student: float32 parameters.
-        dtype: of autocast and of the head's factors; losses are float32.
-        head_chunk: positions whose logits are in memory at once.
+        student: a student with float32 parameters.
+        dtype: dtype of autocast and of the factors of the head's product; losses are float32.
+        head_chunk: number of positions whose logits are in memory at once.
     """
 
     def __init__(self, student: Student, *, dtype: torch.dtype, head_chunk: int) -> None:
@@ -34,9 +34,10 @@ class DistillationStep(nn.Module):
     def forward(
         self, batch: Batch, *, alpha: float, temperature: float, divergence: Divergence
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of total (with gradient), CE and D, float32 scalars; 0 where nothing is labelled.
+        """Return the sums of total (with gradient), CE and D as float32 scalars.
 
-        A tuple, since FSDP2 looks for tensors that take gradients in tuples, not in dataclasses.
+        All are 0 if no position has a label. The result is a tuple because FSDP2 looks for tensors
+        that need gradients in tuples, not in dataclasses.
         """
         device = self.student.head_weight.device
         labels = batch.labels.to(device, non_blocking=True)
@@ -44,7 +45,7 @@ class DistillationStep(nn.Module):
         doc_ids = batch.doc_ids
         if doc_ids is not None:
             doc_ids = doc_ids.to(device, non_blocking=True)
-        # No weight is used twice in a forward: autocast's cache would only hold on to its copies.
+        # No weight is used twice in a forward, so autocast's cache would only hold copies longer.
         with torch.autocast(
             device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):

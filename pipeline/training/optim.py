@@ -1,7 +1,7 @@
-"""AdamW with decoupled decay on matrices only, and what changes from step to step.
+"""AdamW that decays matrices only, and the values that change from step to step.
 
-There is no moving average of the weights: over 32 steps of the demo's, with decay 0.9 after its
-warm-up, it came to a validation loss of 3.406 where the weights themselves came to 3.389.
+There is no moving average of the weights: over 32 steps of the demo, with decay 0.9 after warm-up,
+the average reached a validation loss of 3.406 and the weights themselves reached 3.389.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pipeline.config import TrainParams
 
 
 def build_optimizer(student: nn.Module, params: TrainParams) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) of what is trained; norms and biases are not decayed."""
+    """Return AdamW (Loshchilov & Hutter 2019) for the trainable parameters.
+
+    Norms and biases are not decayed.
+    """
     trained = [p for p in student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": params.weight_decay},
@@ -25,15 +28,16 @@ def build_optimizer(student: nn.Module, params: TrainParams) -> torch.optim.Adam
 
 
 def learning_rate(step: int, params: TrainParams) -> float:
-    """Learning rate of optimizer step `step` (from 0).
+    """Return the learning rate of optimizer step `step` (from 0).
 
-    Rises linearly to `learning_rate` over `warmup_steps` and ends at `min_learning_rate` at the
-    last step; a run no longer than its warm-up ends within it. Between the two, of the difference
-    there is left, x in [0, 1] being the part of the decay that is done,
+    The rate rises linearly to `learning_rate` over `warmup_steps` and reaches `min_learning_rate`
+    at the last step; a run no longer than its warm-up ends within it. With x in [0, 1], the part
+    of the decay that is done, the rate is `min_learning_rate` plus a share of the difference
+    between the two rates:
 
-    cosine: (1 + cos(pi x)) / 2, decaying from the end of warm-up on (Loshchilov & Hutter 2017,
-    eq. 5, without restarts).
-    wsd: 1 - x or 1 - sqrt(x), decaying over the last `decay_share` of the steps, constant before
+    cosine: (1 + cos(pi x)) / 2, decaying from the end of warm-up (Loshchilov & Hutter 2017, eq. 5,
+    without restarts).
+    wsd: 1 - x or 1 - sqrt(x), decaying over the last `decay_share` of the steps and constant before
     (warm-up, stable, decay: Hu et al. 2024, MiniCPM; 1 - sqrt: Haegele et al. 2024).
     """
     if step < params.warmup_steps:
@@ -52,7 +56,7 @@ def learning_rate(step: int, params: TrainParams) -> float:
 
 
 def alpha_at(step: int, params: TrainParams) -> float:
-    """Weight of KL at a step (from 0): from `alpha`, linearly, to `alpha_end` at the last one."""
+    """Return KL's weight at a step (from 0), linear from `alpha` to `alpha_end` at the last."""
     if params.alpha_end is None:
         return params.alpha
     return params.alpha + (params.alpha_end - params.alpha) * step / max(1, params.num_steps - 1)

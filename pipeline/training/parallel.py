@@ -1,21 +1,21 @@
-"""Several processes that train one student: PyTorch's own engine, started by torchrun.
+"""Train one student in several processes, with PyTorch's own engines, started by torchrun.
 
     torchrun --nproc-per-node 4 stages/train.py
 
-`train.batch_rows` is the batch of all ranks together, each takes its share of its rows, and sums
-are divided once, by the tokens of all ranks: so a run gives the same losses, within rounding, on
-any number of ranks. Gradients are SUMS over ranks; both engines take means, so the loss is
+`train.batch_rows` counts the rows of a batch on all ranks together. Each rank takes its share, and
+sums are divided once, by the tokens on all ranks, so a run gives the same losses, within rounding,
+on any number of ranks. Gradients are SUMS over ranks; because both engines take means, the loss is
 multiplied by the number of ranks before backward (`Ranks.count`).
 
-ddp keeps a whole student, gradient and optimizer state on each rank. fsdp shards all three over the
-ranks and gathers one transformer block at a time (FSDP2: `fully_shard` per block, and once around
-the rest, so that a tied embedding and head stay one parameter). Weights are gathered in float32 and
-rounded by autocast, as on one rank, so the two give the same losses. Autograd then keeps the
-rounded copies until backward, unless `run.activation_checkpointing` is on, which belongs to fsdp
-where memory is short.
+ddp keeps the whole student, its gradients and optimizer state on each rank. fsdp shards all three
+over the ranks and gathers one transformer block at a time (FSDP2: `fully_shard` per block, and once
+around the rest, so that a tied embedding and head stay one parameter). Weights are gathered in
+float32 and rounded by autocast, as on one rank, so both engines give the same losses. Autograd then
+keeps the rounded copies until backward, unless `run.activation_checkpointing` is on; turn it on
+with fsdp when memory is short.
 
-Words between ranks (counts, flags, names of files) go over gloo on the CPU, so they never wait for
-a GPU; gradients and weights go over NCCL on CUDA.
+Small messages between ranks (counts, flags, file names) go over gloo on the CPU, so they never wait
+for a GPU; gradients and weights go over NCCL on CUDA.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process among those that train together; alone where torchrun did not start it."""
+    """One process among those that train together, or alone if torchrun did not start it."""
 
     device: torch.device
     rank: int = 0
@@ -56,7 +56,7 @@ class Ranks:
     grouped: bool = False  # whether there is a process group (torchrun may start a single rank)
 
     def sum(self, *values: float) -> list[float]:
-        """The sums over ranks, added up in float64."""
+        """Return the sum of each value over all ranks, added up in float64."""
         if not self.grouped:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -64,21 +64,21 @@ class Ranks:
         return [float(value) for value in sums]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         return self.sum(float(flag))[0] > 0
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, in order, on all ranks."""
+        """Return the values of all ranks, in rank order, on all ranks."""
         values: list[Any] = [value] * self.count
         if self.grouped:
             dist.all_gather_object(values, value)
         return values
 
     def on_first(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns on rank 0, for all ranks; the others do not run it.
+        """Run `work` on rank 0 only and return its result on all ranks.
 
         Raises:
-            OtherRankError: on the others, where it failed.
+            OtherRankError: on the other ranks, if `work` failed on rank 0.
         """
         if not self.grouped:
             return work()
@@ -103,14 +103,15 @@ ALONE = Ranks(torch.device("cpu"))
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """The process group of those that torchrun started, for as long as the block runs.
+    """Join the process group of the ranks that torchrun started, and leave it when the block ends.
 
     Args:
-        device: of params.yaml; `cuda` and `auto` take the GPU of this process's local rank.
+        device: the device from params.yaml; `cuda` and `auto` take the GPU of this process's local
+            rank.
 
     Raises:
-        ParamsError: more processes than GPUs.
-        DecantError: another rank went away, which ends this one.
+        ParamsError: there are more processes than GPUs.
+        DecantError: another rank went away, so this one ends too.
     """
     here = launch()
     if here is None:
@@ -135,9 +136,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 def _join(here: Launch, device: torch.device) -> None:
     """Open the process group.
 
-    torchrun keeps its store of addresses when it starts ranks again (--max-restarts), with those of
-    the ranks that are gone: each attempt uses names of its own. Over several machines, whose counts
-    of attempts differ, this is left to torchrun.
+    When torchrun restarts ranks (--max-restarts), it keeps its address store, which still holds the
+    addresses of the ranks that are gone, so each attempt uses its own names. Across several
+    machines, attempt counts can differ, so this is left to torchrun.
     """
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group(
@@ -160,7 +161,7 @@ def _own_gpu(local_rank: int) -> torch.device:
 
 
 def _lost_touch(error: BaseException) -> bool:
-    """Whether an error of torch says that a peer is gone; gloo has no type of its own for that."""
+    """Return whether a torch error says that a peer is gone; gloo has no error type for it."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     return (
         isinstance(error, dist.DistError)
@@ -170,14 +171,15 @@ def _lost_touch(error: BaseException) -> bool:
 
 
 def parallelise(step: nn.Module, ranks: Ranks, params: RunParams) -> nn.Module:
-    """A module put on this rank's device and made one of several; what training is to call.
+    """Move a module to this rank's device and wrap it for parallel training; train the result.
 
     Parameters keep their names and their places in `step`. Blocks are changed in place: their
-    forward is compiled, then repeated in backward instead of kept, as params say.
+    forward is compiled if `compile` is set, and recomputed in backward instead of kept if
+    `activation_checkpointing` is set.
 
     Args:
-        step: float32 parameters, the same on all ranks, and the loss as part of its forward, so
-            that the engines' hooks cover the head's weight too.
+        step: a module with float32 parameters, the same on all ranks. Its forward must include the
+            loss, so that the engines' hooks cover the head's weight too.
     """
     blocks = transformer_blocks(step)
     if params.compile:
@@ -199,16 +201,16 @@ def parallelise(step: nn.Module, ranks: Ranks, params: RunParams) -> nn.Module:
 
 
 def transformer_blocks(module: nn.Module) -> list[nn.Module]:
-    """The modules of its longest ModuleList, whatever architecture it is."""
+    """Return the modules of the longest ModuleList, which works for any architecture."""
     lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=len, default=[])
 
 
 def local_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Gradients of a micro-batch that is not the last stay on their rank: ddp reduces once a step.
+    """Keep gradients on their rank until the last micro-batch, so that ddp reduces once per step.
 
-    fsdp reduces each micro-batch's: kept back, the gradients would not be sharded, and each rank
-    would hold a whole student's, which is what fsdp is there to avoid.
+    fsdp reduces the gradients of every micro-batch. Otherwise they would not be sharded, and each
+    rank would hold those of a whole student, which is what fsdp is meant to avoid.
     """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -217,7 +219,7 @@ def local_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[N
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; parameters are sharded again afterwards."""
+    """Turn gradients and dropout off within the block; shard the parameters again afterwards."""
     model.eval()
     try:
         with torch.no_grad():
@@ -229,19 +231,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Scale gradients to a global norm of at most `limit`; returns the norm before, of all ranks.
+    """Scale gradients to a global norm of at most `limit`; return the norm before scaling.
 
-    It is the same on all ranks, and not finite on all where one of them had a gradient that was
-    not, so all take or skip the step together.
+    The norm covers all ranks and is the same on all of them. If any rank has a non-finite gradient,
+    the norm is non-finite everywhere, so all ranks take or skip the step together.
     """
     norm: Any = nn.utils.clip_grad_norm_(module.parameters(), limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def gather_parameters(module: nn.Module, ranks: Ranks) -> None:
-    """Make sharded parameters whole again, on rank 0 and in the CPU's memory, so they can be saved.
+    """Gather sharded parameters whole in CPU memory on rank 0, so that they can be saved.
 
-    On other ranks the module is of no use afterwards.
+    On the other ranks, the module cannot be used afterwards.
     """
     whole: dict[Tensor, nn.Parameter] = {}  # a tied parameter stays tied
     for owner in list(module.modules()):

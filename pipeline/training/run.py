@@ -1,12 +1,12 @@
-"""One training run: build the student, choose the teacher, train, save; a folder under runs/.
+"""One training run: build the student, choose the teacher, train, and save to a folder under runs/.
 
-<runs>/<name>/model/         the trained student, a Hugging Face folder with the tokenizer; of the
-                             last step, or with train.keep_best of the lowest validation loss
-<runs>/<name>/adapter/       with student.lora: the adapter alone, over student.checkpoint
-<runs>/<name>/run.json       what the run was made from; another run in its place is refused
+<runs>/<name>/model/         the trained student, a Hugging Face folder with the tokenizer; weights
+                             of the last step, or of the lowest validation loss with train.keep_best
+<runs>/<name>/adapter/       with student.lora: the adapter alone, to apply to student.checkpoint
+<runs>/<name>/run.json       the run's inputs; a run with other inputs is refused in this folder
 <runs>/<name>/dvclive/       metrics and curves
-<runs>/<name>/checkpoints/   only while the run is unfinished; with paths.checkpoints, <name> there,
-                             and a copy of run.json, so that another machine can take over
+<runs>/<name>/checkpoints/   only while the run is unfinished; with paths.checkpoints they are in
+                             <name> there, with a copy of run.json for another machine to take over
 """
 
 from __future__ import annotations
@@ -46,41 +46,42 @@ from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass
 
 _FOLDERS = ("model", "adapter")
-"""Folders of a run that bear a mark of their own, by which --overwrite knows what it may remove."""
+"""Folders of a run with their own mark, which tells --overwrite what it may remove."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended; `state` is None, and nothing counted, when it had been finished before."""
+    """The result of a run; if it had finished before, `state` is None and nothing is counted."""
 
     folder: Path
     state: TrainState | None
     parameters: int = 0
-    trained_parameters: int = 0  # fewer with adapters
-    dtype: str = ""  # autocast's format
+    trained_parameters: int = 0  # fewer than `parameters` with adapters
+    dtype: str = ""  # name of autocast's dtype
 
 
 def run_training(params: Params, name: str, *, overwrite: bool = False) -> RunResult:
-    """Train the student that `params` describe as run `name`, or continue it.
+    """Train the student that `params` describe as run `name`, or continue that run.
 
-    Started by torchrun, this process is one of several that do it together.
+    If torchrun started this process, it is one of several that train together.
 
     Args:
-        overwrite: discard a run of that name made from other parameters, or without a whole
-            checkpoint, instead of refusing.
+        overwrite: discard an existing run of that name that was made from other parameters or has
+            no undamaged checkpoint, instead of refusing.
 
     Raises:
         MismatchError: cache, corpus, teacher or an earlier run of that name do not belong together.
-        ParamsError: the student cannot express the teacher's vocabulary, and the like.
+        ParamsError: a parameter does not fit, for example the student cannot express the teacher's
+            vocabulary.
     """
-    folder = run_folder(params.paths.runs, name)  # which --overwrite deletes
+    folder = run_folder(params.paths.runs, name)  # --overwrite deletes this folder
     with join_ranks(params.device) as ranks, ExitStack() as stack:
         ranks.on_first(lambda: _lock(stack, params, folder))
         return _run(params, folder, overwrite, ranks)
 
 
 def _lock(stack: ExitStack, params: Params, folder: Path) -> None:
-    """Keep other processes from the run, and from its checkpoints where they lie elsewhere."""
+    """Lock the run against other processes, and its checkpoints if they are stored elsewhere."""
     stack.enter_context(lock(folder, "give this run another name by --run"))
     if elsewhere := params.paths.checkpoints:
         remedy = "set paths.checkpoints to another place"
@@ -105,7 +106,7 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
         return RunResult(folder, None)
     seed_everything(params.seed)
     student = RunStudent(params, corpus, held_out)
-    if ranks.rank:  # the same student everywhere, dropped units of each rank's own
+    if ranks.rank:  # all ranks start from the same student, but each draws its own dropout
         seed_everything((params.seed + ranks.rank) % 2**32)
     trained = student.model.count_parameters(trained_only=True)
     training, validation = _teachers(params, ranks.device, corpus, held_out)
@@ -148,7 +149,7 @@ def _require_rows(params: Params, ranks: Ranks) -> None:
 def _teachers(
     params: Params, device: torch.device, corpus: CorpusSplit, held_out: CorpusSplit
 ) -> tuple[Teacher, Teacher]:
-    """The teacher of training and of validation rows."""
+    """Return the teachers for the training rows and for the validation rows."""
     shard_rows, attention = params.prepare.shard_rows, params.prepare.attention
     if params.train.teacher == "none":
         plain, held_out_plain = (
@@ -184,7 +185,7 @@ def _teachers(
 
 
 def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
-    """Training needs no teacher, but where one is at hand it must be the cache's."""
+    """Refuse another teacher than the cache's; training needs none, but one may be present."""
     if not (teacher / "config.json").exists():
         return
     found = hash_weights(teacher)
@@ -218,7 +219,7 @@ def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
 
 
 def _same_dtype(params: Params, ranks: Ranks) -> torch.dtype:
-    """Autocast's format, which `auto` must come to on all ranks alike."""
+    """Return autocast's dtype, which `auto` must resolve to on all ranks alike."""
     dtype = training_dtype(params.train.dtype, ranks.device)
     found = sorted(set(ranks.gather(dtype_name(dtype))))
     if len(found) > 1:
@@ -232,12 +233,12 @@ def _same_dtype(params: Params, ranks: Ranks) -> torch.dtype:
 def _identity(
     params: Params, corpus: CorpusSplit, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a run is made from; two runs with the same identity are the same run."""
+    """Return the inputs of a run; two runs with the same identity are the same run."""
     teacher = teacher_folder(params.paths.teacher)
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student", "train"})
     identity["train"]["dtype"] = dtype_name(dtype)
     identity["corpus_sha256"] = corpus.info.sha256
-    identity["shard_rows"] = params.prepare.shard_rows  # by which rows are shuffled
+    identity["shard_rows"] = params.prepare.shard_rows  # the order of shuffled rows depends on it
     if params.train.teacher == "cached":
         reader = CacheReader(params.paths.logits, corpus)
         identity["cache"] = reader.layout.about()
@@ -250,13 +251,13 @@ def _identity(
         identity |= {"online": kept, "teacher_sha256": hash_weights(teacher)}
     if start := start_folder(params.student, teacher):
         identity["start_sha256"] = hash_weights(start)
-    return dict(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
+    return dict(json.loads(json.dumps(identity)))  # as read back from JSON: tuples become lists
 
 
 def _claim(
     folder: Path, checkpoints: Checkpoints, identity: dict[str, Any], overwrite: bool
 ) -> bool:
-    """Take the folder for this run; returns whether the run is finished already."""
+    """Claim the folder for this run; return whether the run has already finished."""
     ours = {name: require_ours(folder / name, name, key="paths.runs") for name in _FOLDERS}
     finished = ours["model"]
     places = [open_folder(folder), open_folder(checkpoints.address)]
@@ -282,13 +283,13 @@ def _claim(
 
 
 def _sign(folder: Path) -> None:
-    """Put the model's hash beside the run's metrics, as every later measurement has it."""
+    """Add the model's hash to the run's metrics, as every later measurement does."""
     file = folder / "dvclive" / "metrics.json"
     write_json(file, read_json_object(file) | {"model_sha256": hash_weights(folder / "model")})
 
 
 def _refusal(folder: Path, places: Sequence[Folder], identity: dict[str, Any]) -> str:
-    """Why a run that lies there is not continued, in words; empty where it is the same run."""
+    """Explain why an existing run is not continued; return an empty text if it is the same run."""
     found = _first_json(places, "run.json")
     if found is None:
         return (
@@ -300,7 +301,7 @@ def _refusal(folder: Path, places: Sequence[Folder], identity: dict[str, Any]) -
 
 
 def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any] | None:
-    """The JSON object under a key of the first place that has a whole one; None where none has."""
+    """Return the first readable JSON object under `key` in the given places, or None."""
     for place in places:
         try:
             found = json.loads(place.read(key))
@@ -312,7 +313,7 @@ def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any] | None:
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The first key at which two identities differ, with both values; empty when none does."""
+    """Return the first key at which two identities differ, with both values, or an empty text."""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -324,5 +325,5 @@ def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def _brief(value: object) -> str:
-    """As it is, unless it is long: then enough to know it by."""
+    """Return the value as text, shortened if it is long, but still recognisable."""
     return str(value) if len(str(value)) <= 80 else shortened(value)

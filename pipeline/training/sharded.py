@@ -1,14 +1,16 @@
-"""Tensors of a run, to a folder and back, by torch.distributed.checkpoint: each rank its shards.
+"""Write a run's tensors to a folder and read them back, by torch.distributed.checkpoint.
 
-Names know nothing of ranks, parameter order or engine, so what any number of ranks wrote, any other
-number reads, and ddp what fsdp wrote. Saved are the parameters that are trained (frozen ones are
-where the run took them from), with train.keep_best those of the lowest validation loss too, the
-optimizer's state and each rank's random state.
-The format's `.metadata` is a pickle, which could name any function to be called; ours is read by an
-unpickler that knows a dozen names and calls nothing else.
+Each rank writes and reads its own shards. Tensor names depend neither on ranks nor on parameter
+order nor on the engine, so any number of ranks can read what any other number wrote, and ddp can
+read what fsdp wrote. A checkpoint holds the trainable parameters (frozen ones remain where the run
+took them from), with train.keep_best also those of the lowest validation loss, the optimizer's
+state and the random state of each rank.
 
-The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict,
-which makes an optimizer that has not stepped take a step to have a state, and saves a tied matrix
+The format's `.metadata` file is a pickle, which could name any function to be called; we read it
+with an unpickler that knows a dozen names and calls nothing else.
+
+The optimizer's state is addressed directly, not through torch.distributed.checkpoint.state_dict.
+That module makes an optimizer without state take a step to create one, and saves a tied matrix
 twice.
 """
 
@@ -41,7 +43,7 @@ from pipeline.training.parallel import Ranks
 
 
 def _enum_member(owner: Any, name: str) -> Enum:
-    """What stands in for `getattr`, by which some releases of Python pickle members of an enum."""
+    """Replace `getattr`, by which some releases of Python pickle the members of an enum."""
     if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
         return owner[name]
     raise pickle.UnpicklingError(f"builtins.getattr of {owner!r}")
@@ -61,24 +63,24 @@ _IN_METADATA: dict[str, Any] = {
         _get_layout,
         torch.Size,
     )
-} | {  # Python 3.13 has it elsewhere, and what one version wrote another may read
+} | {  # Python 3.13 moved this class; each version must read what the other wrote
     f"{module}.{type(Path()).__name__}": type(Path()) for module in ("pathlib", "pathlib._local")
 }
 _IN_METADATA["builtins.getattr"] = _enum_member
-"""What a checkpoint's `.metadata` is made of, besides dtypes."""
+"""The names that a checkpoint's `.metadata` consists of, besides dtypes."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What a run changes, on this rank: whole, or this rank's shards of it."""
+    """The objects that a run changes on this rank: whole, or this rank's shards."""
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
     best: dict[str, Tensor] = field(default_factory=dict)
-    """What is trained, by name, as it was at the lowest validation loss; empty if not kept."""
+    """Trainable parameters by name, as they were at the lowest validation loss; empty if unused."""
 
     def keep_as_best(self) -> None:
-        """Copy what is trained into `best`, in the memory of its own device."""
+        """Copy the trainable parameters into `best`, on the same device."""
         for name, tensor in self._trained():
             if name in self.best:
                 self.best[name].copy_(tensor)
@@ -96,7 +98,7 @@ class Learner:
                 yield name, parameter.detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name; to load is to write into them."""
+        """Return all tensors by name; loading writes into them."""
         tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad:
@@ -106,7 +108,7 @@ class Learner:
         return tensors
 
     def make_room(self, saved: dict[str, Any]) -> None:
-        """Make tensors to load optimizer state and `best` into, sharded as the weights are."""
+        """Create tensors to load optimizer state and `best` into, sharded as the weights are."""
         parameters = dict(self.student.named_parameters())
         for full_name, about in saved.items():
             part, _, rest = full_name.partition("/")
@@ -128,10 +130,12 @@ class Learner:
 
 
 def write_tensors(folder: Path, learner: Learner, ranks: Ranks) -> list[Path]:
-    """All ranks write; returns the files of this one. Rank 0 also writes `.metadata`.
+    """Write this rank's shards and return its files; rank 0 also writes `.metadata`.
+
+    All ranks must call this together.
 
     Raises:
-        DecantError, OSError: the disk is full, and the like.
+        DecantError, OSError: writing failed, for example because the disk is full.
     """
     tensors = learner.tensors() | _random_state(ranks.rank)
     try:
@@ -141,7 +145,7 @@ def write_tensors(folder: Path, learner: Learner, ranks: Ranks) -> list[Path]:
         for failure, _ in error.failures.values():
             if isinstance(failure, OSError):
                 raise failure from None
-            if "inline_container" in str(failure):  # torch.save's words for a short write
+            if "inline_container" in str(failure):  # how torch.save reports a short write
                 raise DecantError(
                     f"{folder} cannot be written, the disk may be full: make room, and run the "
                     "same command to continue from the checkpoint before"
@@ -151,7 +155,7 @@ def write_tensors(folder: Path, learner: Learner, ranks: Ranks) -> list[Path]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Calls nothing but the constructors in `_IN_METADATA`."""
+    """An unpickler that calls nothing but the constructors in `_IN_METADATA`."""
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
@@ -164,7 +168,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
-        """`.metadata`, by names that belong there.
+        """Read `.metadata`, allowing only names that belong there.
 
         Raises:
             DecantError: it holds another name.
@@ -173,7 +177,7 @@ class _Reader(FileSystemReader):
         with file.open("rb") as stream:
             try:
                 found = _MetadataUnpickler(stream).load()
-            except Exception as error:  # of whatever constructor was given nonsense
+            except Exception as error:  # constructors fail in their own ways on wrong arguments
                 raise DecantError(
                     f"{file} names {error}, which no checkpoint of ours holds, so it is not read: "
                     "delete that checkpoint, and ask where it came from"
@@ -184,7 +188,7 @@ class _Reader(FileSystemReader):
 
 
 def _is_ours(found: Any) -> TypeGuard[metadata.Metadata]:
-    """Whether it describes tensors, and where they lie."""
+    """Return whether the object describes tensors and where they are stored."""
     return (
         isinstance(found, metadata.Metadata)
         and isinstance(found.state_dict_metadata, dict)
@@ -200,10 +204,10 @@ def _is_ours(found: Any) -> TypeGuard[metadata.Metadata]:
 
 
 def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
-    """Restore in place; random state only for a rank that had one when they were written.
+    """Restore in place, including the random state if this rank number had one when it was saved.
 
     Raises:
-        DecantError: `.metadata` is not of our making.
+        DecantError: `.metadata` was not written by Decant, or the tensors do not fit this student.
     """
     reader = _Reader(folder)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -226,7 +230,7 @@ def read_tensors(folder: Path, learner: Learner, ranks: Ranks) -> None:
 
 
 def _random_state(rank: int) -> dict[str, Tensor]:
-    """Of this rank, by names of its own."""
+    """Return the random state of this rank under names that contain the rank."""
     state = {f"random/cpu/{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
         state[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
@@ -235,7 +239,7 @@ def _random_state(rank: int) -> dict[str, Tensor]:
 
 @contextmanager
 def _one_process_is_meant() -> Iterator[None]:
-    """PyTorch warns that there is no process group even where it is told so."""
+    """Hide PyTorch's warning that there is no process group, where that is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

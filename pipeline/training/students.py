@@ -1,10 +1,10 @@
-"""What a run trains: the student's start, its vocabulary, its adapters; and what is left of it.
+"""The student of a run: its starting weights, vocabulary and adapters, and the saved result.
 
-    random       the shape in params.yaml, weights drawn
-    layers       chosen decoder layers of the teacher
-    checkpoint   a folder of any causal language model
+    random       the architecture in params.yaml with randomly initialised weights
+    layers       selected decoder layers of the teacher
+    checkpoint   a folder with any causal language model
 
-The saved model is plain in each case (adapters merged), so that nothing later needs to know.
+The saved model is plain in each case (adapters are merged), so later stages need not know which.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pipeline.runtime.console import say
 
 
 def start_folder(params: StudentParams, teacher: Path) -> Path | None:
-    """The folder whose weights the student starts with; None for random ones.
+    """Return the folder that the student's first weights come from, or None for random weights.
 
     Raises:
-        ParamsError: init=checkpoint without a folder.
+        ParamsError: init=checkpoint without a folder that exists.
     """
     if params.init == "random":
         return None
@@ -47,10 +47,10 @@ def start_folder(params: StudentParams, teacher: Path) -> Path | None:
 
 
 def build_student(params: StudentParams, teacher: Path) -> Student:
-    """The student at its start, all its weights trained (adapters are added by `RunStudent`)."""
+    """Return the student at its start, all weights trainable (`RunStudent` adds adapters)."""
     start = start_folder(params, teacher)
     if start is None:
-        assert params.vocab_size != "auto"  # a number since pipeline/resolved.py
+        assert params.vocab_size != "auto"  # pipeline/resolved.py has made it a number
         shape = params.model_dump(exclude={"init", "checkpoint", "layers", "lora"})
         return StudentModel(ModelConfig(**shape))
     student = open_student(start, params.layers if params.init == "layers" else None)
@@ -64,18 +64,19 @@ class RunStudent:
     """The student of one run, from its start to the saved model.
 
     Args:
-        corpora: the splits it will see, training first.
+        corpora: the splits that the student will see, the training split first.
 
     Raises:
-        DecantError: the tokenizer is a link out of its folder, or one that transformers would not
-            open beside such a model.
-        ParamsError, MismatchError: it cannot take the corpus's rows or does not share its ids, or
-            paths.teacher holds another tokenizer than the corpus's, which the model would get.
+        DecantError: the tokenizer is a link to outside its folder, or transformers would not open
+            that tokenizer with such a model.
+        ParamsError, MismatchError: the student cannot take the corpus's rows or does not share its
+            ids, or paths.teacher holds another tokenizer than the corpus's, and the model would be
+            saved with it.
     """
 
     def __init__(self, params: Params, *corpora: CorpusSplit) -> None:
         self._params = params.student
-        teacher = teacher_folder(params.paths.teacher)  # a cached run does without
+        teacher = teacher_folder(params.paths.teacher)  # a cached run does not need it
         self._start = start_folder(params.student, teacher)
         if self._start is not None:
             require_shared_ids(self._start, corpora, teacher)
@@ -89,9 +90,9 @@ class RunStudent:
             self._adapters = add_adapters(self.model, params.student.lora)
 
     def save(self, run: Path) -> None:
-        """Write <run>/model, and before it <run>/adapter where there is a folder to put it over.
+        """Write <run>/model, and first <run>/adapter if there is a folder to apply it to.
 
-        Adapters are merged by this: the student has no more of them afterwards.
+        This merges the adapters; the student no longer has any afterwards.
         """
         if self._adapters is not None:
             if self._params.init == "checkpoint" and self._start is not None:

@@ -1,8 +1,7 @@
-"""The training loop: `train` -> `_train_step` -> `_forward_backward`, to be read in that order.
+"""The training loop; read it in the order `train` -> `_train_step` -> `_forward_backward`.
 
-One optimizer step divides the summed loss of all its micro-batches, on all ranks, ONCE, by the
-number of unmasked tokens in all of them: so neither accumulation nor the number of ranks changes
-anything but time and memory.
+One optimizer step divides the summed loss of all its micro-batches on all ranks ONCE, by the total
+number of unmasked tokens. So accumulation and the number of ranks change only time and memory.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ def train(
     checkpoints: Checkpoints,
     ranks: Ranks,
 ) -> TrainState:
-    """Train to `train.steps`, continuing the newest whole checkpoint if there is one.
+    """Train to `train.steps`, continuing from the newest undamaged checkpoint if there is one.
 
-    A continued run logs and ends exactly as one that was never stopped. Ctrl-C or SIGTERM, on any
-    rank, ends all of them after the same step, with a checkpoint. With `train.keep_best` the
-    student ends with the weights of its lowest validation loss, from step 0 on.
+    A continued run logs and ends exactly like one that was never stopped. Ctrl-C or SIGTERM on any
+    rank stops all ranks after the same step, with a checkpoint. With `train.keep_best`, the student
+    ends with the weights of its lowest validation loss, counted from step 0.
 
     Args:
-        params: as `pipeline.resolved.resolve` returns them.
+        params: the parameters as `pipeline.resolved.resolve` returns them.
         model: the student in its DistillationStep, as `parallelise` returns it.
-        student: whose parameters are trained in place, by their own names.
-        folder: the run's, where curves are written.
+        student: the student itself; its parameters are trained in place, under its own names.
+        folder: the run's folder, where curves are written.
 
     Raises:
         DecantError: more than `run.max_skipped_steps` steps had a non-finite loss or gradient.
@@ -102,7 +101,7 @@ def _validate(
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """What `validate` measures; with keep_best the student is put aside when it is the best yet."""
+    """Validate and return the results; with keep_best, keep weights that are the best yet."""
     values = validate(model, validation, params, ranks)
     loss = values["validation/loss"]  # the same on all ranks
     if not params.keep_best:
@@ -122,7 +121,7 @@ def _announce(
     state: TrainState,
     ranks: Ranks,
 ) -> None:
-    """Say what is left to do and about how long that takes, from one batch without gradients."""
+    """Announce the remaining work and estimate its time from one batch without gradients."""
     recipe = params.train
 
     def load() -> Batch:
@@ -150,10 +149,11 @@ def _announce(
 
 
 def forwards_a_batch(params: Params) -> int:
-    """Forward and backward of a batch, counted in forwards.
+    """Return the cost of forward and backward for a batch, in units of one forward.
 
-    A backward is two (Kaplan et al. 2020, table 1), of which one makes the gradients of weights;
-    those that are frozen beside adapters have none. Activation checkpointing repeats the forward.
+    A backward costs two forwards (Kaplan et al. 2020, table 1), one of which computes the gradients
+    of weights; with adapters, the frozen weights need none. Activation checkpointing repeats the
+    forward.
     """
     backward = 1 if params.student.lora else 2
     return 1 + backward + (1 if params.run.activation_checkpointing else 0)
@@ -167,7 +167,7 @@ def _train_step(
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """One optimizer step over `accumulation` micro-batches; returns what is worth logging."""
+    """Take one optimizer step over `accumulation` micro-batches; return the values to log."""
     started = time.perf_counter()
     rate = learning_rate(state.step, params)
     for group in optimizer.param_groups:
@@ -183,7 +183,7 @@ def _train_step(
     norm = clip_gradients(model, params.clip_norm)
     if math.isfinite(means["train/loss"]) and math.isfinite(norm):
         optimizer.step()
-    else:  # left out, on all ranks
+    else:  # all ranks skip this step
         state.skipped += 1
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
@@ -206,7 +206,7 @@ def _forward_backward(
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Gradients of the mean loss over the step's labels on all ranks; returns the mean losses."""
+    """Compute gradients of the mean loss over all ranks' labels of the step; return mean losses."""
     sums = [0.0, 0.0, 0.0]
     for number, batch in enumerate(micro_batches, 1):
         with local_gradients(model, last=number == len(micro_batches)):

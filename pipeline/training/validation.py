@@ -1,4 +1,4 @@
-"""What is measured on held-out rows, while training and before it."""
+"""Measurements on held-out rows, before and during training."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from pipeline.training.parallel import Ranks, evaluating
 
 @dataclass(frozen=True)
 class Validation:
-    """Where the student is validated: a split and, for KL, the teacher's view of it."""
+    """The rows to validate on: a split and, for KL, the teacher's predictions for it."""
 
     teacher: Teacher
-    rows: int  # how many rows are looked at, from the first
+    rows: int  # number of rows to validate on, from the first
 
 
 def validate(
     model: nn.Module, validation: Validation, params: TrainParams, ranks: Ranks
 ) -> dict[str, float]:
-    """Mean cross-entropy, its perplexity and, with a teacher, tail-bucket KL at temperature 1.
+    """Return mean cross-entropy, its perplexity and, with a teacher, tail-bucket KL.
 
-    In nats per token; perplexity is exp of the cross-entropy, of which 700 is the largest taken.
-
-    Whatever is trained for, so that runs can be compared. Each rank takes its share of each batch;
-    the result is the same on all.
+    Values are in nats per token, at temperature 1; perplexity is exp of the cross-entropy, capped
+    at exp(700). They do not depend on the training objective, so runs can be compared. Each rank
+    takes its share of each batch; the result is the same on all ranks.
 
     Args:
         model: a DistillationStep, as `parallelise` returns it.
 
     Raises:
-        DecantError: the loss is not finite, from which no step comes back; or nothing is in it.
+        DecantError: the loss is not finite, which no later step can undo, or no position is in it.
     """
     ce, kl, count = 0.0, 0.0, 0
     has_teacher = False
@@ -68,11 +67,11 @@ def validate(
 
 
 def retained_mass(batch: Batch, temperature: float) -> float:
-    """Mean probability the kept ids hold at a temperature, over unmasked positions."""
+    """Return the mean probability of the kept ids at `temperature`, over unmasked positions."""
     assert batch.topk is not None
     wanted = batch.labels != IGNORE
     topk = batch.topk[wanted.to(batch.topk.lse.device)]
-    if topk.draws:  # draws stand for the rest of the mass
+    if topk.draws:  # draws represent the rest of the mass
         return 1.0
     _, tail = topk.target(temperature)
     return 1.0 - float(tail.mean())
