@@ -288,10 +288,10 @@ def encode_shard(spec: ArraySpec, values: NDArray[Any]) -> bytes:
 
 
 def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]:
-    """Decode the chunks of a shard, each [rows, ...], as stored.
+    """Decode the chunks of a shard, in the axis order in which they are stored.
 
-    With `last_axis_first` each chunk is [K, rows, ...], where K, the size of the array's last axis,
-    is the first axis of the chunk.
+    Each chunk is [rows, ...]; with `last_axis_first` the array's last axis is the chunk's first
+    axis, so the chunk is [K, rows, ...] for an array [N, ..., K].
 
     Raises:
         DamagedError: a checksum, a length or the compressed data is wrong.

@@ -1,9 +1,9 @@
-"""What a corpus was made from, by which the stage sees whether there is anything to do.
+"""Record what a corpus was made from, so that the stage can tell whether it is up to date.
 
-DVC follows paths, but not what a pattern matches, a dataset on the hub, or the running Python's
-library. So it starts stages/corpus.py each time, and the stage compares `source.json` in the corpus
-with what it would be now: parameters, hashes of the text, the tokenizer's files, and the code that
-makes rows of them.
+DVC tracks paths, but not the files that a pattern matches, a dataset on the hub, or the running
+Python's library. Therefore it starts stages/corpus.py each time, and the stage compares
+`source.json` in the corpus with the current state: parameters, hashes of the text, the tokenizer's
+files, and the code that makes rows of them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
 
 
 def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str, Any]:
-    """What the corpus at `address` is to be made from.
+    """Describe what the corpus at `address` would be made from now.
 
-    Text that has gone is taken to be as it was: on a machine that has the corpus alone, none of it
-    can have changed.
+    Text that no longer exists is assumed to be unchanged: on a machine that only has the corpus,
+    none of the text can have changed.
 
     Raises:
-        DecantError: the text is nowhere, and no corpus was made from it.
+        DecantError: the text does not exist, and no corpus was made from it.
     """
     before = read_made_from(address)
     unused = {"files", "hub"} - {params.source}
@@ -55,7 +55,7 @@ def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str
 
 
 def _text(params: CorpusParams, seen: Path | None, before: dict[str, Any]) -> Any:
-    """What stands for the text: hashes of files in their order, or a commit on the hub."""
+    """Identify the text: by hashes of files in their order, or by a commit on the hub."""
     if params.source == "hub":
         known = before.get("text")
         return commit_of(
@@ -75,7 +75,7 @@ def _text(params: CorpusParams, seen: Path | None, before: dict[str, Any]) -> An
 
 
 def read_made_from(address: Address) -> dict[str, Any]:
-    """What `source.json` of a corpus says; empty where there is none that can be read."""
+    """Read the `source.json` of a corpus; empty if there is none that can be read."""
     try:
         found = json.loads(open_folder(address).read(POINTER))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -84,7 +84,7 @@ def read_made_from(address: Address) -> dict[str, Any]:
 
 
 def is_there(address: Address) -> bool:
-    """Whether there is a corpus that its readers will open."""
+    """Return whether there is a corpus that its readers can open."""
     try:
         return all(len(CorpusSplit(address, split)) for split in SPLITS)
     except DecantError:
@@ -92,11 +92,11 @@ def is_there(address: Address) -> bool:
 
 
 def forget_made_from(address: Address) -> None:
-    """Before a corpus is made anew: one that is killed meanwhile is not taken for the older one."""
+    """Remove `source.json` before a corpus is rebuilt, so that an aborted one is not mistaken."""
     if require_ours(address, "corpus", key="paths.corpus"):
         open_folder(address).remove(POINTER)
 
 
 def write_made_from(address: Address, content: dict[str, Any]) -> None:
-    """Say what a corpus was made from, once it is whole."""
+    """Record what a corpus was made from, once it is complete."""
     open_folder(address).write(POINTER, (json.dumps(content, indent=2) + "\n").encode())
