@@ -495,7 +495,8 @@ def _with_fixed_date(template: str) -> str:
         return template
     values = {directive: _DATE.strftime(directive) for directive in _DIRECTIVES.split()}
     written = "".join(f"|replace({name!r}, {value!r})" for name, value in values.items())
-    # `trim_blocks` removes the line break after the block, so the rest of the template is as before.
+    # `trim_blocks` removes the line break after the block, so the rest of the template is unchanged
+    # by it.
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
     )

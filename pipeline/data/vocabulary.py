@@ -156,9 +156,9 @@ def _sentence(start: Path, wrong: list[int], ours: Vocabulary, theirs: Vocabular
 
 
 def _ids(vocab: Any) -> dict[int, str]:
-    """Return tokens by id; BPE, WordPiece and WordLevel map tokens to ids, Unigram lists by id.
+    """Return the tokens by id.
 
-    Each of Unigram's entries is [token, score].
+    BPE, WordPiece and WordLevel map tokens to ids; Unigram lists [token, score] in order of id.
     """
     if isinstance(vocab, dict):
         return {number: token for token, number in vocab.items()}
