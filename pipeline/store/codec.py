@@ -2,7 +2,7 @@
 
 The only lossy step of the whole cache is here, and it is deliberate: log-probabilities are rounded
 to float16. Rounding the log-probability costs 2e-7 nats of KL; rounding the raw logit would cost
-6e-6, in the tail up to 1e-4. float16 represents a log-probability of -16 to within +-0.008.
+6e-6, and up to 1e-4 at some positions. float16 holds a log-probability of -16 to within +-0.008.
 """
 
 from __future__ import annotations
