@@ -1,4 +1,4 @@
-"""This process's place under torchrun: its rank, and the number of processes.
+"""The place of this process under torchrun: its rank, and the number of processes.
 
 This module does not import PyTorch, so that a stage's --help does not wait for it.
 """
