@@ -117,7 +117,10 @@ def signed_names(topk: TopK) -> list[str]:
 
 
 def _bands(topk: TopK) -> list[tuple[int, int]]:
-    """Return bands of `said_ids`, first and end: ranks 0, 1, 2 to 3, 4 to 7 and so on, then draws."""
+    """Return the bands of `said_ids`: ranks 0, 1, 2 to 3, 4 to 7 and so on, then the draws.
+
+    Each is (first, end).
+    """
     edges = [0, *(2**i for i in range(topk.k.bit_length()) if 2**i < topk.k), topk.k]
     bands = [(a, b) for a, b in pairwise(edges) if a < b]
     return [*bands, (topk.k, topk.k + topk.draws)] if topk.draws else bands
