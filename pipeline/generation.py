@@ -34,7 +34,7 @@ _COLDEST = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How tokens are chosen; None means that a setting was not chosen, and is off.
+    """The settings for choosing tokens; None means that a setting was not given, and is off.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, at least 1.

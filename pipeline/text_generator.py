@@ -1,4 +1,4 @@
-"""Generate text from text: a student with its tokenizer, for batches of prompts, streams and chats.
+"""Generate text with a student and its tokenizer, for batches of prompts, streams and chats.
 
     generator = TextGenerator(Path("cache/runs/student/model"))
     generator.generate(["def main():", "import "], GenerationSettings(max_new_tokens=32))
@@ -34,7 +34,7 @@ from pipeline.runtime.device import place_rounded
 
 
 class PieceDecoder:
-    """Turns tokens into text one by one, never splitting a character.
+    """A decoder from tokens to text, one by one, that never splits a character.
 
     A byte-level token may hold a part of a UTF-8 character, which decodes to U+FFFD; text that ends
     in this way is held back until the character is complete. Some tokenizers decode a token

@@ -55,7 +55,7 @@ def _run_gate(params: Params) -> None:
     )
     for corpus, reader in splits:
         stored = reader.fingerprint
-        # The cache may have been kept with other settings; only its inputs must be those here.
+        # The cache may have other values of these parameters; only its inputs must match.
         names = ("k", "draws", "temperatures", "attention")
         kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)

@@ -59,8 +59,8 @@ RENDER_SECONDS = 5.0
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text"}
-# Noncharacters, which Unicode reserves for internal use: two enclose a special token in a message,
-# and one is the probe.
+# Noncharacters, which Unicode reserves for internal use: two that enclose special tokens in a
+# message, and the probe.
 _OPEN, _CLOSE, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}{_PROBE}]")
 _DATE = datetime(2024, 7, 26)  # the default date in Llama 3's template
@@ -72,7 +72,7 @@ class BadConversationError(DecantError):
 
 
 class ChatTokenizer:
-    """Converts conversations to documents.
+    """A converter from conversations to documents.
 
     Args:
         tokenizer: a Hugging Face fast tokenizer with a chat template.
@@ -490,13 +490,12 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _with_fixed_date(template: str) -> str:
-    """Add a `strftime_now` to a template that does not depend on the current day."""
+    """Give a template its own `strftime_now`, which does not depend on the current day."""
     if "strftime_now" not in template:
         return template
     values = {directive: _DATE.strftime(directive) for directive in _DIRECTIVES.split()}
     written = "".join(f"|replace({name!r}, {value!r})" for name, value in values.items())
-    # `trim_blocks` removes the line break after the block, so the rest of the template is unchanged
-    # by it.
+    # `trim_blocks` removes the line break after the block, so the template itself is unchanged.
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
     )

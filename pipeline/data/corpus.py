@@ -125,7 +125,7 @@ def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _B
 
 
 def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[str]:
-    """Yield a line about each part of the source that is left out, and the parameter behind it."""
+    """Yield a line about each part of the source that is left out, with the parameter's name."""
     for split, counter in counters.items():
         if counter.full_at is not None:
             total = counter.extent.total_bytes
@@ -214,7 +214,7 @@ class Tokenized:
 
 
 class DocumentTokenizer:
-    """Converts texts and conversations to documents.
+    """A converter from texts and conversations to documents.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.

@@ -92,7 +92,10 @@ def is_there(address: Address) -> bool:
 
 
 def forget_made_from(address: Address) -> None:
-    """Remove `source.json` before a corpus is rebuilt, so that an aborted one is not mistaken."""
+    """Remove `source.json` before a corpus is rebuilt.
+
+    Otherwise a rebuild that is killed could be taken for the older corpus.
+    """
     if require_ours(address, "corpus", key="paths.corpus"):
         open_folder(address).remove(POINTER)
 

@@ -38,7 +38,7 @@ class Encoded:
 
 
 class PrefixEncoder:
-    """Finds the first tokens of a text, equal to those that the tokenizer gives for the whole text.
+    """An encoder for the first tokens of a text, equal to those that the whole text would give.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

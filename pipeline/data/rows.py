@@ -97,7 +97,7 @@ def _row_bytes(rows: Rows) -> bytes:
 
 
 class SplitWriter:
-    """Writes blocks of rows to a split; the split exists once `seal` has been called.
+    """A writer of blocks of rows to a split, which exists once `seal` has been called.
 
     Args:
         address: address of the corpus; an existing split there is removed only when the first rows

@@ -187,11 +187,11 @@ def _text(file: str) -> Source:
 
 
 class _Fault(str):
-    """Takes the place of a value: the reason why a row has none."""
+    """A placeholder for a value: the reason why a row has none."""
 
 
 class _Absent:
-    """Takes the place of a value: the row does not have the column, only these."""
+    """A placeholder for a value: the row does not have the column, only these."""
 
     def __init__(self, columns: list[str]) -> None:
         self.columns = columns

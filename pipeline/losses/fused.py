@@ -107,7 +107,7 @@ def _weigh_exps(  # type: ignore[no-untyped-def]
     two: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Weigh one block of a row per program."""
+    """Overwrite one block of a row per program."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * block + tl.arange(0, block)
     places = logits + row * stride + ids

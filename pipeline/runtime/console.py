@@ -45,7 +45,7 @@ def progress_bar(*, what: str, total: int | None, unit: str) -> tqdm[Any]:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag, so that a step can finish and be saved.
+    """A flag that the first Ctrl-C (or SIGTERM) sets, so that a step can finish and be saved.
 
     A second Ctrl-C interrupts immediately. Outside the main thread this class does nothing.
     """

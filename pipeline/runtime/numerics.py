@@ -1,4 +1,4 @@
-"""Matrix products with float32 accumulation, to whatever format their factors are rounded."""
+"""Matrix products with float32 accumulation, whatever the format of their factors."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def import_transformers() -> Any:
 
 
 def import_ray() -> Any:
-    """Import Ray, an extra, with the usage statistics disabled that it otherwise sends home.
+    """Import Ray, an extra, without the usage statistics that it would send to its makers.
 
     Raises:
         DecantError: Ray is not installed.

@@ -156,7 +156,7 @@ def _shard_damages(
 
 
 def _surviving_table(folder: Folder, lost: CacheLayout) -> str | None:
-    """Return the name of a rank table in the folder whose contents match its name.
+    """Return the name of a rank table in the folder that has the contents its name promises.
 
     There may be several, if processes created the cache at the same time or another cache was
     there before. The table to which most markers refer belongs to the cache.

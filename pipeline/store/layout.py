@@ -1,4 +1,4 @@
-"""The layout of a cache in objects: the arrays that follow from a fingerprint, and their group."""
+"""The layout of a cache as objects: the arrays that follow from a fingerprint, and their group."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _MAX_CHUNK = 2**31 - 1  # bytes that blosc compresses at once
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLayout:
-    """The layout in objects of a cache with a given fingerprint."""
+    """The layout of a cache with a given fingerprint, as arrays, chunks and shards."""
 
     fingerprint: Fingerprint
     chunk_rows: Size
