@@ -223,7 +223,7 @@ def nats_lost(topk: TopK) -> Tensor:
 
 
 def break_even_passes(capture: float, online: float, read: float) -> int | None:
-    """Return the number of passes over the corpus (runs x epochs) after which a cache pays.
+    """Return the number of passes over the corpus (runs x epochs) from which on a cache pays.
 
     This is the smallest integer R with capture + R read <= R online. The student's own steps cost
     the same either way and cancel out. It is None if reading takes as long as the teacher, since
@@ -290,7 +290,7 @@ def _measure_kept(
     blocks: list[list[int]],
     ks: list[int],
 ) -> tuple[KeptAtK, ...]:
-    """Run one teacher pass over all blocks at the largest K; return a result per K (ascending)."""
+    """Run one teacher pass over all blocks at the largest K, the last of `ks`; one result per K."""
     meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:

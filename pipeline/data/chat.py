@@ -14,9 +14,9 @@ generation prompt, are a prefix of the text, the turn begins at the end of that 
 if the template writes earlier turns differently once others follow (Qwen3 strips their reasoning,
 gpt-oss ends them with another token). The two renderings are then compared from a position in the
 message before the turn on. A probe, a character that no text contains, marks that position; it
-counts only if the rendering is otherwise unchanged. A prompt may open a reasoning that the turn
-does not have (DeepSeek-V3, Nemotron 3). It ends where the two renderings diverge, or where the
-prompt without thinking (`enable_thinking=False`) ends.
+counts only if the rendering is otherwise unchanged. A prompt may open a reasoning block that the
+turn does not have (DeepSeek-V3, Nemotron 3). Such a prompt ends where the two renderings diverge,
+or where the prompt without thinking (`enable_thinking=False`) ends.
 
 A turn ends with the token that stops generation. It is found in the same way, from a probe within
 the turn on: the text after the probe is the same whether the turn is the last or not, up to the
@@ -55,7 +55,10 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 
 RENDER_SECONDS = 5.0
-"""Time limit: a template is a program and may loop forever; the largest take milliseconds."""
+"""Time limit for one rendering, since a template is a program and may loop forever.
+
+The largest real templates take milliseconds.
+"""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text"}
@@ -270,7 +273,7 @@ class ChatTokenizer:
 
     @cached_property
     def _reads_arguments_as_text(self) -> bool:
-        """Whether arguments given as an object are refused, or written as Python and not JSON."""
+        """Whether arguments given as an object are refused, or written as Python, not as JSON."""
         user = {"role": "user", "content": "ask"}
         as_object, as_text = (
             self._shows(_call_of(arguments), "value", user, without="{'key'")
@@ -382,7 +385,10 @@ class ChatTokenizer:
         return self._shared(prompt, _after(ended, ended.count(_PROBE)))
 
     def _stop(self, messages: list[Message], number: int, text: str, start: int) -> int | None:
-        """Return the end of message `number`, which begins at `start`, with its stop token."""
+        """Return the end of message `number`, its stop token included; None if it is not found.
+
+        The message begins at `start`.
+        """
         is_last = number == len(messages) - 1
         through = text if is_last else self._render(messages[: number + 1])
         turn = through[start:]
@@ -424,7 +430,7 @@ class ChatTokenizer:
         return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
 
     def _is_closed_twice(self, turn: str) -> bool:
-        """Return whether a turn ends with several special tokens, with only white space between."""
+        """Return whether at least two special tokens, and otherwise white space, end a turn."""
         ends = list(self._ends(turn))[-2:]
         if len(ends) < 2:
             return False

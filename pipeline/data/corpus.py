@@ -369,7 +369,7 @@ def _taken(
     split: str,
     counters: dict[str, _Counter],
 ) -> Iterator[Document]:
-    """Yield documents cut to their limit, up to the split's limit; skip those without loss."""
+    """Yield documents cut to their limit, up to the split's limit; skip those without a target."""
     counter, taken = counters[split], 0
     limit: int | None = getattr(params, f"{split}_tokens")
     with progress_bar(what=f"corpus {split}", total=limit, unit="tok") as bar:

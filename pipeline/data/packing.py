@@ -141,7 +141,7 @@ def _pieces(documents: Iterable[Document], longest: int) -> Iterator[_Piece]:
 
 
 def _best_fit_decreasing(pieces: list[_Piece], row_length: int) -> list[list[_Piece]]:
-    """Pack pieces into rows; sort rows by their last piece's number, and pieces by theirs."""
+    """Pack pieces into rows; sort each row's pieces by number, and rows by their last piece."""
     rows: list[list[_Piece]] = []
     rooms: list[tuple[int, int]] = []  # (room left, index) of each row that is not full, ascending
     for piece in sorted(pieces, key=len, reverse=True):  # stable: equal lengths keep their order

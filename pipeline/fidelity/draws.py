@@ -1,9 +1,9 @@
 """Test whether drawn ids are a sample of the teacher's distribution, without comparing ids.
 
 If two passes of a teacher agree to 1e-6, the draws can be repeated and compared id by id. In half
-formats the cumulative sums from which draws are read differ by 1e-3, and so do ids in the tail; in
-that case this test decides. It sums three quantities over all checked positions. Their means and
-variances under the live distribution p are exact.
+formats the cumulative sums from which draws are read differ by 1e-3, so that ids in the tail differ
+too; in that case this test decides. It sums three quantities over all checked positions. Their
+means and variances under the live distribution p are exact.
 
     surprise   sum_j log p(v_j) over the draws of a position. A sample of p^b has mean
                E log p + (b - 1) Var log p to first order, and the sum is the sufficient statistic
@@ -23,7 +23,7 @@ variances under the live distribution p are exact.
                the same numbers.
 
 Pairs and squares are compared with a gamma variable of the same mean and variance, following
-Satterthwaite 1946. The limits of each of the four tests are set at FALSE_ALARM, plus an allowance
+Satterthwaite 1946. The limits of each of the four tests are set at FALSE_ALARM, with an allowance
 for the teacher's noise (NOISE_*).
 
 Shapes: n positions, M draws, V valid vocabulary.
