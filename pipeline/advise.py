@@ -1,19 +1,21 @@
-"""What each K would keep and cost, from a small sample: to choose prepare.k before a long capture.
+"""Measure what each K would keep and cost on a small sample, to choose prepare.k before a capture.
 
 Rows spread evenly over the training split go through the teacher once, at the largest K; the
-smaller K are prefixes of it. For each K
+smaller K are prefixes of it. Three quantities are measured for each K:
 
     retained mass    sum of the K kept probabilities at each temperature, mean over positions
     nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
-                     (`nats_lost`): a student can not learn it from the cache
-    bytes a token    of what the store would write, without draws and the corpus's own tokens
+                     (`nats_lost`); a student cannot learn it from the cache
+    bytes per token  size of the data that the store would write, without draws and without the
+                     corpus's own tokens
 
-are measured, not modelled: the sample is encoded by the store's own codec in chunks of
-prepare.chunk_rows. Where it is smaller than a chunk, zeros fill the chunk up, as in a cache's last
-shard; they compress to almost nothing.
+They are measured, not modelled: the sample is encoded by the store's own codec in chunks of
+prepare.chunk_rows. If it is smaller than a chunk, the chunk is filled with zeros, as in a cache's
+last shard; they compress to almost nothing.
 
-How long a capture takes, and from how many passes on it is cheaper than an online teacher, is
-estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample (`PassCosts`).
+The duration of a capture, and the number of passes from which it is cheaper than an online teacher,
+are estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample
+(`PassCosts`).
 
 Shapes: B rows, L length, K kept ids, n positions.
 """
@@ -53,67 +55,67 @@ from pipeline.store.schema import Fingerprint
 from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, row_uniforms
 
-ENOUGH_MASS = 0.95  # the recommended K keeps at least so much
+ENOUGH_MASS = 0.95  # the recommended K keeps at least this much
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptAtK:
-    """What one K keeps and costs; means over the sample's positions that are not padding."""
+    """The benefit and cost of one K: means over the sample's positions that are not padding."""
 
     k: int
     retained_mass: dict[float, float]  # by temperature
     nats_lost: float  # at temperature 1
     bytes_a_token: float
-    corpus_bytes: float  # the same for all positions of the training split
+    corpus_bytes: float  # for all positions of the training split
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassCosts:
     """Seconds of one pass over the training split at prepare.k, estimated from the sample."""
 
-    forward: float  # teacher and head alone, the logits dropped
-    top_k: float  # with the reduction to TopK: what an online teacher costs
-    encode: float  # compressing what top_k gave
-    decode: float  # from compressed bytes in memory to TopK: what a cached run does instead
+    forward: float  # teacher and head alone; the logits are discarded
+    top_k: float  # with the reduction to TopK: the cost of an online teacher
+    encode: float  # compressing the result of top_k
+    decode: float  # from compressed bytes in memory to TopK: the cost of a cached run instead
 
     @property
     def capture(self) -> float:
-        """As if nothing overlapped: a thread encodes beside the teacher, but takes its cores."""
+        """Seconds of a capture without overlap: the encoding thread takes the teacher's cores."""
         return self.top_k + self.encode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What the sample says."""
+    """The results for the sample."""
 
-    rows: int  # looked at
-    positions: int  # of these rows, padding included
-    corpus_rows: int  # of the training split
+    rows: int  # rows examined
+    positions: int  # positions in these rows, padding included
+    corpus_rows: int  # rows of the training split
     corpus_positions: int
-    kept: tuple[KeptAtK, ...]  # by rising K
+    kept: tuple[KeptAtK, ...]  # by ascending K
     left_out: tuple[int, ...]  # K beyond the vocabulary
     costs: PassCosts
-    prepare_k: int  # at which the costs were measured
-    passes_a_run: float  # over the training split, by a run of train.*
-    temperature: float  # the recommendation's: train.temperature if it is stored, else 1
-    break_even_passes: int | None  # None: an online teacher is never dearer
+    prepare_k: int  # the K at which the costs were measured
+    passes_a_run: float  # passes over the training split in a run of train.*
+    temperature: float  # of the recommendation: train.temperature if it is stored, else 1
+    break_even_passes: int | None  # None: an online teacher is never more expensive
 
     @property
     def recommended(self) -> KeptAtK | None:
-        """The smallest K that keeps ENOUGH_MASS at `temperature`; None where no K does."""
+        """The smallest K that keeps ENOUGH_MASS at `temperature`; None if no K does."""
         enough = (k for k in self.kept if k.retained_mass[self.temperature] >= ENOUGH_MASS)
         return next(enough, None)
 
     @property
     def break_even_runs(self) -> int | None:
-        """Training runs of train.* that make up the passes at which the cache is paid for."""
+        """Number of training runs of train.* after which the cache has paid for itself."""
         if self.break_even_passes is None:
             return None
         return math.ceil(self.break_even_passes / self.passes_a_run)
 
     def metrics(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """Return the contents of metrics.json."""
         best = self.recommended
         by_k = [
             asdict(kept)
@@ -135,10 +137,10 @@ class Advice:
 def advise(
     teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint, params: Params
 ) -> Advice:
-    """Look at a sample of a split.
+    """Examine a sample of a split.
 
     Args:
-        fingerprint: of the cache that `prepare` would make of the split.
+        fingerprint: fingerprint of the cache that `prepare` would make from the split.
 
     Raises:
         ParamsError: every K of advise.ks exceeds the vocabulary.
@@ -150,7 +152,7 @@ def advise(
     costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
     kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length
-    stored = {1.0, *fingerprint.temperatures}  # that of 1 needs no normaliser
+    stored = {1.0, *fingerprint.temperatures}  # temperature 1 needs no normaliser
     resolved = resolve(params, train_rows=len(corpus), num_ids=corpus.info.vocab_size)
     wanted = resolved.train
     return Advice(
@@ -169,10 +171,10 @@ def advise(
 
 
 def usable_ks(ks: Iterable[int], vocab_size: int) -> tuple[list[int], tuple[int, ...]]:
-    """The K up to the vocabulary, rising, and those beyond it.
+    """Return the K up to the size of the vocabulary, ascending, and those beyond it.
 
     Raises:
-        ParamsError: all are beyond.
+        ParamsError: all K are beyond the vocabulary.
     """
     ordered = sorted(set(ks))
     usable = [k for k in ordered if k <= vocab_size]
@@ -184,10 +186,10 @@ def usable_ks(ks: Iterable[int], vocab_size: int) -> tuple[list[int], tuple[int,
 
 
 def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[list[int]]:
-    """The rows to look at, spread evenly, in blocks of up to a shard, which bound the memory used.
+    """Choose evenly spread rows to examine, in blocks of up to one shard, which limit the memory.
 
-    The first block is itself spread evenly over the split, since rates and rank tables are taken
-    from it alone; the others go on in corpus order.
+    The first block is itself spread evenly over the split, since only this block is used for rates
+    and rank tables; the other blocks are in corpus order.
     """
     number = min(num_rows, max(params.min_rows, math.ceil(params.sample * num_rows)))
     places = np.arange(number) * num_rows // number
@@ -200,18 +202,19 @@ def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[
 
 
 def nats_lost(topk: TopK) -> Tensor:
-    """The teacher's entropy inside the bucket of ids outside the K: float64 [...], nats.
+    """Return the teacher's entropy inside the bucket of ids outside the K: float64 [...], nats.
 
-    By the chain rule of entropy (Cover & Thomas 2006, theorem 2.2.1) the entropy of p is that of p
-    with the tail merged into one bucket, plus what remains once the bucket is known:
+    By the chain rule of entropy (Cover & Thomas 2006, theorem 2.2.1) the entropy of p is the
+    entropy of p with the tail merged into one bucket, plus the entropy that remains once the bucket
+    is known:
 
         H(p) = -sum_T p log p - p_t log p_t + p_t H(p | tail)
 
-    with T the kept ids and p_t the mass outside them, at temperature 1. The last term is returned:
+    with T the kept ids and p_t the mass outside them, at temperature 1. The last term is returned,
 
         p_t H(p | tail) = H(p) + sum_T p log p + p_t log p_t
 
-    H(p) is the exact entropy of the full row, which TopK holds, so no id outside T is needed.
+    where H(p) is the exact entropy of the full row, which TopK holds, so no id outside T is needed.
     """
     p = topk.logprobs.double().exp()
     tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
@@ -220,14 +223,16 @@ def nats_lost(topk: TopK) -> Tensor:
 
 
 def break_even_passes(capture: float, online: float, read: float) -> int | None:
-    """Passes over the corpus (runs x epochs) from which on a cache costs no more than no cache.
+    """Return the number of passes over the corpus (runs x epochs) from which on a cache pays.
 
-    The smallest whole R with capture + R read <= R online. The student's own steps cost the same
-    either way and drop out. None where reading takes as long as the teacher: it never pays.
+    This is the smallest integer R with capture + R read <= R online. The student's own steps cost
+    the same either way and cancel out. It is None if reading takes as long as the teacher, since
+    then a cache never pays.
 
     Args:
-        capture: seconds to make the cache, once. online: of a pass of the online teacher.
-        read: of a pass of reading the cache.
+        capture: seconds to make the cache once.
+        online: seconds per pass of the online teacher.
+        read: seconds per pass of reading the cache.
     """
     if read >= online:
         return None
@@ -235,7 +240,7 @@ def break_even_passes(capture: float, online: float, read: float) -> int | None:
 
 
 class _Meter:
-    """Sums for one K over the sample's blocks; the first one gives the rank table."""
+    """Sums for one K over the sample's blocks; the first block gives the rank table."""
 
     def __init__(self, k: int, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
         self._made_from = replace(fingerprint, k=k, draws=0)
@@ -246,7 +251,12 @@ class _Meter:
         self._table: RankTable | None = None
 
     def add(self, topk: TopK, real: Tensor) -> None:
-        """Take a block, TopK [B, L, ...] of any larger K; real: bool [B, L], not padding."""
+        """Add a block.
+
+        Args:
+            topk: [B, L, ...], with this K or a larger one.
+            real: bool [B, L], False at padding.
+        """
         kept = topk.prefix(self._made_from.k)
         if self._table is None:
             self._table = _count_ranks(kept)
@@ -261,7 +271,7 @@ class _Meter:
             self._mass[temperature] += float((1.0 - tail_mass.double()).sum())
 
     def result(self, corpus_positions: int) -> KeptAtK:
-        """Means over all blocks, and the size of a cache of so many positions."""
+        """Return means over all blocks, and the size of a cache of `corpus_positions` positions."""
         bytes_a_token = self._bytes / self._stored
         return KeptAtK(
             k=self._made_from.k,
@@ -280,7 +290,7 @@ def _measure_kept(
     blocks: list[list[int]],
     ks: list[int],
 ) -> tuple[KeptAtK, ...]:
-    """One teacher pass over all blocks at the largest of the rising `ks`; a result for each."""
+    """Run one teacher pass over all blocks at the largest K, the last of `ks`; one result per K."""
     meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:
@@ -304,7 +314,7 @@ def _measure_costs(
     params: Params,
     block: list[int],
 ) -> PassCosts:
-    """Time the work of a capture, and of reading it back, on the rows of a block."""
+    """Time a capture, and reading it back, on the rows of a block."""
     rows = _rows_at(corpus, block)
     length, draws = fingerprint.row_length, fingerprint.draws
     uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
@@ -317,7 +327,7 @@ def _measure_costs(
     batches = list(
         zip(_batches(rows, params.capture.batch_rows, fingerprint), chances, strict=True)
     )
-    (tokens, doc_ids), chance = batches[0]  # the first call of all is slow
+    (tokens, doc_ids), chance = batches[0]  # a warm-up, since the very first call is slow
     top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
     forward, reduced, parts = 0.0, 0.0, []
     for (tokens, doc_ids), chance in progress(batches, what="advise: rates", unit="batch"):
@@ -341,7 +351,7 @@ def _measure_costs(
 
 
 def _forward(teacher: HuggingFaceTeacher, tokens: Tensor, doc_ids: Tensor | None) -> float:
-    """Teacher and head over a batch; one logit is looked at, so that a GPU has done them all."""
+    """Run teacher and head over a batch; reading one logit makes sure that a GPU has finished."""
     seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens, doc_ids)]
     return float(seen[-1])
 
@@ -359,7 +369,7 @@ def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
 def _batches(
     rows: Rows, batch_rows: int, fingerprint: Fingerprint
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Tokens, int64 [up to batch_rows, L], and the documents to be kept apart, of each batch."""
+    """Return each batch's tokens, int64 [up to batch_rows, L], and documents to be kept apart."""
     tokens = torch.split(torch.from_numpy(rows.tokens), batch_rows)
     doc_ids = torch.split(torch.from_numpy(rows.doc_ids), batch_rows)
     apart = [documents_apart(ids, fingerprint.attention) for ids in doc_ids]
@@ -367,11 +377,11 @@ def _batches(
 
 
 def _count_ranks(topk: TopK) -> RankTable:
-    """The rank table of a block [B, L, ...], from a few rows of it, spread evenly.
+    """Make the rank table of a block [B, L, ...] from a few evenly spaced rows.
 
-    From all rows it would fit the sample better than a capture's table fits a corpus: 150.4 bytes a
-    token, where the cache then took 153.7, and 152.5 from as many rows as a capture counts
-    (SmolLM2, K = 64, 16 of 782 rows).
+    A table from all rows would fit the sample better than a capture's table fits a corpus: it gave
+    150.4 bytes per token, where the cache then took 153.7; a table from as many rows as a capture
+    counts gave 152.5 (SmolLM2, K = 64, 16 of 782 rows).
     """
     number = min(COUNTED_ROWS, len(topk.ids))
     counted = topk[torch.arange(number) * len(topk.ids) // number]
@@ -382,7 +392,7 @@ def _count_ranks(topk: TopK) -> RankTable:
 def _layout_of(
     fingerprint: Fingerprint, prepare: PrepareParams, table: RankTable, *, rows: int
 ) -> CacheLayout:
-    """A cache of one shard for a block of rows, in chunks of the size that `prepare` makes."""
+    """Return the layout of a one-shard cache for a block of rows, with the chunks of `prepare`."""
     whole_chunks = -(-rows // prepare.chunk_rows) * prepare.chunk_rows
     return CacheLayout(
         fingerprint=replace(fingerprint, num_rows=rows),
@@ -393,13 +403,13 @@ def _layout_of(
 
 
 def _to_objects(topk: TopK, table: RankTable, layout: CacheLayout) -> dict[str, bytes]:
-    """What the store writes for a block, by array."""
+    """Encode a block as the store writes it, by array."""
     arrays = encode(topk, table)
     return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
 
 
 def _from_objects(objects: dict[str, bytes], table: RankTable, layout: CacheLayout) -> TopK:
-    """What a training run makes of it."""
+    """Decode a block as a training run does."""
     arrays = {
         name: restore(name, decode_shard(spec, objects[name], 0))
         for name, spec in layout.specs.items()
@@ -408,7 +418,7 @@ def _from_objects(objects: dict[str, bytes], table: RankTable, layout: CacheLayo
 
 
 def table_lines(advice: Advice) -> list[str]:
-    """The numbers by K, a line each under a heading."""
+    """Return the numbers by K, one line each under a heading."""
     temperatures = list(advice.kept[0].retained_mass)
     mass_head = "".join(f"{f'mass at {tau:g}':>13}" for tau in temperatures)
     lines = [f"{'K':>6}{mass_head}{'nats lost':>11}{'bytes a token':>15}{'corpus':>10}"]
@@ -422,7 +432,7 @@ def table_lines(advice: Advice) -> list[str]:
 
 
 def cost_lines(advice: Advice) -> list[str]:
-    """Capture time and break-even, in sentences."""
+    """Return sentences about capture time and break-even."""
     costs, positions = advice.costs, advice.corpus_positions
     lines = [
         f"capture at prepare.k={advice.prepare_k}, an estimate: "
@@ -444,7 +454,7 @@ def cost_lines(advice: Advice) -> list[str]:
 
 
 def recommendation(advice: Advice) -> str:
-    """One sentence: the smallest K that keeps enough, and what it costs."""
+    """Return one sentence: the smallest K that keeps enough, and its cost."""
     best, tau = advice.recommended, f"temperature {advice.temperature:g}"
     if best is None:
         last = advice.kept[-1]
@@ -461,7 +471,7 @@ def recommendation(advice: Advice) -> str:
 
 
 def plot(advice: Advice) -> str:
-    """An SVG of two panels by K: retained mass at each temperature, and bytes a token.
+    """Draw an SVG of two panels by K: retained mass at each temperature, and bytes per token.
 
     Raises:
         DecantError: matplotlib is not installed.

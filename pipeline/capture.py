@@ -1,9 +1,9 @@
-"""Corpus -> teacher -> cache: one split, shard by shard, continued where it stopped.
+"""Corpus -> teacher -> cache: capture one split shard by shard, and resume where it stopped.
 
 A capture is a set of shards that are not committed yet. Any number of processes or machines may
-each take a part of them (`part_of`, or the Ray engine in pipeline/capture_ray.py): what a shard
-holds follows from the fingerprint, the rank table of the cache and the shard's number, on machines
-that round alike.
+each take a part of them (`part_of`, or the Ray engine in pipeline/capture_ray.py), because the
+fingerprint, the cache's rank table and the shard's number determine the contents of a shard on
+machines that round alike.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from pipeline.store.writer import CacheWriter
 from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.topk import TopK, row_uniforms
 
-COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 bytes a token more
+COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 more bytes per token
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureResult:
-    """What a capture did."""
+    """The outcome of a capture."""
 
     shards: int  # in the complete cache
-    shards_done: int  # by this call; the rest was there before, or is another's
-    shards_missing: int  # still, when this call ended
+    shards_done: int  # by this call; the others existed before or belong to another process
+    shards_missing: int  # still missing when this call ended
     tokens_done: int
 
 
 def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> Fingerprint:
-    """The fingerprint of the cache that these parameters make of a corpus.
+    """Return the fingerprint of the cache that these parameters produce from a corpus.
 
     Raises:
         MismatchError: the corpus was tokenized with another tokenizer.
@@ -85,11 +85,11 @@ class Capture:
 
     Args:
         teacher: in the fingerprint's number format.
-        fingerprint: what the cache is made from; an existing cache must have the same.
-        repair: first check every committed shard and take back the damaged ones (`repaired`).
+        fingerprint: describes what the cache is made from; an existing cache must have the same.
+        repair: first check every committed shard and uncommit the damaged ones (`repaired`).
 
     Raises:
-        MismatchError: the cache was made from something else, which is named.
+        MismatchError: the cache was made from something else; the message names it.
     """
 
     def __init__(
@@ -118,13 +118,14 @@ class Capture:
             )
 
     def run(self, shards: list[int]) -> CaptureResult:
-        """Capture the given shards, all of them missing.
+        """Capture the given shards, all of which must be missing.
 
         A writer thread compresses and syncs one shard while the teacher works on the next. On any
-        error, Ctrl-C included, the shard under way is dropped and committed ones stay.
+        error, Ctrl-C included, the current shard is dropped and committed ones stay.
 
         Raises:
-            DecantError: the disk is full or not writable; says how many shards are safe.
+            DecantError: the disk is full or not writable; the message says how many shards are
+                safe.
         """
         tokens = self.tokens_of(shards)
         bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
@@ -145,12 +146,12 @@ class Capture:
         )
 
     def tokens_of(self, shards: list[int]) -> int:
-        """Tokens that these shards hold, padding included."""
+        """Return the number of tokens in these shards, padding included."""
         bounds = map(self.writer.layout.rows_of, shards)
         return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
 
     def compute(self, shard: int, bar: object | None = None) -> tuple[TopK, str]:
-        """TopK [rows, L, ...] of a shard on the CPU, and the hash of the rows it belongs to."""
+        """Return a shard's TopK [rows, L, ...] on the CPU, and the hash of its corpus rows."""
         start, stop = self.writer.layout.rows_of(shard)
         rows = self.corpus.rows(start, stop)
         parts: list[TopK] = []
@@ -162,14 +163,14 @@ class Capture:
         return TopK.cat(parts), hash_rows(rows)
 
     def seconds_per_token(self) -> float:
-        """What teacher and reduction take on this machine: timed on a row, on a GPU on a batch."""
+        """Time teacher and reduction on this machine, on one row, or on one batch on a GPU."""
         rows = self._batch_rows if self.teacher.device.type == "cuda" else 1
         batch = self.corpus.rows(0, min(rows, len(self.corpus)))
         seconds = seconds_of(lambda: self._top_k(batch, 0), self.teacher.device)
         return seconds / batch.tokens.size
 
     def count_ranks(self) -> RankTable:
-        """The rank table of a new cache: what the teacher says of a few rows spread evenly."""
+        """Make the rank table of a new cache from the teacher's ids on a few evenly spaced rows."""
         number = min(COUNTED_ROWS, len(self.corpus))
         places = np.arange(number) * len(self.corpus) // number
         ids = []
@@ -190,15 +191,15 @@ class Capture:
 def open_captures(
     params: Params, *, overwrite: bool = False, repair: bool = False
 ) -> list[Capture]:
-    """The captures of all splits, with one teacher on this process's device.
+    """Open the captures of all splits, with one teacher on this process's device.
 
     Args:
-        overwrite: delete what is at paths.logits first if it was made from something else; the
-            same command again continues what the first one began.
+        overwrite: first delete the cache at paths.logits if it was made from something else;
+            running the same command again continues what the first one began.
         repair: see Capture.
 
     Raises:
-        DecantError: as fingerprint_of, HuggingFaceTeacher and Capture.
+        DecantError: see fingerprint_of, HuggingFaceTeacher and Capture.
     """
     require_model(
         teacher_folder(params.paths.teacher),
@@ -222,10 +223,11 @@ def open_captures(
 
 
 def _something_else(params: Params, fingerprints: list[Fingerprint]) -> str:
-    """What tells the cache at hand from the one that is wanted; empty where nothing does.
+    """Describe how the existing cache differs from the wanted one; empty if it does not.
 
     Raises:
-        DecantError: it is too damaged to say; hours of capture are not given up for that.
+        DecantError: the cache is too damaged to tell. It may hold hours of capture, so it is not
+            deleted for that reason alone.
     """
     for split, wanted in zip(SPLITS, fingerprints, strict=True):
         address = params.paths.logits / split
@@ -251,17 +253,18 @@ def capture_locally(
     overwrite: bool = False,
     repair: bool = False,
 ) -> list[CaptureResult]:
-    """Capture what is missing of each split, or one part of it, in this process.
+    """Capture the missing shards of each split, or one part of them, in this process.
 
     Raises:
-        DecantError: another process captures the same part, or all, or is one of another number.
+        DecantError: another process captures the same part, or everything, or shares the work
+            among a different number of parts.
     """
     with lock_cache(params, part=part, parts=parts):
         return _capture(params, part, parts, overwrite=overwrite, repair=repair)
 
 
 def lock_cache(params: Params, *, part: int = 1, parts: int = 1) -> AbstractContextManager[None]:
-    """Keep away other processes that would write the same shards."""
+    """Exclude other processes that would write the same shards."""
     remedy = "set paths.logits to another place, or share the work by --shards I/N"
     return lock(params.paths.logits, remedy, part=part, parts=parts)
 
@@ -295,20 +298,20 @@ def _announce(captures: list[Capture], todo: list[list[int]]) -> None:
 
 
 def say_repaired(split: str, damages: tuple[Damage, ...]) -> None:
-    """Tell the user what was damaged, a line each."""
+    """Print each damage on its own line."""
     for damage in damages:
         shard = "" if damage.shard is None else f"shard {damage.shard}: "
         say(f"prepare: {split} {shard}{damage.what}; mended")
 
 
 def part_of(shards: list[int], part: int, parts: int) -> list[int]:
-    """The shards that process `part` (from 1) of `parts` is to capture: every parts-th."""
+    """Return every parts-th shard: those that process `part` (from 1) of `parts` captures."""
     return [shard for shard in shards if shard % parts == part - 1]
 
 
 @contextmanager
 def disk_errors(where: str, writer: CacheWriter | None = None) -> Iterator[None]:
-    """A full or read-only disk as one sentence; what is committed stays."""
+    """Report a full or read-only disk as one sentence; committed shards stay."""
     try:
         yield
     except OSError as error:

@@ -1,21 +1,23 @@
-"""The capture on a Ray cluster: an actor a GPU, each owning whole shards.
+"""Capture on a Ray cluster: one actor per GPU, each of which computes whole shards.
 
-Ray Core, not Ray Data: the unit of work is a shard number, what an actor makes of it goes to
-storage and not through Ray, and no actor is told more than the parameters. Ray schedules, restarts
-a lost actor and repeats its task; the store makes that safe, since a shard exists once its marker
-is committed, and a repeated shard is only confirmed or written again with the same bytes.
+This uses Ray Core rather than Ray Data: the unit of work is a shard number, an actor writes its
+result to storage and not through Ray, and an actor receives only the parameters. Ray schedules the
+tasks, restarts a lost actor and repeats its task. The store makes that safe, since a shard exists
+once its marker is committed, and a repeated shard is only confirmed or written again with the same
+bytes.
 
-The cluster is the one that RAY_ADDRESS names (as for any Ray program), else one is started on this
-machine and stopped at the end. Every machine needs Decant, and teacher, corpus and cache under the
-same paths or URLs. Of the driver nothing is asked but the corpus: the first actor creates, checks
-or repairs the cache before the others start, so only it counts the rank table.
+The cluster is the one that RAY_ADDRESS names (as for any Ray program); otherwise one is started on
+this machine and stopped at the end. Every machine needs Decant, and teacher, corpus and cache under
+the same paths or URLs. The driver only needs the corpus: the first actor creates, checks or repairs
+the cache before the others start, so only it counts the rank table.
 
-An actor whose machine is lost waits for another with a free GPU, and its shards with it. Where none
-comes, Ctrl-C and the same command go on with the machines that are left.
+An actor whose machine is lost waits, with its shards, for another machine with a free GPU. If none
+appears, stop with Ctrl-C; the same command continues on the machines that are left.
 
-Same bytes: a shard computed by an actor equals one computed by the local engine on the same kind of
-machine. On CPU an actor takes its share of the cores, and the number of threads may change how a
-large matrix product is summed, hence its last bit; the fingerprint does not tell processors apart.
+The bytes are the same: a shard computed by an actor equals one computed by the local engine on the
+same kind of machine. On a CPU an actor takes its share of the cores, and the number of threads may
+change the order in which a large matrix product is summed, hence its last bit; the fingerprint does
+not tell processors apart.
 """
 
 from __future__ import annotations
@@ -45,25 +47,25 @@ from pipeline.runtime.console import announce, progress_bar
 from pipeline.runtime.optional import import_ray
 from pipeline.store.check import Damage
 
-# A shard that kills its actor each time (memory) must come to an end. Its tries are not what is
-# bounded: Ray uses up several before it knows that a machine is lost.
-_RESTARTS = 10  # of an actor
+# A shard that kills its actor every time (for lack of memory) must eventually fail. The limit is
+# not on a task's tries, because Ray uses up several before it knows that a machine is lost.
+_RESTARTS = 10  # per actor
 _TASKS_PER_ACTOR = 2  # one shard is compressed and written while the teacher works on the next
 
 
 def capture_on_ray(
     params: Params, *, actors: int | None = None, overwrite: bool = False, repair: bool = False
 ) -> list[CaptureResult]:
-    """Capture what is missing of each split on a Ray cluster.
+    """Capture the missing shards of each split on a Ray cluster.
 
-    Committed shards stay, whatever ends this call: an error, Ctrl-C, the loss of the cluster.
+    Committed shards stay, whatever ends this call: an error, Ctrl-C, or the loss of the cluster.
 
     Args:
-        actors: None for one a GPU of the cluster, or a single one where there is no GPU.
+        actors: None means one per GPU of the cluster, or a single one if there is no GPU.
 
     Raises:
-        DecantError: as the local engine; or Ray is not installed, not reached, or lost.
-        ParamsError: more actors than the cluster has GPUs (without GPUs: processors).
+        DecantError: as for the local engine; or Ray is not installed, not reachable, or lost.
+        ParamsError: there are more actors than GPUs in the cluster (without GPUs: processors).
     """
     ray = import_ray()
     with lock_cache(params), _cluster(ray), _errors_unwrapped(ray):
@@ -87,7 +89,7 @@ def capture_on_ray(
 
 @dataclass(frozen=True, kw_only=True)
 class Outstanding:
-    """What is left to capture of a split."""
+    """The shards of a split that are still to be captured."""
 
     split: str
     num_shards: int
@@ -99,34 +101,34 @@ class Outstanding:
 class CaptureActor:
     """One process on one device: the teacher, and the captures of all splits.
 
-    Nothing is loaded before the first call, so that an error leaves through that call. Calls come
-    from several threads.
+    Nothing is loaded before the first call, so that an error is raised by that call. Several
+    threads make calls.
 
     Args:
-        params: with absolute paths.
-        threads: for PyTorch, on a CPU.
+        params: parameters with absolute paths.
+        threads: number of PyTorch threads on a CPU; None leaves it as it is.
     """
 
     def __init__(self, params: Params, threads: int | None) -> None:
-        if threads is not None:  # Ray allows itself one
+        if threads is not None:  # Ray's default is one
             torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._params = params
         self._captures: dict[str, Capture] = {}
-        self._turn = threading.Lock()  # to load or to use the teacher
+        self._turn = threading.Lock()  # held while the teacher is loaded or used
 
     def open(self, *, overwrite: bool = False, repair: bool = False) -> list[Outstanding]:
-        """Create, continue or repair the cache, and list what is missing."""
+        """Create, continue or repair the cache, and list the missing shards."""
         with self._turn:
             captures = open_captures(self._params, overwrite=overwrite, repair=repair)
             self._captures = {capture.corpus.split: capture for capture in captures}
         return [_outstanding(capture) for capture in captures]
 
     def capture_shard(self, split: str, shard: int) -> int:
-        """Compute and commit one shard; returns its number of tokens."""
-        if split not in self._captures:  # any actor but the first, or one that was restarted
+        """Compute and commit one shard; return its number of tokens."""
+        if split not in self._captures:  # any actor but the first, or a restarted one
             self._open_once()
         capture = self._captures[split]
-        if not capture.writer.is_committed(shard):  # unless lost between marker and answer
+        if not capture.writer.is_committed(shard):  # it is if an actor was lost before it answered
             with self._turn:
                 topk, tokens_sha256 = capture.compute(shard)
             with disk_errors("", capture.writer):
@@ -165,7 +167,7 @@ def _distribute(ray: Any, crew: list[Any], todo: list[Outstanding]) -> None:
 
 
 def _start_actors(ray: Any, params: Params, actors: int | None) -> list[Any]:
-    """Actors on the cluster's GPUs, or its processors."""
+    """Start actors on the cluster's GPUs, or on its processors."""
     resources = ray.cluster_resources()
     cpus = int(resources.get("CPU", 0))
     gpus = int(resources.get("GPU", 0)) if params.device != "cpu" else 0
@@ -188,7 +190,7 @@ def _start_actors(ray: Any, params: Params, actors: int | None) -> list[Any]:
 
 
 def _with_absolute_paths(params: Params) -> Params:
-    """An actor's working folder is not the driver's."""
+    """Make all paths absolute, since an actor's working folder is not the driver's."""
     paths = {
         name: value.absolute() if isinstance(value, Path) else value for name, value in params.paths
     }
@@ -197,13 +199,13 @@ def _with_absolute_paths(params: Params) -> Params:
 
 @contextmanager
 def _cluster(ray: Any) -> Iterator[None]:
-    """A connection to the cluster that RAY_ADDRESS names, or a cluster of our own.
+    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine.
 
-    Actors end with it, whatever they are at.
+    The actors end with the connection, whatever they are doing.
     """
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # another version, a bad address
+    except (ConnectionError, RuntimeError, ValueError) as error:  # other version, or bad address
         reason = " ".join(str(error).split())[:200]
         raise DecantError(
             f"no Ray cluster was reached ({reason}): check RAY_ADDRESS, or unset it to capture on "
@@ -217,7 +219,7 @@ def _cluster(ray: Any) -> Iterator[None]:
 
 @contextmanager
 def _errors_unwrapped(ray: Any) -> Iterator[None]:
-    """An actor's error as it was raised there; a loss that Ray could not mend as one sentence."""
+    """Re-raise an actor's own error; report a loss that Ray cannot repair as one sentence."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:

@@ -1,14 +1,14 @@
-"""What all stages share: --params, --set, errors as one sentence, Ctrl-C.
+"""The parts that all stages share: --params, --set, errors as one sentence, Ctrl-C.
 
-A stage is a click command that receives checked `Params` first:
+A stage is a click command whose first argument is the validated `Params`:
 
     @stage
     def main(params: Params) -> None:
         from pipeline.data.corpus import build_corpus
         ...
 
-It imports what it runs inside its functions, so that --help and a mistake among the parameters need
-not wait for PyTorch and its like (tests/test_stages.py names them).
+A stage imports the code that it runs inside its functions, so that --help and errors in parameters
+do not wait for PyTorch and other slow imports (tests/test_stages.py names them).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _INTERRUPTED = 130
 
 
 def stage(function: Callable[..., None]) -> click.Command:
-    """Make a function (params, **options) a command; its docstring is the help text.
+    """Turn a function (params, **options) into a command; its docstring is the help text.
 
-    Exit status: 0 done, 1 failed, 2 the request was wrong, 130 interrupted.
+    The exit status is 0 for success, 1 for failure, 2 for a wrong request, 130 for an interrupt.
     """
 
     @click.option(
@@ -82,7 +82,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
 
 def writes(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a stage run only while no other process writes `paths.<name>`; stands below `@stage`."""
+    """Let a stage run only if no other process writes `paths.<name>`; goes below `@stage`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -98,7 +98,7 @@ def writes(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def _flushed(work: Callable[[], None]) -> None:
-    """Run it and empty standard output here, where the absence of a reader is no traceback yet."""
+    """Run a function, then flush standard output while a missing reader can still be handled."""
     try:
         work()
     except SystemExit:
@@ -108,7 +108,7 @@ def _flushed(work: Callable[[], None]) -> None:
 
 
 def _mend_streams() -> None:
-    """Print what an encoding lacks as an escape, and nowhere where there is no stream at all."""
+    """Escape characters that the encoding lacks; discard output if there is no stream at all."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -118,7 +118,7 @@ def _mend_streams() -> None:
 
 
 def _has_no_reader() -> bool:
-    """Whether standard output is a pipe whose reader has gone; what waits in it is then dropped."""
+    """Return whether standard output is a pipe without a reader; if so, drop its pending output."""
     try:
         descriptor = sys.stdout.fileno()
         waiter = select.poll()

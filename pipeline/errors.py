@@ -1,9 +1,9 @@
 """The one exception that reaches a user as a sentence instead of a traceback.
 
-Whatever a user can cause and cure (a bad parameter, an absent cache, a full disk) is raised as
-`DecantError`, whose message is one sentence naming the value, the limit and the remedy. Every
-other exception is a defect of ours and keeps its traceback; that is why plain `ValueError`, which
-torch and zarr raise too, is not caught by the stages.
+Everything that a user can cause and fix (a bad parameter, a missing cache, a full disk) is raised
+as `DecantError`. Its message is one sentence that names the value, the limit and the remedy. Every
+other exception is a bug in Decant and keeps its traceback. That is why the stages do not catch
+plain `ValueError`, which torch and zarr raise too.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _ACCIDENTS = {
 
 
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers, which are written in Rust, name the system's error."""
+"""The form in which safetensors and tokenizers, written in Rust, report a system error."""
 
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
-"""How NumPy's tofile and torch.save say that a disk took less than they gave."""
+"""The form in which NumPy's tofile and torch.save report a write that was cut short."""
 
 _UNPRINTABLE = re.compile(
     r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Control characters but tab and newline, those that reverse the order of text, and surrogates."""
+"""Control characters other than tab and newline, bidirectional overrides, and surrogates."""
 
 _LONGEST = 150  # characters of a value in a message
 _shortened = reprlib.Repr()
@@ -50,17 +50,17 @@ _shortened.maxlevel = 3
 
 
 def accident(error: BaseException) -> str | None:
-    """Describe a disk error for the user; None where it may as well be a defect of ours."""
+    """Describe a disk error for the user; None if the error may be a bug in Decant."""
     return _ACCIDENTS.get(_number(error))
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk, a quota or a file has no more room."""
+    """Return whether an error means that a disk, a quota or a file has no more room."""
     return _number(error) in _FULL
 
 
 def place_of(error: BaseException) -> str:
-    """The path that a disk error is about: of a copy, the file that was being written."""
+    """Return the path that a disk error is about; for a copy, the file that was being written."""
     names = (getattr(error, "filename2", None), getattr(error, "filename", None))
     return next((str(name) for name in names if name is not None), "")
 
@@ -75,39 +75,39 @@ def _number(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    r"""Text of others, safe to print: what a terminal would obey is escaped, as in \x1b[2J.
+    r"""Make foreign text safe to print: escape what a terminal would obey, for example \x1b[2J.
 
-    Generated text, documents, file names and what error messages quote of them go through this
-    before they are printed. Newlines, tabs and all printable Unicode stay as they are.
+    Generated text, documents, file names and quotations of them in error messages pass through this
+    function before they are printed. Newlines, tabs and all printable Unicode are kept.
     """
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def shortened(value: object) -> str:
-    """A value for a message: its repr, bounded in length and in depth."""
+    """Return a value's repr for a message, limited in length and depth."""
     text = _shortened.repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class DecantError(ValueError):
-    """A mistake or an accident outside the program; the message says what to do about it.
+    """An error with a cause outside the program; the message says what to do about it.
 
     Attributes:
-        exit_code: 1 when the work failed or a check did not pass, 2 when the request itself was
-            wrong (parameters, flags).
+        exit_code: 1 if the work failed or a check did not pass, 2 if the request itself was wrong
+            (parameters, flags).
     """
 
     exit_code = 1
 
 
 class ParamsError(DecantError):
-    """A parameter is missing, unknown or out of range; raised where it enters."""
+    """A parameter is missing, unknown or out of range; raised as soon as it is read."""
 
     exit_code = 2
 
 
 class OtherRankError(DecantError):
-    """Another rank failed and says why; this one ends with its status, without words."""
+    """Another rank failed and reports why; this rank exits with the same status, silently."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("another rank failed")
@@ -115,4 +115,4 @@ class OtherRankError(DecantError):
 
 
 class MismatchError(DecantError):
-    """Two artefacts that must belong together do not (cache and corpus, cache and teacher)."""
+    """Two artefacts that must belong together do not, for example cache and corpus or teacher."""

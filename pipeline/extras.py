@@ -1,7 +1,7 @@
-"""The extras of pyproject.toml: packages that are imported when something needs them.
+"""The extras of pyproject.toml: packages that are imported only when something needs them.
 
 Decant is installed from its own folder. The package index has another project of the same name, so
-no message may tell a user to install `decant` by name; tests/test_extras.py looks for that.
+no message may tell a user to install `decant` by name; tests/test_extras.py checks this.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipeline.errors import DecantError
 
 
 def install_hint(extra: str) -> str:
-    """How to install one extra, to be put after a colon in a message."""
+    """Return how to install one extra, as text to put after a colon in a message."""
     return f"install it by `pip install -e '.[{extra}]'` in Decant's folder"
 
 
@@ -21,13 +21,13 @@ def require(package: str, extra: str, user: str, *, instead: str = "") -> Any:
     """Import a package that an extra installs.
 
     Args:
-        package: as it is imported.
-        extra: its name in pyproject.toml.
-        user: what needs the package, the subject of the message.
+        package: name under which the package is imported.
+        extra: name of the extra in pyproject.toml.
+        user: subject of the message, which needs the package.
         instead: another remedy, appended to the message.
 
     Raises:
-        DecantError: it is not installed, or its own import fails.
+        DecantError: the package is not installed, or its own import fails.
     """
     try:
         return import_module(package)

@@ -1,6 +1,6 @@
-"""Pictures as SVG by matplotlib, in one style for the report's page and for files of their own.
+"""Figures as SVG by matplotlib, in one style for the report's page and for separate files.
 
-matplotlib is optional and takes a second to import, so it is imported when a picture is drawn.
+matplotlib is optional and takes a second to import, so it is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.extras import require
 
 INK = "#010203"  # stands for the colour of the surrounding text until the SVG is written
 SERIES = ("#8c2f4a", "#b0761f", "#566b82", "#2e7d6b", "#7a5ea8", "#8a5a44")
-"""Colours of lines, on a light ground; a page may set its own as --series-1, --series-2, ..."""
+"""Line colours on a light background; a page may set its own as --series-1, --series-2, ..."""
 _PANEL_INCHES = (5.2, 3.1)
 
 
@@ -27,14 +27,15 @@ def draw_svg(
     inches: tuple[float, float] | None = None,
     alt: str = "",
 ) -> str:
-    """An SVG element whose ink is the colour of the text about it; black in a file of its own.
+    """Draw an SVG element in the colour of the surrounding text, or in black in a separate file.
 
     Args:
-        panels: each draws into the matplotlib axes it is given; they stand side by side.
-        background: what lies behind them, a colour of matplotlib's; "none" for a picture within a
-            page, whose colours it takes.
-        inches: width and height of one panel; None for the usual size.
-        alt: what is to be seen, in words, for those who do not see it.
+        panels: functions that each draw into the given matplotlib axes; they are placed side by
+            side.
+        background: background colour, as matplotlib names it; "none" for a figure within a page,
+            which takes the page's colours.
+        inches: width and height of one panel; None for the default size.
+        alt: description of the figure for readers who cannot see it.
 
     Raises:
         DecantError: matplotlib is not installed.
@@ -44,7 +45,7 @@ def draw_svg(
 
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": "decant",  # the same input makes the same file
+        "svg.hashsalt": "decant",  # so that the same input gives the same file
         "text.parse_math": False,  # a run may be called a$b$
         "font.family": "sans-serif",
         "font.size": 9,
@@ -75,7 +76,7 @@ def draw_svg(
 
 
 def _for_a_page(svg: str, alt: str) -> str:
-    """Ids that no other picture of the page has, the page's colours, and words for a reader."""
+    """Adapt an SVG to a page: unique ids, the page's colours, and a description."""
     own = f"i{zlib.crc32(svg.encode()):08x}-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}", svg)
     for number, colour in enumerate(SERIES, start=1):

@@ -1,7 +1,7 @@
-"""Durable files: complete under their name, or not there at all.
+"""Durable files: complete under their final name, or not there at all.
 
-Everything a stage leaves behind is written beside its place, synced, and renamed, so that a crash
-or a full disk never leaves something half-written that could be taken for whole.
+Every file that a stage writes is first written beside its final place, synced, and then renamed, so
+that a crash or a full disk never leaves a half-written file that could be taken for a complete one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.errors import DecantError
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's data, or a folder's entries, are on the disk."""
+    """Wait until a file's data, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,17 +29,17 @@ def fsync(path: Path) -> None:
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Write a file atomically and durably; its folder is made if need be."""
+    """Write a file atomically and durably; create its folder if necessary."""
     with _written_beside(file, data) as partial:
         partial.replace(file)
     fsync(file.parent)
 
 
 def create_bytes(file: Path, data: bytes) -> bool:
-    """`write_bytes`, unless the file exists: of several who try at once, one gets True."""
+    """Write like `write_bytes`, unless the file exists; if several try at once, one gets True."""
     with _written_beside(file, data) as partial:
         try:
-            _link(partial, file)  # unlike rename, fails where the name is taken
+            _link(partial, file)  # unlike rename, this fails if the name is taken
         except FileExistsError:
             return False
     fsync(file.parent)
@@ -47,7 +47,7 @@ def create_bytes(file: Path, data: bytes) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, durably: a new name is on the disk before it is used."""
+    """Create a folder and its parents durably: each name is on disk before it is used."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -55,22 +55,22 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """Write text as UTF-8, as `write_bytes` does."""
     write_bytes(file, text.encode())
 
 
 def write_json(file: Path, content: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Write content as indented JSON, as `write_text` does."""
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def open_file(file: Path) -> BinaryIO:
-    """Open a file to read bytes; of a pipe or a device, from which reading may never end, refuse.
+    """Open a file for reading bytes; refuse a pipe or a device, as reading it may never end.
 
     Raises:
-        DecantError: it is something else than a file.
+        DecantError: the path is not a regular file.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         os.close(descriptor)
@@ -81,7 +81,7 @@ def open_file(file: Path) -> BinaryIO:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file, for whoever does without.
+    """Read a JSON object; empty if there is no file, for callers that can do without.
 
     Raises:
         DecantError: the file is damaged.
@@ -106,9 +106,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _written_beside(file: Path, data: bytes) -> Iterator[Path]:
-    """The data, synced, in a file beside `file`; gone after the block unless moved.
+    """Yield a synced file with the data, beside `file`; it is removed at the end unless moved.
 
-    It has a name of its own, since two processes may write the same file at once.
+    It has a unique name, since two processes may write the same file at once.
     """
     make_folder(file.parent)
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.partial")
@@ -123,7 +123,7 @@ def _written_beside(file: Path, data: bytes) -> Iterator[Path]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link; on file systems without them a copy, which readers may see half-written."""
+    """Make a hard link; where the file system has none, a copy, which readers may see partial."""
     try:
         os.link(source, target)
     except FileExistsError:

@@ -1,13 +1,13 @@
-"""Which token comes next: greedy or drawn, over a KV cache, for rows of different lengths.
+"""Choose the next tokens, greedily or by drawing, over a KV cache, for rows of different lengths.
 
-A step is: the model's logits at the last position, in float32 -> repetition penalty -> temperature
--> top-k -> top-p -> softmax -> one draw; greedy takes the largest after the penalty. These are
-Hugging Face's filters in Hugging Face's order (`_get_logits_processor` in its generation/utils.py),
-drawn by the same `torch.multinomial`, so that the same seed gives the same tokens
-(tests/test_generation.py). One thing is left out of theirs: padding is not text, so the
-repetition penalty does not look at it, and a row comes out as it would alone.
+The steps are: the model's logits at the last position, in float32 -> repetition penalty ->
+temperature -> top-k -> top-p -> softmax -> one draw. Greedy decoding takes the largest logit after
+the penalty. These are Hugging Face's filters in Hugging Face's order (`_get_logits_processor` in
+its generation/utils.py), drawn by the same `torch.multinomial`, so the same seed gives the same
+tokens (tests/test_generation.py). There is one difference: padding is not text, so the repetition
+penalty ignores it, and the result for a row is the same as for the row alone.
 
-Text in and out is `pipeline/text_generator.py`'s.
+`pipeline/text_generator.py` converts text to tokens and back.
 
 Shapes: B batch, L padded prompt, T tokens so far, V vocabulary rows.
 """
@@ -26,24 +26,24 @@ from pipeline.model.kv_cache import KVCache
 from pipeline.model.student import StudentModel
 
 ENDED = -1
-"""Stands for the next token of a row whose text has ended."""
+"""The value in place of the next token for a row that has ended."""
 
 _COLDEST = 0.01
-"""Below, logits / temperature may leave float32, and nothing but the greedy token is drawn."""
+"""Below this, logits / temperature may overflow float32, and only the greedy token is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How tokens are chosen; None is for what nobody chose, which is off.
+    """The settings for choosing tokens; None means that a setting was not given, and is off.
 
     Attributes:
-        max_new_tokens: at most so many a text, at least 1.
-        temperature: logits are divided by it; 0 is greedy, and top_k and top_p then play no part.
-        top_k: only so many most probable ids may be drawn; 0 for all.
-        top_p: only the most probable ids that hold this share of the mass; 1 for all.
-        repetition_penalty: logits of ids that the text holds already lose by it; 1 for none.
+        max_new_tokens: maximum number of new tokens per text, at least 1.
+        temperature: logits are divided by it; 0 is greedy, and top_k and top_p then have no effect.
+        top_k: number of most probable ids that may be drawn; 0 for all.
+        top_p: share of the mass held by the most probable ids that may be drawn; 1 for all.
+        repetition_penalty: factor that lowers the logits of ids already in the text; 1 for none.
         eos_ids: ids that end a text; empty for none.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     max_new_tokens: int = 128
@@ -74,39 +74,39 @@ class GenerationSettings:
 
 
 def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Logits [B, V] of ids [B, T] divided by the penalty if positive, else multiplied by it.
+    """Divide logits [B, V] of ids [B, T] by the penalty if positive, else multiply them by it.
 
-    Keskar et al. 2019, section 4.1, made sign-aware as in Hugging Face: dividing a negative logit
-    would reward it. An id that repeats is penalised once.
+    This is Keskar et al. 2019, section 4.1, made sign-aware as in Hugging Face, since dividing a
+    negative logit would reward it. An id that occurs several times is penalised once.
     """
     seen = logits.gather(1, ids)
     return logits.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits [B, V], -inf below the k-th largest of each row (Fan et al. 2018, section 5.4)."""
+    """Set logits [B, V] below each row's k-th largest to -inf (Fan et al. 2018, section 5.4)."""
     smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits [B, V], -inf outside the smallest set of ids that holds the mass p.
+    """Set logits [B, V] outside the smallest set of ids that holds the mass p to -inf.
 
-    The nucleus (Holtzman et al. 2020, eq. 2): an id stays while those more probable hold less than
-    p. The most probable always stays.
+    This set is the nucleus (Holtzman et al. 2020, eq. 2): an id stays if the more probable ids hold
+    less than p. The most probable id always stays.
     """
     rising, order = logits.sort()
-    outside = rising.softmax(-1).cumsum(-1) <= 1 - p  # from the least probable on, as Hugging Face
+    outside = rising.softmax(-1).cumsum(-1) <= 1 - p  # from the least probable on, like HF
     outside[:, -1] = False
     return logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
 
 
 def filter_logits(logits: Tensor, ids: Tensor, settings: GenerationSettings) -> Tensor:
-    """The logits [B, V] that are drawn from; -inf for what may not be.
+    """Return the logits [B, V] to draw from; -inf for ids that may not be drawn.
 
     Args:
         logits: float32 [B, V].
-        ids: int64 [B, T], the text so far; padding repeats an id of its own row.
+        ids: int64 [B, T], the text so far; padding repeats an id from its own row.
     """
     if settings.repetition_penalty not in (None, 1.0):
         assert settings.repetition_penalty is not None
@@ -125,7 +125,7 @@ def filter_logits(logits: Tensor, ids: Tensor, settings: GenerationSettings) -> 
 def choose(
     logits: Tensor, ids: Tensor, settings: GenerationSettings, draws: torch.Generator
 ) -> Tensor:
-    """The next token of each row, int64 [B]."""
+    """Choose the next token of each row, int64 [B]."""
     logits = filter_logits(logits.float(), ids, settings)
     if not settings.temperature:
         return logits.argmax(-1)
@@ -133,10 +133,10 @@ def choose(
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as int64 [B, L] and a mask [B, L], False at padding.
+    """Pad prompts to int64 [B, L]; also return a mask [B, L], False at padding.
 
-    Padding repeats the row's first token, so that no padding token is needed and none is ever
-    taken for text by the repetition penalty.
+    Padding repeats the row's first token, so no padding token is needed, and the repetition penalty
+    never takes one for text.
     """
     longest = max(map(len, prompts))
     padded = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -151,28 +151,29 @@ def decode_steps(
     draws: torch.Generator | None = None,
     ends: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """The next token of every row, int64 [B] on the CPU, a step at a time; ENDED behind an eos.
+    """Yield the next token of every row, int64 [B] on the CPU, step by step; ENDED after an eos.
 
-    Stops after `max_new_tokens` steps, or once all rows have ended. An eos is yielded.
+    It stops after `max_new_tokens` steps, or once all rows have ended. The eos itself is yielded.
 
     Args:
-        student: in evaluation mode.
-        prompts: token ids, none empty, of any lengths.
-        settings: what is None is off: greedy, no filters, no eos.
-        draws: where chance comes from, on the model's device; None starts one at settings.seed.
-        ends: is shown each step and says whose text it ends, bool [B] on the CPU. Then rows that
-            have ended leave the batch and cost no more; without, they stay and are drawn for, as
-            in Hugging Face's generate, whose draws for the others would else differ.
+        student: model in evaluation mode.
+        prompts: token ids of the prompts, of any lengths, none empty.
+        settings: a setting that is None is off: greedy, no filters, no eos.
+        draws: random generator on the model's device; None starts one with settings.seed.
+        ends: function that gets each step and returns which texts it ends, bool [B] on the CPU. If
+            given, rows that have ended leave the batch and cost nothing more. Otherwise they stay
+            and tokens are drawn for them, as in Hugging Face's generate; without this, the draws
+            for the other rows would differ from it.
     """
     device = student.head_weight.device
     tokens, real = pad_left(prompts, device)
     (num_rows, prompt_len), most = tokens.shape, settings.max_new_tokens
-    cache = student.new_cache(num_rows, prompt_len + most - 1, real)  # the last is never read
+    cache = student.new_cache(num_rows, prompt_len + most - 1, real)  # the last token is never read
     ids = torch.cat((tokens, tokens.new_zeros(num_rows, most)), 1)
     draws = draws or torch.Generator(device).manual_seed(settings.seed)
     eos = torch.tensor(settings.eos_ids or (), dtype=torch.int64, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    rows = torch.arange(num_rows)  # those in the batch
+    rows = torch.arange(num_rows)  # the rows still in the batch
     logits = _prefill(student, tokens, cache)
     read = DecodeStep(student, cache)
     for end in range(prompt_len, prompt_len + most):
@@ -197,9 +198,10 @@ def decode_steps(
 
 @torch.inference_mode()
 def _prefill(student: StudentModel, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Read the prompts [B, L]; logits [B, V] of what follows, the head at the last position only.
+    """Read the prompts [B, L]; return the logits [B, V] of the next token.
 
-    A whole prompt's logits would be L x V numbers, of which one row is looked at.
+    The head is applied to the last position only: the logits of a whole prompt would be L x V
+    numbers, of which only one row is needed.
     """
     last = student.hidden_states(tokens, cache=cache)[:, -1]
     logits: Tensor = student.lm_head(last)
@@ -212,7 +214,7 @@ def generate_ids(
     settings: GenerationSettings,
     draws: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, a closing eos included; see `decode_steps`."""
+    """Return the new tokens of each prompt, with a closing eos; see `decode_steps`."""
     texts: list[list[int]] = [[] for _ in prompts]
     for step in decode_steps(student, prompts, settings, draws):
         for text, token in zip(texts, step.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Hashes of files that may be large, read again only when they have changed."""
+"""Hashes of files that may be large; a file is read again only when it has changed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from pathlib import Path
 from pipeline.files import read_json_object, write_json
 
 SEEN = ".seen.json"
-"""Beside what was made of files: their sizes, times of change and hashes. DVC ignores it."""
+"""File beside an output that records its sources' sizes, modification times and hashes.
+
+DVC ignores it.
+"""
 
 
 def hash_file(file: Path) -> str:
-    """sha256, in hexadecimal."""
+    """Return a file's sha256 in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_changed(files: Iterable[Path], seen: Path | None) -> dict[str, str]:
-    """sha256 of each file, by its path.
+    """Return the sha256 of each file, by its path.
 
     Args:
-        seen: what was found the last time; a file of the same size and time of change is not read
-            again, as by DVC and git. It is brought up to date. None: all are read.
+        seen: file that records the last results, and is updated. A file with the same size and
+            modification time is not read again, as in DVC and git. None reads all files.
     """
     before = read_json_object(seen) if seen else {}
     now: dict[str, list[object]] = {}

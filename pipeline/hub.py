@@ -1,4 +1,4 @@
-"""Revisions of repositories on the Hugging Face hub, by the commit that they name."""
+"""Resolve revisions of repositories on the Hugging Face hub to commits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def commit_of(
     hub_id: str, revision: str, *, kind: str, named: str, otherwise: str | None = None
 ) -> str:
-    """The commit that a revision names: itself, or what the hub says of a branch or tag now.
+    """Return the commit that a revision names.
+
+    A commit names itself; the hub is asked for the current commit of a branch or tag.
 
     Args:
         kind: "model" or "dataset".
         named: the parameter that holds `revision`, for the error.
-        otherwise: what the revision was the last time, taken where the hub cannot be reached.
+        otherwise: the commit found the last time, returned if the hub cannot be reached.
 
     Raises:
         DecantError: the hub cannot be reached, or has no such revision.
@@ -33,7 +35,7 @@ def commit_of(
 
     try:
         return str(HfApi().repo_info(hub_id, revision=revision, repo_type=kind).sha)
-    except Exception as error:  # HTTP, SSL and offline mode of several libraries
+    except Exception as error:  # several libraries raise their own for HTTP, SSL and offline mode
         refused = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
         if otherwise is not None and not isinstance(error, refused):
             return otherwise

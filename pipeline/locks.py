@@ -1,9 +1,9 @@
-"""One process at a time in a folder: a lock beside it that dies with the process.
+"""Allow one process at a time in a folder, by a lock beside it that ends with the process.
 
-The lock is flock's on the file `.NAME.lock` beside the folder, not in it, since what DVC tracks
-must not hold a process number. The system releases it however the process ends, so that the file
-which a killed process leaves is in nobody's way. On Linux, flock works over NFS, too; where a file
-system has no locks the work goes on without one.
+The lock is a flock on the file `.NAME.lock`. The file lies beside the folder, not in it, since a
+folder that DVC tracks must not contain a process number. The operating system releases the lock
+however the process ends, so a file left by a killed process blocks nobody. On Linux, flock also
+works over NFS; if a file system has no locks, the work continues without one.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pipeline.errors import DecantError
 from pipeline.files import make_folder
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_TRIES, _PAUSE = 20, 0.05  # of parts that start together: one has the lock alone for a moment
+_TRIES, _PAUSE = 20, 0.05  # for parts that start together: one has the lock alone for a moment
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
 def lock_folder(folder: Path, remedy: str, *, part: int = 1, parts: int = 1) -> Iterator[None]:
-    """Hold a folder, there or not yet, while the block runs.
+    """Lock a folder, which need not exist yet, while the block runs.
 
     Args:
         remedy: what the user of a second process can do besides waiting.
-        part, parts: the process is one of several that fill the folder together. Another one with
-            the same part, or of another number of parts, is refused.
+        part, parts: the process is one of several that fill the folder together. A process with
+            the same part, or with a different number of parts, is refused.
 
     Raises:
-        DecantError: another process holds it, which is named.
+        DecantError: another process holds the lock; the message names it.
     """
-    folder = folder.resolve()  # of a link, the folder itself
+    folder = folder.resolve()  # for a link, lock the folder that it points to
     with ExitStack() as stack:
         if parts > 1:
             about = f"as a part of {parts}"
@@ -61,7 +61,7 @@ def _hold(
     except OSError as error:
         if error.errno not in (*_NO_LOCKS, *_NOT_WRITABLE):
             raise
-        yield  # what follows says better what cannot be written
+        yield  # the code in the block gives a better message about what cannot be written
         return
     try:
         if alone:
@@ -78,10 +78,10 @@ def _hold(
 
 
 def _lock(file: Path, *, shared: bool) -> tuple[int, bool]:
-    """An open file, locked; whether no other process has it.
+    """Open and lock a file; return its descriptor, and whether no other process holds the lock.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     tries = _TRIES if shared else 1
     while True:
@@ -93,7 +93,7 @@ def _lock(file: Path, *, shared: bool) -> tuple[int, bool]:
                 if _is_at(file, descriptor):
                     stack.pop_all()
                     return descriptor, alone
-                continue  # it was removed meanwhile by the process that had it
+                continue  # the process that held it has removed it meanwhile
         tries -= 1
         if not tries:
             raise BlockingIOError
@@ -116,7 +116,7 @@ def _is_at(file: Path, descriptor: int) -> bool:
 
 
 def _release(file: Path, descriptor: int) -> None:
-    """Remove the file while nobody else has it, so that no litter stays; then let it go."""
+    """Remove the file if nobody else holds it, so that no stale file stays; then release it."""
     with suppress(OSError):
         if _try(descriptor, fcntl.LOCK_EX) and _is_at(file, descriptor):
             file.unlink()
@@ -124,7 +124,7 @@ def _release(file: Path, descriptor: int) -> None:
 
 
 def _said(file: Path) -> tuple[str, str]:
-    """Who holds a lock, and as what."""
+    """Return the process that holds a lock, and the part it works on."""
     try:
         who, _, about = file.read_text(errors="replace").partition("\n")
     except OSError:

@@ -1,7 +1,7 @@
-"""Models as a stage's flags name them: `--run NAME` under paths.runs, `--model NAME=FOLDER`.
+"""Models named by a stage's flags: `--run NAME` under paths.runs, `--model NAME=FOLDER`.
 
-A name becomes a folder's: of the run, or of what is written about the model. So it is one word, by
-one rule in all stages: a path could lead out of the place where the name is looked up.
+A name becomes the name of a folder: of the run, or of the output about the model. Therefore all
+stages require a single word, since a path could lead outside the place where the name is looked up.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pipeline.storage import MARK, find_damage
 
 
 def run_folder(runs: Path, name: str) -> Path:
-    """The folder of a run, there or not.
+    """Return the folder of a run, which need not exist.
 
     Raises:
-        ParamsError: the name is no folder's in `runs`.
+        ParamsError: the name cannot be the name of one folder in `runs`.
     """
     if not _is_one_word(name):
         raise ParamsError(f"--run {name!r} is not the name of one folder in {runs}: give a word")
@@ -27,20 +27,21 @@ def run_folder(runs: Path, name: str) -> Path:
 
 
 def run_model(runs: Path, name: str) -> Path:
-    """The model folder of a run.
+    """Return the model folder of a run.
 
     Raises:
-        ParamsError: as run_folder.
-        DecantError: the run has left no model.
+        ParamsError: see run_folder.
+        DecantError: the run has no model.
     """
     command = f"run stages/train.py --run {name}"
     return require_model(run_folder(runs, name) / "model", f"{command} first", f"{command} again")
 
 
 def is_of_run(runs: Path, name: str, model_sha256: object) -> bool:
-    """Whether a result, by the hash of the model it was measured on, is of the run's model now.
+    """Return whether a result was measured on the run's current model.
 
-    True, too, where no run of that name has a model: then another folder was measured.
+    The hash of the model that was measured decides. The result is also True if no run of that name
+    has a model, since then another folder was measured.
     """
     model = runs / name / "model"
     is_run = _is_one_word(name) and (model / "config.json").exists()
@@ -52,13 +53,14 @@ def require_model(
     remedy: str = "name a model folder by --model",
     repair: str = "make it again by the stage that wrote it",
 ) -> Path:
-    """The folder, each of its files as the stage that wrote it left it.
+    """Return the folder, after checking that its files are as the stage that wrote them left them.
 
     Args:
-        remedy, repair: what to do about an absent one, and a damaged one.
+        remedy: what to do if the model is missing.
+        repair: what to do if the model is damaged.
 
     Raises:
-        DecantError: it holds no config.json, as every model folder does, or is damaged.
+        DecantError: the folder has no config.json, which every model folder has, or is damaged.
     """
     if not (folder / "config.json").is_file():
         raise DecantError(f"{folder} holds no config.json: {remedy}")
@@ -73,15 +75,16 @@ def require_model(
 def name_models(
     paths: Paths, runs: Sequence[str], models: Sequence[str], *, teacher: str | None = None
 ) -> dict[str, Path]:
-    """Model folders by name: the teacher if it is among them, runs, then other folders.
+    """Return model folders by name: the teacher if requested, then runs, then other folders.
 
     Args:
-        runs: values of --run. models: of --model, NAME=FOLDER.
-        teacher: what paths.teacher is called, if it is among them.
+        runs: values of --run.
+        models: values of --model, NAME=FOLDER.
+        teacher: name for the model at paths.teacher; None leaves it out.
 
     Raises:
-        ParamsError: a value of another form, or a name twice.
-        DecantError: a folder that holds no model.
+        ParamsError: a value has another form, or a name occurs twice.
+        DecantError: a folder does not contain a model.
     """
     given = [_parse(text) for text in models]
     names = [run_folder(paths.runs, name).name for name in runs] + [name for name, _ in given]
@@ -108,5 +111,5 @@ def _parse(text: str) -> tuple[str, Path]:
 
 
 def _is_one_word(name: str) -> bool:
-    """Whether a name stays in the folder that it is looked up in: no path, not that folder."""
+    """Return whether a name stays inside its folder: it is no path, nor the folder itself."""
     return name not in ("", ".", "..") and "/" not in name

@@ -1,9 +1,9 @@
-"""Read a params file and apply `--set key=value`, before anything is known of what they mean.
+"""Read a params file and apply `--set key=value`, without any knowledge of what the values mean.
 
-The file is YAML as PyYAML's safe loader reads it, and stricter: a key that stands twice in a
-mapping is refused, since one of the two values would be lost without a word; so are numbers of
-hundreds of digits and aliases that expand to more values than any params file has. Overrides follow
-Hydra's grammar, as in `dvc exp run -S`.
+The file is YAML, read by PyYAML's safe loader with stricter rules. A key that appears twice in a
+mapping is refused, since one of the two values would be lost silently; so are numbers of hundreds
+of digits, and aliases that expand to more values than any params file has. Overrides follow Hydra's
+grammar, as in `dvc exp run -S`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _MAX_OVERRIDE = 10_000  # characters
 
 
 def read_params_file(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The sections of a params file, with overrides applied.
+    """Read the sections of a params file and apply the overrides.
 
     Raises:
-        ParamsError: it cannot be read, or holds no sections; says where.
+        ParamsError: the file cannot be read, or holds no sections; the message says where.
     """
     try:
-        with file.open("rb") as stream:  # a pipe will do, an endless one will not
+        with file.open("rb") as stream:  # the file may be a pipe, but not an endless one
             data = stream.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ParamsError(
@@ -53,10 +53,10 @@ def read_params_file(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
 
 def load_yaml(text: str) -> Any:
-    """One YAML document of plain values.
+    """Parse one YAML document of plain values.
 
     Raises:
-        ValueError: no valid document; the message is part of a sentence and says where.
+        ValueError: the document is not valid; the message is part of a sentence and says where.
     """
     try:
         loader = _Loader(text)
@@ -80,10 +80,10 @@ def load_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, whose every complaint is a YAMLError."""
+    """PyYAML's safe loader, changed to raise only YAMLError."""
 
     def construct_scalar_value(self, node: yaml.ScalarNode) -> Any:
-        """Values that have a tag but not its form, for which PyYAML raises one error or another."""
+        """Construct a scalar; PyYAML raises various errors if a value does not fit its tag."""
         kind = node.tag.rpartition(":")[2]
         if len(node.value) > _MAX_DIGITS:
             raise _error(node, f"a number of {len(node.value):,} digits")
@@ -102,7 +102,7 @@ def _error(node: yaml.Node, what: str) -> yaml.YAMLError:
 
 
 def _require_plain(root: yaml.Node) -> None:
-    """Refuse keys that stand twice, and aliases of very many values or of what they lie in."""
+    """Refuse duplicate keys, and aliases that contain themselves or expand to too many values."""
     counts: dict[int, int] = {}
 
     def count(node: yaml.Node) -> int:
@@ -138,7 +138,7 @@ def _require_distinct(keys: Sequence[yaml.Node]) -> None:
 
 
 def _apply(values: dict[str, Any], text: str) -> None:
-    # Here, since importing them takes longer than all else before a stage's own work.
+    # Imported here, since the imports take longer than everything else before a stage's own work.
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

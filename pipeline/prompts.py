@@ -1,4 +1,4 @@
-"""Prompts from a file, a line each."""
+"""Prompts from a file, one per line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pipeline.errors import ParamsError
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line, or the "prompt" of each line of a .jsonl file; blank lines are skipped.
+    """Read one prompt per line, or the "prompt" of each line of a .jsonl file; skip blank lines.
 
     Raises:
-        ParamsError: no such file, no prompts in it, or a line without one, by its number.
+        ParamsError: the file does not exist, has no prompts, or has a line without one; the message
+            gives the line's number.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and such end no line
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and the like end no line
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
             f"{file} cannot be read as text ({error}): name it by --prompts"

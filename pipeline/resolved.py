@@ -1,10 +1,10 @@
-"""Parameters whose numbers follow from the corpus, as numbers: the one place that computes them.
+"""Compute the parameters that depend on the corpus. This is the only place that does so.
 
-    train.epochs             train.steps = ceil(epochs x training rows / rows of a step)
+    train.epochs             train.steps = ceil(epochs x training rows / rows per step)
     student.vocab_size=auto  the tokenizer's ids, rounded up to a multiple of 64, since matrix
                              products are fastest in whole tiles
 
-A run is identified by the numbers, so that equal runs are equal however they were asked for.
+A run is identified by these numbers, so equal runs are equal however they were requested.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _MULTIPLE = 64
 
 
 def resolve(params: Params, *, train_rows: int, num_ids: int) -> Params:
-    """The same parameters with `train.steps` and `student.vocab_size` as numbers.
+    """Return the same parameters with `train.steps` and `student.vocab_size` as numbers.
 
     Args:
-        train_rows: rows of the corpus's training split.
-        num_ids: ids of its tokenizer, the largest + 1.
+        train_rows: number of rows in the corpus's training split.
+        num_ids: number of ids of its tokenizer: the largest id + 1.
 
     Raises:
         ParamsError: the schedule does not fit into the steps of train.epochs.
@@ -37,7 +37,7 @@ def resolve(params: Params, *, train_rows: int, num_ids: int) -> Params:
 
 
 def padded_vocabulary(num_ids: int) -> int:
-    """The rows that `student.vocab_size=auto` comes to."""
+    """Return the number of rows for `student.vocab_size=auto`."""
     return math.ceil(num_ids / _MULTIPLE) * _MULTIPLE
 
 

@@ -1,15 +1,15 @@
-"""Whole shards of Zarr v3 arrays, encoded and decoded in one call each.
+"""Encode or decode a whole shard of a Zarr v3 array in one call.
 
-Arrays are what any Zarr v3 reader opens: `<array>/zarr.json` by zarr itself, and one object a shard
-at `<array>/c/<shard>/0/0`. The bytes of a shard are made and read here rather than by zarr, since
-a shard is the unit of everything (writing, resuming, reading, checking), and going through zarr's
-general machinery costs more than the decompression. zarr is the plain twin
-(tests/test_sharding.py: both read what the other wrote).
+Any Zarr v3 reader can open the arrays: zarr itself writes `<array>/zarr.json`, and each shard is
+one object at `<array>/c/<shard>/0/0`. This module encodes and decodes the bytes of a shard instead
+of zarr, since a shard is the unit of everything (writing, resuming, reading, checking), and going
+through zarr's general machinery costs more than the decompression. zarr is the plain twin
+(tests/test_sharding.py: each reads what the other wrote).
 
-A shard is its chunks one after another, then the index: per chunk offset and length, uint64
-little-endian, and the crc32c of that table. A chunk is the array's values (the last axis moved to
-the front where the spec says `last_axis_first`), little-endian, through blosc (zstd level 1, byte
-shuffle, blocks of 262,144 bytes), then its crc32c.
+A shard consists of its chunks one after another, then the index: offset and length of each chunk,
+uint64 little-endian, and the crc32c of that table. A chunk consists of the array's values (with the
+last axis moved to the front if the spec says `last_axis_first`), little-endian, compressed by blosc
+(zstd level 1, byte shuffle, blocks of 262,144 bytes), then the crc32c of the compressed bytes.
 """
 
 from __future__ import annotations
@@ -44,28 +44,29 @@ _CRC_BYTES = 4
 
 Kind = TypeVar("Kind")
 Number = Annotated[int, Field(ge=0, le=2**40)]
-"""A count that metadata may give; what is larger is damage, or made to exhaust the memory."""
+"""A count in metadata; a larger one is damage, or meant to exhaust the memory."""
 Size = Annotated[int, Field(ge=1, le=2**40)]
 Length = Annotated[int, Field(ge=1, le=2**24)]
-"""Tokens of a row, or ids of a vocabulary."""
+"""The number of tokens in a row, or of ids in a vocabulary."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Crc = Annotated[int, Field(ge=0, lt=2**32)]
 Entry = tuple[Number, str]
-"""Bytes of an object and its `object_hash`."""
+"""An object's size in bytes and its `object_hash`."""
 
 
 class DamagedError(ValueError):
-    """Bytes that do not hold what their checksums or their form promise."""
+    """Bytes that do not match their checksums or are malformed."""
 
 
 def parse(kind: type[Kind], values: Any, what: str) -> Kind:
-    """JSON values as a dataclass, each of the type that its annotation says.
+    """Convert JSON values to a dataclass, and check that each has its annotated type.
 
-    A checksum says that values are as they were written, not by whom: the types are checked here,
-    for all metadata, so that nothing later meets a list where it counts.
+    A checksum proves that values are as they were written, but not who wrote them. Therefore the
+    types of all metadata are checked here, so that no later code finds a list where it expects a
+    number.
 
     Raises:
-        DamagedError: names the first value that is of another type.
+        DamagedError: a value has another type; the message names the first one.
     """
     try:
         found: Kind = _adapter(kind).validate_json(json.dumps(values), strict=True)
@@ -83,7 +84,7 @@ _adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(TypeAdapter)
 
 @dataclass(frozen=True)
 class _Attributes:
-    """What a group's attributes are."""
+    """The attributes of a group."""
 
     decant: dict[str, Any]
     arrays: dict[str, Crc]
@@ -97,35 +98,36 @@ class ArraySpec:
     name: str
     shape: tuple[int, ...]
     dtype: str  # NumPy's name; stored little-endian
-    chunk_rows: int  # rows a chunk, the unit of compression
-    shard_rows: int  # rows a shard, a multiple of chunk_rows; the unit of reading and writing
+    chunk_rows: int  # rows per chunk, the unit of compression
+    shard_rows: int  # rows per shard, a multiple of chunk_rows; the unit of reading and writing
     last_axis_first: bool = False  # in storage: puts values of the same rank side by side
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk before compression."""
+        """Size of a chunk in bytes before compression."""
         return self.chunk_rows * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     @property
     def num_shards(self) -> int:
-        """How many shards hold all rows; the last may be short."""
+        """Number of shards that hold all rows; the last one may be short."""
         return -(-self.shape[0] // self.shard_rows)
 
     def rows_of(self, shard: int) -> tuple[int, int]:
-        """First row and end of a shard."""
+        """Return a shard's first row, and the row after its last one."""
         start = shard * self.shard_rows
         return start, min(start + self.shard_rows, self.shape[0])
 
     def key_of(self, shard: int) -> str:
-        """The object that holds a shard, as zarr names it: `<array>/c/<shard>/0/0`."""
+        """Return the key of the object that holds a shard: `<array>/c/<shard>/0/0`, as in zarr."""
         return "/".join([self.name, "c", str(shard), *["0"] * (len(self.shape) - 1)])
 
 
 def object_hash(key: str, data: bytes) -> str:
-    """xxh3 (128 bits, hexadecimal) of an object and its key, for a shard's commit marker.
+    """Return the xxh3 (128 bits, hexadecimal) of an object and its key, for a commit marker.
 
-    A crc32c would say nothing here: that of data which ends with its own crc32c is a constant, so
-    that of a shard, whose chunks and index each end so, depends on their lengths alone.
+    A crc32c would prove nothing here. The crc32c of data that ends with its own crc32c is a
+    constant; since a shard's chunks and index all end with theirs, the crc32c of the shard depends
+    only on their lengths.
     """
     digest = xxhash.xxh3_128(key.encode())
     digest.update(data)
@@ -133,10 +135,10 @@ def object_hash(key: str, data: bytes) -> str:
 
 
 def read_object(folder: Folder, key: str, entry: Entry) -> bytes:
-    """An object that is as long as it was when it was written, and hashes to the same.
+    """Read an object, and check that its size and hash are those recorded when it was written.
 
     Raises:
-        DamagedError: absent, or another.
+        DamagedError: the object is missing or differs.
     """
     try:
         data = folder.read(key)
@@ -151,17 +153,17 @@ def read_object(folder: Folder, key: str, entry: Entry) -> bytes:
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli, RFC 3720) of bytes."""
+    """Return the CRC-32C (Castagnoli, RFC 3720) of bytes."""
     return int(google_crc32c.value(data))
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Add "crc32c", that of the values' JSON text."""
+    """Add the key "crc32c", the crc32c of the values' JSON text."""
     return {**values, "crc32c": json_crc32c(values)}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether the values are those that were sealed."""
+    """Return whether the values are unchanged since they were sealed."""
     with suppress(RecursionError):
         rest = {name: value for name, value in values.items() if name != "crc32c"}
         return bool(values.get("crc32c") == json_crc32c(rest))
@@ -169,22 +171,23 @@ def is_sealed(values: Mapping[str, Any]) -> bool:
 
 
 def json_crc32c(values: Mapping[str, Any]) -> int:
-    """crc32c of the JSON text: keys sorted, separators "," and ":"."""
+    """Return the crc32c of the values' JSON text: keys sorted, separators "," and ":"."""
     return crc32c(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
 def write_group(
     folder: Folder, specs: Sequence[ArraySpec], about: Mapping[str, Any], *, replace: bool = False
 ) -> None:
-    """Write the metadata of a group and its arrays, the group's own last and only if absent.
+    """Write the metadata of a group and its arrays; the group's own comes last, only if absent.
 
-    A group without its zarr.json does not exist, so one that was killed half-way is begun again; of
-    several writers at once, one writes the group and all find the same.
+    A group without its zarr.json does not exist, so a group whose writer was killed half-way is
+    started again. If several processes write at once, one of them writes the group's metadata, and
+    all of them then find the same.
 
     Args:
-        replace: write the group's own even where there is one, at once.
-        about: what `read_group` returns; stored as the attribute "decant", beside the crc32c of
-            each array's metadata ("arrays") and that of both ("crc32c").
+        replace: write the group's own metadata even if it exists, atomically.
+        about: values for `read_group` to return; stored as the attribute "decant", beside the
+            crc32c of each array's metadata ("arrays") and the crc32c of both ("crc32c").
     """
     memory = MemoryStore()
     group = zarr.create_group(memory)
@@ -220,11 +223,11 @@ def _object(memory: MemoryStore, key: str) -> bytes:
 
 
 def read_group(folder: Folder, where: str, format_version: int) -> dict[str, Any] | None:
-    """What `write_group` was told about the group; None where there is no group.
+    """Return the values that `write_group` stored about the group; None if there is no group.
 
     Raises:
-        MismatchError: somebody else's group, or another format version.
-        DamagedError: not what was written.
+        MismatchError: the group was not written by Decant, or has another format version.
+        DamagedError: the metadata is not what was written.
     """
     try:
         text = folder.read("zarr.json")
@@ -250,7 +253,7 @@ def read_group(folder: Folder, where: str, format_version: int) -> dict[str, Any
 
 
 def find_damaged_metadata(folder: Folder, specs: Sequence[ArraySpec]) -> list[str]:
-    """Which arrays' zarr.json are not what the group's says, in words."""
+    """Describe each array's zarr.json that does not match the crc32c in the group's metadata."""
     attributes = json.loads(folder.read("zarr.json"))["attributes"]
     checksums = parse(_Attributes, attributes, "zarr.json").arrays
     found = []
@@ -265,14 +268,14 @@ def find_damaged_metadata(folder: Folder, specs: Sequence[ArraySpec]) -> list[st
 
 
 def encode_shard(spec: ArraySpec, values: NDArray[Any]) -> bytes:
-    """The object of one shard.
+    """Encode one shard as the bytes of its object.
 
     Args:
-        values: [rows, ...] with rows up to spec.shard_rows; only an array's last shard is short.
+        values: [rows, ...], up to spec.shard_rows rows; only an array's last shard may be short.
     """
     chunks: list[bytes] = []
     for start in range(0, spec.shard_rows, spec.chunk_rows):
-        part = np.zeros((spec.chunk_rows, *spec.shape[1:]), dtype=spec.dtype)  # zeros fill the last
+        part = np.zeros((spec.chunk_rows, *spec.shape[1:]), dtype=spec.dtype)  # pads the last chunk
         found = values[start : start + spec.chunk_rows]
         part[: len(found)] = found
         if spec.last_axis_first:
@@ -285,9 +288,10 @@ def encode_shard(spec: ArraySpec, values: NDArray[Any]) -> bytes:
 
 
 def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]:
-    """The chunks of a shard, each [rows, ...], or [..., rows, ...] as stored.
+    """Decode the chunks of a shard, in the axis order in which they are stored.
 
-    With `last_axis_first` the last axis of the array is the first axis of each chunk.
+    Each chunk is [rows, ...]; with `last_axis_first` the array's last axis is the chunk's first
+    axis, so the chunk is [K, rows, ...] for an array [N, ..., K].
 
     Raises:
         DamagedError: a checksum, a length or the compressed data is wrong.
@@ -319,9 +323,10 @@ def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]
 
 
 def _require_size(body: bytes, expected: int, number: int) -> None:
-    """Check what a blosc header says of its sizes, by which memory is taken before anything else.
+    """Check the sizes in a blosc header, by which blosc allocates memory before anything else.
 
-    The header: four bytes of flags, then uncompressed size, block size and compressed size, uint32.
+    The header consists of four bytes of flags, then uncompressed size, block size and compressed
+    size, each uint32.
     """
     sizes = [int.from_bytes(body[place : place + 4], "little") for place in (4, 12)]
     if len(body) < 16 or sizes != [expected, len(body)]:
@@ -341,13 +346,13 @@ def _index(spec: ArraySpec, data: bytes) -> list[tuple[int, int]]:
 def read_shard(
     folder: Folder, spec: ArraySpec, shard: int, entry: Entry | None = None
 ) -> NDArray[Any]:
-    """One shard as the array shows it, [rows, ...].
+    """Read one shard in the array's own axis order, [rows, ...].
 
     Args:
-        entry: what the object is compared with; None compares its own checksums alone.
+        entry: size and hash to compare the object with; None checks only its own checksums.
 
     Raises:
-        DamagedError: absent, or not what its checksums say.
+        DamagedError: the shard is missing or does not match its checksums.
     """
     key = spec.key_of(shard)
     if entry is not None:

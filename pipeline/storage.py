@@ -1,10 +1,11 @@
-"""Folders on a disk or in an object store, behind one small interface.
+"""Folders on a disk or in an object store, with one small interface.
 
-Corpus, cache and checkpoints may lie at a path or at s3://bucket/prefix or gs://bucket/prefix.
-What they need of either is little: whole objects read and written at once, atomically; a listing
-with sizes; creation that only one of several writers wins. Object stores go through obstore (the
-extra `objects`), which takes credentials and endpoints from the environment as the vendors' own
-tools do (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...).
+Corpus, cache and checkpoints may be stored at a path, at s3://bucket/prefix or at
+gs://bucket/prefix. They need little from either kind of storage: reading and writing whole objects
+at once, atomically; a listing with sizes; creation that only one of several writers wins. Object
+stores are accessed through obstore (the extra `objects`), which takes credentials and endpoints
+from the environment as the vendors' own tools do (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from pipeline.locks import lock_folder
 Result = TypeVar("Result")
 
 MARK = ".decant.json"
-"""The file by which a folder is known as Decant's own; no stage removes anything from another."""
+"""The file that marks a folder as Decant's own; no stage removes anything from other folders."""
 
 _SCHEMES = ("s3", "gs")
 _TRIES = 6
-_FIRST_PAUSE = 0.5  # seconds; doubled at each try, with jitter
+_FIRST_PAUSE = 0.5  # seconds; doubled after each try, with jitter
 _CLIENT = {
-    "timeout": timedelta(seconds=60),  # of a request with its body; a shard has some megabytes
+    "timeout": timedelta(seconds=60),  # per request with its body; a shard has a few megabytes
     "connect_timeout": timedelta(seconds=10),
-    "allow_http": True,  # for those whose endpoint says http; the vendors' say https
+    "allow_http": True,  # for endpoints given as http; the vendors' own use https
 }
 _RETRIES = {
     "max_retries": 6,
@@ -53,7 +54,7 @@ _RETRIES = {
 
 
 class Url(str):
-    """Address of a prefix in an object store, without a slash at its end."""
+    """Address of a prefix in an object store, without a trailing slash."""
 
     __slots__ = ()
 
@@ -62,19 +63,19 @@ class Url(str):
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the address."""
         return self.rpartition("/")[2]
 
 
 Address = Path | Url
-"""Where something lies: a path, or a prefix in an object store."""
+"""A path, or a prefix in an object store."""
 
 
 def parse_address(value: object) -> Address:
-    """A path, or a Url when it has a scheme.
+    """Convert a value to a Path, or to a Url if it has a scheme.
 
     Raises:
-        ValueError: a scheme other than s3 and gs, or no bucket.
+        ValueError: the scheme is neither s3 nor gs, or there is no bucket.
     """
     text = str(value)
     scheme, has_scheme, _ = text.partition("://")
@@ -88,52 +89,52 @@ def parse_address(value: object) -> Address:
 
 
 class Folder(Protocol):
-    """What is asked of a place; keys are relative, with slashes."""
+    """The interface of a storage folder; keys are relative and use slashes."""
 
     def read(self, key: str) -> bytes:
-        """The whole object. Raises FileNotFoundError where there is none."""
+        """Return the whole object. Raises FileNotFoundError if there is none."""
         ...
 
     def write(self, key: str, data: bytes) -> None:
-        """Replace the object, atomically: readers see the older or the newer one, never a part."""
+        """Replace the object atomically: readers see the old or the new one, never a part."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object unless it exists; of several who try at once, one gets True."""
+        """Write the object unless it exists; if several callers try at once, one gets True."""
         ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Keys below a prefix (a folder's name), with their sizes in bytes."""
+        """Return the keys below a prefix (a folder's name), with their sizes in bytes."""
         ...
 
     def remove(self, prefix: str = "") -> None:
-        """Delete the object `prefix`, or everything below it; nothing there is no error."""
+        """Delete the object `prefix`, or everything below it; it need not exist."""
         ...
 
 
 def open_folder(address: Address) -> Folder:
-    """The folder at an address; it need not exist."""
+    """Return the folder at an address; it need not exist."""
     return ObjectFolder(address) if isinstance(address, Url) else LocalFolder(address)
 
 
 def claim(address: Address, kind: str, *, key: str) -> None:
-    """Mark a folder as one of Decant's, unless it is marked already; see `require_ours`.
+    """Mark a folder as Decant's, unless it is already marked; see `require_ours`.
 
-    The mark says what the folder is, not who writes it just now: that is what `lock` is for.
+    The mark says what the folder holds; `lock` says which process is writing it.
     """
     if not require_ours(address, kind, key=key):
         open_folder(address).write(MARK, json.dumps({"kind": kind}).encode())
 
 
 def require_ours(address: Address, kind: str, *, key: str) -> bool:
-    """Whether a folder bears the mark of what a stage is to write; False where it holds nothing.
+    """Return whether a folder is marked as the kind a stage will write; False if it is empty.
 
     Args:
-        kind: what the stage writes, for example "corpus".
+        kind: the kind of folder that the stage writes, for example "corpus".
         key: the parameter that holds the address, for the error.
 
     Raises:
-        MismatchError: it holds anything else, which no stage may remove or write over.
+        MismatchError: the folder holds anything else, which no stage may remove or overwrite.
     """
     folder = open_folder(address)
     found = _read_mark(folder)
@@ -157,13 +158,13 @@ def lock(
 ) -> AbstractContextManager[None]:
     """Keep other processes from writing at an address while a block runs (pipeline/locks.py).
 
-    That holds for folders on a disk. In an object store nothing is locked: two writers of one
-    corpus, cache or run are not refused there. What they leave is guarded all the same, each object
-    is replaced as a whole, a group's zarr.json is created by one of them alone, and what they mixed
-    does not match the checksums in it, so that it is refused when it is read, never used.
+    This applies to folders on a disk. In an object store nothing is locked, so two writers of one
+    corpus, cache or run are not refused. The result is safe nevertheless: each object is replaced
+    as a whole, only one of them creates a group's zarr.json, and a mixture of their shards does not
+    match the checksums in it, so it is refused when it is read and never used.
 
     Args:
-        remedy, part, parts: as of `lock_folder`.
+        remedy, part, parts: see `lock_folder`.
     """
     if isinstance(address, Url):
         return nullcontext()
@@ -171,9 +172,9 @@ def lock(
 
 
 def find_damage(folder: Path) -> str:
-    """Describe the first file of a folder that is not as `atomic_folder` left it; empty if none.
+    """Describe the first file that is not as `atomic_folder` left it; empty if there is none.
 
-    A folder without a mark, or with a mark that lists no files, has nothing to be compared with.
+    For a folder without a mark, or with a mark that lists no files, there is nothing to compare.
     """
     try:
         with open_file(folder / MARK) as stream:
@@ -197,7 +198,7 @@ def find_damage(folder: Path) -> str:
 
 
 def _sum(file: Path) -> list[Any]:
-    """Bytes and xxh3 (128 bits, hexadecimal) of a file."""
+    """Return a file's size in bytes and its xxh3 (128 bits, hexadecimal)."""
     digest, length = xxhash.xxh3_128(), 0
     with open_file(file) as stream:
         while block := stream.read(2**20):
@@ -207,14 +208,14 @@ def _sum(file: Path) -> list[Any]:
 
 
 def seen_file(address: Address) -> Path | None:
-    """Where hashes of source files are remembered: in a folder that bears the mark, on a disk."""
+    """Return the file that remembers hashes of sources; None unless in a marked folder on disk."""
     if isinstance(address, Url) or not (address / MARK).exists():
         return None
     return address / SEEN
 
 
 def _read_mark(folder: Folder) -> str | None:
-    """The kind that a folder's mark says; empty for a damaged mark, None for none."""
+    """Return the kind in a folder's mark; empty if the mark is damaged, None if there is none."""
     try:
         return str(json.loads(folder.read(MARK))["kind"])
     except FileNotFoundError:
@@ -224,7 +225,7 @@ def _read_mark(folder: Folder) -> str | None:
 
 
 def _names(address: Address) -> list[str]:
-    """What a place holds: of a folder on a disk all entries, links and empty folders too."""
+    """List what an address holds; on a disk all entries, links and empty folders included."""
     if isinstance(address, Url):
         return sorted(open_folder(address).sizes())
     if not address.is_dir():
@@ -235,17 +236,17 @@ def _names(address: Address) -> list[str]:
 
 @contextmanager
 def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
-    """A new folder that takes its name, replacing an older one, only if the block ends well.
+    """Yield a new folder that takes its final name only if the block succeeds.
 
-    Its mark lists every file with its checksum, for `find_damage`. A link to a folder is followed:
-    the folder that it names is replaced.
+    It then replaces an existing folder of that name. Its mark lists every file with its checksum,
+    for `find_damage`. A link to a folder is followed: the folder that it points to is replaced.
 
     Args:
-        kind, key: as of `require_ours`; only a folder that bears the mark is replaced.
+        kind, key: see `require_ours`; only a folder with the mark is replaced.
 
     Raises:
-        MismatchError: something else lies there; the block does not run.
-        DecantError: another process is at it, or the disk is full.
+        MismatchError: something else is there; the block does not run.
+        DecantError: another process is writing the folder, or the disk is full.
     """
     folder = folder.resolve()
     partial = folder.with_name(folder.name + ".partial")
@@ -260,7 +261,7 @@ def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
             yield partial
             _finish(partial, kind)
             if folder.exists():
-                require_ours(folder, kind, key=key)  # once more, since the block may take an hour
+                require_ours(folder, kind, key=key)  # again, since the block may take an hour
                 shutil.rmtree(folder)
             partial.rename(folder)
             fsync(folder.parent)
@@ -277,7 +278,7 @@ def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
 
 
 def _finish(partial: Path, kind: str) -> None:
-    """List all files in the mark, and wait until they are on the disk."""
+    """List all files in the mark, and wait until they are on disk."""
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MARK)
     sums = {file.relative_to(partial).as_posix(): _sum(file) for file in files}
     write_bytes(partial / MARK, json.dumps({"kind": kind, "files": sums}, indent=1).encode())
@@ -303,7 +304,7 @@ class LocalFolder:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found = {}
-        for folder, inner, names in os.walk(self._path / prefix):  # passes over what vanishes
+        for folder, inner, names in os.walk(self._path / prefix):  # skips folders that vanish
             inner[:] = [name for name in inner if not name.endswith(".partial")]
             for name in names:
                 file = Path(folder, name)
@@ -312,7 +313,7 @@ class LocalFolder:
                 try:
                     found[file.relative_to(self._path).as_posix()] = file.stat().st_size
                 except FileNotFoundError:
-                    continue  # another process took it away since
+                    continue  # another process removed it meanwhile
         return found
 
     def remove(self, prefix: str = "") -> None:
@@ -324,10 +325,10 @@ class LocalFolder:
 
 
 class ObjectFolder:
-    """A prefix in an object store; failed and stalled requests are repeated with back-off.
+    """A prefix in an object store; failed and stalled requests are retried with back-off.
 
-    obstore repeats what a server refuses (5xx, throttling); a request that stalls, or breaks while
-    its body is under way, is repeated here.
+    obstore retries requests that the server refuses (5xx, throttling). Requests that stall, or fail
+    while their body is being transferred, are retried here.
     """
 
     def __init__(self, url: Url) -> None:
@@ -375,8 +376,8 @@ class ObjectFolder:
             return
 
     def _try(self, what: str, key: str, request: Callable[[], Result]) -> Result:
-        answers = (  # of the server, which asking again would not change
-            FileNotFoundError,  # what obstore raises for its NotFoundError
+        answers = (  # the server's answers, which a retry would not change
+            FileNotFoundError,  # raised by obstore for its NotFoundError
             FileExistsError,
             self._obstore.exceptions.AlreadyExistsError,
         )

@@ -1,11 +1,11 @@
-"""Runs side by side: what differs between them, and what came of it.
+"""Compare runs: the parameters in which they differ, and their results.
 
-Two kinds of runs are compared: the finished ones under paths.runs, which stages/train.py made
-(`run.json` says from what), and DVC's experiments over the current commit, as `dvc exp show` lists
-them, each by its student. Only parameters that differ between the runs at hand are shown. Losses
-are those of training's last validation, on the first train.eval_rows rows, which every run has; KL
-and agreement over the whole vocabulary are there for the runs that stages/evaluate.py has judged as
-they are now, by the hash of their weights.
+Two kinds of runs are compared: the finished runs under paths.runs, made by stages/train.py
+(`run.json` records their inputs), and DVC's experiments on the current commit, as listed by `dvc
+exp show`, each represented by its student. Only parameters that differ between these runs are
+shown. Losses come from training's last validation, on the first train.eval_rows rows, which every
+run has. KL and agreement over the whole vocabulary are available for runs that stages/evaluate.py
+has evaluated in their present state, identified by the hash of their weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.figures import SERIES, draw_svg
 from pipeline.files import read_json_object
 
 _SECTIONS = ("seed", "student", "train")
-OF_A_TEACHER = (  # idle with train.teacher=none
+OF_A_TEACHER = (  # without effect if train.teacher=none
     "train.alpha",
     "train.alpha_end",
     "train.divergence",
@@ -32,9 +32,9 @@ OF_A_TEACHER = (  # idle with train.teacher=none
     "train.k",
 )
 _FIGURES = 6
-_NAMED = 16  # runs up to which each point bears its run's name
-_LABEL = 18  # characters of a word under an axis
-_LOGARITHMIC = 8.0  # ratio of largest to smallest value from which the axis is
+_NAMED = 16  # maximum number of runs at which points are labelled with the run's name
+_LABEL = 18  # maximum characters of a label under an axis
+_LOGARITHMIC = 8.0  # ratio of largest to smallest value from which an axis is logarithmic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class SweepRun:
     params: dict[str, Any]  # by dotted key: seed, student.*, train.* and the corpus's hash
     loss: float  # validation cross-entropy, nats
     kl_to_cache: float | None  # validation tail-bucket KL at temperature 1, nats; None: no teacher
-    kl_to_teacher: float | None = None  # over the whole vocabulary; None: not judged
+    kl_to_teacher: float | None = None  # over the whole vocabulary; None: not evaluated
     top1_agreement: float | None = None
 
 
@@ -58,7 +58,7 @@ _RESULTS = {
 
 
 def folder_runs(paths: Paths) -> list[SweepRun]:
-    """The finished runs under paths.runs."""
+    """Read the finished runs under paths.runs."""
     judged = read_json_object(paths.evaluate / "metrics.json")
     runs = []
     for folder in sorted(paths.runs.glob("*/")):
@@ -79,10 +79,10 @@ def folder_runs(paths: Paths) -> list[SweepRun]:
 
 
 def dvc_experiments(paths: Paths) -> list[SweepRun]:
-    """The students of DVC's finished experiments over the current commit.
+    """Read the students of DVC's finished experiments on the current commit.
 
     Raises:
-        DecantError: the working folder is no DVC project, or DVC cannot list them.
+        DecantError: the working folder is not a DVC project, or DVC cannot list experiments.
     """
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -93,7 +93,7 @@ def dvc_experiments(paths: Paths) -> list[SweepRun]:
 
 
 def experiments_of(shown: Sequence[Mapping[str, Any]], paths: Paths) -> list[SweepRun]:
-    """Runs out of what `dvc exp show --json` prints; queued, failed and half-made ones left out."""
+    """Parse the runs in the output of `dvc exp show --json`; skip those that did not finish."""
     trained = os.path.relpath(paths.runs / "student" / "dvclive" / "metrics.json")
     evaluated = os.path.relpath(paths.evaluate / "metrics.json")
     runs = []
@@ -114,13 +114,13 @@ def experiments_of(shown: Sequence[Mapping[str, Any]], paths: Paths) -> list[Swe
 
 
 def varied_keys(runs: Sequence[SweepRun]) -> list[str]:
-    """Parameters of which two of the runs have different values, in the order of params.yaml."""
+    """List the parameters with different values in two of the runs, in the order of params.yaml."""
     keys = dict.fromkeys(key for run in runs for key in run.params)
     return [key for key in keys if len({_text(value) for value in _values(runs, key)}) > 1]
 
 
 def sweep_rows(runs: Sequence[SweepRun]) -> list[dict[str, str]]:
-    """The table: a row a run, by rising validation loss; columns by title, the same in each."""
+    """Return a table of one row per run, by ascending validation loss, with the same columns."""
     keys = varied_keys(runs)
     return [
         {
@@ -133,26 +133,26 @@ def sweep_rows(runs: Sequence[SweepRun]) -> list[dict[str, str]]:
 
 
 def sweep_markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """The table in Markdown."""
+    """Format the table as Markdown."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1)]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def sweep_figures(runs: Sequence[SweepRun]) -> dict[str, str]:
-    """Validation loss against each parameter that differs: {key: SVG}, the first few keys.
+    """Plot validation loss against each of the first few differing parameters: {key: SVG}.
 
-    A line joins the runs that differ in nothing but that parameter.
+    A line joins runs that differ only in that parameter.
     """
     keys = varied_keys(runs)
     return {key: _figure(runs, key, [k for k in keys if k != key]) for key in keys[:_FIGURES]}
 
 
 def sweep_scatter(runs: Sequence[SweepRun]) -> str:
-    """Validation loss against distance from the teacher, a point a run: SVG, or nothing to see.
+    """Plot validation loss against distance from the teacher, one point per run, as SVG.
 
-    The distance is the KL to the teacher where all runs that have one were judged, else to the
-    cache.
+    The distance is the KL to the teacher if all runs with a teacher were evaluated, else the KL to
+    the cache. The result is empty if fewer than two runs have a teacher.
     """
     taught = [run for run in runs if run.kl_to_cache is not None]
     judged = all(run.kl_to_teacher is not None for run in taught)
@@ -200,10 +200,10 @@ def _figure(runs: Sequence[SweepRun], key: str, others: Sequence[str]) -> str:
 
 
 def _places(values: Iterable[Any]) -> tuple[dict[str, float], bool]:
-    """Where values stand on an axis, by their text, and whether that is a number.
+    """Return the positions of values on an axis, by their text, and whether they are numbers.
 
-    Numbers stand where they are, lists at their length; where that does not tell all values apart
-    (words, null, lists of one length), they stand side by side.
+    Numbers are placed at their value and lists at their length. If that does not distinguish all
+    values (words, null, lists of equal length), they are placed side by side.
     """
     distinct = {_text(value): value for value in values}
     sizes = {
@@ -220,7 +220,7 @@ def _run(
     name: str, params: dict[str, Any], metrics: Mapping[str, Any], judged: Mapping[str, Any]
 ) -> SweepRun:
     if judged.get("model_sha256") != metrics.get("model_sha256"):
-        judged = {}  # of what the run was before it was trained again
+        judged = {}  # the evaluation is from before the run was trained again
     if params.get("train.teacher") == "none":
         params = {key: value for key, value in params.items() if key not in OF_A_TEACHER}
     return SweepRun(
@@ -234,7 +234,7 @@ def _run(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections by dotted keys; a section that may be null leaves its own key too."""
+    """Flatten nested sections to dotted keys; a section that may be null also keeps its own key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -267,6 +267,6 @@ def _number(value: float | None) -> str:
 
 
 def _data(file: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The content of a file in DVC's listing; empty where it is missing or could not be read."""
+    """Return a file's content from DVC's listing; empty if it is missing or could not be read."""
     content = (file or {}).get("data")
     return content if isinstance(content, dict) else {}

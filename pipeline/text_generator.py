@@ -1,16 +1,16 @@
-"""Text in, text out: a student with its tokenizer, for prompts in batches, streams and chats.
+"""Generate text with a student and its tokenizer, for batches of prompts, streams and chats.
 
     generator = TextGenerator(Path("cache/runs/student/model"))
     generator.generate(["def main():", "import "], GenerationSettings(max_new_tokens=32))
     for piece in generator.stream("def main():"):
         print(piece, end="", flush=True)
 
-What the user leaves at None is the folder's: `generation_config.json` says whether to sample
-(`do_sample`), by what temperature, top_k, top_p and repetition_penalty, and which ids end a text.
-A folder without one decodes greedily, and ends at the eos_token_id of `config.json` or, where that
-names none, at the tokenizer's eos token and at <|endoftext|>, which separates the documents that a
-student was trained on. (Hugging Face would cut to the 50 most
-probable ids where nothing is said. We do not: a limit that nobody wrote down is a surprise.)
+Settings that the user leaves at None come from the folder: `generation_config.json` says whether to
+sample (`do_sample`), with which temperature, top_k, top_p and repetition_penalty, and which ids end
+a text. Without that file decoding is greedy, and a text ends at the eos_token_id of `config.json`
+or, if there is none, at the tokenizer's eos token and at <|endoftext|>, which separates the
+documents that a student was trained on. (By default Hugging Face keeps only the 50 most probable
+ids. Decant does not, since a limit that nobody wrote down is a surprise.)
 """
 
 from __future__ import annotations
@@ -34,34 +34,35 @@ from pipeline.runtime.device import place_rounded
 
 
 class PieceDecoder:
-    """Turns tokens into text one by one, never splitting a character.
+    """A decoder from tokens to text, one by one, that never splits a character.
 
-    A byte-level token may hold a part of a UTF-8 character, which decodes to U+FFFD: what ends so
-    is held back until it is complete. Some tokenizers decode a token in the light of the one before
-    it, so each piece is what a short window gains by the new token.
+    A byte-level token may hold a part of a UTF-8 character, which decodes to U+FFFD; text that ends
+    in this way is held back until the character is complete. Some tokenizers decode a token
+    differently depending on the token before it, so each piece is the text by which a short window
+    of tokens grows with the new token.
 
     Args:
-        control_tokens: whether tokens such as <|im_start|> are text too.
+        control_tokens: whether tokens such as <|im_start|> count as text.
     """
 
     def __init__(self, tokenizer: Any, *, control_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._control_tokens = control_tokens
-        self._window: list[int] = []  # tokens of the last piece, then those not yet given out
-        self._given = 0  # of the window
+        self._window: list[int] = []  # tokens of the last piece, then those not yet returned
+        self._given = 0  # number of tokens in the window that were already returned
 
     def push(self, token: int) -> str:
-        """Text that the token completes; empty while a character is incomplete."""
+        """Add a token; return the text that it completes, empty while a character is incomplete."""
         self._window.append(token)
         return self._take(whole_characters=True)
 
     def peek(self, token: int) -> str:
-        """What `push` would give, incomplete characters as U+FFFD; the token is not taken."""
+        """Return what `push` would, with U+FFFD for incomplete characters; do not add the token."""
         before = self._decode(self._window[: self._given])
         return self._decode([*self._window, token])[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end, incomplete or not."""
+        """Return the remaining text at the end, complete or not."""
         return self._take(whole_characters=False)
 
     def _take(self, *, whole_characters: bool) -> str:
@@ -83,7 +84,7 @@ _CPU = torch.device("cpu")
 
 @dataclass
 class Counts:
-    """What a generator has done so far; tokens exclude padding."""
+    """A generator's totals so far; tokens exclude padding."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -94,15 +95,16 @@ class TextGenerator:
     """A student and its tokenizer, from a Hugging Face folder of type qwen2 or llama.
 
     Args:
-        folder: ours or Hugging Face's.
-        device, dtype: where and in which number format the model runs. In float32 a text does not
-            depend on the batch it is made in; in half formats roundings may tip a close choice.
+        folder: model folder, written by Decant or Hugging Face.
+        device: device on which the model runs.
+        dtype: number format in which the model runs. In float32 a text does not depend on the batch
+            in which it is generated; in half formats rounding may decide a close choice.
 
     Attributes:
         counts: tokens and seconds over all calls.
 
     Raises:
-        DecantError: the folder holds no such model, or no tokenizer.
+        DecantError: the folder does not contain such a model, or has no tokenizer.
     """
 
     def __init__(
@@ -126,10 +128,10 @@ class TextGenerator:
         *,
         batch_rows: int = 8,
     ) -> list[str]:
-        """The continuation of each prompt, without special tokens; `batch_rows` at a time.
+        """Continue each prompt, without special tokens, `batch_rows` at a time.
 
         Raises:
-            ParamsError: a prompt is empty, or too long for the model with what is to follow.
+            ParamsError: a prompt is empty, or with the new tokens too long for the model.
         """
         settings = self.fill(settings or GenerationSettings())
         encoded = [
@@ -147,10 +149,10 @@ class TextGenerator:
         return texts
 
     def stream(self, prompt: str, settings: GenerationSettings | None = None) -> Iterator[str]:
-        """The continuation of a prompt in pieces of whole characters, as they come.
+        """Continue a prompt, and yield pieces of whole characters as they are generated.
 
         Raises:
-            ParamsError: as in `generate`, before the first piece.
+            ParamsError: see `generate`; raised before the first piece.
         """
         settings = self.fill(settings or GenerationSettings())
         return self._pieces(self.encode(prompt, settings, "the prompt"), settings)
@@ -158,13 +160,13 @@ class TextGenerator:
     def chat(
         self, messages: Sequence[Mapping[str, str]], settings: GenerationSettings | None = None
     ) -> Iterator[str]:
-        """The assistant's reply to a conversation, in pieces.
+        """Yield the assistant's reply to a conversation in pieces.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
 
         Raises:
-            DecantError: the folder has no chat template, or it refuses the messages.
+            DecantError: the folder has no chat template, or the template refuses the messages.
             ParamsError: the conversation is too long.
         """
         settings = self.fill(settings or GenerationSettings())
@@ -173,7 +175,7 @@ class TextGenerator:
         return self._pieces(ids, settings)
 
     def require_chat_template(self) -> None:
-        """Raises DecantError where the folder has none."""
+        """Raise DecantError if the folder has no chat template."""
         if not self.tokenizer.chat_template:
             raise DecantError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
@@ -181,13 +183,13 @@ class TextGenerator:
             )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation as the model reads it, up to where its reply begins."""
+        """Render the conversation as the model reads it, up to the beginning of its reply."""
         self.require_chat_template()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template is a program and raises what it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise DecantError(
                 f"the chat template of {self.folder} refuses the conversation ({error})"
             ) from error
@@ -196,10 +198,10 @@ class TextGenerator:
     def encode(
         self, text: str, settings: GenerationSettings, what: str, *, add_special_tokens: bool = True
     ) -> list[int]:
-        """Token ids of a prompt that fits the model; `what` names it in errors.
+        """Tokenize a prompt, and check that it fits the model; `what` names it in errors.
 
-        Special tokens are those that the tokenizer puts around text (a bos, for some models); a
-        chat template has written its own.
+        Special tokens are those that the tokenizer adds around text (a bos, for some models); a
+        chat template writes its own.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         if not text or not ids:
@@ -218,7 +220,7 @@ class TextGenerator:
         return ids
 
     def fill(self, settings: GenerationSettings) -> GenerationSettings:
-        """Settings with the folder's values where the user's are None."""
+        """Return the settings, with the folder's values in place of None."""
         missing = {k: v for k, v in self.defaults.items() if getattr(settings, k) is None}
         return replace(settings, **missing)
 
@@ -242,13 +244,13 @@ class TextGenerator:
 
 
 def default_eos_ids(tokenizer: Any) -> list[int]:
-    """The ids that end a text where a folder names none: see the module."""
+    """Return the ids that end a text if the folder names none; see the module's docstring."""
     ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")}
     return sorted(ids - {None})
 
 
 def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What stands in for each setting that is None; see the module."""
+    """Return the value for each setting that is None; see the module's docstring."""
     said = _read_optional(folder / "generation_config.json")
     eos = said.get("eos_token_id")
     if eos is None:
@@ -273,7 +275,7 @@ def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def _read_optional(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Read a JSON object; empty if the file does not exist."""
     require_regular_files([file])
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""TopK: what is kept of a teacher's distribution, the type that passes between all stages.
+"""TopK: the part of a teacher's distribution that is kept, and the type all stages exchange.
 
-`prepare` makes it from logits, the store keeps it, the losses consume it, and the online teacher
-makes the very same thing, so that cached and online training differ in nothing but the source.
+`prepare` makes it from logits, the store keeps it and the losses consume it. The online teacher
+makes exactly the same type, so cached and online training differ only in the source.
 
 Shapes: ... any leading axes, K kept ids, M drawn ids, J stored temperatures, V valid vocabulary
 (the ids a tokenizer can produce; rows of the head beyond it are padding and are left out of every
@@ -20,23 +20,23 @@ from torch import Tensor
 
 from pipeline.errors import MismatchError, ParamsError
 
-_BLOCK = 64  # logits a block of `block_top_k`
-_SMALL_BLOCK = 8  # in the second stage; divides _BLOCK
+_BLOCK = 64  # logits per block in `block_top_k`
+_SMALL_BLOCK = 8  # logits per block in its second stage; divides _BLOCK
 _ROWS_AT_ONCE_ON_CPU = 8  # so that the rows being reduced stay in the processor's cache
 _TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy", "draw_ids", "draw_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """The K most probable ids of each position with the exact normalisers of the full row."""
+    """The K most probable ids at each position, with the exact normalisers of the full row."""
 
-    ids: Tensor  # int64 [..., K], by falling logit
+    ids: Tensor  # int64 [..., K], in descending order of logit
     logprobs: Tensor  # float32 [..., K], logit - lse, nats at temperature 1
     lse: Tensor  # float32 [...], logsumexp of the full row's logits
     lse_tau: Tensor  # float32 [..., J], log sum_v exp(logprob_v / tau_j)
     entropy: Tensor  # float32 [...], nats, of the full row at temperature 1
     draw_ids: Tensor  # int64 [..., M], drawn with replacement from p outside `ids`, temperature 1
-    draw_logprobs: Tensor  # float32 [..., M], of the drawn ids, at temperature 1
+    draw_logprobs: Tensor  # float32 [..., M], for the drawn ids, at temperature 1
     temperatures: tuple[float, ...]  # the J temperatures of lse_tau
     vocab_size: int  # V
 
@@ -61,22 +61,22 @@ class TopK:
 
     @staticmethod
     def stack(parts: Sequence[TopK]) -> TopK:
-        """Parts of equal shape [...] -> one TopK [len(parts), ...]."""
+        """Stack parts of equal shape [...] into one TopK [len(parts), ...]."""
         return _joined(parts, torch.stack)
 
     @staticmethod
     def cat(parts: Sequence[TopK]) -> TopK:
-        """Parts joined along their first axis."""
+        """Join parts along their first axis."""
         return _joined(parts, torch.cat)
 
     def prefix(self, k: int) -> TopK:
-        """The first k of the K kept ids; the normalisers stay those of the full row."""
+        """Return the first k of the K kept ids; the normalisers still cover the full row."""
         if not 1 <= k <= self.k:
             raise ParamsError(f"k={k} is outside 1..{self.k}, the number of ids stored")
         return replace(self, ids=self.ids[..., :k], logprobs=self.logprobs[..., :k])
 
     def target(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities on the kept ids and the mass outside them, at a temperature.
+        """Return log-probabilities of the kept ids and the mass outside them, at a temperature.
 
         log p_tau(v) = logprob_v / tau - log sum_u exp(logprob_u / tau), with the exact stored
         normaliser: nothing is renormalised.
@@ -96,12 +96,12 @@ class TopK:
         return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)
 
     def draw_target(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the draws at a temperature, and the mass each stands for.
+        """Return log-probabilities of the draws at a temperature, and the mass each represents.
 
-        A draw v stands for w_v = p_t / M times p_tau(v) / p(v), with p_t the mass outside the kept
-        ids and p the teacher at temperature 1, from which it was drawn: importance sampling, so
-        that E[sum of w_v over draws of v] = p_tau(v) for every v outside the kept ids, at any
-        temperature. At temperature 1 the weights are all p_t / M.
+        A draw v represents the mass w_v = p_t / M times p_tau(v) / p(v), where p_t is the mass
+        outside the kept ids and p is the teacher at temperature 1, from which v was drawn. This is
+        importance sampling: E[sum of w_v over draws of v] = p_tau(v) for every v outside the kept
+        ids, at any temperature. At temperature 1 every weight is p_t / M.
 
         Returns:
             log_p float32 [..., M] at the temperature, weight float32 [..., M].
@@ -117,7 +117,7 @@ class TopK:
         return log_p, share * (log_p - self.draw_logprobs).exp()
 
     def _normaliser(self, temperature: float) -> Tensor:
-        """[..., 1], log sum_v exp(logprob_v / tau)."""
+        """Return log sum_v exp(logprob_v / tau), [..., 1]."""
         if temperature not in self.temperatures:
             stored = ", ".join(f"{tau:g}" for tau in self.temperatures)
             raise MismatchError(
@@ -138,16 +138,16 @@ def _joined(parts: Sequence[TopK], join: Callable[[list[Tensor]], Tensor]) -> To
 def top_k_from_logits(
     logits: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor | None = None
 ) -> TopK:
-    """Reduce full rows of logits to TopK; the single place where that happens.
+    """Reduce full rows of logits to TopK. This is the only place where that happens.
 
     Args:
         logits: float32 [n, V], valid ids only.
         k: ids to keep, 0..V.
         temperatures: the temperatures whose normalisers are kept.
-        uniforms: float [n, M] in [0, 1), what decides the M draws; None draws nothing.
+        uniforms: float [n, M] in [0, 1), which decide the M draws; None draws nothing.
 
-    The row's maximum is subtracted first, in float32, so that no exponential overflows:
-    rounding a raw logit later would cost 30 times more than rounding a log-probability.
+    The row's maximum is subtracted first, in float32, so that no exponential overflows; rounding
+    a raw logit later would cost 30 times more than rounding a log-probability.
     """
     n, vocab_size = logits.shape
     if k > vocab_size:
@@ -174,7 +174,7 @@ def top_k_from_logits(
     draw_ids = _draw(logits, lse, ids, uniforms, work)
     return TopK(
         ids=ids,
-        logprobs=values - peak - log_total[:, None],  # not - lse, which is rounded already
+        logprobs=values - peak - log_total[:, None],  # not `- lse`, which is already rounded
         lse=lse[:, 0],
         lse_tau=torch.stack(lse_tau, -1) if lse_tau else logits.new_empty(n, 0),
         entropy=(lse[:, 0] - weighted / sums[1.0]).clamp_min(0.0),
@@ -193,14 +193,16 @@ def _reduce(
     sums: dict[float, Tensor],
     weighted: Tensor,
 ) -> None:
-    """All passes over full rows, on as many rows as the processor's cache holds.
+    """Run all passes over full rows, on as many rows as fit into the processor's cache.
 
-    The logits are only read: writing them would cost as much as two of the passes.
+    The logits are only read, since writing them would cost as much as two of the passes.
 
     Args:
-        logits: [r, V]. work: [>= r, V], scratch.
+        logits: [r, V].
+        work: [>= r, V], scratch memory.
         maxima: [r, blocks], filled with the maximum of each block of `_BLOCK` logits.
-        peak: [r, 1], filled. sums: [r] by falling temperature, with 1 among them, filled with
+        peak: [r, 1], filled with the maximum of each row.
+        sums: [r] by descending temperature, 1 included; each is filled with
             sum_v exp(x_v / tau), x_v = logit_v - peak.
         weighted: [r], filled with sum_v logit_v exp(x_v).
     """
@@ -214,7 +216,7 @@ def _reduce(
     torch.amax(maxima, -1, keepdim=True, out=peak)
     last = 0.0
     for tau, total in sums.items():
-        # exp(x / 2) is the square of exp(x / 4), and a product costs a third of an exp.
+        # exp(x / 2) is the square of exp(x / 4), and a product costs a third as much as an exp.
         if last == 2.0 * tau:
             work.square_()
         else:
@@ -223,13 +225,14 @@ def _reduce(
         last = tau
         if tau == 1.0:
             torch.sum(work.mul_(logits), -1, out=weighted)
-            last = 0.0  # `work` holds something else now
+            last = 0.0  # `work` no longer holds exponentials
 
 
 def row_uniforms(rows: Iterable[int], length: int, draws: int, seed: int) -> Tensor:
-    """What decides the draws: float32 [B, L, M] in [0, 1), a function of (seed, row) alone.
+    """Return the uniforms that decide the draws: float32 [B, L, M] in [0, 1).
 
-    So a shard holds the same draws whoever captures it, and an online teacher draws the same.
+    They depend on (seed, row) alone, so a shard holds the same draws whichever process captures
+    it, and an online teacher draws the same ids.
     """
     return torch.from_numpy(
         np.stack(
@@ -244,18 +247,21 @@ def row_uniforms(rows: Iterable[int], length: int, draws: int, seed: int) -> Ten
 def _draw(
     logits: Tensor, lse: Tensor, kept: Tensor, uniforms: Tensor | None, work: Tensor
 ) -> Tensor:
-    """Ids drawn in proportion to exp(logits) outside the kept ids, by inversion in two stages.
+    """Draw ids in proportion to exp(logits) outside the kept ids, by inversion in two stages.
 
-    The block of `_BLOCK` ids is found in the running sum of block sums, then the id in the running
-    sum of its block: the same ids as inverting one running sum over V, at the cost of one pass.
+    The first stage finds the block of `_BLOCK` ids in the cumulative sum of block sums; the second
+    finds the id in the cumulative sum within that block. This gives the same ids as inverting one
+    cumulative sum over V, at the cost of one pass.
 
     Args:
-        logits: float32 [n, V]. lse: [n, 1]. kept: int64 [n, K].
+        logits: float32 [n, V].
+        lse: [n, 1].
+        kept: int64 [n, K].
         uniforms: float [n, M] in [0, 1), or None.
-        work: float32 [r, V], as many rows as are worked on at once.
+        work: float32 [r, V], with r the number of rows processed at once.
 
     Returns:
-        int64 [n, M]; any ids where there is no mass outside the kept ids.
+        int64 [n, M]; arbitrary ids where there is no mass outside the kept ids.
     """
     if uniforms is None or not uniforms.shape[-1]:
         return kept.new_empty(len(kept), 0)
@@ -269,7 +275,7 @@ def _draw(
 
 
 def draw_by_inversion(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids int64 [r, M] drawn in proportion to weights [r, V], as uniforms [r, M] decide."""
+    """Draw ids, int64 [r, M], in proportion to weights [r, V]; uniforms [r, M] decide them."""
     size = weights.shape[-1]
     whole = size // _BLOCK * _BLOCK
     blocks = weights[:, :whole].view(len(weights), -1, _BLOCK).sum(-1).double()
@@ -282,22 +288,22 @@ def draw_by_inversion(weights: Tensor, uniforms: Tensor) -> Tensor:
     ids = block[..., None] * _BLOCK + torch.arange(_BLOCK, device=weights.device)
     found = weights.gather(-1, ids.clamp_max(size - 1).flatten(1)).view(ids.shape)
     inner = torch.where(ids < size, found, 0.0).double().cumsum(-1)
-    # Scaled to the block's own sum, so that rounding cannot step past its last possible id.
+    # Scale to the block's own sum, so that rounding cannot step past its last possible id.
     step = (inner <= (within.clamp(0.0, 1.0) * inner[..., -1])[..., None]).sum(-1)
     last = (inner < inner[..., -1:]).sum(-1)  # the last id whose weight is not 0
     return (block * _BLOCK + torch.minimum(step, last)).clamp_max(size - 1)
 
 
 def block_top_k(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """torch.topk by blocks: the k blocks with the largest maxima hold the k largest values.
+    """Compute torch.topk by blocks: the k blocks with the largest maxima hold the k largest values.
 
-    Same values as `torch.topk(values, k)` in a third of the time on a large last axis; among equal
-    values the ids may differ. The plain twin is torch.topk itself. What the blocks leave is cut to
-    the k best of its own small blocks before it is sorted.
+    The values equal those of `torch.topk(values, k)` and take a third of the time on a large last
+    axis; among equal values the ids may differ. The plain twin is torch.topk itself. The values in
+    the chosen blocks are reduced to the k best small blocks before they are sorted.
 
     Args:
         values: [n, V].
-        maxima: [n, blocks] of each block of `_BLOCK` values, where they are known already.
+        maxima: [n, blocks], the maximum of each block of `_BLOCK` values, if already known.
     """
     size = values.shape[-1]
     blocks = size // _BLOCK
@@ -313,7 +319,7 @@ def block_top_k(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[T
     candidates = _taken(small, best_small)  # [n, k * _SMALL_BLOCK]
     rest = values[:, blocks * _BLOCK :]
     top = torch.cat((candidates, rest), dim=-1).topk(k, dim=-1)
-    # Back through the stages: place among candidates -> in the blocks taken -> in the row.
+    # Map back through the stages: index among candidates -> in the chosen blocks -> in the row.
     place = top.indices.clamp_max(k * _SMALL_BLOCK - 1)
     place = best_small.gather(-1, place // _SMALL_BLOCK) * _SMALL_BLOCK + place % _SMALL_BLOCK
     ids = best.gather(-1, place // _BLOCK) * _BLOCK + place % _BLOCK
@@ -322,6 +328,6 @@ def block_top_k(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[T
 
 
 def _taken(blocks: Tensor, which: Tensor) -> Tensor:
-    """Some blocks of each row side by side: [n, blocks, size] and [n, k] -> [n, k * size]."""
+    """Gather the chosen blocks of each row: [n, blocks, size] and [n, k] -> [n, k * size]."""
     rows = torch.arange(len(blocks), device=blocks.device)[:, None]
     return blocks[rows, which].flatten(1)

@@ -1,6 +1,6 @@
-"""What each K would keep and cost, before the capture: `python stages/advise.py`.
+"""Measure what each K would keep and cost, before the capture: `python stages/advise.py`.
 
-Before there is anything at all: `python stages/advise.py --plan --params docs/recipes/NAME.yaml`.
+Plan before anything exists: `python stages/advise.py --plan --params docs/recipes/NAME.yaml`.
 """
 
 from __future__ import annotations

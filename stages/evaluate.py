@@ -1,4 +1,4 @@
-"""Judge the teacher and any models on held-out text: `python stages/evaluate.py`."""
+"""Evaluate the teacher and any models on held-out text: `python stages/evaluate.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained student for others, as Hugging Face folder and GGUF: `python stages/export.py`."""
+"""Export a trained student as a Hugging Face folder and GGUF files: `python stages/export.py`."""
 
 from __future__ import annotations
 

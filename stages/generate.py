@@ -1,4 +1,4 @@
-"""Text from a student or a teacher: `python stages/generate.py --prompt "def main():"`."""
+"""Generate text with a student or a teacher: `python stages/generate.py --prompt "def main():"`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def main(
         try:
             for piece in chain([prompt], pieces):
                 click.echo(printable(piece), nl=False)
-        finally:  # also behind a text that Ctrl-C cut short
+        finally:  # also after a text that Ctrl-C cut short
             click.echo()
     elif texts is not None:
         found = generator.generate(texts, settings, batch_rows=params.generate.batch_rows)

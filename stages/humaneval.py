@@ -1,4 +1,4 @@
-"""Let models write programs and run them: `python stages/humaneval.py`."""
+"""Let models write the programs of HumanEval, and run them: `python stages/humaneval.py`."""
 
 from __future__ import annotations
 

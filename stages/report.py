@@ -1,4 +1,4 @@
-"""One HTML page about the run: `python stages/report.py`."""
+"""Write one HTML page about the run: `python stages/report.py`."""
 
 from __future__ import annotations
 

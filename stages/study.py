@@ -1,4 +1,4 @@
-"""What a model is made of, checked number by number: `python stages/study.py`."""
+"""Study the parts of a model, checked number by number: `python stages/study.py`."""
 
 from __future__ import annotations
 

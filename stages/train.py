@@ -1,4 +1,4 @@
-"""Train a student from the cache, a live teacher, or none: `python stages/train.py`.
+"""Train a student from the cache, a live teacher, or no teacher: `python stages/train.py`.
 
 On several GPUs: `torchrun --nproc-per-node 4 stages/train.py`, with run.parallel=ddp or fsdp.
 """

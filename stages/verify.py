@@ -1,4 +1,4 @@
-"""The gate, cache against live teacher: `python stages/verify.py`."""
+"""Run the gate, which compares the cache with the live teacher: `python stages/verify.py`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _run_gate(params: Params) -> None:
     )
     for corpus, reader in splits:
         stored = reader.fingerprint
-        # What was kept, and how, is the cache's own affair; what it was made from must be here.
+        # The cache may have other values of these parameters; only its inputs must match.
         names = ("k", "draws", "temperatures", "attention")
         kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)

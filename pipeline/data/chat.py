@@ -1,32 +1,34 @@
-"""Conversations to tokens by the teacher's own chat template, with the assistant's part marked.
+"""Turn conversations into tokens by the teacher's chat template, and mark the assistant's tokens.
 
 A conversation is a list of messages {"role", "content", ...}. The template renders it as text, and
 the text is tokenized once, so the tokens are those of `tokenizer.apply_chat_template`. Content may
-be a text or a list of text parts, and the arguments of a tool call an object or its JSON: the
-template gets the form it reads, which is tried out on a sentence of our own. `strftime_now`, by
-which templates write today's date, gives the same day always: a corpus is the same tomorrow.
+be a text or a list of text parts, and the arguments of a tool call may be an object or its JSON.
+The template gets the form that it reads, which is found by rendering a test message.
+`strftime_now`, with which templates write today's date, always gives the same day, so that a corpus
+does not change from one day to the next.
 
-Which tokens are the assistant's is what the template says by {% generation %}: the tokens of
-transformers' `return_assistant_tokens_mask`. Few templates say it. Of the others a turn begins
-where the prompt to generate it ends: where the messages before it, rendered with the generation
-prompt, are the beginning of the text, that is their end. Where they are not, since the template
-writes earlier turns otherwise once others follow (Qwen3 strips their reasoning, gpt-oss ends them
-by another token), the two are compared from a place in the message before the turn on. A probe, a
-character that no text holds, finds that place: it counts only if the rendering is otherwise the
-same. A prompt that opens a reasoning which the turn has not (DeepSeek-V3, Nemotron 3) ends where
-the two part, or where the prompt without thinking (`enable_thinking=False`) ends.
+If the template encloses the assistant's tokens in {% generation %}, those are used; they are the
+tokens of transformers' `return_assistant_tokens_mask`. Few templates do so. With the others, a turn
+begins where the prompt to generate it ends. If the messages before the turn, rendered with the
+generation prompt, are a prefix of the text, the turn begins at the end of that prefix. They are not
+if the template writes earlier turns differently once others follow (Qwen3 strips their reasoning,
+gpt-oss ends them with another token). The two renderings are then compared from a position in the
+message before the turn on. A probe, a character that no text contains, marks that position; it
+counts only if the rendering is otherwise unchanged. A prompt may open a reasoning block that the
+turn does not have (DeepSeek-V3, Nemotron 3). Such a prompt ends where the two renderings diverge,
+or where the prompt without thinking (`enable_thinking=False`) ends.
 
-A turn ends with the token that stops generation. It is found likewise, from a probe within the turn
-on: what follows is the same whether the turn is the last or not, up to the next message. Text that
-a template puts only at the end of a conversation (Phi-3's <|endoftext|>) is not part of the turn,
-nor is white space after the last token, which no model produces, nor a token that lies partly in
-the turn and partly before or after it. What cannot be told apart like this is refused with the
-conversation named.
+A turn ends with the token that stops generation. It is found in the same way, from a probe within
+the turn on: the text after the probe is the same whether the turn is the last or not, up to the
+next message. The turn does not include text that a template puts only at the end of a conversation
+(Phi-3's <|endoftext|>), white space after the last token, which no model produces, or a token that
+lies partly in the turn and partly before or after it. A conversation in which turns cannot be told
+apart in this way is refused, and the message names it.
 
-What a message says can not become a command: special tokens spelled out in it ("<|im_end|>") are
-tokenized as the text they are, as `sanitize_control_tokens` of newer transformers does it, and a
-role, which a template may write between the brackets of such a token, must be a known one. Added
-tokens that are not special, like Qwen's <tool_call>, remain tokens: messages use them on purpose.
+The content of a message cannot become a command. Special tokens spelled out in it ("<|im_end|>")
+are tokenized as plain text, as `sanitize_control_tokens` of newer transformers does, and a role,
+which a template may write between the brackets of such a token, must be a known one. Added tokens
+that are not special, such as Qwen's <tool_call>, remain tokens: messages use them on purpose.
 """
 
 from __future__ import annotations
@@ -53,33 +55,36 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 
 RENDER_SECONDS = 5.0
-"""A template is a program, and may loop for ever; the largest real ones take milliseconds."""
+"""Time limit for one rendering, since a template is a program and may loop forever.
+
+The largest real templates take milliseconds.
+"""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text"}
-# Noncharacters, which Unicode keeps for a program's own use: around a special token in a message,
-# and the probe.
+# Noncharacters, which Unicode reserves for internal use: two that enclose special tokens in a
+# message, and the probe.
 _OPEN, _CLOSE, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}{_PROBE}]")
-_DATE = datetime(2024, 7, 26)  # the day that Llama 3's template falls back to
+_DATE = datetime(2024, 7, 26)  # the default date in Llama 3's template
 _DIRECTIVES = "%-d %-m %-H %-I %-M %-S %-j %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y"
 
 
 class BadConversationError(DecantError):
-    """One conversation cannot be used; others can."""
+    """One conversation cannot be used; others may be."""
 
 
 class ChatTokenizer:
-    """Conversations to documents.
+    """A converter from conversations to documents.
 
     Args:
         tokenizer: a Hugging Face fast tokenizer with a chat template.
         completions_only: put only the assistant's turns into the loss, each with the token that
-            ends it; else everything.
+            ends it; otherwise everything is in the loss.
         limit: keep at most this many tokens; None keeps all.
 
     Raises:
-        DecantError: the tokenizer has no chat template, or one that does not end.
+        DecantError: the tokenizer has no chat template, or its template does not terminate.
     """
 
     def __init__(self, tokenizer: Any, *, completions_only: bool, limit: int | None = None) -> None:
@@ -105,14 +110,14 @@ class ChatTokenizer:
                 f"{RENDER_SECONDS:g} s: correct it (it may loop), or choose another teacher"
             ) from None
         except BadConversationError:
-            pass  # a conversation will say what it lacks
+            pass  # the error of a real conversation will say what is missing
 
     def __call__(self, messages: list[Message]) -> Document:
         """Tokenize one conversation.
 
         Raises:
-            BadConversationError: it is no conversation, or the template cannot render it so that
-                the assistant's turns are found.
+            BadConversationError: it is not a conversation, or the assistant's turns cannot be
+                found in the template's rendering.
         """
         messages = [self._formed(message) for message in _checked(messages)]
         messages = [self._marked(message) for message in messages]
@@ -123,7 +128,7 @@ class ChatTokenizer:
         tokens, starts, stops = self._tokens(text)
         in_loss = np.full(len(tokens), not self._completions_only)
         if self._completions_only and self._marks_turns:
-            for start, stop in spans:  # as transformers: every token with a part in the turn
+            for start, stop in spans:  # as in transformers: every token that overlaps the turn
                 in_loss |= (starts < stop) & (stops > start)
         elif self._completions_only:
             for start, stop in self._turns(messages, text):
@@ -147,7 +152,7 @@ class ChatTokenizer:
         )
 
     def _render_with_turns(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        """The text and the stretches that the template encloses in {% generation %}."""
+        """Return the text, and the spans that the template encloses in {% generation %}."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, spans = self._guarded(
@@ -180,7 +185,7 @@ class ChatTokenizer:
     # The form of a message that the template reads.
 
     def _formed(self, message: Message) -> Message:
-        """A message without absent values, its content and arguments as the template takes them."""
+        """Drop null values from a message; put content and arguments in the template's form."""
         message = {key: value for key, value in message.items() if value is not None}
         content = message.get("content", "")
         if isinstance(content, list):
@@ -234,13 +239,13 @@ class ChatTokenizer:
 
     @cached_property
     def _needs_parts(self) -> bool:
-        """Whether a content that is a text vanishes, and one of parts does not."""
+        """Whether the template drops content given as text but not content given as parts."""
         message = {"role": "user", "content": "probe"}
         parts = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
         return not self._shows(message, "probe") and bool(self._shows(parts, "probe"))
 
     def _try_parts(self, role: str) -> bool:
-        """Whether the template renders text parts in a message of this role as it does a text."""
+        """Return whether the template renders text parts in this role's messages like a text."""
         user = {"role": "user", "content": "ask"}
         before = {
             "system": [],
@@ -261,14 +266,14 @@ class ChatTokenizer:
 
     @cached_property
     def _omits_calls(self) -> bool:
-        """Whether a call is rendered without an error, but neither its name nor its arguments."""
+        """Whether the template renders a call without error, but omits its name and arguments."""
         user = {"role": "user", "content": "ask"}
         call = _call_of({"key": "value"})
         return [self._shows(call, words, user) for words in ("look", "value")] == [False, False]
 
     @cached_property
     def _reads_arguments_as_text(self) -> bool:
-        """Whether an object of arguments is refused or written as Python writes it, not as JSON."""
+        """Whether arguments given as an object are refused, or written as Python, not as JSON."""
         user = {"role": "user", "content": "ask"}
         as_object, as_text = (
             self._shows(_call_of(arguments), "value", user, without="{'key'")
@@ -279,7 +284,7 @@ class ChatTokenizer:
     def _shows(
         self, message: Message, words: str, *before: Message, without: str = "\0"
     ) -> bool | None:
-        """Whether words of a message are in its rendering; None where there is no rendering."""
+        """Return whether a message's rendering contains the words; None if it fails to render."""
         try:
             text = self._render([*before, message])
         except BadConversationError:
@@ -287,7 +292,7 @@ class ChatTokenizer:
         return words in text and without not in text
 
     def _marked(self, value: Any) -> Any:
-        """A message with marks around each special token in its strings."""
+        """Put marks around each special token in the strings of a message."""
         if isinstance(value, str):
             return self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", _MARKS.sub(r"\1", value))
         if isinstance(value, dict):
@@ -297,7 +302,7 @@ class ChatTokenizer:
         return value
 
     def _tokens(self, text: str) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
-        """Token ids of a rendered text without its marks, and where each begins and ends in it."""
+        """Tokenize a rendered text without its marks; return ids with start and end offsets."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
 
@@ -320,7 +325,7 @@ class ChatTokenizer:
     # The assistant's turns in the rendering of a template that does not mark them.
 
     def _turns(self, messages: list[Message], text: str) -> Iterator[Span]:
-        """Where in `text` the assistant's turns begin and end."""
+        """Yield the start and end of each of the assistant's turns in `text`."""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -341,7 +346,7 @@ class ChatTokenizer:
             yield start, stop
 
     def _start(self, messages: list[Message], number: int, text: str) -> int | None:
-        """Where the prompt to generate message `number` ends."""
+        """Return where the prompt to generate message `number` ends; None if it is not found."""
         prompt = self._render(messages[:number], prompt=True)
         if text.startswith(prompt):
             return len(prompt)
@@ -356,7 +361,7 @@ class ChatTokenizer:
                     return begins + len(prompt)
                 if length := self._other_prompt(prompt, tail, probed[:number]):
                     return begins + length
-                # The turn's own words may begin as the rest of the prompt does.
+                # The turn's own words may begin like the rest of the prompt.
                 own = self._probed(messages, number, text, at_start=True)
                 own_words = [shown.index(_PROBE) for _, shown in own]
                 shared = self._shared(prompt, tail)
@@ -365,7 +370,7 @@ class ChatTokenizer:
         return None
 
     def _other_prompt(self, prompt: str, tail: str, before: list[Message]) -> int:
-        """The length of the prompt with or without thinking if `tail` begins with it, else 0."""
+        """Return the length of the prompt, with or without thinking, that begins `tail`, else 0."""
         lengths = []
         for thinking in (False, True):
             other = self._render(before, prompt=True, enable_thinking=thinking)
@@ -375,12 +380,15 @@ class ChatTokenizer:
         return max(lengths, default=0)
 
     def _without_prompt(self, prompt: str, before: list[Message]) -> int:
-        """How much of the prompt is not a prompt, but the end of the message before it."""
+        """Return how much of the prompt belongs to the end of the message before it."""
         ended = self._render(before)
         return self._shared(prompt, _after(ended, ended.count(_PROBE)))
 
     def _stop(self, messages: list[Message], number: int, text: str, start: int) -> int | None:
-        """Where message `number`, which begins at `start`, ends with the token that stops it."""
+        """Return the end of message `number`, its stop token included; None if it is not found.
+
+        The message begins at `start`.
+        """
         is_last = number == len(messages) - 1
         through = text if is_last else self._render(messages[: number + 1])
         turn = through[start:]
@@ -403,13 +411,13 @@ class ChatTokenizer:
                 if not is_last:
                     return begins + len(shared)  # no token ends a turn
                 continue
-            first = next(self._ends(tail), None)  # another one than ends the last turn
+            first = next(self._ends(tail), None)  # not the token that ends the last turn
             if "tool_calls" not in messages[number] and first and not tail[: first.start()].strip():
                 return begins + first.end()
         return start + self._closed(turn) if is_last else None
 
     def _ends(self, text: str) -> Iterator[re.Match[str]]:
-        """Special tokens that the template itself has written."""
+        """Return the special tokens that the template itself has written."""
         return (
             match
             for match in self._special.finditer(text)
@@ -417,12 +425,12 @@ class ChatTokenizer:
         )
 
     def _closed(self, turn: str) -> int:
-        """The length of a turn without the white space after the special token that ends it."""
+        """Return the length of a turn without white space after the special token that ends it."""
         ends = [match.end() for match in self._ends(turn)]
         return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
 
     def _is_closed_twice(self, turn: str) -> bool:
-        """Whether nothing but special tokens, several of them, and white space ends a turn."""
+        """Return whether at least two special tokens, and otherwise white space, end a turn."""
         ends = list(self._ends(turn))[-2:]
         if len(ends) < 2:
             return False
@@ -432,8 +440,9 @@ class ChatTokenizer:
     def _probed(
         self, messages: list[Message], number: int, text: str, *, at_start: bool = False
     ) -> Iterator[tuple[list[Message], str]]:
-        """The conversation with a probe in message `number`, and its rendering, which without the
-        probe is `text`.
+        """Yield the conversation with a probe in message `number`, and its rendering.
+
+        Without the probe the rendering equals `text`.
         """
         for changed in _with_probe(messages[number], at_start=at_start):
             probed = [*messages[:number], changed, *messages[number + 1 :]]
@@ -447,7 +456,7 @@ class ChatTokenizer:
                 yield probed, rendered
 
     def _shared(self, one: str, other: str) -> int:
-        """The length of what two texts begin with, in which no token or tag of either is cut."""
+        """Return the length of the common prefix of two texts that splits no token or tag."""
         equal = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
         length = sum(1 for _ in equal)
         cuts = [
@@ -460,16 +469,16 @@ class ChatTokenizer:
 
 
 class _Timeout(BaseException):
-    """Not an Exception, which a template's filters might catch."""
+    """The time is up; not an Exception, since a template's filters might catch that."""
 
 
 class _TooSlowError(BadConversationError):
-    """The template did not end."""
+    """The template did not terminate."""
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _Timeout in the main thread once the time is up; elsewhere there is no limit."""
+    """Raise _Timeout in the main thread once the time is up; other threads have no limit."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -487,25 +496,25 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _with_fixed_date(template: str) -> str:
-    """A template with `strftime_now` of its own, which does not depend on the day."""
+    """Give a template its own `strftime_now`, which does not depend on the current day."""
     if "strftime_now" not in template:
         return template
     values = {directive: _DATE.strftime(directive) for directive in _DIRECTIVES.split()}
     written = "".join(f"|replace({name!r}, {value!r})" for name, value in values.items())
-    # The line break at the end goes with the block (`trim_blocks`), so the template is as it was.
+    # `trim_blocks` removes the line break after the block, so the template itself is unchanged.
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
     )
 
 
 def _marks_turns(template: str) -> bool:
-    """Whether the template encloses what the model generates in {% generation %}."""
+    """Return whether the template encloses generated text in {% generation %}."""
     import jinja2
 
     try:
         tokens = list(jinja2.Environment().lex(template))
     except jinja2.TemplateError:
-        return False  # rendering says what is wrong with it
+        return False  # rendering will report what is wrong with it
     words = [(kind, word) for _, kind, word in tokens if kind != "whitespace"]
     return any(
         kind == "block_begin" and after == ("name", "generation")
@@ -514,18 +523,18 @@ def _marks_turns(template: str) -> bool:
 
 
 def _any_of(tokens: Iterator[str], *patterns: str) -> re.Pattern[str]:
-    """The longest first, since one may begin with another."""
+    """Compile a pattern that matches any token, the longest first, as one may begin another."""
     escaped = map(re.escape, sorted(tokens, key=len, reverse=True))
     return re.compile("|".join([*escaped, *patterns]) or "(?!)")
 
 
 def _after(rendered: str, count: int) -> str:
-    """What follows the probe's appearance number `count`, without the further ones."""
+    """Return the text after the `count`-th probe, without any further probes."""
     return "".join(rendered.split(_PROBE)[count:])
 
 
 def _with_probe(message: Message, *, at_start: bool) -> Iterator[Message]:
-    """Copies of a message with the probe in it, the most promising place first."""
+    """Yield copies of a message with the probe in it, at the most promising position first."""
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls and isinstance(calls[-1], dict):
         function = calls[-1].get("function")
@@ -547,7 +556,10 @@ def _with_probe(message: Message, *, at_start: bool) -> Iterator[Message]:
 
 
 def _with_probe_in(text: str, *, at_start: bool) -> Iterator[str]:
-    """Not at the outer side of white space, where a template that strips would no longer do so."""
+    """Yield copies of a text with the probe in it, never outside leading or trailing white space.
+
+    There it would keep a template from stripping that white space.
+    """
     answer = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
     beginnings = [place + len(text[place:]) - len(text[place:].lstrip()) for place in (0, answer)]
     end = len(text.rstrip())
@@ -557,7 +569,7 @@ def _with_probe_in(text: str, *, at_start: bool) -> Iterator[str]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON, or the text itself where it is none."""
+    """Parse JSON; return the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -576,7 +588,7 @@ def _text_of(part: Any, message: Message) -> str:
 
 
 def _call_of(arguments: Any) -> Message:
-    """A call of ours, in both of the forms that templates read."""
+    """Make a test message with a tool call, in both forms that templates read."""
     call = {"name": "look", "arguments": arguments}
     calls = [{"type": "function", "id": "call00001", "function": call, **call}]
     return {"role": "assistant", "content": "", "tool_calls": calls}
@@ -599,7 +611,7 @@ def _checked(messages: list[Message]) -> list[Message]:
 
 
 def _named(messages: list[Message]) -> str:
-    """By the first turn of a user, since system turns are often all the same."""
+    """Name a conversation by its first user turn, since system turns are often all the same."""
     by_user = (message for message in messages if str(message.get("role")) == "user")
     content = next(by_user, messages[0]).get("content") or ""
     if isinstance(content, list):

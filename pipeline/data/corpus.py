@@ -1,10 +1,10 @@
-"""Documents in, tokens out: deduplication, the split, and tokenization.
+"""Turn documents into tokens: deduplication, the split, and tokenization.
 
-A document (pipeline/data/sources.py) is a text, or, where the column holds lists of messages, a
-conversation (pipeline/data/chat.py). Whatever the source, an exact duplicate is dropped, and
-whether a document is for training or validation follows from a hash of its text: the same document
-lands on the same side in every run, order and machine. A document that cannot be used is left out
-and reported, up to corpus.max_bad_documents of them.
+A document (pipeline/data/sources.py) is a text or, if the column holds lists of messages, a
+conversation (pipeline/data/chat.py). Exact duplicates are dropped whatever the source. A hash of a
+document's text decides whether it is for training or validation, so the same document is on the
+same side in every run, order and machine. Documents that cannot be used are left out and reported,
+up to corpus.max_bad_documents of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
 from pipeline.storage import Address
 
 _DOCUMENTS_AT_ONCE = 32
-_CHARACTERS_AT_ONCE = 2**20  # as far as documents are tokenized together
+_CHARACTERS_AT_ONCE = 2**20  # limit for documents that are tokenized together
 _ROWS_AT_ONCE = {"cut": 256, "fit": 1024}  # in memory; the larger the buffer, the better the fit
 _BAD_SHOWN = 20
 
@@ -42,16 +42,16 @@ _BAD_SHOWN = 20
 def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[str, SplitInfo]:
     """Tokenize, split and pack a corpus into the zarr group at `address`.
 
-    At the end, what was left out is said, and which parameter did it.
+    At the end it prints what was left out, and which parameter caused that.
 
     Args:
-        teacher: folder whose tokenizer is used.
+        teacher: folder of the teacher, which holds the tokenizer.
 
     Returns:
-        What each split holds.
+        The description of each split.
 
     Raises:
-        DecantError: a split came out empty, the source cannot be read, or too many of its documents
+        DecantError: a split is empty, the source cannot be read, or too many of its documents
             cannot be used.
     """
     limits = {"train": params.train_tokens, "validation": params.validation_tokens}
@@ -88,7 +88,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
             writer.add(rows)
         if not writer.num_tokens:
             raise DecantError(_came_out_empty(params, split, counters[split], bad))
-    infos = {  # sealed together: a corpus is whole or not there
+    infos = {  # sealed together, so that a corpus is complete or does not exist
         split: writer.seal(
             num_text_bytes=counters[split].text_bytes,
             num_dropped=counters[split].dropped,
@@ -102,7 +102,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
 
 
 def _longest(params: CorpusParams) -> int | None:
-    """The most tokens that are kept of any document; None where there is no limit."""
+    """Return the maximum number of tokens kept from any document; None if there is no limit."""
     limits = [params.max_document_tokens]
     if params.train_tokens is not None:
         limits.append(max(params.train_tokens, params.validation_tokens))
@@ -125,7 +125,7 @@ def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _B
 
 
 def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[str]:
-    """What of the source is not in the corpus, and which parameter says so."""
+    """Yield a line about each part of the source that is left out, with the parameter's name."""
     for split, counter in counters.items():
         if counter.full_at is not None:
             total = counter.extent.total_bytes
@@ -150,10 +150,10 @@ def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[s
 
 
 def num_ids(tokenizer: Any, teacher: Path) -> int:
-    """Ids that a corpus may hold: those of the tokenizer for which the teacher has a row.
+    """Return the number of ids a corpus may hold: tokenizer ids for which the teacher has a row.
 
     Some tokenizers have a few more, for example Gemma 3's <image_soft_token>, for which the text
-    models have no row. A corpus without them is one that the teacher can read.
+    models have no row. The teacher can read a corpus that does not contain them.
     """
     largest = max(tokenizer.get_vocab().values())
     rows = embedding_rows(teacher)
@@ -170,10 +170,10 @@ def _require_rows(teacher: Path, largest: int, vocab_size: int, tokenizer: Any) 
 
 
 def document_separator(tokenizer: Any) -> int:
-    """The id put after each document: <|endoftext|> where it exists, else the eos token.
+    """Return the id put after each document: <|endoftext|> if it exists, else the eos token.
 
-    Chat models name their end of TURN as eos; in pretraining, which is what packed text resembles,
-    SmolLM2 and Qwen2.5 both separated documents by <|endoftext|>.
+    In chat models the eos token marks the end of a TURN. In pretraining, which packed text
+    resembles, SmolLM2 and Qwen2.5 both separated documents by <|endoftext|>.
     """
     separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     if separator is None:
@@ -182,10 +182,10 @@ def document_separator(tokenizer: Any) -> int:
 
 
 def leading_tokens(tokenizer: Any, add_bos: Literal["auto"] | bool) -> list[int]:
-    """Ids that go before each text: with `auto` those that the tokenizer itself puts there.
+    """Return the ids that precede each text; with `auto` those that the tokenizer itself adds.
 
     Raises:
-        ParamsError: a BOS is asked for, and the tokenizer names none.
+        ParamsError: a BOS token is requested, and the tokenizer names none.
     """
     if add_bos is False:
         return []
@@ -206,22 +206,23 @@ def leading_tokens(tokenizer: Any, add_bos: Literal["auto"] | bool) -> list[int]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A document of at most as many tokens as are kept, and one more where it has more."""
+    """A document cut to the number of tokens that are kept, plus one token if it has more."""
 
     document: Document
-    num_characters: int  # of the whole text
-    position: int  # in the source, where it ends
+    num_characters: int  # in the whole text
+    position: int  # the place in the source where it ends
 
 
 class DocumentTokenizer:
-    """Texts and conversations to documents.
+    """A converter from texts and conversations to documents.
 
     Args:
-        tokenizer: Hugging Face's, a fast one.
-        completions_only: put only the assistant's turns into the loss; refuses texts.
-        add_bos: whether texts begin with the BOS token; `auto`: as the tokenizer does it.
-        longest: what lies beyond this many tokens of a document is not tokenized; None keeps all.
-        bad: takes the conversations that cannot be used.
+        tokenizer: a fast Hugging Face tokenizer.
+        completions_only: put only the assistant's turns into the loss; texts are refused.
+        add_bos: whether texts begin with the BOS token; `auto` does as the tokenizer does.
+        longest: number of tokens after which the rest of a document is not tokenized; None keeps
+            all.
+        bad: collects the conversations that cannot be used.
     """
 
     def __init__(
@@ -244,8 +245,8 @@ class DocumentTokenizer:
     def __call__(self, sources: Iterator[Source]) -> Iterator[Tokenized]:
         """Tokenize in order, several texts at once.
 
-        A text is closed by the separator; a conversation is what its template makes of it, which
-        begins it and ends each turn itself.
+        The separator is put after each text. A conversation is rendered by its template, which
+        itself writes the beginning and the end of each turn.
         """
         for block in _blocks(sources):
             for are_texts, group in groupby(block, key=lambda it: isinstance(it.content, str)):
@@ -276,13 +277,13 @@ class DocumentTokenizer:
             )
         encoded = self._encode.texts(texts)
         for source, text, (ids, is_whole) in zip(sources, texts, encoded, strict=True):
-            end = [self.separator] if is_whole else []  # one that is cut has no end
+            end = [self.separator] if is_whole else []  # a text that is cut has no end
             tokens = np.array([*self.leading, *ids, *end], dtype=np.int64)
             document = Document(tokens, np.ones(len(tokens), dtype=np.bool_))
             yield Tokenized(document, len(text), source.position)
 
     def text_of(self, document: Document) -> str:
-        """The text of a document without the tokens before and after it."""
+        """Decode a document without the tokens added before and after it."""
         tokens = document.tokens.tolist()
         if tokens[: len(self.leading)] == self.leading:
             tokens = tokens[len(self.leading) :]
@@ -305,7 +306,7 @@ def _blocks(sources: Iterator[Source]) -> Iterator[list[Source]]:
 
 
 def _characters(content: Any) -> int:
-    """Of a text, or of all texts in a conversation."""
+    """Count the characters of a text, or of all texts in a conversation."""
     if isinstance(content, str):
         return len(content)
     if isinstance(content, dict):
@@ -314,10 +315,10 @@ def _characters(content: Any) -> int:
 
 
 class _BadDocuments:
-    """Documents that cannot be used, each by its place and the reason.
+    """The documents that cannot be used, each with its place and the reason.
 
     Raises:
-        DecantError: from `add`, where there are more than `limit`.
+        DecantError: raised by `add` if there are more than `limit`.
     """
 
     def __init__(self, limit: int) -> None:
@@ -348,7 +349,7 @@ class _BadDocuments:
 
 @dataclass
 class _Counter:
-    """What became of the documents of one split."""
+    """Counts of what happened to the documents of one split."""
 
     extent: Extent = field(default_factory=Extent)
     read: int = 0
@@ -368,7 +369,7 @@ def _taken(
     split: str,
     counters: dict[str, _Counter],
 ) -> Iterator[Document]:
-    """Documents cut at their limit, without those out of the loss, up to the split's limit."""
+    """Yield documents cut to their limit, up to the split's limit; skip those without a target."""
     counter, taken = counters[split], 0
     limit: int | None = getattr(params, f"{split}_tokens")
     with progress_bar(what=f"corpus {split}", total=limit, unit="tok") as bar:
@@ -396,7 +397,7 @@ def _taken(
 def _chosen(
     params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments
 ) -> Iterator[Source]:
-    """The documents of one split, exact duplicates dropped."""
+    """Yield the documents of one split without exact duplicates."""
     seen: set[bytes] = set()
     for source in read_documents(params, counter.extent):
         if source.fault is not None:
@@ -420,11 +421,11 @@ def _chosen(
 
 def _digest(text: str) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(text), 2**20):  # of a long text no second copy is made
+    for start in range(0, len(text), 2**20):  # makes no second copy of a long text
         digest.update(text[start : start + 2**20].encode())
     return digest.digest()
 
 
 def _canonical(messages: list[Message]) -> str:
-    """One text for one conversation, whatever the order of its keys."""
+    """Serialise a conversation to the same text whatever the order of its keys."""
     return json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)

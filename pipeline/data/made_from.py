@@ -27,13 +27,13 @@ _CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
 
 
 def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str, Any]:
-    """What the corpus at `address` is to be made from.
+    """Describe what the corpus at `address` would be made from now.
 
-    Text that has gone is taken to be as it was: on a machine that has the corpus alone, none of it
-    can have changed.
+    Text that no longer exists is assumed to be unchanged: on a machine that only has the corpus,
+    none of the text can have changed.
 
     Raises:
-        DecantError: the text is nowhere, and no corpus was made from it.
+        DecantError: the text does not exist, and no corpus was made from it.
     """
     before = read_made_from(address)
     tokenizer = [teacher / name for name in TOKENIZER_FILES if (teacher / name).exists()]
@@ -87,7 +87,7 @@ def _stand_in(params: CorpusParams, before: Mapping[str, Any], seen: Path | None
 
 
 def read_made_from(address: Address) -> dict[str, Any]:
-    """What `source.json` of a corpus says; empty where there is none that can be read."""
+    """Read the `source.json` of a corpus; empty if there is none that can be read."""
     try:
         found = json.loads(open_folder(address).read(POINTER))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -96,7 +96,7 @@ def read_made_from(address: Address) -> dict[str, Any]:
 
 
 def is_there(address: Address) -> bool:
-    """Whether there is a corpus that its readers will open."""
+    """Return whether there is a corpus that its readers can open."""
     try:
         return all(len(CorpusSplit(address, split)) for split in SPLITS)
     except DecantError:
@@ -104,11 +104,14 @@ def is_there(address: Address) -> bool:
 
 
 def forget_made_from(address: Address) -> None:
-    """Before a corpus is made anew: one that is killed meanwhile is not taken for the older one."""
+    """Remove `source.json` before a corpus is rebuilt.
+
+    Otherwise a rebuild that is killed could be taken for the older corpus.
+    """
     if require_ours(address, "corpus", key="paths.corpus"):
         open_folder(address).remove(POINTER)
 
 
 def write_made_from(address: Address, content: dict[str, Any]) -> None:
-    """Say what a corpus was made from, once it is whole."""
+    """Record what a corpus was made from, once it is complete."""
     open_folder(address).write(POINTER, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,11 +1,11 @@
-"""Documents to rows of L tokens, with document boundaries and the tokens in the loss kept.
+"""Pack documents into rows of L tokens, keeping document boundaries and the tokens in the loss.
 
-Two ways. `cut` concatenates all documents and cuts at row ends: nothing is padded but the end of
-the last row, and a document that crosses a row's end continues in the next row without its
+There are two ways. `cut` concatenates all documents and cuts at row ends: only the end of the last
+row is padded, and a document that crosses a row's end continues in the next row without its
 beginning. `fit` keeps every document of up to L tokens whole, by best-fit-decreasing bin packing
-(Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3): what room is left in a
-row is padding, which costs the teacher's time and the cache's bytes. Long plain text is for `cut`;
-conversations, whose answers mean little without their questions, are for `fit`.
+(Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3): the room left in a
+row is padding, which costs the teacher's time and bytes in the cache. Use `cut` for long plain
+text, and `fit` for conversations, where an answer means little without its question.
 
 Shapes: n rows, B batch, L row length.
 """
@@ -25,12 +25,12 @@ PADDING = -1
 """The document id of padding tokens."""
 
 IGNORE = -100
-"""The label of positions that are out of the loss (PyTorch's `ignore_index`)."""
+"""The label of positions that are not in the loss (PyTorch's `ignore_index`)."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A tokenized document: tokens int64 [m], and in_loss bool [m], whether each is a target."""
+    """A tokenized document: tokens int64 [m]; in_loss bool [m] says which of them are targets."""
 
     tokens: NDArray[np.int64]
     in_loss: NDArray[np.bool_]
@@ -44,11 +44,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows; padding is out of the loss."""
+    """Packed rows; padding is not in the loss."""
 
     tokens: NDArray[np.int64]  # [n, L]
     doc_ids: NDArray[np.int32]  # [n, L], PADDING where there is no document
-    in_loss: NDArray[np.bool_]  # [n, L], whether the TOKEN is a target, of the position before it
+    in_loss: NDArray[np.bool_]  # [n, L], whether the TOKEN is the target of the position before it
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,7 +58,7 @@ class Rows:
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
-        """Parts joined along their rows."""
+        """Join parts along their rows."""
         return Rows(
             tokens=np.concatenate([part.tokens for part in parts]),
             doc_ids=np.concatenate([part.doc_ids for part in parts]),
@@ -68,7 +68,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of document `number` that lies in one stretch of a row."""
+    """A contiguous part of document `number` within a row."""
 
     number: int
     part: Document
@@ -80,10 +80,10 @@ class _Piece:
 def cut(
     documents: Iterable[Document], row_length: int, pad_id: int, rows_at_once: int
 ) -> Iterator[Rows]:
-    """Concatenate documents and cut into rows, `rows_at_once` at a time.
+    """Concatenate documents and cut them into rows, `rows_at_once` at a time.
 
-    Only the last row can carry padding (token `pad_id`, document PADDING). Documents are numbered
-    from 0 in order; empty ones take no number.
+    Only the last row can have padding (token `pad_id`, document PADDING). Documents are numbered
+    from 0 in order; empty ones get no number.
     """
     size = row_length * rows_at_once
     waiting: list[_Piece] = []
@@ -106,10 +106,10 @@ def fit(
 ) -> Iterator[Rows]:
     """Put whole documents into rows, best fit first, from a buffer of `rows_at_once` rows' tokens.
 
-    A document longer than a row is cut into pieces of a row's length and a rest. Of the buffer, the
-    longest piece comes first and goes to the row with the least room that holds it. Rows leave in
-    the order of their last document, so the rest of a long one comes after its other pieces, and
-    documents lie in a row in order, numbered as in `cut`.
+    A document longer than a row is cut into pieces of a row's length and a remainder. The longest
+    piece in the buffer is placed first, in the row with the least room that can hold it. Rows are
+    yielded in the order of their last document, so the remainder of a long document comes after its
+    other pieces. Within a row documents are in order, numbered as in `cut`.
     """
     waiting: list[_Piece] = []
     waits = 0
@@ -118,7 +118,7 @@ def fit(
         waits += len(piece)
         if waits >= row_length * rows_at_once:
             filled = _best_fit_decreasing(waiting, row_length)
-            emptiest = min(filled, key=_length)  # alone may be less than half full: it waits
+            emptiest = min(filled, key=_length)  # waits, as only it may be less than half full
             waiting = emptiest if _length(emptiest) < row_length else []
             waits = _length(waiting)
             yield _rows([row for row in filled if row is not waiting], row_length, pad_id)
@@ -133,7 +133,7 @@ PACKERS: dict[str, Callable[[Iterable[Document], int, int, int], Iterator[Rows]]
 
 
 def _pieces(documents: Iterable[Document], longest: int) -> Iterator[_Piece]:
-    """Pieces of at most `longest` tokens; documents are numbered, empty ones left out."""
+    """Cut documents into pieces of at most `longest` tokens; number them, skip empty ones."""
     full = (document for document in documents if len(document))
     for number, document in enumerate(full):
         for start in range(0, len(document), longest):
@@ -141,9 +141,9 @@ def _pieces(documents: Iterable[Document], longest: int) -> Iterator[_Piece]:
 
 
 def _best_fit_decreasing(pieces: list[_Piece], row_length: int) -> list[list[_Piece]]:
-    """Pieces by row; rows by their last piece's number, and pieces in a row by theirs."""
+    """Pack pieces into rows; sort each row's pieces by number, and rows by their last piece."""
     rows: list[list[_Piece]] = []
-    rooms: list[tuple[int, int]] = []  # room left and index of each row that is not full, rising
+    rooms: list[tuple[int, int]] = []  # (room left, index) of each row that is not full, ascending
     for piece in sorted(pieces, key=len, reverse=True):  # stable: equal lengths keep their order
         place = bisect_left(rooms, (len(piece), -1))
         if place < len(rooms):
@@ -163,7 +163,7 @@ def _length(row: list[_Piece]) -> int:
 
 
 def _in_a_line(pieces: list[_Piece], row_length: int) -> list[list[_Piece]]:
-    """Pieces cut at row ends."""
+    """Lay pieces one after another, and cut them at row ends."""
     rows: list[list[_Piece]] = []
     room = 0
     for piece in pieces:
@@ -197,15 +197,17 @@ def _rows(filled: list[list[_Piece]], row_length: int, pad_id: int) -> Rows:
 
 
 def next_token_labels(tokens: Tensor, doc_ids: Tensor, in_loss: Tensor) -> Tensor:
-    """labels[t] = tokens[t + 1], IGNORE where that is not a target of the same document.
+    """Return labels[t] = tokens[t + 1], or IGNORE if that is not a target in the same document.
 
-    Out of the loss: the last position of a row (its successor is in another row), the last token
-    of a document (its successor belongs to another), padding, and positions whose next token is not
-    in the loss, such as a user's words. Shifting the other way would train the student to copy its
-    input.
+    These positions are not in the loss: the last position of a row (its successor is in another
+    row), the last token of a document (its successor belongs to another), padding, and positions
+    before a token that is not in the loss, such as a user's words. Shifting the other way would
+    train the student to copy its input.
 
     Args:
-        tokens: int64 [B, L]. doc_ids: integer [B, L], PADDING for padding. in_loss: bool [B, L].
+        tokens: int64 [B, L].
+        doc_ids: integer [B, L], PADDING for padding.
+        in_loss: bool [B, L].
 
     Returns:
         int64 [B, L].

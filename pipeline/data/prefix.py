@@ -1,14 +1,15 @@
-"""The first tokens of a long text without tokenizing the rest of it.
+"""Find the first tokens of a long text without tokenizing the rest of it.
 
-A text is cut between a letter or digit and the white space or punctuation after it, at a place that
-no entry of the vocabulary spans. That changes none of the tokens before the cut. BPE only merges
-what ends up in one entry, so no merge crosses the place, and Unigram's best segmentation is made of
-entries, so it has a border there; both sides are tokenized as if alone. Nor does the pre-tokenizer
-see more than the text up to the cut: it splits from left to right, and whether a run of letters or
-of digits goes on, which is what its expressions look ahead for, is decided by the character after
-the run. (White space is another matter: a run of it is split by what follows, so no cut touches its
-end.) Where the model is neither BPE nor Unigram, marks the ends of words, or the tokenizer is not a
-fast one, texts are tokenized whole.
+A text is cut between a letter or digit and the white space or punctuation after it, at a position
+that no entry of the vocabulary spans. This changes none of the tokens before the cut. BPE only
+merges pieces that end up in one entry, so no merge crosses the position, and Unigram's best
+segmentation consists of entries, so it has a border there; both sides are tokenized as if alone.
+The pre-tokenizer does not need more than the text up to the cut either: it splits from left to
+right, and its expressions look ahead only to see whether a run of letters or of digits continues,
+which the character after the run decides. (White space is different: the text after a run of it
+decides how the run is split, so no cut touches the end of a run.) Texts are tokenized whole if the
+model is neither BPE nor Unigram, if it marks the ends of words, or if the tokenizer is not a fast
+one.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import Any
 from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import ByteLevel
 
-_CHARACTERS_PER_TOKEN = 8  # tried first, then twice as many; code and English have 3 to 5
+_CHARACTERS_PER_TOKEN = 8  # the first try; then twice as many; code and English have 3 to 5
 _BORDER = re.compile(r"[^\W_](?=[ \n\t]|[^\w\s])")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids, where each begins and ends in the text, and whether they are all that the text has."""
+    """Ids, their start and end offsets in the text, and whether they are all ids of the text."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -37,11 +38,11 @@ class Encoded:
 
 
 class PrefixEncoder:
-    """The first tokens of a text, as Hugging Face's tokenizer gives them for the whole text.
+    """An encoder for the first tokens of a text, equal to those that the whole text would give.
 
     Args:
-        tokenizer: Hugging Face's.
-        limit: at most this many tokens; None for all.
+        tokenizer: a Hugging Face tokenizer.
+        limit: maximum number of tokens; None for all.
     """
 
     def __init__(self, tokenizer: Any, limit: int | None) -> None:
@@ -50,13 +51,13 @@ class PrefixEncoder:
         self._safe: dict[str, bool] = {}
 
     def head(self, text: str) -> str:
-        """The part of a text that usually holds as many tokens as are wanted, or all of it."""
+        """Return the part of a text that usually holds enough tokens, or the whole text."""
         if self.limit is None:
             return text
         return text[: self._cut(text, _CHARACTERS_PER_TOKEN * self.limit)]
 
     def texts(self, texts: list[str]) -> list[tuple[list[int], bool]]:
-        """Ids of several texts at once, and of each whether they are all it has.
+        """Tokenize several texts at once; return each one's ids, and whether they are all it has.
 
         Special tokens spelled out in a text are tokenized as text.
         """
@@ -74,11 +75,11 @@ class PrefixEncoder:
     def __call__(
         self, text: str, limit: int | None, *, as_text: bool, start: int | None = None
     ) -> Encoded:
-        """The first `limit` tokens of one text.
+        """Return the first `limit` tokens of one text.
 
         Args:
             as_text: tokenize special tokens spelled out in the text as text.
-            start: characters tried first.
+            start: number of characters to try first.
         """
         end = (
             len(text) if limit is None else self._cut(text, start or _CHARACTERS_PER_TOKEN * limit)
@@ -100,7 +101,7 @@ class PrefixEncoder:
         return self.limit is not None and len(ids) > self.limit
 
     def _cut(self, text: str, start: int) -> int:
-        """Where the text may be cut, from `start` on; its length where it may not."""
+        """Return the first position from `start` on where the text may be cut, or its length."""
         if start < len(text) and self._pairs is not None:
             for match in _BORDER.finditer(text, start):
                 pair = text[match.start() : match.start() + 2]
@@ -112,7 +113,7 @@ class PrefixEncoder:
 
     @cached_property
     def _pairs(self) -> frozenset[tuple[str, str]] | None:
-        """Neighbours in any entry of the vocabulary; None where texts may not be cut at all."""
+        """Adjacent characters in entries of the vocabulary; None if texts may not be cut at all."""
         if not getattr(self._tokenizer, "is_fast", False):
             return None
         model = self._tokenizer.backend_tokenizer.model
@@ -127,7 +128,7 @@ class PrefixEncoder:
         return frozenset(pairs)
 
     def _is_border(self, pair: str) -> bool:
-        """Whether no entry holds the two characters beside each other, however it writes them."""
+        """Return whether no entry holds the two characters adjacently, however it spells them."""
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         written = normalizer.normalize_str("a" + pair) if normalizer else pair
         first, second = written[-2:-1], written[-1:]
@@ -150,5 +151,5 @@ _BYTE_LEVEL = ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _in_bytes(character: str) -> str:
-    """A character as a byte-level vocabulary spells it, a letter for each byte."""
+    """Spell a character as a byte-level vocabulary does, with one letter for each byte."""
     return "".join(piece for piece, _ in _BYTE_LEVEL.pre_tokenize_str(character))

@@ -4,13 +4,13 @@ Each group holds three arrays [N, L]: `tokens` (uint16 when the vocabulary fits,
 `doc_ids` (int32, -1 for padding) and `in_loss` (uint8, 1 where the token is a target of training),
 in shards of about 262,144 tokens (pipeline/sharding.py), and attributes that describe them. The
 group's zarr.json, with the sha256 of all rows, is written last: without it the split does not
-exist. The sha256 goes into the fingerprint of every cache made from the corpus, so a cache can not
+exist. The sha256 is part of the fingerprint of every cache made from the corpus, so a cache cannot
 be paired with other tokens, documents or targets.
 
-`objects.json` beside the arrays has length and xxh3 of every shard, {array: [[bytes, hash], ...]},
-and its own hash is in zarr.json. Each shard is compared with it whenever it is read, so a shard of
-another corpus, or in another's place, is found; hashing all rows by sha256 would take as long as
-training's first epoch takes to read them.
+`objects.json` beside the arrays lists the size and xxh3 of every shard, {array: [[bytes, hash],
+...]}, and its own hash is in zarr.json. Each shard is compared with it whenever it is read, so a
+shard that comes from another corpus, or lies in the wrong place, is detected. Hashing all rows by
+sha256 instead would take as long as training's first epoch takes to read them.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ _REMEDY = "run stages/corpus.py --overwrite"
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What one split holds; stored as the group's attributes."""
+    """The description of one split, stored as the group's attributes."""
 
     format_version: int
     num_rows: Size  # N
     row_length: Length  # L
     num_tokens: Size  # without padding
-    num_in_loss: Number  # of these, tokens that are targets
+    num_in_loss: Number  # number of these tokens that are targets
     num_documents: Size
-    num_dropped: Number  # documents left out since none of their tokens is a target
-    num_text_bytes: Number  # UTF-8 bytes of the documents; of chats, as the template writes them
-    num_used_ids: Number  # different token ids that occur
+    num_dropped: Number  # documents left out because none of their tokens is a target
+    num_text_bytes: Number  # UTF-8 bytes of the documents; for chats, as the template writes them
+    num_used_ids: Number  # distinct token ids that occur
     vocab_size: Length  # ids a tokenizer can produce: largest id + 1
     tokenizer_sha256: Sha256
     sha256: Sha256  # of all arrays, row by row (`hash_rows`)
@@ -74,18 +74,20 @@ class SplitInfo:
 
     @property
     def num_positions(self) -> int:
-        """Tokens and padding."""
+        """Number of positions: tokens and padding."""
         return self.num_rows * self.row_length
 
     @property
     def num_padding(self) -> int:
-        """Positions that hold no token."""
+        """Number of positions that hold no token."""
         return self.num_positions - self.num_tokens
 
 
 def hash_rows(rows: Rows) -> str:
-    """sha256 over rows: of each its tokens as little-endian uint32, doc_ids as int32, in_loss as
-    uint8 (0 or 1).
+    """Return the sha256 of rows.
+
+    For each row it covers the tokens as little-endian uint32, then doc_ids as little-endian int32,
+    then in_loss as uint8 (0 or 1).
     """
     return hashlib.sha256(_row_bytes(rows)).hexdigest()
 
@@ -96,14 +98,14 @@ def _row_bytes(rows: Rows) -> bytes:
 
 
 class SplitWriter:
-    """Streams blocks of rows into a split; the split exists once `seal` has been called.
+    """A writer of blocks of rows to a split, which exists once `seal` has been called.
 
     Args:
-        address: of the corpus; an older split there is removed once the first rows of the new one
-            come, so a source that cannot be read costs nothing.
+        address: address of the corpus; an existing split there is removed only when the first rows
+            of the new one arrive, so nothing is lost if the source cannot be read.
 
     Raises:
-        MismatchError: something else lies there, for example a logit cache or the user's own text.
+        MismatchError: something else is there, for example a logit cache or the user's own text.
     """
 
     def __init__(self, address: Address, split: str, *, row_length: int, vocab_size: int) -> None:
@@ -120,9 +122,9 @@ class SplitWriter:
         self._objects: dict[str, list[Entry]] = {name: [] for name in self._open_specs()}
 
     def add(self, rows: Rows) -> None:
-        """Append rows, of which there is one at least; full shards are written at once."""
+        """Append at least one row; full shards are written immediately."""
         if not self._num_rows:
-            # In this order: first it is no split.
+            # zarr.json is removed first: without it the split does not exist.
             for name in ("zarr.json", _OBJECTS, *self._open_specs()):
                 self._folder.remove(name)
         self._digest.update(_row_bytes(rows))
@@ -137,16 +139,16 @@ class SplitWriter:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, without padding."""
+        """Number of tokens so far, without padding."""
         return self._num_tokens
 
     def seal(
         self, *, num_text_bytes: int, tokenizer_sha256: str, num_dropped: int = 0
     ) -> SplitInfo:
-        """Write what is pending, and the metadata that makes the split exist.
+        """Write the pending rows, and the metadata that makes the split exist.
 
         Raises:
-            DecantError: another process has made the split meanwhile.
+            DecantError: another process has written the split meanwhile.
         """
         self._write_shards(final=True)
         objects = json.dumps(self._objects).encode()
@@ -196,7 +198,7 @@ class CorpusSplit:
     """Read access to one split; `info` describes it.
 
     Raises:
-        DecantError: absent, damaged, of another format, or something else than a corpus.
+        DecantError: the split is missing, damaged, of another format, or not a corpus.
     """
 
     def __init__(self, address: Address, split: str) -> None:
@@ -223,7 +225,7 @@ class CorpusSplit:
         return self.info.num_rows
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Rows start..stop in corpus order; the last shards read are kept.
+        """Return rows start..stop in corpus order; the last shards read stay in memory.
 
         Raises:
             DecantError: a shard is damaged.
@@ -239,7 +241,7 @@ class CorpusSplit:
         return parts[0] if len(parts) == 1 else Rows.cat(parts)
 
     def _shard(self, shard: int) -> Rows:
-        """As stored: in the narrow types."""
+        """Return a shard as stored, in the narrow types."""
         with self._lock:
             ready = self._shards.get(shard)
             if mine := ready is None:
@@ -249,7 +251,7 @@ class CorpusSplit:
             else:
                 self._shards.move_to_end(shard)
         assert ready is not None
-        if mine:  # other threads wait for what this one reads
+        if mine:  # this thread reads the shard, and other threads wait for it
             try:
                 ready.set_result(self._read(shard))
             except BaseException as error:
@@ -272,11 +274,11 @@ class CorpusSplit:
 
 
 def _read_info(folder: Folder, where: str) -> SplitInfo | None:
-    """What a split says of itself; None where there is none.
+    """Read the description of a split; None if there is no split.
 
     Raises:
-        MismatchError: something else than a corpus.
-        DamagedError: not what was written.
+        MismatchError: the group is not a corpus.
+        DamagedError: the metadata is not what was written.
     """
     about = read_group(folder, where, FORMAT_VERSION)
     if about is None:
@@ -292,7 +294,7 @@ def _read_info(folder: Folder, where: str) -> SplitInfo | None:
 def _read_objects(
     folder: Folder, info: SplitInfo, specs: dict[str, ArraySpec]
 ) -> dict[str, list[Entry]]:
-    """What each shard is compared with; as many as the rows make, so both are what was written."""
+    """Read size and hash of each shard; check that their number fits the number of rows."""
     text = read_object(folder, _OBJECTS, info.objects)
     try:
         objects = parse(dict[str, list[Entry]], json.loads(text), _OBJECTS)

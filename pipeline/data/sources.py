@@ -1,8 +1,9 @@
-"""Where documents come from: Python's standard library, local files, or a dataset on the hub.
+"""The sources of documents: Python's standard library, local files, or a dataset on the hub.
 
-Of files and datasets only the wanted column is read, so files may differ in all others. What cannot
-be read as a document (a broken line, a number among texts) is handed on with the reason, for the
-corpus to count and to leave out; what is wrong with a whole file or column is an error.
+Only the wanted column of files and datasets is read, so files may differ in all other columns. A
+row that cannot be read as a document (a broken line, a number among texts) is passed on with the
+reason, so that the corpus can count it and leave it out. A fault of a whole file or column is an
+error.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _KINDS = {
 _COMPRESSED = ".gz"
 _NOT_OURS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "_vendor"}
 _BYTE_ORDER_MARK = "\ufeff"
-_ROWS_AT_ONCE = 64  # of a parquet file
+_ROWS_AT_ONCE = 64  # rows read at once from a parquet file
 _ROWS_TO_JUDGE_BY = 100  # without one document among them, the column is wrong, not the rows
 
 
@@ -43,22 +44,22 @@ _ROWS_TO_JUDGE_BY = 100  # without one document among them, the column is wrong,
 class Source:
     """A text, a conversation, or the reason why there is neither."""
 
-    place: str  # for people: "data/chats.jsonl, row 3"
+    place: str  # for the user, for example "data/chats.jsonl, row 3"
     content: str | list[Message]
     fault: str | None = None
-    position: int = 0  # bytes of the source up to its end
+    position: int = 0  # bytes of the source up to the end of this document
 
 
 @dataclass
 class Extent:
-    """How much of a source has been read."""
+    """The amount of a source that has been read."""
 
     num_bytes: int = 0
-    total_bytes: int | None = None  # None: not known, as of a streamed dataset
+    total_bytes: int | None = None  # None: unknown, for example for a streamed dataset
 
 
 def read_documents(params: CorpusParams, extent: Extent) -> Iterator[Source]:
-    """All documents of a source that are not blank, in an order that is the same in every run.
+    """Yield all documents of a source that are not blank, in the same order in every run.
 
     Raises:
         DecantError: a file, a dataset or its column cannot be read.
@@ -79,7 +80,7 @@ def read_documents(params: CorpusParams, extent: Extent) -> Iterator[Source]:
 
 
 def stdlib_files() -> list[Path]:
-    """Source files of the running Python's standard library, in an order mixed by path hash."""
+    """List the source files of the running Python's standard library, shuffled by path hash."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, subfolders, names in os.walk(root):
@@ -96,7 +97,7 @@ def _stdlib(extent: Extent) -> Iterator[Source]:
         try:
             yield Source(str(file), file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
-            continue  # a handful declare another encoding
+            continue  # a few files declare another encoding
 
 
 def _mix(text: str) -> bytes:
@@ -140,7 +141,7 @@ def _files(patterns: tuple[str, ...], column: str, extent: Extent) -> Iterator[S
 
 
 def find_files(patterns: tuple[str, ...]) -> list[str]:
-    """Files by name or pattern; brackets stand for themselves as well as for a set of letters."""
+    """Find files by name or pattern; brackets match themselves as well as a set of characters."""
     files: dict[str, None] = {}
     for pattern in patterns:
         if Path(pattern).is_dir():
@@ -168,7 +169,7 @@ def _kind(file: str) -> str | None:
 
 @contextmanager
 def _opened(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The bytes of a file, decompressed, and the file itself."""
+    """Open a file; yield its bytes, decompressed, and the file itself."""
     with Path(file).open("rb") as raw:
         if file.lower().endswith(_COMPRESSED):
             with gzip.open(raw) as stream:
@@ -186,18 +187,18 @@ def _text(file: str) -> Source:
 
 
 class _Fault(str):
-    """In place of a value: why a row has none."""
+    """A placeholder for a value: the reason why a row has none."""
 
 
 class _Absent:
-    """In place of a value: the row has no such column, only these."""
+    """A placeholder for a value: the row does not have the column, only these."""
 
     def __init__(self, columns: list[str]) -> None:
         self.columns = columns
 
 
 def _json_rows(file: str, column: str) -> Iterator[tuple[int, float, Any]]:
-    """Of each row its number (of rows by line, the line's), the share read, the column's value."""
+    """Yield each row's number (its line if there is one row per line), share read, and value."""
     size = max(Path(file).stat().st_size, 1)
     with _opened(file) as (stream, raw):
         if _is_one_value(file):
@@ -216,7 +217,7 @@ def _json_rows(file: str, column: str) -> Iterator[tuple[int, float, Any]]:
 
 
 def _is_one_value(file: str) -> bool:
-    """Whether a .json file holds one value over many lines, or a list of rows, not rows by line."""
+    """Return whether a .json file is one value or list over many lines, not one row per line."""
     if ".json" not in [suffix.lower() for suffix in Path(file).suffixes[-2:]]:
         return False
     with _opened(file) as (stream, _):
@@ -259,7 +260,7 @@ def _parquet_rows(file: str, column: str) -> Iterator[tuple[int, float, Any]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value of a typed table without nulls: there each message has the keys of all others."""
+    """Drop nulls from a typed table's value, where each message has the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -286,7 +287,7 @@ def _hub(hub: HubCorpus) -> Iterator[Source]:
             columns = rows.column_names
             if columns is not None and hub.column not in columns:
                 raise ParamsError(_no_column(hub.column, columns, hub.id))
-            if rows.info.builder_name == "parquet":  # whose reader can leave the others out
+            if rows.info.builder_name == "parquet":  # its reader can skip the other columns
                 rows = load(columns=[hub.column])
             for number, row in enumerate(rows, 1):
                 yield f"{hub.id}, row {number}", _without_nulls(_value(row, hub.column))
@@ -295,10 +296,10 @@ def _hub(hub: HubCorpus) -> Iterator[Source]:
 
 
 def _sources(values: Iterator[tuple[str, Any]], column: str) -> Iterator[Source]:
-    """Documents of a column. Where there is none among the first rows, the column is the wrong one.
+    """Yield the documents of a column; if the first rows hold none, the column is the wrong one.
 
-    A row without the column, or with null in it, is no document and no fault: a table of which
-    rows differ is read so by every library.
+    A row without the column, or with null in it, is neither a document nor a fault: every library
+    reads a table with differing rows in this way.
     """
     judged = False
     faults: list[Source] = []
@@ -347,12 +348,12 @@ def _source(place: str, value: Any, column: str) -> Source:
 
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Turn whatever a reader of files or of the hub raises into one sentence."""
+    """Turn any exception of a file or hub reader into one sentence."""
     try:
         yield
     except DecantError:
         raise
-    except Exception as error:  # libraries for files let errors of many others through
+    except Exception as error:  # file libraries pass on exceptions of many other libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DecantError(
             f"{what} cannot be read ({reason}): check the name, the file or the connection"

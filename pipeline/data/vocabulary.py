@@ -1,17 +1,19 @@
-"""Whether a student's tokens are the corpus's: the same ids for the same pieces of text.
+"""Check that a student uses the corpus's tokens: the same ids for the same pieces of text.
 
-Teacher, corpus and student must share ids, not files. Qwen2.5 of 0.5B and of 7B, base and chat
+Teacher, corpus and student must share ids, not files. Qwen2.5 0.5B and 7B, or the base and chat
 models of one family, differ in the bytes of tokenizer.json (templates, padding, how merges are
-written) and in the number of embedding rows, and still mean the same by every id. So vocabularies
-and merge rules are compared:
+written) and in the number of embedding rows, yet every id has the same meaning in them. Therefore
+vocabularies and merge rules are compared:
 
-    ordinary ids    must be the same tokens, and merge rules the same, or it is another tokenizer
+    ordinary ids    must be the same tokens, and the merge rules must be the same; otherwise it is
+                    another tokenizer
     control tokens  (added tokens, such as <|im_start|>) may differ or be missing on one side as
-                    long as the corpus does not hold them
+                    long as the corpus does not contain them
     further ids     of the student never occur in the corpus, and are ids without teacher mass
 
-How text is normalised and split before merging is not compared: it changes which of the shared ids
-a text becomes, not what they mean, and the trained student gets the corpus's tokenizer.
+The normalisation and splitting of text before merging are not compared: they change which of the
+shared ids a text becomes, but not what the ids mean, and the trained student gets the corpus's
+tokenizer.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer.json says of ids."""
+    """The ids that a tokenizer.json defines."""
 
     tokens: dict[int, str]  # id -> token, control tokens included
     control: frozenset[int]  # ids of added tokens
-    merges: tuple[str, ...]  # of BPE, in order; empty for other kinds
+    merges: tuple[str, ...]  # BPE's merge rules, in order; empty for other kinds
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a folder's tokenizer.json.
+    """Read the vocabulary of a folder's tokenizer.json.
 
     Raises:
-        DecantError: there is none, or it cannot be read.
+        DecantError: the file does not exist or cannot be read.
     """
     file = folder / "tokenizer.json"
     require_regular_files([file])
@@ -67,11 +69,11 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def require_tokenizer(folder: Path, corpus: CorpusSplit) -> None:
-    """Refuse a folder whose tokenizer is not the one that the corpus was made by.
+    """Refuse a folder whose tokenizer is not the one that the corpus was made with.
 
     Raises:
-        MismatchError: it is another.
-        DecantError: there is none.
+        MismatchError: the folder has another tokenizer.
+        DecantError: the folder has no tokenizer.
     """
     wanted, found = corpus.info.tokenizer_sha256, hash_tokenizer(folder)
     if found != wanted:
@@ -82,10 +84,10 @@ def require_tokenizer(folder: Path, corpus: CorpusSplit) -> None:
 
 
 def tokenizer_folder(folders: Iterable[Path | None], corpus: CorpusSplit) -> Path | None:
-    """The first folder that holds the corpus's tokenizer; None where none holds any.
+    """Return the first folder with the corpus's tokenizer; None if no folder has any tokenizer.
 
     Raises:
-        MismatchError: all that is there is another.
+        MismatchError: the folders only have other tokenizers.
     """
     found = [f for f in folders if f is not None and (f / "tokenizer.json").exists()]
     for folder in found:
@@ -97,16 +99,16 @@ def tokenizer_folder(folders: Iterable[Path | None], corpus: CorpusSplit) -> Pat
 
 
 def require_shared_ids(start: Path, corpora: Sequence[CorpusSplit], tokenizer: Path) -> None:
-    """Refuse a student whose ids mean something else than the corpus's.
+    """Refuse a student whose ids have other meanings than the corpus's.
 
     Args:
         start: folder of the model that the student starts from.
-        corpora: splits made by one tokenizer.
-        tokenizer: folder that should hold that tokenizer; read only where hashes differ.
+        corpora: splits made with one tokenizer.
+        tokenizer: folder that should hold that tokenizer; it is read only if the hashes differ.
 
     Raises:
-        MismatchError: the first id that differs is named.
-        DecantError: nothing to compare with.
+        MismatchError: the ids differ; the message names the first one.
+        DecantError: there is no tokenizer to compare.
     """
     if not (start / "tokenizer.json").exists():
         raise DecantError(
@@ -154,14 +156,17 @@ def _sentence(start: Path, wrong: list[int], ours: Vocabulary, theirs: Vocabular
 
 
 def _ids(vocab: Any) -> dict[int, str]:
-    """BPE, WordPiece and WordLevel map tokens to ids; Unigram lists [token, score] by id."""
+    """Return the tokens by id.
+
+    BPE, WordPiece and WordLevel map tokens to ids; Unigram lists [token, score] in order of id.
+    """
     if isinstance(vocab, dict):
         return {number: token for token, number in vocab.items()}
     return {number: token for number, (token, _) in enumerate(vocab)}
 
 
 def _occurring(corpora: Iterable[CorpusSplit], numbers: list[int]) -> set[int]:
-    """Which of these ids some row holds."""
+    """Return those of the ids that occur in some row."""
     wanted = np.array(numbers)
     found: set[int] = set()
     for corpus in corpora:

@@ -1,7 +1,7 @@
-"""The gate between a cache and training: `gate` runs it, and says how.
+"""The gate between a cache and training: `gate` runs it, and describes how.
 
-`agreement` compares positions, `limits` judges, `draws` tests drawn ids, and `power` says what a
-check of this size can find.
+`agreement` compares positions, `limits` judges the errors, `draws` tests drawn ids, and `power`
+computes what a check of a given size can detect.
 """
 
 from pipeline.fidelity.agreement import agreement

@@ -1,10 +1,11 @@
-"""How what a cache says of each position agrees with the live teacher, by token id.
+"""Compare a cache with the live teacher at each position, by token id.
 
 The cosine of sorted top-K values would prove nothing: between unrelated positions it is already
-0.9988, because all sorted tails look alike. So both sides are scattered by id. The sums over the
-full row (lse, lse_tau, entropy) are compared too: a wrong one would leave every probability at
-temperature 1 right and every target at another temperature wrong. So are the log-probabilities
-themselves, by bands of ranks: those of the last ranks weigh nothing in a probability.
+0.9988, because all sorted tails look alike. Therefore both sides are scattered by id. The sums over
+the full row (lse, lse_tau, entropy) are compared too, since a wrong one would leave every
+probability at temperature 1 right, but make every target at another temperature wrong. The
+log-probabilities themselves are compared by bands of ranks, since those of the last ranks hardly
+affect a comparison of probabilities.
 
 Shapes: n positions, K kept ids, M draws, J stored temperatures.
 """
@@ -24,14 +25,14 @@ from pipeline.topk import TopK
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Per position, float32 [n]: how the distribution `said` agrees with `live`."""
+    """The agreement of the distribution `said` with `live` at each position, float32 [n]."""
 
-    cosine: Tensor  # of probabilities scattered by id
+    cosine: Tensor  # between probabilities scattered by id
     kl: Tensor  # KL(live || said), nats, ids outside said's top K merged into one bucket
     top1: Tensor  # 1 where the most probable id is the same
-    overlap: Tensor  # share of the K ids both have
-    logprobs: Tensor  # mean |said - live| of the band of ranks where it is largest, nats
-    lse: Tensor  # |said - live|, nats; a common offset of all logits, so noisier than the next
+    overlap: Tensor  # share of the K ids that both have
+    logprobs: Tensor  # mean |said - live| in the band of ranks where it is largest, nats
+    lse: Tensor  # |said - live|, nats; a common offset of all logits, so noisier than lse_tau
     lse_tau: Tensor  # largest |said - live| among the temperatures, nats
     entropy: Tensor  # |said - live|, nats
     draws: Tensor  # share of the draws that the live teacher draws as well
@@ -52,12 +53,13 @@ def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
     """Compare two TopK of the same positions.
 
     Without draws the cosine is over the union of both sets of ids. With draws, which leave out ids
-    by chance, it is over the ids that are said; where nothing but draws is stored, `top1` asks for
-    the most probable of these, and `overlap`, of which there is none, is 1.
+    by chance, it is over the ids in `said`. If only draws are stored, `top1` compares the most
+    probable of these, and `overlap`, which is undefined then, is 1.
 
     Args:
-        said: leading axis n; what the cache says. live: likewise, the teacher now, of K + M ids
-            or more, at the same temperatures and with as many draws.
+        said: the cache's values, leading axis n.
+        live: the teacher's values now, leading axis n, with K + M ids or more, the same
+            temperatures and as many draws.
         live_logprobs: float32 [n, K + M], the teacher's log-probabilities at `said_ids`.
     """
     known = _first_of_each(said)
@@ -101,12 +103,12 @@ def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
 
 
 def said_ids(topk: TopK) -> Tensor:
-    """All ids whose probability is stored, int64 [..., K + M]; draws may repeat."""
+    """Return all ids with a stored probability, int64 [..., K + M]; draws may repeat."""
     return torch.cat((topk.ids, topk.draw_ids), -1)
 
 
 def signed_names(topk: TopK) -> list[str]:
-    """What the columns of `Agreement.signed` are."""
+    """Return the names of the columns of `Agreement.signed`."""
     ranks = [
         "draws" if first == topk.k else f"ranks {first + 1} to {end}" for first, end in _bands(topk)
     ]
@@ -115,14 +117,17 @@ def signed_names(topk: TopK) -> list[str]:
 
 
 def _bands(topk: TopK) -> list[tuple[int, int]]:
-    """Ranks 0, 1, 2 to 3, 4 to 7 and so on of `said_ids`, then the draws."""
+    """Return the bands of `said_ids`: ranks 0, 1, 2 to 3, 4 to 7 and so on, then the draws.
+
+    Each is (first, end).
+    """
     edges = [0, *(2**i for i in range(topk.k.bit_length()) if 2**i < topk.k), topk.k]
     bands = [(a, b) for a, b in pairwise(edges) if a < b]
     return [*bands, (topk.k, topk.k + topk.draws)] if topk.draws else bands
 
 
 def _found_in(ids: Tensor, live: TopK) -> tuple[Tensor, Tensor]:
-    """Bool [n, K], whether each of `ids` is among live's, and its probability there, else 0."""
+    """Return bool [n, K], whether each of `ids` is in `live`, and its probability there, else 0."""
     by_id, order = live.ids.sort(-1)
     place = torch.searchsorted(by_id, ids).clamp_max(live.k - 1)
     found = by_id.gather(-1, place) == ids
@@ -131,7 +136,7 @@ def _found_in(ids: Tensor, live: TopK) -> tuple[Tensor, Tensor]:
 
 
 def _first_of_each(topk: TopK) -> Tensor:
-    """Bool [n, K + M], False where a draw repeats an earlier one."""
+    """Return bool [n, K + M], False where a draw repeats an earlier one."""
     by_id, order = topk.draw_ids.sort(stable=True, dim=-1)
     repeats = torch.zeros_like(by_id, dtype=torch.bool)
     repeats[:, 1:] = by_id[:, 1:] == by_id[:, :-1]

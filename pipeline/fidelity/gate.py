@@ -1,22 +1,22 @@
-"""The gate: does the cache say what the teacher says?
+"""The gate, which checks that a cache agrees with its teacher.
 
 Sampled rows are run through the teacher again and compared by token id (agreement.py). Three caches
 are compared with the same live teacher:
 
-    cache            what is stored
-    noise floor      what the teacher stores when it is run now, at another batch shape: no cache
-                     can be expected to do better
-    shifted by one   the cache, one position off: it must fail, else the gate is blind
+    cache            the values that are stored
+    noise floor      the values that the teacher would store now, run with another batch shape; no
+                     cache can be expected to agree better
+    shifted by one   the cache, one position off; it must fail, otherwise the gate is blind
 
 Errors of probabilities, log-probabilities, ids and sums over the row are judged by their means, in
-the worst row and position by position, against limits that follow the noise floor (limits.py): in
-float32 an error of 0.001 nats is found, half formats have their noise forgiven.
+the worst row, and position by position. Their limits follow from the noise floor (limits.py): in
+float32 an error of 0.001 nats is detected, while the noise of half formats is tolerated.
 
-Draws must be those that the recorded seed gives now, as far as the noise floor's are, and a sample
-of the live distribution (draws.py).
+Draws must equal those that the recorded seed gives now, as far as the noise floor's draws do, and
+must be a sample of the live distribution (draws.py).
 
-Rows are taken from every shard, as far as verify.batches go. Where they do not reach (100 rows see
-half of 200 shards), the result says what would have been found (power.py).
+Rows are taken from every shard, as far as verify.batches allows. If they are too few (100 rows
+cover half of 200 shards), the result says which faults would have been detected (power.py).
 
 Shapes: n positions, B rows, L length, K kept ids, M draws, V valid vocabulary.
 """
@@ -55,16 +55,16 @@ from pipeline.teacher.hf import HuggingFaceTeacher
 from pipeline.topk import TopK, draw_by_inversion, row_uniforms, top_k_from_logits
 
 Place = tuple[CacheReader, int]
-"""A row of a split."""
+"""A row of a split: the split's reader, and the number of the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSummary:
-    """Means over positions, but for the three extremes."""
+    """Means over positions, except for three extremes."""
 
     mean_cosine: float
     min_cosine: float
-    worst_row_cosine: float  # the lowest mean of a row
+    worst_row_cosine: float  # the lowest row mean
     mean_kl: float  # nats
     max_kl: float  # nats
     top1: float
@@ -86,16 +86,16 @@ class GateSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The smallest faults that this check finds in 95 of 100 caches that have them."""
+    """The smallest faults that this check detects in 95 of 100 caches that have them."""
 
     errors: dict[str, Levels]  # by quantity
     signed: dict[str, float]  # by name, nats
     draws: dict[str, float]  # by test
-    wrong_positions: float  # share, wherever they lie
+    wrong_positions: float  # share, wherever they are
     wrong_shards: int
     shards: int
     shards_seen: int
-    batches_for: dict[str, int]  # verify.batches that would find less
+    batches_for: dict[str, int]  # the verify.batches that would detect each smaller fault
 
     def __str__(self) -> str:
         names = {"kl": "KL", "logprobs": "log-probabilities", "lse": "lse", "entropy": "entropy"}
@@ -116,7 +116,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class GateReport:
-    """What the gate found."""
+    """The result of the gate."""
 
     cache: GateSummary
     noise: GateSummary
@@ -136,7 +136,7 @@ class GateReport:
         return not self.failures
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Return the lines for the terminal."""
         said = {
             "cache against teacher": self.cache,
             "noise floor": self.noise,
@@ -151,7 +151,7 @@ class GateReport:
         return [*lines, f"{'found at 95 %':22} {self.found}"]
 
     def metrics(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """Return the contents of metrics.json."""
         return {
             "passed": self.passed,
             "batches": self.batches,
@@ -168,18 +168,18 @@ class GateReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Rows of the corpus, and what the cache says of them."""
+    """Rows of the corpus, and the cache's values for them."""
 
     tokens: Tensor  # int64 [B, L]
-    apart: Tensor | None  # [B, L], of documents to be kept apart
-    real: Tensor  # bool [B, L], no padding
+    apart: Tensor | None  # [B, L], ids of the documents to be kept apart
+    real: Tensor  # bool [B, L], False at padding
     uniforms: Tensor  # [B, L, M]
     stored: TopK  # [B, L, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """The positions of one batch, padding left out."""
+    """The positions of one batch, without padding."""
 
     agreement: Agreement
     sums: DrawSums | None
@@ -247,7 +247,7 @@ def run_gate(
 
 
 def _sample(readers: Sequence[CacheReader], wanted: int, seed: int) -> tuple[list[Place], int]:
-    """The rows to look at, and how many shards the splits have."""
+    """Return the rows to examine, and the number of shards in the splits."""
     sizes = []
     for reader in readers:
         bounds = map(reader.layout.rows_of, range(reader.layout.num_shards))
@@ -276,9 +276,9 @@ def _read(places: Sequence[Place]) -> _Batch:
 
 
 def _capture_again(teacher: HuggingFaceTeacher, batch: _Batch) -> TopK:
-    """What the teacher would store now, [B, L, ...].
+    """Return the values that the teacher would store now, [B, L, ...].
 
-    It sees each row three times: another batch shape makes other matrix shapes, hence another order
+    Each row is run three times: another batch shape gives other matrix shapes, hence another order
     of rounding.
     """
     stored = batch.stored
@@ -293,7 +293,7 @@ def _capture_again(teacher: HuggingFaceTeacher, batch: _Batch) -> TopK:
 
 
 def as_stored(topk: TopK) -> TopK:
-    """Rounded as a cache rounds (pipeline/store/codec.py)."""
+    """Round a TopK as a cache does (pipeline/store/codec.py)."""
     names = ("logprobs", "draw_logprobs", "entropy")
     return replace(topk, **{name: getattr(topk, name).half().float() for name in names})
 
@@ -301,10 +301,10 @@ def as_stored(topk: TopK) -> TopK:
 def _compare(
     teacher: HuggingFaceTeacher, batch: _Batch, said: Sequence[TopK], first: int
 ) -> list[_Part]:
-    """One forward of the live teacher, and how each cache of `said` agrees with it.
+    """Run one forward pass of the live teacher, and compare each cache of `said` with it.
 
     Args:
-        first: the number of the batch's first row among those looked at.
+        first: the number of the batch's first row among those examined.
     """
     flat = [topk.map(lambda t: t.flatten(0, 1).to(teacher.device)) for topk in said]
     uniforms = batch.uniforms.flatten(0, 1).to(teacher.device)
@@ -345,7 +345,7 @@ def _joined(parts: Sequence[_Part], names: list[str]) -> Compared:
 
 
 def _judge_draws(parts: Sequence[_Part], cache: Compared) -> tuple[list[FitTest], list[str]]:
-    """Whether the stored draws are a sample of the live distribution."""
+    """Test whether the stored draws are a sample of the live distribution."""
     of_batches = [part.sums for part in parts if part.sums is not None]
     if not of_batches:
         return [], []
@@ -419,7 +419,7 @@ def _summary(series: Compared) -> GateSummary:
 
 
 def _histogram(series: dict[str, Compared]) -> list[dict[str, Any]]:
-    """Share of positions by log10(1 - cosine), half a decade a bin, for each series."""
+    """Return each series' share of positions by log10(1 - cosine), in bins of half a decade."""
     edges = np.arange(-8.0, 0.5, 0.5)
     rows = []
     for name, compared in series.items():

@@ -1,20 +1,22 @@
-"""What the gate lets pass, and the smallest error that it would not have.
+"""The limits of the gate, and the smallest error that exceeds them.
 
-The noise floor is measured on a part of the rows. What honest caches show elsewhere is bounded from
-it, per quantity and level:
+The noise floor is measured on a part of the rows. From it follow bounds on the errors of correct
+caches elsewhere, for each quantity and level:
 
-    mean        of all positions: noise_factor times the floor's, at most the ceiling of verify.*
+    mean        over all positions: noise_factor times the floor's mean, at most the ceiling in
+                verify.*
     worst row   noise_factor times the floor's worst row
     position    noise_factor times the floor's worst position times sqrt(n / n_0), as the largest of
-                n values grows when tails fall as x^-2 or faster; WRONG_SHARE of the positions may
-                be beyond it
-    signed      the mean over all positions: noise_factor times the largest of the floor's rows
+                n values grows if tails fall as x^-2 or faster; WRONG_SHARE of the positions may
+                exceed it
+    signed      the mean over all positions: noise_factor times the largest mean of the floor's rows
 
-A share that is 0 in n_0 trials may be 3 / n_0 (the rule of three: Hanley & Lippman-Hand 1983, "If
-Nothing Goes Wrong, Is Everything All Right?"), which is added to the floor of shares. No limit is
-below a quantity's resolution, since passes that round alike have no noise at all, and those on
-other hardware do. Two rules guard shares whose noise is large: a limit leaves at least half of what
-the noise leaves, so that draws of another distribution fail.
+A share that is 0 in n_0 trials may in truth be 3 / n_0 (the rule of three: Hanley & Lippman-Hand
+1983, "If Nothing Goes Wrong, Is Everything All Right?"), which is added to the floor of shares. No
+limit is below a quantity's resolution, since passes that round alike have no noise at all, while
+passes on other hardware do. For shares with large noise, a further rule applies to the mean and to
+the worst row: the limit requires at least half of the agreement that the noise floor has, so that
+draws from another distribution fail.
 
 Shapes: n positions, C signed errors.
 """
@@ -34,21 +36,21 @@ from pipeline.config import VerifyParams
 from pipeline.fidelity.agreement import Agreement
 from pipeline.fidelity.power import POWER
 
-WRONG_SHARE = 1e-4  # of positions that may be beyond their limit
+WRONG_SHARE = 1e-4  # share of positions that may exceed their limit
 NATS = 1e-3  # an error below this is never a fault
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """An error of a position: a field of Agreement, or 1 less it."""
+    """An error at each position: a field of Agreement, or 1 minus the field."""
 
     name: str
-    words: str  # in sentences, after "mean"
+    words: str  # its name in sentences, after "mean"
     resolution: float
-    likeness: bool = False  # 1 is perfect, and the error is what is missing
+    likeness: bool = False  # 1 is perfect, and the error is 1 minus the value
 
     def errors(self, agreement: Agreement) -> Tensor:
-        """[n], 0 where said and live are the same."""
+        """Return the errors [n], which are 0 where said and live are equal."""
         values: Tensor = getattr(agreement, self.name)
         return 1.0 - values if self.likeness else values
 
@@ -68,18 +70,18 @@ QUANTITIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A cache against the live teacher."""
+    """The comparison of a cache with the live teacher."""
 
     agreement: Agreement
-    rows: Tensor  # int64 [n], which of the rows looked at a position is in
-    columns: Tensor  # int64 [n], its place there
+    rows: Tensor  # int64 [n], the number of each position's row among those examined
+    columns: Tensor  # int64 [n], the place of each position in its row
     signed_names: list[str]  # the columns of agreement.signed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row_means(self, values: Tensor) -> tuple[list[int], Tensor]:
-        """The rows that have positions, and the means of values [n, ...] there, float64."""
+        """Return the rows that have positions, and the means of values [n, ...] there, float64."""
         numbers, place = np.unique(self.rows.numpy(), return_inverse=True)
         counts = torch.from_numpy(np.bincount(place)).double()
         flat = values.double().reshape(len(values), -1)
@@ -90,7 +92,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Levels:
-    """An error of a quantity: what it may be, or what would be found, at each level."""
+    """A quantity's error at each level: its limit, or the smallest error that is detected."""
 
     mean: float
     worst_row: float
@@ -99,14 +101,14 @@ class Levels:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What may be."""
+    """The largest errors that pass the gate."""
 
     errors: dict[str, Levels]  # by quantity
     signed: dict[str, float]  # by name
 
 
 def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, draws: int) -> Limits:
-    """The limits that a noise floor sets for a cache of which `size` positions are looked at."""
+    """Return the limits that a noise floor sets for a cache with `size` examined positions."""
     factor = params.noise_factor
     tails = max(1.0, sqrt(size / len(noise)))
     unit = {"top1": 1.0, "overlap": 1.0 / max(1, k), "draws": 1.0 / max(1, draws)}
@@ -137,7 +139,7 @@ def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, dra
 
 
 def _ceilings(params: VerifyParams) -> dict[str, float]:
-    """Of means over all positions."""
+    """Return the ceilings for means over all positions."""
     return {
         "cosine": 1.0 - params.min_mean_cosine,
         "kl": params.max_mean_kl,
@@ -151,15 +153,17 @@ def _ceilings(params: VerifyParams) -> dict[str, float]:
 
 
 def allowed_positions(size: int) -> int:
-    """How many positions may be beyond their limits."""
+    """Return the number of positions that may exceed their limits."""
     return int(WRONG_SHARE * size)
 
 
 def failures_of(cache: Compared, limits: Limits, places: Sequence[str]) -> list[str]:
-    """A sentence for each quantity that misses a limit, and one for signed errors; NaN misses all.
+    """Return a sentence for each quantity beyond a limit, and one for signed errors.
+
+    NaN is beyond every limit.
 
     Args:
-        places: what to call the rows looked at.
+        places: the names of the rows examined.
     """
     found = [_failure(q, cache, limits.errors[q.name], places) for q in QUANTITIES]
     means = cache.agreement.signed.double().mean(0).tolist()
@@ -202,11 +206,12 @@ def _against(quantity: Quantity, error: float, limit: float) -> str:
 def smallest_found(
     noise: Compared, limits: Limits, rows: int
 ) -> tuple[dict[str, Levels], dict[str, float]]:
-    """The smallest errors that are found at POWER in a check of so many rows, and signed ones.
+    """Return the smallest errors, and signed errors, that a check of `rows` rows detects at POWER.
 
-    A constant e under noise of mean 0 makes a mean |error| of e or more (Jensen's inequality). It
-    is found if it exceeds the limit by what honest values fall short of their mean in 1 of 20
-    cases: 1.645 standard errors, from the spread between rows; at a position, the 95 % quantile.
+    A constant error e under noise of mean 0 gives a mean |error| of at least e (Jensen's
+    inequality). It is detected if it exceeds the limit by the amount by which correct values fall
+    short of their mean in 1 of 20 cases: 1.645 standard errors, estimated from the spread between
+    rows; at a position, the 95 % quantile.
     """
     z = NormalDist().inv_cdf(POWER)
     found = {}
@@ -227,5 +232,5 @@ def smallest_found(
 
 
 def _deviation(rows: Tensor) -> Tensor:
-    """Standard deviation over rows [rows, ...]; 0 of a single one."""
+    """Return the standard deviation over rows [rows, ...]; 0 for a single row."""
     return rows.std(0) if len(rows) > 1 else torch.zeros_like(rows[0])

@@ -1,7 +1,8 @@
-"""What a check of a sample can find: which rows it looks at, and the smallest fault it would see.
+"""The power of a check on a sample: which rows it examines, and the smallest fault it detects.
 
-A check that passes says little without the size of the fault that it would have failed on. All that
-is said here holds at POWER: of caches with that fault or a larger one, 95 in 100 or more fail.
+A check that passes says little unless the size of the fault that it would have detected is known.
+All statements here hold at POWER: of the caches with that fault or a larger one, at least 95 in 100
+fail.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ POWER = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How much of a cache must be wrong to be found."""
+    """The amount of a cache that must be wrong to be detected."""
 
     shards: int
     shards_seen: int
-    wrong_shards: int  # the smallest number that is found, wherever they lie
-    wrong_positions: float  # the smallest share that is found, wherever they lie
-    rows_for: dict[str, int]  # how many find smaller shares
+    wrong_shards: int  # the smallest number that is detected, wherever they are
+    wrong_positions: float  # the smallest share that is detected, wherever they are
+    rows_for: dict[str, int]  # the number of rows that detects each smaller fault
 
 
 def reach(*, shards: int, rows: int, positions: int, allowed: int) -> Reach:
-    """The reach of a check.
+    """Compute the reach of a check.
 
     Args:
-        rows: that are looked at, chosen by `spread`, and so at most one shard each.
-        positions: in these rows.
-        allowed: positions that may be wrong without failing the check.
+        rows: number of rows examined, chosen by `spread`; they cover min(shards, rows) shards.
+        positions: number of positions in these rows.
+        allowed: number of positions that may be wrong without failing the check.
     """
     seen = min(shards, rows)
     return Reach(
@@ -52,13 +53,13 @@ def reach(*, shards: int, rows: int, positions: int, allowed: int) -> Reach:
 
 
 def spread(sizes: Sequence[int], wanted: int, seed: int) -> list[int]:
-    """Rows to look at, rising: one in each shard as far as they go, the rest among all other rows.
+    """Choose rows to examine, in ascending order: first one per shard, then any other rows.
 
-    Both are drawn one from each of equal strata, so they lie evenly over the cache.
+    Both are drawn one from each of equal strata, so they are spread evenly over the cache.
 
     Args:
-        sizes: rows of each shard, in their order.
-        wanted: rows to draw; all rows where there are fewer.
+        sizes: number of rows in each shard, in order.
+        wanted: number of rows to draw; if there are fewer, all are taken.
     """
     generator = np.random.default_rng(seed)
     ends = np.cumsum(sizes)
@@ -70,9 +71,10 @@ def spread(sizes: Sequence[int], wanted: int, seed: int) -> list[int]:
 
 
 def chi2_quantile(probability: float, degrees: float) -> float:
-    """Below this a chi-square variable lies with `probability`; any number of `degrees` above 0.
+    """Return the value below which a chi-square variable lies with `probability`.
 
-    P(X <= x) is the regularised lower incomplete gamma function P(degrees / 2, x / 2).
+    P(X <= x) is the regularised lower incomplete gamma function P(degrees / 2, x / 2); `degrees`
+    may be any number above 0.
     """
     half = torch.tensor(degrees / 2, dtype=torch.float64)
 
@@ -93,10 +95,11 @@ def chi2_quantile(probability: float, degrees: float) -> float:
 
 
 def _all_missed(shards: int, wrong: int, seen: int) -> float:
-    """The probability that none of `wrong` shards is among those seen: C(S - w, b) / C(S, b).
+    """Return the probability that no wrong shard is among those seen: C(S - w, b) / C(S, b).
 
-    Hypergeometric (Feller 1968, "An Introduction to Probability Theory and Its Applications",
-    section II.6): 1 - b / S for a single one, and nearly (1 - w / S)^b where S is large.
+    S is `shards`, w is `wrong` and b is `seen`. This is hypergeometric (Feller 1968, "An
+    Introduction to Probability Theory and Its Applications", section II.6): 1 - b / S for a single
+    wrong shard, and nearly (1 - w / S)^b for large S.
     """
     if wrong + seen > shards:
         return 0.0
@@ -110,20 +113,23 @@ def _rows_for(shards: int, wrong: int) -> int:
 
 
 def _smallest(most: int, missed: Callable[[int], float]) -> int:
-    """The first of 1..most at which a falling probability is 1 - POWER or less, up to rounding."""
+    """Return the first of 1..most at which a falling probability is 1 - POWER or less.
+
+    The comparison allows for rounding.
+    """
     return 1 + bisect_left(range(1, most), True, key=lambda n: missed(n) <= 1.0 - POWER + 1e-9)
 
 
 def _poisson_mean(allowed: int) -> float:
-    """The mean of a Poisson variable that exceeds `allowed` at POWER; 3.0 for 0.
+    """Return the mean at which a Poisson variable exceeds `allowed` with probability POWER.
 
-    Half a quantile of chi-square with 2 (allowed + 1) degrees of freedom (Garwood 1936, "Fiducial
-    Limits for the Poisson Distribution").
+    It is half a quantile of chi-square with 2 (allowed + 1) degrees of freedom (Garwood 1936,
+    "Fiducial Limits for the Poisson Distribution"), and 3.0 for allowed = 0.
     """
     return chi2_quantile(POWER, 2.0 * (allowed + 1)) / 2
 
 
 def _one_of_each(size: int, strata: int, generator: np.random.Generator) -> list[int]:
-    """An index below `size` from each of equal strata."""
+    """Draw an index below `size` from each of equal strata."""
     edges = np.arange(strata + 1) * size // max(1, strata)
     return [int(generator.integers(a, b)) for a, b in pairwise(edges)]

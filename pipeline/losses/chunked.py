@@ -1,16 +1,16 @@
 """lm_head, cross-entropy and a sparse divergence in one pass, never tokens x vocabulary in memory.
 
-Rows of hidden states are taken a chunk at a time: logits, loss and the loss's gradient for hidden
-states and head weight are computed together in forward, in one [chunk, V] float32 buffer, and the
-logits are forgotten. backward only scales what forward left. The plain twin is
+Rows of hidden states are processed one chunk at a time. The forward pass computes logits, loss, and
+the loss's gradients for hidden states and head weight together, in one [chunk, V] float32 buffer,
+and then discards the logits. The backward pass only scales these gradients. The plain twin is
 `pipeline.losses.reference.distillation_loss` (tests/losses/test_chunked.py: value and gradient).
 
-All ids that the teacher did not keep act as one, whose logit is s = log sum exp(z_v / tau) over
-them: log_softmax of (z_T / tau, s) are the K + 1 log-probabilities that a divergence sees, and the
-loss is a function of K + 2 numbers a position, which autograd differentiates at next to no cost.
-What arrives at s is handed on by ds / dz_v = exp(z_v / tau - s) / tau. So every divergence makes
-the same passes over the vocabulary as cross-entropy alone: maximum, exponentials, their sum, and
-one product; and a tail of little mass loses no digits, since its sum has a maximum of its own.
+All ids that the teacher did not keep act as one id with the logit s = log sum exp(z_v / tau) over
+them. The log_softmax of (z_T / tau, s) gives the K + 1 log-probabilities that a divergence sees, so
+the loss is a function of K + 2 numbers per position, which autograd differentiates at almost no
+cost. The gradient at s is passed on by ds / dz_v = exp(z_v / tau - s) / tau. Hence every divergence
+makes the same passes over the vocabulary as cross-entropy alone: maximum, exponentials, their sum,
+and one product. A tail with little mass loses no digits, since its sum uses a maximum of its own.
 
 Shapes: n positions, D hidden, V vocabulary rows, K kept ids (and drawn ones).
 """
@@ -40,7 +40,7 @@ from pipeline.topk import TopK
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over positions, to be divided once by the GLOBAL token count."""
+    """Sums over positions, to be divided once, by the GLOBAL token count."""
 
     total: Tensor  # float32 scalar with gradient: alpha tau^2 divergence + (1 - alpha) CE
     ce: Tensor  # float32 scalar, nats
@@ -49,7 +49,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class _Objective:
-    """Alpha tau^2 divergence + (1 - alpha) CE."""
+    """The objective alpha tau^2 divergence + (1 - alpha) CE."""
 
     alpha: float
     temperature: float
@@ -68,13 +68,15 @@ def distillation_loss_sums(
     dtype: torch.dtype = torch.float32,
     chunk: int = 256,
 ) -> LossSums:
-    """Alpha tau^2 divergence + (1 - alpha) CE, summed over positions; CE alone without `topk`.
+    """Sum alpha tau^2 divergence + (1 - alpha) CE over positions; CE alone without `topk`.
 
     Args:
-        hidden: [n, D], unmasked positions only. weight: [V, D]. labels: int64 [n].
+        hidden: [n, D], unmasked positions only.
+        weight: [V, D].
+        labels: int64 [n].
         topk: the teacher at those positions (leading axis n), or None. V may exceed its valid ids.
-        dtype: factors of the matrix products; sums are always float32.
-        chunk: rows at a time; memory is chunk x V x 4 bytes.
+        dtype: format of the factors of matrix products; sums are always float32.
+        chunk: rows per chunk; the memory used is chunk x V x 4 bytes.
 
     Raises:
         MismatchError: the temperature was not stored, or draws cannot express the divergence.
@@ -83,7 +85,7 @@ def distillation_loss_sums(
         alpha, temperature = 0.0, 1.0
     else:
         require_expressible(divergence, topk)
-    if not torch.is_grad_enabled():  # a Function cannot see that: forward never has it enabled
+    if not torch.is_grad_enabled():  # a Function cannot see this: grad is always off in its forward
         hidden, weight = hidden.detach(), weight.detach()
     total, ce, value = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, topk, _Objective(alpha, temperature, divergence), dtype, chunk
@@ -109,10 +111,10 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         divergence_sum, ce_sum = (torch.zeros((), device=hidden.device) for _ in range(2))
         on_cpu = hidden.device.type == "cpu"
-        # Where it does not multiply into `out` itself, mm_float32 would have to copy.
+        # On other devices mm_float32 cannot multiply into `out` directly, and would have to copy.
         size = min(chunk, len(hidden))
         buffer = torch.empty(size, len(weight), device=hidden.device) if on_cpu else None
-        # On CPU mm_float32 takes float32 factors: convert once, not once a chunk.
+        # On a CPU mm_float32 takes float32 factors: convert once, not once per chunk.
         factor_dtype = torch.float32 if on_cpu else dtype
         head = weight.to(factor_dtype)
         for start in range(0, len(hidden), chunk):
@@ -143,8 +145,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since a copy of the head's gradient costs as much as a pass over the logits;
-        # so the graph can be walked once only, which torch itself enforces for saved tensors.
+        # In place, since a copy of the head's gradient costs as much as a pass over the logits.
+        # Therefore backward can run only once, which torch itself enforces for saved tensors.
         scaled = (grad if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
         return *scaled, None, None, None, None, None
 
@@ -162,12 +164,12 @@ def _loss_and_grad(
     *,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of divergence and CE over one chunk; `logits` [n, V] is overwritten by its gradient."""
+    """Sum divergence and CE over one chunk, and overwrite `logits` [n, V] with their gradient."""
     tau = objective.temperature
     columns = _columns(labels, topk)
     picked = logits.gather(-1, columns)
     if topk is not None and not topk.draws:
-        logits.scatter_(-1, topk.ids, -torch.inf)  # what is left is the bucket
+        logits.scatter_(-1, topk.ids, -torch.inf)  # the remaining ids form the bucket
     kernels = passes_for(logits.device)
     sums = kernels.exp_sums(logits, tau)
     rest = sums.peak / tau + sums.at_tau.log()
@@ -183,13 +185,13 @@ def _loss_and_grad(
         of_tau = off[0] / tau / sums.at_tau.clamp_min(1.0)
         of_one = None if tau == 1.0 else off[1] / sums.at_one.clamp_min(1.0)
         kernels.weigh_exps(logits, sums, tau, of_tau, of_one)
-        # The bucket's columns on T hold 0 by now; under draws they hold q's share.
+        # By now the columns of T hold 0; with draws they hold q's share.
         logits.scatter_add_(-1, columns, on)
     return divergence.detach(), ce.detach()
 
 
 def _columns(labels: Tensor, topk: TopK | None) -> Tensor:
-    """Ids whose logits the loss looks at: kept, drawn, and last the label; int64 [n, ...]."""
+    """Return ids of the logits that the loss needs: kept, drawn, last the label; int64 [n, ...]."""
     if topk is None:
         return labels[:, None]
     return torch.cat((topk.ids, topk.draw_ids, labels[:, None]), -1)
@@ -202,12 +204,13 @@ def _losses(
     topk: TopK | None,
     objective: _Objective,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of divergence and CE, from what decides them.
+    """Sum divergence and CE, from the numbers that determine them.
 
     Args:
         picked: [n, K + 1], logits of the kept (and drawn) ids and of the label.
-        rest: [n, 1], log sum exp(z / tau) over the ids outside T; over all ids if topk has draws or
-            is None. rest_at_one: the same at tau = 1.
+        rest: [n, 1], log sum exp(z / tau) over the ids outside T, the kept ids; over all ids if
+            topk has draws or is None.
+        rest_at_one: the same at tau = 1.
     """
     kept, label = picked[:, :-1], picked[:, -1:]
     tau = objective.temperature
@@ -224,7 +227,7 @@ def _losses(
 
 
 def passes_for(device: torch.device) -> Passes:
-    """The passes over the vocabulary: Triton's on a GPU where it is installed, else PyTorch's."""
+    """Return the passes over the vocabulary: Triton's on a GPU if installed, else PyTorch's."""
     if device.type == "cuda" and has_triton():
         from pipeline.losses import fused  # it imports triton
 

@@ -1,12 +1,14 @@
 """The passes over a chunk of logits as Triton kernels: one read, then one read and one write.
 
-The twin of `pipeline.losses.passes`, for a GPU; the same numbers by the same formulas, so that
-everything a divergence needs stays in the small tensors of `pipeline.losses.chunked` and one pair
-of kernels serves them all (tests/losses/test_fused.py: under Triton's interpreter, and on a GPU).
-PyTorch's own passes read or write the chunk eight times, since each is a kernel of its own.
+This is the twin of `pipeline.losses.passes` for a GPU. It computes the same numbers by the same
+formulas, so everything that depends on the divergence stays in the small tensors of
+`pipeline.losses.chunked`, and one pair of kernels serves all divergences
+(tests/losses/test_fused.py: under Triton's interpreter, and on a GPU). PyTorch's own passes read or
+write the chunk eight times, since each is a separate kernel.
 
-Maximum and sum are found together, the sum being scaled whenever the maximum rises (Milakov &
-Gimelshein 2018, algorithm 3). Imported only where Triton is: see `pipeline.losses.chunked`.
+Maximum and sum are computed together; the sum is rescaled whenever the maximum rises (Milakov &
+Gimelshein 2018, algorithm 3). This module is imported only if Triton is installed: see
+`pipeline.losses.chunked`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from pipeline.losses.passes import ExpSums
 
-_BLOCK = 4096  # ids a step of a program
+_BLOCK = 4096  # ids per step of a program
 
 
 def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
-    """`passes.exp_sums`, which leaves `logits` as they are."""
+    """Compute `passes.exp_sums`, but leave `logits` unchanged."""
     n, vocab_size = logits.shape
     peak, at_tau, at_one = logits.new_empty(3, n, 1)
     _exp_sums[(n,)](
@@ -42,7 +44,7 @@ def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
 def weigh_exps(
     logits: Tensor, sums: ExpSums, temperature: float, of_tau: Tensor, of_one: Tensor | None
 ) -> None:
-    """`passes.weigh_exps`."""
+    """Compute `passes.weigh_exps`."""
     n, vocab_size = logits.shape
     _weigh_exps[(n, triton.cdiv(vocab_size, _BLOCK))](
         logits,
@@ -58,7 +60,7 @@ def weigh_exps(
     )
 
 
-# Triton compiles the source, annotations too: only constexpr may stand there.
+# Triton compiles the source including annotations, so constexpr is the only annotation allowed.
 @triton.jit  # type: ignore[untyped-decorator]
 def _exp_sums(  # type: ignore[no-untyped-def]
     logits,
@@ -71,10 +73,10 @@ def _exp_sums(  # type: ignore[no-untyped-def]
     two: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program takes a row."""
+    """Compute the sums of one row per program."""
     row = tl.program_id(0).to(tl.int64)  # row * stride may exceed 32 bits
     start = logits + row * stride
-    # The least float, not -inf: where all logits are -inf, -inf - -inf would be no number.
+    # The lowest float, not -inf: if all logits are -inf, -inf - -inf would be NaN.
     highest = -3.4028234663852886e38
     sum_tau = 0.0
     sum_one = 0.0
@@ -105,7 +107,7 @@ def _weigh_exps(  # type: ignore[no-untyped-def]
     two: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program takes a block of a row."""
+    """Overwrite one block of a row per program."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * block + tl.arange(0, block)
     places = logits + row * stride + ids

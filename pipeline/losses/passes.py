@@ -1,10 +1,11 @@
 """The passes over a chunk of logits that any softmax loss needs, written with PyTorch alone.
 
-`exp_sums` reads what the loss is made of, `weigh_exps` turns the logits into their gradient; what
-`logits` holds between the two is theirs. `pipeline.losses.fused` is the twin for a GPU.
+`exp_sums` computes the sums that make up the loss, and `weigh_exps` turns the logits into their
+gradient; the contents of `logits` between the two calls are private to them.
+`pipeline.losses.fused` is the twin for a GPU.
 
-On a CPU rows are taken a few at a time, so that they stay in the processor's cache from the first
-pass to the last: over a whole chunk each pass would read and write main memory.
+On a CPU only a few rows are processed at a time, so that they stay in the processor's cache from
+the first pass to the last: over a whole chunk each pass would read and write main memory.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_BYTES_AT_ONCE_ON_CPU = 3 << 19  # of logits; with as much scratch they fit two cores' caches
+_BYTES_AT_ONCE_ON_CPU = 3 << 19  # logits; with equal scratch memory they fit two cores' caches
 
 
 @dataclass(frozen=True)
 class ExpSums:
-    """Sums of exponentials of rows of logits z, all float32 [n, 1]."""
+    """Sums of exponentials over rows of logits z, all float32 [n, 1]."""
 
-    peak: Tensor  # max_v z_v; the least float where every logit is -inf
-    at_tau: Tensor  # sum_v exp((z_v - peak) / tau), at least 1, or 0 where every logit is -inf
-    at_one: Tensor  # the same at tau = 1; the same tensor where tau is 1
+    peak: Tensor  # max_v z_v; the lowest float if every logit is -inf
+    at_tau: Tensor  # sum_v exp((z_v - peak) / tau), at least 1, or 0 if every logit is -inf
+    at_one: Tensor  # the same at tau = 1; the same tensor if tau is 1
 
 
 class Passes(Protocol):
-    """What `pipeline.losses.passes` and `pipeline.losses.fused` both are."""
+    """The interface of both `pipeline.losses.passes` and `pipeline.losses.fused`."""
 
     def exp_sums(self, logits: Tensor, temperature: float) -> ExpSums: ...
 
@@ -44,14 +45,14 @@ class Passes(Protocol):
 
 
 def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
-    """Maximum and sums of exponentials of each row.
+    """Compute the maximum and the sums of exponentials of each row.
 
     Args:
-        logits: float32 [n, V], -inf where an id is to be left out; overwritten.
+        logits: float32 [n, V], -inf at ids to be left out; overwritten.
         temperature: tau.
     """
-    # Kept in `logits` are the exponentials at the higher of tau and 1. The others are a power of
-    # these, which costs less than a second exp, and underflow sooner.
+    # `logits` keeps the exponentials at the higher of tau and 1. The others are a power of these,
+    # which costs less than a second exp, and underflow sooner.
     flat, power = max(temperature, 1.0), _power_of(temperature)
     peak, flat_sum, sharp_sum = logits.new_empty(3, len(logits), 1)
     for rows, work in _blocks(logits):
@@ -60,7 +61,7 @@ def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
         peak[rows].clamp_min_(torch.finfo(logits.dtype).min)
         torch.add(peak[rows] * (-1.0 / flat), block, alpha=1.0 / flat, out=block).exp_()
         torch.sum(block, -1, keepdim=True, out=flat_sum[rows])
-        if power == 2.0:  # without writing the squares
+        if power == 2.0:  # avoids writing the squares
             norm = torch.linalg.vector_norm(block, 2, -1, keepdim=True)
             torch.square(norm, out=sharp_sum[rows])
         elif power != 1.0:
@@ -74,11 +75,13 @@ def exp_sums(logits: Tensor, temperature: float) -> ExpSums:
 def weigh_exps(
     logits: Tensor, sums: ExpSums, temperature: float, of_tau: Tensor, of_one: Tensor | None
 ) -> None:
-    """Overwrite row i by of_tau_i exp((z - peak_i) / tau) + of_one_i exp(z - peak_i).
+    """Overwrite row i with of_tau_i exp((z - peak_i) / tau) + of_one_i exp(z - peak_i).
 
     Args:
-        logits: as `exp_sums` left it. sums: what that returned. temperature: as given there.
-        of_tau, of_one: float32 [n, 1]; of_one is None where tau is 1.
+        logits: as left by `exp_sums`.
+        sums: returned by `exp_sums`.
+        temperature: as given to `exp_sums`.
+        of_tau, of_one: float32 [n, 1]; of_one is None if tau is 1.
     """
     if of_one is None:
         logits.mul_(of_tau)
@@ -92,12 +95,12 @@ def weigh_exps(
 
 
 def _power_of(temperature: float) -> float:
-    """The sharper exponentials are the flatter ones raised to this."""
+    """Return the power to which the flatter exponentials are raised to give the sharper ones."""
     return max(temperature, 1.0) / min(temperature, 1.0)
 
 
 def _raised(base: Tensor, power: float, out: Tensor) -> Tensor:
-    """Base ** power; torch.pow takes five times as long."""
+    """Compute base ** power; torch.pow takes five times as long."""
     if power in (2.0, 4.0):
         torch.square(base, out=out)
         return out if power == 2.0 else out.square_()
@@ -105,7 +108,7 @@ def _raised(base: Tensor, power: float, out: Tensor) -> Tensor:
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows to work on at once, with scratch of their shape."""
+    """Yield the rows to process at once, with scratch memory of their shape."""
     n, vocab_size = logits.shape
     at_once = n
     if logits.device.type == "cpu":

@@ -1,22 +1,22 @@
-"""Every divergence, written plainly: full rows of logits, autograd, any float dtype.
+"""Every divergence in its plain form: full rows of logits, autograd, any float dtype.
 
-These are the twins that the fast forms (pipeline/losses/chunked.py) are tested against, and the
-place to read what is minimised.
+The fast forms (pipeline/losses/chunked.py) are tested against these twins, which also define what
+is minimised.
 
 Notation: z student logits, tau temperature, q = softmax(z / tau), p the teacher at tau, T the kept
-ids, p_t and q_t the mass outside T. All functions return one value a position, in nats, without
+ids, p_t and q_t the mass outside T. All functions return one value per position, in nats, without
 the factor tau^2 that the training objective puts before them (Hinton et al. 2015, section 2).
 
-A divergence D of `DIVERGENCES` sees K + 1 probabilities a side: those of the kept ids, and one for
-all ids outside T, merged into a bucket (`bucketed`). With h_j = dD / dq_j, its gradient is
+A divergence D in `DIVERGENCES` sees K + 1 probabilities on each side: those of the kept ids, and
+one for all ids outside T, merged into a bucket (`bucketed`). With h_j = dD / dq_j, its gradient is
 
     dD / d(z_v / tau) = q_v (h_v - sum_j q_j h_j) on T,   q_v (h_t - sum_j q_j h_j) off T
 
-where j runs over T and the bucket t: off T the student is told how much mass belongs there, and
-nothing about how to spread it. An f-divergence's summand q f(p / q) is convex and homogeneous in
-(p, q), so that merging outcomes never raises the sum (the data-processing inequality, Csiszar
-1967): the merged divergence is a LOWER BOUND of the one over the whole vocabulary, and EXACT where
-teacher and student spread the tail alike, K = V among them. All of `DIVERGENCES` but
+where j runs over T and the bucket t. Off T the student is told how much mass belongs there, but not
+how to spread it. An f-divergence's summand q f(p / q) is convex and homogeneous in (p, q), so
+merging outcomes never increases the sum (the data-processing inequality, Csiszar 1967). Hence the
+merged divergence is a LOWER BOUND of the one over the whole vocabulary, and EXACT if teacher and
+student spread the tail in the same way, for example if K = V. All of `DIVERGENCES` except
 `renormalised_kl` are f-divergences.
 
 Shapes: n positions, K kept ids, V student vocabulary rows.
@@ -36,27 +36,27 @@ from pipeline.topk import TopK
 
 LOG_ZERO = -1e4  # stands for log 0, so that 0 log 0 is 0 in value and gradient
 SKEW = 0.1  # a, as in the experiments of Ko et al. 2024
-_LEAST_TAIL = 1e-6  # stored log-probabilities are rounded: a smaller tail is not known from none
+_LEAST_TAIL = 1e-6  # as log-probabilities are rounded, a smaller tail is indistinguishable from 0
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(z)[label]: logits [n, V], labels int64 [n] -> [n]."""
+    """Return -log softmax(z)[label], [n], for logits [n, V] and labels int64 [n]."""
     return -logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
 def full_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """KL(p || q) over the whole vocabulary, both logits [n, V] -> [n]."""
+    """Return KL(p || q) over the whole vocabulary, [n], for logits [n, V] of both."""
     log_p = (teacher_logits / temperature).log_softmax(-1)
     log_q = (student_logits / temperature).log_softmax(-1)
     return forward_kl(log_p, log_q)
 
 
 def bucketed(logits: Tensor, topk: TopK, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of teacher and student on the kept ids and, last, of all others together.
+    """Return log-probabilities of teacher and student: the kept ids, then all others together.
 
     Args:
-        logits: [n, V]; V may exceed the teacher's valid vocabulary, whose ids are shared: rows the
-            teacher does not have carry no teacher mass and belong to the bucket.
+        logits: [n, V]; V may exceed the teacher's valid vocabulary, whose ids the student shares.
+            Rows that the teacher does not have carry no teacher mass and belong to the bucket.
         topk: the teacher, leading axis n.
         temperature: 1 or one of topk.temperatures.
 
@@ -72,42 +72,43 @@ def bucketed(logits: Tensor, topk: TopK, temperature: float) -> tuple[Tensor, Te
 
 
 def bucketed_target(topk: TopK, temperature: float) -> Tensor:
-    """The teacher's side of `bucketed`: float32 [n, K + 1]."""
+    """Return the teacher's side of `bucketed`: float32 [n, K + 1]."""
     log_p, tail_mass = topk.target(temperature)
     return torch.cat((log_p, tail_mass.log()[..., None]), -1).clamp_min(LOG_ZERO)
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_j p (log p - log q): the default. Lower bound of the full one.
+    """Return KL(p || q) = sum_j p (log p - log q), the default and a lower bound of the full KL.
 
     By the chain rule of relative entropy (Cover & Thomas 2006, theorem 2.5.3) the full divergence
-    is this plus p_t KL(p|tail || q|tail), so 0 <= this <= full. Gradient for z / tau: q - p on T,
-    q (1 - p_t / q_t) off T.
+    is this one plus p_t KL(p|tail || q|tail), so 0 <= this <= full. The gradient for z / tau is
+    q - p on T and q (1 - p_t / q_t) off T.
 
     Args:
-        log_p: [..., K + 1]. log_q: [..., K + 1]; so in all that follow.
+        log_p: [..., K + 1], as in all functions that follow.
+        log_q: [..., K + 1], as in all functions that follow.
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def renormalised_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL once both sides are cut to T and renormalised: what many tools minimise. BIASED.
+    """Return KL after both sides are cut to T and renormalised, as many tools do. BIASED.
 
-    p' = p / sum_T p, q' = q / sum_T q, value sum_T p' (log p' - log q'), gradient for z / tau
-    q' - p' on T and 0 off T. It is the conditional part of the chain rule on {T, rest}: neither
-    bound nor estimate of the full KL, and 0 for a student that has p's ratios on T and any mass
-    outside it. Here to compare with.
+    With p' = p / sum_T p and q' = q / sum_T q, the value is sum_T p' (log p' - log q'), and the
+    gradient for z / tau is q' - p' on T and 0 off T. It is the conditional part of the chain rule
+    on {T, rest}. It is neither a bound nor an estimate of the full KL, and is 0 for a student that
+    has p's ratios on T and any mass outside T. It is here for comparison.
     """
     return forward_kl(log_p[..., :-1].log_softmax(-1), log_q[..., :-1].log_softmax(-1))
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || p) = sum_j q (log q - log p) (Gu et al. 2024, eq. 1). Lower bound of the full one.
+    """Return KL(q || p) = sum_j q (log q - log p) (Gu et al. 2024, eq. 1), a lower bound.
 
-    Gradient for z / tau: q (log(q / p) - KL(q || p)) on T, q (log(q_t / p_t) - KL(q || p)) off T.
-    It is infinite where the teacher has nothing and the student something; so as not to divide by
-    what rounding made 0, p_t is taken as no less than 1e-6, which can only lower the value, by
-    1e-6 nats below 0 at most.
+    The gradient for z / tau is q (log(q / p) - KL(q || p)) on T and
+    q (log(q_t / p_t) - KL(q || p)) off T. It is infinite if the student has mass where the teacher
+    has none. To avoid dividing by a p_t that rounding made 0, p_t is taken as at least 1e-6, which
+    can only lower the value, to 1e-6 nats below 0 at most.
     """
     log_p_tail = log_p[..., -1:].clamp_min(math.log(_LEAST_TAIL))
     log_p = torch.cat((log_p[..., :-1], log_p_tail), -1)
@@ -115,42 +116,45 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2 (Lin 1991, section 4). Lower bound.
+    """Return (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2 (Lin 1991, section 4).
 
-    The generalised form of Agarwal et al. 2024 (eq. 1) at beta = 1/2. At most log 2. Gradient for
-    z / tau: q (log(q / m) - KL(q || m)) / 2 on T, q (log(q_t / m_t) - KL(q || m)) / 2 off T.
+    This is the generalised form of Agarwal et al. 2024 (eq. 1) at beta = 1/2. It is a lower bound,
+    and at most log 2. The gradient for z / tau is q (log(q / m) - KL(q || m)) / 2 on T and
+    q (log(q_t / m_t) - KL(q || m)) / 2 off T.
     """
     log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
     return (forward_kl(log_p, log_m) + forward_kl(log_q, log_m)) / 2.0
 
 
 def skew_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || m) with m = a p + (1 - a) q, a = 0.1 (Ko et al. 2024, section 3). Lower bound.
+    """Return KL(p || m) with m = a p + (1 - a) q, a = 0.1 (Ko et al. 2024, section 3).
 
-    At most -log a. In the gradient for z / tau (see the top of this file) h_j = -(1 - a) p_j / m_j,
-    at most (1 - a) / a in size, where the forward KL's -p_j / q_j has no bound.
+    It is a lower bound, and at most -log a. In the gradient for z / tau (see the top of this file)
+    h_j = -(1 - a) p_j / m_j, which is at most (1 - a) / a in magnitude, whereas the forward KL's
+    -p_j / q_j is unbounded.
     """
     return forward_kl(log_p, _mixture(log_p, log_q))
 
 
 def skew_reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || m) with m = a q + (1 - a) p, a = 0.1 (Ko et al. 2024, section 3). Lower bound.
+    """Return KL(q || m) with m = a q + (1 - a) p, a = 0.1 (Ko et al. 2024, section 3).
 
-    At most -log a. In the gradient for z / tau h_j = log(q_j / m_j) + 1 - a q_j / m_j.
+    It is a lower bound, and at most -log a. In the gradient for z / tau
+    h_j = log(q_j / m_j) + 1 - a q_j / m_j.
     """
     return forward_kl(log_q, _mixture(log_q, log_p))
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_j |p - q| / 2 (Wen et al. 2023, section 3). Lower bound; at most 1.
+    """Return sum_j |p - q| / 2 (Wen et al. 2023, section 3), a lower bound and at most 1.
 
-    In the gradient for z / tau h_j = sign(q_j - p_j) / 2; it does not vanish towards p = q.
+    In the gradient for z / tau h_j = sign(q_j - p_j) / 2, which does not vanish as q approaches p.
     """
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2.0
 
 
 def _mixture(log_some: Tensor, log_most: Tensor) -> Tensor:
-    """log(a some + (1 - a) most)."""
+    """Return log(a some + (1 - a) most)."""
     return torch.logaddexp(log_some + math.log(SKEW), log_most + math.log(1.0 - SKEW))
 
 
@@ -166,10 +170,13 @@ DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def require_expressible(divergence: Divergence, topk: TopK) -> None:
-    """Draws estimate expectations under the teacher, and of all these only forward KL is one.
+    """Check that the target can express the divergence.
+
+    Draws estimate expectations under the teacher, and forward KL is the only divergence that is
+    such an expectation.
 
     Raises:
-        MismatchError: the target holds draws and the divergence is another.
+        MismatchError: the target has draws and the divergence is not forward KL.
     """
     if topk.draws and divergence != "forward_kl":
         raise MismatchError(
@@ -180,23 +187,24 @@ def require_expressible(divergence: Divergence, topk: TopK) -> None:
 
 
 def tail_bucket_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
-    """`forward_kl` of `bucketed`: the default divergence, from logits [n, V] -> [n]."""
+    """Return the default divergence, `forward_kl` of `bucketed`: [n] from logits [n, V]."""
     return forward_kl(*bucketed(logits, topk, temperature))
 
 
 def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
-    """An unbiased estimate of the full KL(p || q) from the kept ids and the draws outside them.
+    """Estimate the full KL(p || q) without bias from the kept ids and the draws outside them.
 
     L = sum_T p (log p - log q) + sum_draws w (log p - log q)
 
     With w from `TopK.draw_target`, E[sum of w f(v) over draws] = sum of p(v) f(v) outside T for any
-    f, so value and gradient have the full divergence's as expectation (Anshumann et al. 2025,
-    section 3, for K = 0). The gradient for z / tau is m q - target, where the target holds p on T
-    and w on the draws and m is its sum: 1 at temperature 1, 1 in expectation elsewhere. An estimate
-    may be negative, where the bucket's value may not.
+    f, so the expectations of value and gradient are those of the full divergence (Anshumann et al.
+    2025, section 3, for K = 0). The gradient for z / tau is m q - target, where the target is p on
+    T and w on the draws, and m is its sum: 1 at temperature 1, and 1 in expectation at other
+    temperatures. Unlike the bucket's value, the estimate may be negative.
 
     Args:
-        logits: [n, V]. topk: with draws, leading axis n.
+        logits: [n, V].
+        topk: the teacher, with draws; leading axis n.
         temperature: 1 or one of topk.temperatures.
     """
     ids, target, log_p = sampled_target(topk, temperature)
@@ -205,7 +213,7 @@ def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
 
 
 def sampled_target(topk: TopK, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's side of `sampled_kl`: ids, the mass each stands for, log p, all [n, K + M]."""
+    """Return the teacher's side of `sampled_kl`: ids, their target mass, log p; all [n, K + M]."""
     log_p, _ = topk.target(temperature)
     draw_log_p, weight = topk.draw_target(temperature)
     ids = torch.cat((topk.ids, topk.draw_ids), -1)
@@ -221,10 +229,10 @@ def distillation_loss(
     temperature: float,
     divergence: Divergence = "forward_kl",
 ) -> Tensor:
-    """Alpha tau^2 D + (1 - alpha) CE per position (Hinton et al. 2015); CE alone without topk.
+    """Return alpha tau^2 D + (1 - alpha) CE per position (Hinton et al. 2015); CE without topk.
 
     Raises:
-        MismatchError: `require_expressible`, or a temperature that was not stored.
+        MismatchError: see `require_expressible`; or the temperature was not stored.
     """
     ce = cross_entropy(logits, labels)
     if topk is None:

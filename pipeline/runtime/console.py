@@ -1,4 +1,4 @@
-"""Messages, progress bars and Ctrl-C. PyTorch is not imported here."""
+"""Messages, progress bars and Ctrl-C. This module does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Item = TypeVar("Item")
 def progress(
     items: Iterable[Item], *, what: str, unit: str, total: int | None = None
 ) -> tqdm[Item]:
-    """Iterate with a progress bar: rate and time left; on a log file a line every ten seconds.
+    """Iterate with a progress bar that shows rate and time left; only rank 0 shows it.
 
-    Only rank 0 shows it.
+    If standard error is not a terminal, for example a log file, a line appears every ten seconds.
     """
     interactive = sys.stderr.isatty()
     return tqdm(
@@ -39,15 +39,15 @@ def progress(
 
 
 def progress_bar(*, what: str, total: int | None, unit: str) -> tqdm[Any]:
-    """The same bar for loops that count by `update`."""
+    """Return the same bar for loops that count by calling `update`."""
     nothing: tuple[Any, ...] = ()
     return progress(nothing, what=what, unit=unit, total=total)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag, so that a step can end and be saved.
+    """A flag that the first Ctrl-C (or SIGTERM) sets, so that a step can finish and be saved.
 
-    A second Ctrl-C interrupts at once. Outside the main thread it does nothing.
+    A second Ctrl-C interrupts immediately. Outside the main thread this class does nothing.
     """
 
     requested = False
@@ -71,7 +71,7 @@ class StopRequest:
 
 
 def say(message: str) -> None:
-    """Print a line for the user above any progress bar; of several ranks only the first does."""
+    """Print a line for the user above any progress bar; with several ranks only rank 0 prints."""
     if not is_first_rank():
         return
     tqdm.write(printable(message), file=sys.stdout)
@@ -79,17 +79,17 @@ def say(message: str) -> None:
 
 
 def announce(stage: str, work: str, seconds: float | None = None) -> None:
-    """Say what a stage is about to do and, where it was measured, about how long it takes.
+    """Print what a stage is about to do and, if known, about how long it will take.
 
     Args:
-        seconds: an estimate from a piece of the work timed on this machine (`seconds_of`).
+        seconds: an estimate, from a part of the work timed on this machine (`seconds_of`).
     """
     how_long = "" if seconds is None else f", about {readable_seconds(seconds)} on this machine"
     say(f"{stage}: {work}{how_long}")
 
 
 def readable_bytes(count: float) -> str:
-    """1.5e9 -> "1.5 GB"; powers of ten."""
+    """Format a number of bytes in powers of ten: 1.5e9 -> "1.5 GB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break
@@ -98,7 +98,7 @@ def readable_bytes(count: float) -> str:
 
 
 def readable_seconds(seconds: float) -> str:
-    """5400 -> "1.5 h"; in the largest unit that leaves at least one."""
+    """Format seconds in the largest unit of which there is at least one: 5400 -> "1.5 h"."""
     for size, unit in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,9 +1,9 @@
-"""Device, number formats, seeds: what depends on the machine's hardware.
+"""Device, number formats and seeds: everything that depends on the machine's hardware.
 
-`auto` takes the fastest format that the hardware computes with units of its own. A processor
-without units for bfloat16 emulates it, 6 to 60 times slower than float32 (measured with PyTorch
-2.13 on AVX2), so there `auto` is float32. A GPU runs inference in float16 and trains in bfloat16,
-whose range needs no loss scaling.
+`auto` takes the fastest format for which the hardware has units of its own. A processor without
+units for bfloat16 emulates it, 6 to 60 times slower than float32 (measured with PyTorch 2.13 on
+AVX2), so `auto` is float32 there. A GPU runs inference in float16 and trains in bfloat16, which
+needs no loss scaling because of its range.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SLOWER = 1.2
-"""A format is called slow when it takes this many times as long as float32; less may be noise."""
+"""A format counts as slow if it takes this many times as long as float32; less may be noise."""
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes the GPU where there is one; `cpu` and `cuda` are taken at their word.
+    """Return the device by name; `auto` is the GPU if there is one, else the CPU.
 
     Raises:
-        ParamsError: `cuda` where PyTorch can use no GPU.
+        ParamsError: the name is `cuda`, and PyTorch cannot use a GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,10 +56,10 @@ def _why_no_gpu() -> str:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that there is what torch.compile needs: a C++ compiler on a CPU, C for Triton on CUDA.
+    """Check for the compiler that torch.compile needs: C++ on a CPU, C for Triton on CUDA.
 
     Raises:
-        ParamsError: there is none.
+        ParamsError: there is no such compiler.
     """
     variable, usual = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", "g++ clang++")
     wanted = os.environ.get(variable, usual).split()
@@ -72,15 +72,16 @@ def require_compiler(device: torch.device) -> None:
 
 
 def inference_dtype(name: str, device: torch.device, *, key: str, remedy: str = "") -> torch.dtype:
-    """The format in which a model is run without gradients; `auto` is float16 on a GPU.
+    """Return the format in which a model runs without gradients; `auto` is float16 on a GPU.
 
     Args:
         name: "auto", "float32", "bfloat16" or "float16".
-        key: what holds `name`, a parameter for example; remedy: what to do where the format is slow
-            or missing, by default to set the parameter. Both are for messages.
+        key: for messages: the source of `name`, for example a parameter.
+        remedy: for messages: what to do if the format is slow or missing; by default, to set the
+            parameter.
 
     Raises:
-        ParamsError: bfloat16 on a GPU that has none.
+        ParamsError: bfloat16 is requested on a GPU without bfloat16 units.
     """
     if name == "auto":
         return torch.float16 if device.type == "cuda" else _fastest_wide_range(device)
@@ -88,12 +89,12 @@ def inference_dtype(name: str, device: torch.device, *, key: str, remedy: str = 
 
 
 def training_dtype(name: str, device: torch.device, *, key: str = "train.dtype") -> torch.dtype:
-    """Autocast's format in training; `auto` is bfloat16 where there are units for it, else float32.
+    """Return autocast's format in training; `auto` is bfloat16 if there are units, else float32.
 
-    float16 is not among them: its gradients need loss scaling.
+    float16 is not offered, since its gradients need loss scaling.
 
     Raises:
-        ParamsError: bfloat16 on a GPU that has none.
+        ParamsError: bfloat16 is requested on a GPU without bfloat16 units.
     """
     if name != "auto":
         return _asked_for(name, device, key, f"set {key} to auto or float32")
@@ -104,19 +105,19 @@ def training_dtype(name: str, device: torch.device, *, key: str = "train.dtype")
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The format in which a model with weights in `dtype` is computed.
+    """Return the format in which a model with weights in `dtype` computes.
 
-    That is `dtype` itself, except for float16 on a CPU, which has no units for it: the weights are
-    rounded to float16, as a GPU would hold them, and products are made in float32.
+    It is `dtype` itself, except for float16 on a CPU, which has no units for it: there the weights
+    are rounded to float16, as a GPU would hold them, and products are computed in float32.
     """
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
 def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Model:
-    """`model` on `device` with its weights rounded to `dtype`, ready to compute (compute_dtype).
+    """Move `model` to `device` with weights rounded to `dtype`, ready to compute (compute_dtype).
 
     Buffers keep their format: RoPE's frequencies are float32 whatever the weights are, and rounding
-    them would turn distant positions by wrong angles.
+    them would rotate distant positions by wrong angles.
     """
     target = compute_dtype(dtype, device)
     for parameter in model.parameters():
@@ -125,10 +126,10 @@ def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Mod
 
 
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself: AMX or AVX512-BF16, or a GPU from Ampere on.
+    """Return whether the hardware multiplies bfloat16 itself.
 
-    PyTorch is asked, not the operating system, since its oneDNN may be told to use AVX2 alone
-    (ONEDNN_MAX_CPU_ISA=AVX2).
+    It does with AMX or AVX512-BF16, and on NVIDIA GPUs from Ampere on. PyTorch is asked rather than
+    the operating system, since its oneDNN may be restricted to AVX2 (ONEDNN_MAX_CPU_ISA=AVX2).
     """
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
@@ -136,9 +137,9 @@ def has_bfloat16_units(device: torch.device) -> bool:
 
 
 def rounds_float32_factors(device: torch.device) -> bool:
-    """Whether a product of float32 factors can round them to bfloat16 itself, at its units' speed.
+    """Return whether a product can round its float32 factors to bfloat16, at its units' speed.
 
-    On x86 oneDNN does so by AMX alone; AVX512-BF16 takes factors that are bfloat16 already.
+    On x86 oneDNN does so only with AMX; AVX512-BF16 needs factors that are already bfloat16.
     """
     if not has_bfloat16_units(device):
         return False
@@ -153,7 +154,7 @@ def _is_x86() -> bool:
 def _cpu_has_bfloat16_units() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    usable: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # true for emulation on AVX512 too
+    usable: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # also true for AVX512 emulation
     if _is_x86():
         cpu = torch.cpu
         return usable and (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
@@ -183,7 +184,7 @@ def _gpu_name(device: torch.device) -> str:
 
 @cache
 def _warn_if_slow(key: str, dtype: torch.dtype, remedy: str) -> None:
-    """Say in one line how much slower than float32 a format is on this CPU, once for each key."""
+    """Warn in one line how much slower than float32 a format is on this CPU, once per key."""
     if dtype == torch.float32 or _cpu_has_bfloat16_units():
         return
     factor = _linear_seconds(dtype) / _linear_seconds(torch.float32)
@@ -195,7 +196,7 @@ def _warn_if_slow(key: str, dtype: torch.dtype, remedy: str) -> None:
 
 
 def _linear_seconds(dtype: torch.dtype) -> float:
-    """Seconds that a linear layer of 576 x 1536 takes over 64 positions: the best of three."""
+    """Time a linear layer of 576 x 1536 over 64 positions, in seconds: the best of three runs."""
     x, weight = torch.ones(64, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
     seconds = []
     for _ in range(4):
@@ -206,7 +207,7 @@ def _linear_seconds(dtype: torch.dtype) -> float:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a piece of work takes once warm: it runs twice, and the second run is timed."""
+    """Return the seconds that work takes once warm: it runs twice, and the second run is timed."""
     for _ in range(2):
         started = time.perf_counter()
         work()
@@ -216,7 +217,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> "bfloat16", as it stands in params.yaml and fingerprints."""
+    """Return the name used in params.yaml and fingerprints: torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,6 +1,6 @@
-"""What torchrun says of this process: its rank, and how many processes there are.
+"""The place of this process under torchrun: its rank, and the number of processes.
 
-PyTorch is not imported here, so that a stage's --help need not wait for it.
+This module does not import PyTorch, so that a stage's --help does not wait for it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """A process among those that torchrun started together."""
+    """One of the processes that torchrun started together."""
 
     rank: int  # 0 to ranks - 1
     ranks: int
-    local_rank: int  # among those on this machine: the number of its GPU
-    attempt: int  # how often torchrun has started this machine's ranks again, if they are all
+    local_rank: int  # rank on this machine, which is the number of its GPU
+    attempt: int  # number of times torchrun has restarted the ranks, if all are on this machine
 
 
 def launch() -> Launch | None:
-    """What torchrun says of this process; None where it was started by hand."""
+    """Read this process's place from torchrun's variables; None if it was started by hand."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in os.environ for name in names):
         return None
@@ -32,6 +32,6 @@ def launch() -> Launch | None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that talks: rank 0, or the only one."""
+    """Return whether this process prints the messages: it is rank 0, or the only process."""
     here = launch()
     return here is None or here.rank == 0

@@ -1,4 +1,4 @@
-"""Matrix products with float32 accumulation, whatever format their factors are rounded to."""
+"""Matrix products with float32 accumulation, whatever the format of their factors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ def mm_float32(
     out: Tensor | None = None,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """A @ b with factors rounded to `dtype` and products ACCUMULATED AND RETURNED in float32.
+    """Compute a @ b with factors rounded to `dtype`, ACCUMULATED AND RETURNED in float32.
 
-    A plain bf16 product returns bf16, which rounds a logit of 20 by up to 0.06: far more than
-    everything else in the cache. On a CPU with AMX, oneDNN rounds float32 factors itself
-    when told to, at the units' speed; without units the factors are rounded here and multiplied in
-    float32. On CUDA `out_dtype` keeps the accumulator.
+    A plain bf16 product returns bf16, which rounds a logit of 20 by up to 0.06, far more than
+    everything else in the cache. On a CPU with AMX, oneDNN can round float32 factors itself, at the
+    units' speed; without such units the factors are rounded here and multiplied in float32. On CUDA
+    `out_dtype` returns the accumulator.
 
     Args:
-        a: [n, m]. b: [m, p]. dtype: float32, bfloat16 or float16.
+        a: [n, m].
+        b: [m, p].
+        dtype: float32, bfloat16 or float16.
         out: optional float32 [n, p] to write into.
         add_to: optional float32 [n, p] to which the product is added in place (beta = 1).
     """

@@ -1,4 +1,4 @@
-"""Packages that are slow to import or that must be told something first."""
+"""Packages that are slow to import or need a setting before their import."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pipeline.extras import require
 
 
 def import_transformers() -> Any:
-    """The transformers library, without progress bars of its own.
+    """Import the transformers library, without its own progress bars.
 
-    Imported when needed, since that takes seconds and half of the stages do without.
+    It is imported when needed, since that takes seconds and half of the stages do not need it.
     """
     import transformers
 
@@ -22,16 +22,16 @@ def import_transformers() -> Any:
 
 
 def import_ray() -> Any:
-    """Ray, an extra, with the usage statistics off that it would otherwise send to its makers.
+    """Import Ray, an extra, without the usage statistics that it would send to its makers.
 
     Raises:
-        DecantError: it is not installed.
+        DecantError: Ray is not installed.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # for the clusters that this process starts
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # applies to clusters that this process starts
     return require("ray", "ray", "--engine ray")
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported; PyTorch's CUDA builds for Linux depend on it."""
+    """Return whether Triton can be imported; PyTorch's CUDA builds for Linux depend on it."""
     return importlib.util.find_spec("triton") is not None

@@ -1,9 +1,9 @@
-"""Is a cache whole? Every object against its checksums, its marker and the corpus; and the repair.
+"""Check every object of a cache against its checksums, its marker and the corpus; and repair it.
 
-What is damaged is named and can be captured again alone: a damaged shard loses its commit marker,
-damaged metadata is written anew from the fingerprint. Nothing here asks the teacher, so a check
-runs at the disk's speed; whether the cache says what the teacher says is the gate's question
-(pipeline/fidelity).
+The damaged parts are named, and only they need to be captured again: a damaged shard loses its
+commit marker, and damaged metadata is rewritten from the fingerprint. Nothing here runs the
+teacher, so a check runs at the speed of the disk. The gate (pipeline/fidelity) checks whether the
+cache agrees with the teacher.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WORKERS = 4
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong, in words; `shard` is None when it is the group's own."""
+    """A description of what is wrong; `shard` is None if the group itself is damaged."""
 
     shard: int | None
     what: str
@@ -42,23 +42,24 @@ class Damage:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found."""
+    """The result of a check."""
 
-    shards: int  # in the complete cache; 0 when that cannot be known
+    shards: int  # in the complete cache; 0 if that cannot be known
     committed: int
     damages: tuple[Damage, ...]
 
     @property
     def missing(self) -> int:
-        """Shards without a marker."""
+        """Number of shards without a marker."""
         return self.shards - self.committed
 
 
 def check_cache(address: Address, corpus: CorpusSplit) -> CheckResult:
-    """Read every committed shard of a split, in parallel, and everything that describes them.
+    """Read every committed shard of a split, in parallel, and all metadata that describes them.
 
     Raises:
-        MismatchError: not a cache, of a newer format, or made from another corpus.
+        MismatchError: the group is not a cache, has a newer format, or was made from another
+            corpus.
     """
     where = address / corpus.split
     folder = open_folder(where)
@@ -84,19 +85,20 @@ def repair_cache(
     shard_rows: int,
     count: Callable[[], RankTable],
 ) -> tuple[Damage, ...]:
-    """Mend metadata, and take back the commits of damaged shards, which are then missing.
+    """Repair metadata, and uncommit damaged shards, which are then missing.
 
     Args:
-        fingerprint: what the cache is to hold; one made from something else is refused.
-        chunk_rows, shard_rows: used only where the cache's own are lost.
-        count: makes the rank table again where it is lost. Should it come out otherwise (another
-            kind of machine), no shard can be decoded, and all are taken back.
+        fingerprint: describes what the cache should hold; a cache made from anything else is
+            refused.
+        chunk_rows, shard_rows: used only if the cache's own values are lost.
+        count: makes the rank table again if it is lost. If the new table differs (on another kind
+            of machine), no shard can be decoded, and all shards are uncommitted.
 
     Returns:
-        What was damaged.
+        The damages found.
 
     Raises:
-        MismatchError: the cache was made from something else, which is named.
+        MismatchError: the cache was made from something else; the message names it.
     """
     where = address / corpus.split
     folder = open_folder(where)
@@ -154,10 +156,10 @@ def _shard_damages(
 
 
 def _surviving_table(folder: Folder, lost: CacheLayout) -> str | None:
-    """The name of a rank table in the folder that holds what its name promises.
+    """Return the name of a rank table in the folder that has the contents its name promises.
 
-    Several may lie there, when processes created the cache at once or another cache lay there
-    before: the one that most markers know is that of the cache.
+    There may be several, if processes created the cache at the same time or another cache was
+    there before. The table to which most markers refer belongs to the cache.
     """
     names = {key.partition("/")[0] for key in folder.sizes()}
     whole = []
@@ -170,7 +172,7 @@ def _surviving_table(folder: Folder, lost: CacheLayout) -> str | None:
 
 
 def _rewrite(folder: Folder, layout: CacheLayout, count: Callable[[], RankTable]) -> CacheLayout:
-    """Write all metadata anew; shards survive only if the rank table does."""
+    """Rewrite all metadata; shards survive only if the rank table does."""
     try:
         table = load_table(folder, layout)
     except DamagedError:

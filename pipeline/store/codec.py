@@ -1,8 +1,8 @@
 """Exact transforms between TopK tensors and the arrays of the cache (see store/schema.py).
 
-The one lossy step of the whole cache is here and is chosen: log-probabilities are rounded to
-float16. Rounding the log-probability costs 2e-7 nats of KL; rounding the raw logit would cost 6e-6
-with a tail to 1e-4. float16 holds a log-probability of -16 to +-0.008.
+The only lossy step of the whole cache is here, and it is deliberate: log-probabilities are rounded
+to float16. Rounding the log-probability costs 2e-7 nats of KL; rounding the raw logit would cost
+6e-6, and up to 1e-4 at some positions. float16 holds a log-probability of -16 to within +-0.008.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ class RankTable:
     """
 
     def __init__(self, rank_to_id: NDArray[Any]) -> None:
-        self.rank_to_id = rank_to_id.astype(np.int64)  # what losses index with
+        self.rank_to_id = rank_to_id.astype(np.int64)  # the type that losses index with
         dtype = np.uint16 if len(rank_to_id) <= 65_536 else np.uint32
         self.id_to_rank = np.empty(len(rank_to_id), dtype)
         self.id_to_rank[self.rank_to_id] = np.arange(len(rank_to_id), dtype=dtype)
 
     def to_bytes(self) -> bytes:
-        """rank_to_id as little-endian uint32; its crc32c names the table."""
+        """Return rank_to_id as little-endian uint32; the table is named by the crc32c of this."""
         return self.rank_to_id.astype("<u4").tobytes()
 
     @staticmethod
     def counted(ids: NDArray[Any], vocab_size: int) -> RankTable:
-        """The ids by falling number of appearances, the smaller id first among equals."""
+        """Rank ids by how often they appear, most frequent first; ties by the smaller id."""
         counts = np.bincount(ids.ravel(), minlength=vocab_size)
         return RankTable(np.argsort(-counts, kind="stable"))
 
 
 def encode(topk: TopK, table: RankTable) -> Arrays:
-    """TopK of any leading shape -> arrays by name, in the dtypes of the format."""
+    """Convert a TopK of any leading shape to arrays by name, in the dtypes of the format."""
     arrays = {
         "id_ranks": table.id_to_rank[topk.ids.cpu().numpy()],
         "logprob_steps": to_steps(topk.logprobs.cpu().numpy().astype(np.float16).view(np.uint16)),
@@ -63,15 +63,16 @@ def encode(topk: TopK, table: RankTable) -> Arrays:
 
 
 def restore(name: str, chunks: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """The chunks of one stored array -> [rows, ...] in the same type, steps undone.
+    """Join the chunks of one stored array to [rows, ...] in the same type, and undo the steps.
 
     Args:
-        chunks: as `pipeline.sharding.decode_shard` gives them.
+        chunks: as returned by `pipeline.sharding.decode_shard`.
 
     Returns:
-        Ranks for "id_ranks" and "draw_rank_steps", float16 for "logprob_steps", else as stored.
+        Ranks for "id_ranks" and "draw_rank_steps", float16 for "logprob_steps", otherwise the
+        values as stored.
     """
-    if name == "logprob_steps":  # rank by rank, as they lie: one vector addition each
+    if name == "logprob_steps":  # rank by rank, as stored: one vector addition for each
         return np.concatenate(
             [np.moveaxis(from_steps(chunk, axis=0).view(np.float16), 0, -1) for chunk in chunks]
         )
@@ -80,7 +81,7 @@ def restore(name: str, chunks: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def to_topk(arrays: Arrays, table: RankTable, fingerprint: Fingerprint) -> TopK:
-    """Arrays from `restore`, by name -> TopK on the CPU, in the dtypes that losses want."""
+    """Convert arrays from `restore`, by name, to a TopK on the CPU, in the dtypes of the losses."""
     leading = arrays["lse"].shape
 
     def tensor(name: str) -> torch.Tensor:
@@ -107,14 +108,17 @@ def to_topk(arrays: Arrays, table: RankTable, fingerprint: Fingerprint) -> TopK:
 
 
 def to_steps(values: NDArray[Any]) -> NDArray[Any]:
-    """Unsigned integers [..., K] -> the first, then differences of neighbours; wraps around."""
+    """Replace unsigned integers [..., K] by the first, then differences of neighbours, modulo 2^n.
+
+    n is the number of bits of the type.
+    """
     steps = values.copy()
     np.subtract(values[..., 1:], values[..., :-1], out=steps[..., 1:])
     return steps
 
 
 def from_steps(steps: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-    """The inverse of `to_steps`, bit for bit, along any axis."""
+    """Invert `to_steps` bit for bit, along any axis."""
     if axis != 0:
         return np.cumsum(steps, axis=axis, dtype=steps.dtype)
     values = steps.copy()

@@ -1,4 +1,4 @@
-"""How a cache is cut into objects: the arrays of a fingerprint and the group about them."""
+"""The layout of a cache as objects: the arrays that follow from a fingerprint, and their group."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _MAX_CHUNK = 2**31 - 1  # bytes that blosc compresses at once
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLayout:
-    """How a cache of a fingerprint is cut into objects."""
+    """The layout of a cache with a given fingerprint, as arrays, chunks and shards."""
 
     fingerprint: Fingerprint
     chunk_rows: Size
@@ -60,7 +60,7 @@ class CacheLayout:
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
-        """The arrays of N rows, by name."""
+        """The arrays with N rows, by name."""
         made_from = self.fingerprint
         rows = (made_from.num_rows, made_from.row_length)
         rank_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
@@ -96,15 +96,15 @@ class CacheLayout:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the complete cache."""
+        """Number of shards in the complete cache."""
         return self.specs["lse"].num_shards
 
     def rows_of(self, shard: int) -> tuple[int, int]:
-        """First row and end of a shard."""
+        """Return a shard's first row, and the row after its last one."""
         return self.specs["lse"].rows_of(shard)
 
     def about(self) -> dict[str, Any]:
-        """What the group says of itself."""
+        """Return the description that is stored in the group's attributes."""
         return asdict(self.fingerprint) | {
             "chunk_rows": self.chunk_rows,
             "shard_rows": self.shard_rows,
@@ -112,16 +112,16 @@ class CacheLayout:
         }
 
     def checksum(self) -> int:
-        """crc32c of `about`, by which a shard's marker says which cache it belongs to."""
+        """Return the crc32c of `about`; a shard's marker holds it to identify the cache."""
         return json_crc32c(self.about())
 
 
 def load_layout(folder: Folder, where: str) -> CacheLayout | None:
-    """The layout of the cache in a folder; None where there is none.
+    """Read the layout of the cache in a folder; None if there is no cache.
 
     Raises:
-        MismatchError: not a cache, or a newer format.
-        DamagedError: not what was written.
+        MismatchError: the group is not a cache, or has a newer format.
+        DamagedError: the metadata is not what was written.
     """
     about = read_group(folder, where, FORMAT_VERSION)
     if about is None:
@@ -140,10 +140,10 @@ def load_layout(folder: Folder, where: str) -> CacheLayout | None:
 
 
 def _require_possible(layout: CacheLayout) -> None:
-    """Refuse sizes that no cache has, before memory is taken for them.
+    """Refuse sizes that no cache has, before memory is allocated for them.
 
     Raises:
-        DamagedError: names what does not fit.
+        DamagedError: a size is impossible; the message names it.
     """
     if layout.shard_rows % layout.chunk_rows:
         raise DamagedError(
@@ -157,10 +157,10 @@ def _require_possible(layout: CacheLayout) -> None:
 
 
 def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
-    """The rank table of a cache.
+    """Read the rank table of a cache.
 
     Raises:
-        DamagedError: absent, or not the one that its name promises.
+        DamagedError: the table is missing, or its contents do not match its name.
     """
     ids = read_shard(folder, layout.rank_spec, 0)
     if not np.array_equal(np.sort(ids), np.arange(len(ids))):
@@ -172,9 +172,9 @@ def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
 
 
 def remove_cache(folder: Folder) -> None:
-    """Delete a split's cache, whatever its K was, and nothing else that lies there.
+    """Delete a split's cache, whatever its K was, and nothing else in the folder.
 
-    Commits go first: a removal that is killed leaves nothing committed.
+    Commit markers are removed first, so that a killed removal leaves nothing committed.
     """
     folder.remove(COMMITS)
     folder.remove("zarr.json")
@@ -185,7 +185,7 @@ def remove_cache(folder: Folder) -> None:
 
 @contextmanager
 def damage_as_sentence(what: str) -> Iterator[None]:
-    """DamagedError -> MismatchError with the remedy; `what` names the shard or the cache."""
+    """Turn DamagedError into MismatchError with the remedy; `what` names the shard or cache."""
     try:
         yield
     except DamagedError as error:
@@ -195,15 +195,15 @@ def damage_as_sentence(what: str) -> Iterator[None]:
 
 
 def rank_table_name(table: RankTable) -> str:
-    """The array's name: `rank_to_id_` and the crc32c of its bytes."""
+    """Return the array's name: `rank_to_id_` and the crc32c of the table's bytes."""
     return f"{RANK_TABLE}{crc32c(table.to_bytes()):08x}"
 
 
 def read_marker(folder: Folder, shard: int) -> Marker:
-    """A shard's commit marker.
+    """Read a shard's commit marker.
 
     Raises:
-        DamagedError: absent, or not what was written.
+        DamagedError: the marker is missing or not what was written.
     """
     try:
         values = json.loads(folder.read(marker_key(shard)))
@@ -217,15 +217,15 @@ def read_marker(folder: Folder, shard: int) -> Marker:
 
 
 def shards_with_marker(folder: Folder, layout: CacheLayout) -> list[int]:
-    """Shards that have a marker of whatever content, from one listing, in order."""
+    """List the shards that have a marker, whatever its contents, from one listing, in order."""
     markers = folder.sizes(COMMITS)
     return [shard for shard in range(layout.num_shards) if marker_key(shard) in markers]
 
 
 def committed_shards(folder: Folder, layout: CacheLayout) -> list[int]:
-    """Shards whose marker is whole and of THIS cache, in order.
+    """List the shards with an intact marker of THIS cache, in order.
 
-    Another cache that lay in the same place may have left markers behind.
+    Another cache that was in the same place may have left markers behind.
     """
     with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:
         marked = shards_with_marker(folder, layout)
@@ -234,7 +234,7 @@ def committed_shards(folder: Folder, layout: CacheLayout) -> list[int]:
 
 
 def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
-    """Whether a shard has a whole marker of this cache."""
+    """Return whether a shard has an intact marker of this cache."""
     try:
         marker = read_marker(folder, shard)
     except DamagedError:

@@ -1,11 +1,11 @@
-"""Read a cache: whole shards, checked and decoded, and the shuffled order that training reads in.
+"""Read a cache: whole shards, checked and decoded, and the shuffled order in which training reads.
 
-Opening checks the fingerprint against the corpus and that every shard is committed. Reading a shard
-checks each object against length and hash in the marker, every chunk against its own crc32c, and
-the corpus rows it belongs to against the marker's sha256: a cache never pairs with other tokens in
-silence. Objects are read whole, so an object store sees one request an object, and in training each
-object of the cache once an epoch. A corpus shard, which holds the tokens of several of the cache's,
-is read again when it is no longer among the last two.
+Opening a cache checks its fingerprint against the corpus, and that every shard is committed.
+Reading a shard checks each object against its size and hash in the marker, every chunk against its
+own crc32c, and the corpus rows against the marker's sha256, so a cache is never silently paired
+with other tokens. Objects are read whole, so an object store gets one request per object, and
+training reads each object of the cache once per epoch. A corpus shard holds the tokens of several
+cache shards, and is read again if it is no longer among the last two.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from pipeline.topk import TopK
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard in memory: the corpus rows from `first` on, and what the teacher said of them.
+    """One shard in memory: the corpus rows from `first` on, and the teacher's arrays for them.
 
-    `arrays` is None where only tokens were asked for. At K = 64 a token takes 270 bytes.
+    `arrays` is None if only tokens were requested. At K = 64 a shard takes 270 bytes per token.
     """
 
     first: int
@@ -52,12 +52,12 @@ class CacheReader:
     """The complete cache of one split, bound to the corpus split it was made from.
 
     Args:
-        address: the cache, for example cache/logits.zarr; the split's group lies in it.
-        corpus: the split whose rows the cache describes.
+        address: the cache, for example cache/logits.zarr, which contains the split's group.
+        corpus: the split with the rows that the cache describes.
         k: use only the first k stored ids; None uses all.
 
     Raises:
-        MismatchError: absent, incomplete, damaged, or made from another corpus.
+        MismatchError: the cache is missing, incomplete, damaged, or made from another corpus.
     """
 
     def __init__(self, address: Address, corpus: CorpusSplit, *, k: int | None = None) -> None:
@@ -95,11 +95,11 @@ class CacheReader:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the cache was made from."""
+        """The fingerprint of the cache's inputs."""
         return self.layout.fingerprint
 
     def num_bytes(self) -> int:
-        """Bytes of all committed shards, from their markers."""
+        """Return the size in bytes of all committed shards, from their markers."""
         total = 0
         for shard in range(self.layout.num_shards):
             with self._checked(shard):
@@ -111,23 +111,23 @@ class CacheReader:
         """Read, check and decode one shard. Safe to call from several threads.
 
         Raises:
-            MismatchError: damaged, or the corpus rows are others than at capture.
+            MismatchError: the shard is damaged, or the corpus rows have changed since the capture.
         """
         layout = self.layout
         with self._checked(number):
             rows, arrays = read_shard_arrays(self._folder, layout, self.corpus, number)
-        for name in ("id_ranks", "logprob_steps"):  # a prefix of K
+        for name in ("id_ranks", "logprob_steps"):  # keep the first k of the K ids
             if name in arrays and self._k is not None:
                 arrays[name] = np.ascontiguousarray(arrays[name][..., : self._k])
         return Shard(first=layout.rows_of(number)[0], rows=rows, arrays=arrays)
 
     def top_k(self, rows: NDArray[np.int64]) -> TopK:
-        """TopK [n, L, K] of any rows; the last two shards read are kept."""
+        """Return the TopK [n, L, K] of any rows; the last two shards read stay in memory."""
         shards = [self._keep(int(row) // self.layout.shard_rows) for row in rows]
         return self.gather([(shard, int(row)) for shard, row in zip(shards, rows, strict=True)])
 
     def gather(self, places: list[tuple[Shard, int]]) -> TopK:
-        """TopK [n, L, K] of corpus rows that lie in shards at hand."""
+        """Return the TopK [n, L, K] of corpus rows from shards that are in memory."""
         arrays: Arrays = {}
         for name in self.layout.specs:
             parts = []
@@ -158,7 +158,7 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
     """Refuse a cache that was made from another corpus.
 
     Raises:
-        MismatchError: names the field that differs.
+        MismatchError: a field of the fingerprint differs; the message names it.
     """
     info = corpus.info
     wanted = {
@@ -180,10 +180,10 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
 def read_shard_arrays(
     folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int
 ) -> tuple[Rows, Arrays]:
-    """Corpus rows and decoded arrays of one shard, everything checked.
+    """Read and check the corpus rows and decoded arrays of one shard.
 
     Raises:
-        DamagedError: any object, the marker, or the corpus rows are not what was committed.
+        DamagedError: an object, the marker, or the corpus rows are not what was committed.
     """
     marker = read_marker(folder, shard)
     start, stop = layout.rows_of(shard)
@@ -210,10 +210,10 @@ def read_shard_arrays(
 class ShuffledRows:
     """The endless order in which training visits rows, a function of (seed, place) alone.
 
-    Every row once an epoch. Shards are shuffled, then the rows of each window of `window_shards`
-    shards are mixed, so a reader needs just that window in memory and reads each shard once an
-    epoch. Any place is found without walking to it: what is drawn for a window depends on (seed,
-    epoch, window) only.
+    Every row occurs once per epoch. Shards are shuffled, then the rows of each window of
+    `window_shards` shards are shuffled, so a reader needs only that window in memory and reads each
+    shard once per epoch. Any place can be computed directly, since the random numbers for a window
+    depend only on (seed, epoch, window).
     """
 
     def __init__(self, num_rows: int, *, shard_rows: int, window_shards: int, seed: int) -> None:
@@ -225,7 +225,7 @@ class ShuffledRows:
         self._window = lru_cache(maxsize=4)(self._make_window)
 
     def at(self, first: int, count: int) -> NDArray[np.int64]:
-        """Rows at places first..first+count, int64 [count]; places go on through epochs."""
+        """Return the rows at places first..first+count, int64 [count]; places run across epochs."""
         parts = []
         while count:
             epoch, place = divmod(first, self._num_rows)
@@ -239,7 +239,7 @@ class ShuffledRows:
         return np.concatenate(parts)
 
     def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards in the epoch's order, and the place at which each window ends."""
+        """Return the shards in the epoch's order, and the place at which each window ends."""
         shards = np.arange(-(-self._num_rows // self._shard_rows))
         np.random.default_rng([self._seed, epoch]).shuffle(shards)
         first = shards * self._shard_rows

@@ -1,8 +1,9 @@
-"""Write a cache in whole shards, each made durable and then committed by a marker.
+"""Write a cache in whole shards, each of which is made durable and then committed by a marker.
 
-The order is what makes it crash-safe: all objects of the shard, durable, then the marker. Killed
-anywhere before the marker's rename, the shard does not exist and is written again. Several writers,
-on one machine or many, may fill one cache as long as no two write the same shard.
+The order makes it crash-safe: first all objects of the shard are written durably, then the marker.
+If the process is killed at any time before the marker's rename, the shard does not exist and is
+written again. Several writers, on one machine or many, may fill one cache as long as no two write
+the same shard.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from pipeline.topk import TopK
 
 
 class CacheWriter:
-    """The cache of one split, created when absent, continued when its fingerprint is the same.
+    """The cache of one split; it is created if missing, or continued if its fingerprint is equal.
 
     Args:
-        address: the cache, for example cache/logits.zarr; the split's group lies in it.
-        chunk_rows: unit of compression; shard_rows: unit of writing and reading. An existing cache
-            keeps its own.
+        address: the cache, for example cache/logits.zarr, which contains the split's group.
+        chunk_rows: unit of compression. An existing cache keeps its own.
+        shard_rows: unit of writing and reading. An existing cache keeps its own.
         count: makes the rank table of a new cache.
 
     Raises:
-        MismatchError: the cache at `address` was made from something else, which is named.
+        MismatchError: the cache at `address` was made from something else; the message names it.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class CacheWriter:
                 shard_rows=shard_rows,
                 rank_table=rank_table_name(table),
             )
-            # Named by its content, so that two who create the cache at once do not mix tables.
+            # Named by its content, so that processes creating the cache at once do not mix tables.
             spec = layout.rank_spec
             self._folder.write(spec.key_of(0), encode_shard(spec, table.rank_to_id))
             specs = [*layout.specs.values(), spec]
@@ -89,18 +90,18 @@ class CacheWriter:
         return found, load_table(self._folder, found)
 
     def missing(self) -> list[int]:
-        """Shards that have no marker of this cache yet, in order."""
+        """List the shards that have no marker of this cache yet, in order."""
         committed = set(committed_shards(self._folder, self.layout))
         return [shard for shard in range(self.layout.num_shards) if shard not in committed]
 
     def is_committed(self, shard: int) -> bool:
-        """Whether a shard has its marker."""
+        """Return whether a shard has its marker."""
         return is_committed(self._folder, self.layout, shard)
 
     def write(self, shard: int, topk: TopK, tokens_sha256: str) -> None:
         """Write one whole shard [rows, L, ...] and commit it.
 
-        Safe to call from a thread; not to be called for one shard from two places.
+        Safe to call from a thread, but not twice for the same shard at the same time.
         """
         start, stop = self.layout.rows_of(shard)
         arrays = encode(topk, self._table)
@@ -122,5 +123,5 @@ class CacheWriter:
         self._folder.write(marker_key(shard), json.dumps(seal(values)).encode())
 
     def drop(self, shard: int) -> None:
-        """Take back the commit of a shard, which is then missing."""
+        """Uncommit a shard, which is then missing."""
         self._folder.remove(marker_key(shard))
