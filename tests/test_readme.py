@@ -1,4 +1,4 @@
-"""The introductions in English and Chinese: what they tell a user to type exists."""
+"""What the documents tell a user to type exists: in English, README.md with docs/; in Chinese."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 from pipeline.config import Params, _all_keys, load_params
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "README.zh.md"]
+ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHINESE = ROOT / "README.zh.md"
 KEYS = set(_all_keys(Params))
 RECIPE = "docs/recipes/wikipedia-zh-t4.yaml"
 
 
-@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+@pytest.fixture(params=[ENGLISH, [CHINESE]], ids=["english", "chinese"])
 def text(request: pytest.FixtureRequest) -> str:
-    page: Path = request.param
-    return page.read_text(encoding="utf-8")
+    pages: list[Path] = request.param
+    return "\n".join(page.read_text(encoding="utf-8") for page in pages)
 
 
 def test_files_that_are_named_exist(text: str) -> None:
@@ -57,7 +58,7 @@ def test_the_hours_of_the_recipe_are_those_at_its_head(text: str) -> None:
 
 
 def test_chinese_introduction_is_short_and_names_the_english_one() -> None:
-    text = PAGES[1].read_text(encoding="utf-8")
+    text = CHINESE.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80
     assert "(README.md)" in text
-    assert "README.zh.md" in PAGES[0].read_text()
+    assert "README.zh.md" in ENGLISH[0].read_text(encoding="utf-8")

@@ -193,7 +193,7 @@ def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> Non
     ],
 )
 def test_sizes_come_to_what_was_measured(mode: Mode, size: float) -> None:
-    """The figures of README.md, of the demo's teacher and corpus."""
+    """The figures of docs/benchmarks.md, of the demo's teacher and corpus."""
     assert bytes_a_token(mode, 49_152) == pytest.approx(size, rel=0.03)
     assert bytes_a_token(mode, 151_936) > bytes_a_token(mode, 49_152)
 

@@ -266,7 +266,7 @@ def test_one_rank_is_killed_and_the_run_goes_on(
 
 
 def test_torchrun_starts_again_what_was_killed(tiny_cache: Params, tmp_path: Path) -> None:
-    """The command of the README; `--` because torchrun would take --run for its own --run-path."""
+    """The command of docs/guide.md; `--` since torchrun would take --run for its own --run-path."""
     words = ["--params", str(tmp_path / "params.yaml"), *LONG, "--set", "run.parallel=fsdp"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "--monitor-interval", "0.1", "--standalone"]

@@ -1,0 +1,82 @@
+"""The documents: a README that stays short, and links that lead to a file and a heading."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
+LONGEST_README = 150  # lines; what is longer belongs into docs/
+LINK = re.compile(r"\]\(<?([^()\s>]+)>?(?:\s+\"[^\"]*\")?\)")
+BLOCK = re.compile(r"^```.*?^```|^ {4}.*?$", re.MULTILINE | re.DOTALL)  # of code
+SPAN = re.compile(r"`[^`\n]+`")
+
+
+def links_of(text: str) -> list[str]:
+    """Targets of links and pictures to files of this repository; code is left out."""
+    targets = LINK.findall(SPAN.sub("", BLOCK.sub("", text)))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors_of(text: str) -> set[str]:
+    """What GitHub calls the headings: small letters, hyphens for spaces, repeats numbered."""
+    seen: Counter[str] = Counter()
+    anchors = set()
+    for heading in re.findall(r"^#{1,6} +(.*?) *#*$", BLOCK.sub("", text), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        anchors.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
+        seen[anchor] += 1
+    return anchors
+
+
+def broken(page: Path, target: str) -> str:
+    """What is wrong with a link, in words; empty where it leads somewhere."""
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    if not file.exists():
+        return f"{target}: no such file"
+    if not file.is_relative_to(ROOT):
+        return f"{target}: outside of the repository"
+    if anchor and anchor not in anchors_of(file.read_text(encoding="utf-8")):
+        return f"{target}: no such heading"
+    return ""
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_README, "move what is not what, run, layout or limits into docs/"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not [why for target in links_of(text) if (why := broken(page, target))]
+
+
+def test_readme_leads_to_every_document() -> None:
+    targets = links_of((ROOT / "README.md").read_text(encoding="utf-8"))
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in targets}
+    assert not set((ROOT / "docs").glob("**/*.md")) - linked
+
+
+def test_broken_links_are_found() -> None:
+    page = ROOT / "docs" / "guide.md"
+    assert broken(page, "no-such-page.md") == "no-such-page.md: no such file"
+    assert broken(page, "scale.md#no-such-heading") == "scale.md#no-such-heading: no such heading"
+    assert not broken(page, "scale.md#which-mode")
+    assert not broken(page, "#number-formats")
+    text = "# A `b`, c\n## Twice\n## Twice\n\n    # no heading [x](y.md)\n[a](b.md#c) `[d](e.md)`\n"
+    assert anchors_of(text) == {"a-b-c", "twice", "twice-1"}
+    assert links_of(text + "![p](p.svg) [h](https://example.org) [t](q.md)") == [
+        "b.md#c",
+        "p.svg",
+        "q.md",
+    ]
