@@ -353,7 +353,14 @@ def test_links_out_of_a_teachers_folder_are_not_followed(
     with pytest.raises(DecantError, match=r"chat_template\.jinja is a link to .*key, outside"):
         fetch_teacher(teacher, tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
+    (source / MARK).write_text('{"kind": "teacher"}')  # which anyone can write
+    with pytest.raises(DecantError, match=r"chat_template\.jinja is a link to .*key, outside"):
+        fetch_teacher(teacher, tmp_path / "teacher")
     (source / "chat_template.jinja").unlink()
+    in_dvc = tmp_path / ".dvc/cache/files/md5/ab" / ("0" * 30)
+    in_dvc.parent.mkdir(parents=True)
+    (source / "tokenizer_config.json").rename(in_dvc)
+    (source / "tokenizer_config.json").symlink_to(in_dvc)  # as DVC may link what it tracks
     (source / "config.json").rename(source / "other.json")
     (source / "config.json").symlink_to("other.json")  # within the folder
     assert fetch_teacher(teacher, tmp_path / "teacher") == source
