@@ -205,7 +205,7 @@ def test_tokens_changed_under_the_cache_are_found(cache: Params) -> None:
         changed = whole.copy()
         changed[row, place] = (changed[row, place] + 1) % 300
         folder.write(spec.key_of(0), encode_shard(spec, changed))
-        with pytest.raises(DecantError, match=r"shard 0 of .*: run stages/corpus\.py again"):
+        with pytest.raises(DecantError, match=r"shard 0 of .*: run stages/corpus\.py --overwrite"):
             check(cache)
         reseal_corpus(cache.paths.corpus / "train")
         result = check(cache)
