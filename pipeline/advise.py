@@ -421,7 +421,7 @@ def table_lines(advice: Advice) -> list[str]:
     """Return the numbers by K, one line each under a heading."""
     temperatures = list(advice.kept[0].retained_mass)
     mass_head = "".join(f"{f'mass at {tau:g}':>13}" for tau in temperatures)
-    lines = [f"{'K':>6}{mass_head}{'nats lost':>11}{'bytes a token':>15}{'corpus':>10}"]
+    lines = [f"{'K':>6}{mass_head}{'nats lost':>11}{'bytes/token':>15}{'corpus':>10}"]
     for kept in advice.kept:
         masses = "".join(f"{mass:>13.4f}" for mass in kept.retained_mass.values())
         lines.append(
@@ -448,7 +448,7 @@ def cost_lines(advice: Advice) -> list[str]:
         *lines,
         f"caching pays from pass {advice.break_even_passes:,} over the corpus on "
         f"(training runs x epochs): {decode}, {online}",
-        f"runs of train.* that make so many passes, at {advice.passes_a_run:.2g} passes each: "
+        f"runs of train.* that make that many passes, at {advice.passes_a_run:.2g} passes each: "
         f"{advice.break_even_runs}",
     ]
 
@@ -465,7 +465,7 @@ def recommendation(advice: Advice) -> str:
         )
     return (
         f"prepare.k={best.k} is the smallest of advise.ks that keeps {ENOUGH_MASS:.0%} of the mass "
-        f"at {tau}: {best.bytes_a_token:.1f} bytes a token, "
+        f"at {tau}: {best.bytes_a_token:.1f} bytes per token, "
         f"{readable_bytes(best.corpus_bytes)} for the corpus"
     )
 
@@ -490,7 +490,7 @@ def plot(advice: Advice) -> str:
         sizes = [kept.bytes_a_token for kept in advice.kept]
         axes.plot(ks, sizes, "o-", ms=3, linewidth=1.6)
         axes.set_xlabel("K")
-        axes.set_ylabel("bytes a token")
+        axes.set_ylabel("bytes per token")
         axes.set_ylim(bottom=0.0)
 
     return draw_svg([mass, size], background="white")

@@ -301,7 +301,7 @@ def say_repaired(split: str, damages: tuple[Damage, ...]) -> None:
     """Print each damage on its own line."""
     for damage in damages:
         shard = "" if damage.shard is None else f"shard {damage.shard}: "
-        say(f"prepare: {split} {shard}{damage.what}; mended")
+        say(f"prepare: {split} {shard}{damage.what}; repaired")
 
 
 def part_of(shards: list[int], part: int, parts: int) -> list[int]:
@@ -322,6 +322,6 @@ def disk_errors(where: str, writer: CacheWriter | None = None) -> Iterator[None]
             safe = f"{total - len(writer.missing())} of {total} shards are committed and safe; "
             where = str(writer.address)
         raise DecantError(
-            f"capture to {where} stopped, {error.filename or 'the cache'}: {what}: {safe}mend that "
+            f"capture to {where} stopped, {error.filename or 'the cache'}: {what}: {safe}fix that "
             "and run the same command to continue"
         ) from error

@@ -59,7 +59,7 @@ def stage(function: Callable[..., None]) -> click.Command:
     def run(file: Path, overrides: tuple[str, ...], **options: Any) -> None:
         from pipeline.config import load_params
 
-        _mend_streams()
+        _replace_streams()
         try:
             _flushed(functools.partial(function, load_params(file, overrides), **options))
         except OtherRankError as error:
@@ -107,7 +107,7 @@ def _flushed(work: Callable[[], None]) -> None:
     sys.stdout.flush()
 
 
-def _mend_streams() -> None:
+def _replace_streams() -> None:
     """Escape characters that the encoding lacks; discard output if there is no stream at all."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -170,8 +170,8 @@ class CorpusParams(Section):
     source: Literal["stdlib", "files", "hub"]
     files: FilesCorpus
     hub: HubCorpus
-    train_tokens: Count | None = Field(description="stop after so many; null takes all")
-    validation_tokens: Count = Field(description="stop after so many")
+    train_tokens: Count | None = Field(description="stop after this many; null takes all")
+    validation_tokens: Count = Field(description="stop after this many")
     max_document_tokens: Count | None = Field(
         description="longer documents are cut here, for variety; null keeps them whole"
     )
@@ -199,12 +199,12 @@ class AdviseParams(Section):
     """A sample of rows, to choose prepare.k and prepare.temperatures; and a plan."""
 
     sample: Fraction = Field(description="share of the training rows looked at")
-    min_rows: Count = Field(description="at least so many rows, or all there are")
+    min_rows: Count = Field(description="at least this many rows, or all there are")
     ks: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
         description="the K compared; those beyond the vocabulary are left out"
     )
     device: DeviceName = Field(description="what the plan is made for, whatever is here")
-    devices: Count = Field(description="of these, so many share each stage of the plan")
+    devices: Count = Field(description="this many of them share each stage of the plan")
     utilisation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         description="share of a device's peak that the plan counts on, in capture and training"
     )
@@ -257,7 +257,7 @@ class VerifyParams(Section):
     )
     min_mean_cosine: Fraction
     min_row_cosine: Fraction = Field(description="for the worst row")
-    max_mean_kl: Positive = Field(description="KL(live || cached), nats a token")
+    max_mean_kl: Positive = Field(description="KL(live || cached), nats per token")
     min_top1: Fraction
     min_overlap: Fraction
     max_logprob_error: Positive = Field(
@@ -445,7 +445,7 @@ class HumanevalParams(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         description="draw among the most probable ids that hold this mass; 1 for all"
     )
-    max_new_tokens: Count = Field(description="at most so many tokens a program")
+    max_new_tokens: Count = Field(description="at most this many tokens per program")
     batch_rows: Count = Field(description="programs written at once")
     dtype: Dtype = Field(description=f"the model's format; {_AUTO}")
     timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = Field(
@@ -489,7 +489,7 @@ class ExportParams(Section):
         description="UTF-8 text to check by; null takes the corpus's validation rows"
     )
     prompts: Count = Field(description="cut from the text, continued on each path")
-    prompt_tokens: Count = Field(description="at most so many a prompt")
+    prompt_tokens: Count = Field(description="at most this many per prompt")
     new_tokens: Count = Field(description="greedy tokens a prompt")
     lines: Count = Field(description="of the text, tokenized on each path, or all there are")
     min_agreement: Fraction = Field(
@@ -501,10 +501,10 @@ class ExportParams(Section):
 class GenerateParams(Section):
     """Text generation from a model folder; null means the value in its generation_config.json."""
 
-    max_new_tokens: Count = Field(description="at most so many tokens a text")
+    max_new_tokens: Count = Field(description="at most this many tokens per text")
     temperature: Annotated[float, Field(ge=0.0)] | None = Field(description="0 is greedy")
     top_k: Annotated[int, Field(ge=0)] | None = Field(
-        description="draw among so many most probable ids; 0 for all"
+        description="draw among this many most probable ids; 0 for all"
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         description="draw among the most probable ids that hold this mass; 1 for all"

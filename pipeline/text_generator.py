@@ -269,7 +269,7 @@ def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
         GenerationSettings(**defaults)
     except (TypeError, ValueError) as error:
         raise DecantError(
-            f"{folder / 'generation_config.json'} is refused ({error}): mend or remove it"
+            f"{folder / 'generation_config.json'} is refused ({error}): fix or remove it"
         ) from None
     return defaults
 
@@ -282,7 +282,7 @@ def _read_optional(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise DecantError(f"{file} cannot be read as JSON ({error}): mend or remove it") from None
+        raise DecantError(f"{file} cannot be read as JSON ({error}): fix or remove it") from None
     if not isinstance(content, dict):
-        raise DecantError(f"{file} must hold a JSON object: mend or remove it")
+        raise DecantError(f"{file} must hold a JSON object: fix or remove it")
     return content

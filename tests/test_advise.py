@@ -175,7 +175,7 @@ def made_up(**changes: object) -> Advice:
 def test_sentences() -> None:
     assert recommendation(made_up()) == (
         "prepare.k=32 is the smallest of advise.ks that keeps 95% of the mass at temperature 1: "
-        "80.0 bytes a token, 80 MB for the corpus"
+        "80.0 bytes per token, 80 MB for the corpus"
     )
     assert "no K up to 32 keeps 95% of the mass at temperature 2 (the largest keeps 60.0%)" in (
         recommendation(made_up(temperature=2.0))
@@ -183,7 +183,7 @@ def test_sentences() -> None:
     capture, online, runs = cost_lines(made_up())
     assert "16.7 min for 1,000,000 tokens (2,000 tokens/s to the top K, 2,500 for" in capture
     assert "caching pays from pass 3 over the corpus on" in online
-    assert runs == "runs of train.* that make so many passes, at 0.5 passes each: 6"
+    assert runs == "runs of train.* that make that many passes, at 0.5 passes each: 6"
     assert "caching does not pay" in cost_lines(made_up(break_even_passes=None))[1]
     heading, *lines = table_lines(made_up())
     assert heading.split()[-1] == "corpus"
@@ -246,7 +246,7 @@ def test_stage(tiny_corpus: Params, tmp_path: Path, run_python: RunPython) -> No
     )
     picture = (tiny_corpus.paths.advise / "advice.svg").read_text()
     assert picture.startswith("<svg")
-    for words in ("retained mass", "temperature 4", "bytes a token"):
+    for words in ("retained mass", "temperature 4", "bytes per token"):
         assert words in picture
 
 
@@ -259,6 +259,6 @@ def test_stage_without_matplotlib_prints_the_table(
     done = run_python("stages/advise.py", *words, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert "the plot is left out: a picture needs the package matplotlib" in done.stdout
-    assert "bytes a token" in done.stdout
+    assert "bytes per token" in done.stdout
     assert (tiny_corpus.paths.advise / "metrics.json").exists()
     assert not (tiny_corpus.paths.advise / "advice.svg").exists()

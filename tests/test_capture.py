@@ -152,7 +152,7 @@ def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "0 of 24 shards are committed and safe; mend that" in done.stderr
+    assert "0 of 24 shards are committed and safe; fix that" in done.stderr
     assert not list(commits.glob("0*.json"))
     with pytest.raises(MismatchError, match="is not captured"):
         open_cache(params)

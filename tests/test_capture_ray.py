@@ -169,7 +169,7 @@ def test_damage_is_repaired(
     (tiny_cache.paths.logits / "train/lse/c/2/0").write_bytes(b"damaged")
     results = capture_on_ray(tiny_cache, repair=True)
     assert [result.shards_done for result in results] == [1, 0]
-    assert re.search(r"^prepare: train shard 2: .*; mended$", capsys.readouterr().out, re.M)
+    assert re.search(r"^prepare: train shard 2: .*; repaired$", capsys.readouterr().out, re.M)
     require_same_as_local(tiny_cache)
 
 

@@ -291,7 +291,9 @@ def test_swapped_and_foreign_shards_of_a_corpus_are_refused(
     tokens = store.read(key)
     for data in (other, tokens[:-1], b""):
         store.write(key, data)
-        with pytest.raises(DecantError, match=r"shard 0 .* damaged .*run stages/corpus\.py --overwrite"):
+        with pytest.raises(
+            DecantError, match=r"shard 0 .* damaged .*run stages/corpus\.py --overwrite"
+        ):
             CorpusSplit(tiny_corpus.paths.corpus, "train").rows(0, 1)
     store.write(key, tokens)
     store.remove("objects.json")

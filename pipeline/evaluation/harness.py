@@ -99,7 +99,7 @@ class Harness:
         except Exception as error:  # tasks are programs and can raise anything
             raise DecantError(
                 f"lm-evaluation-harness fails on {folder} ({_reason(error)}): leave the task out, "
-                "or mend it"
+                "or fix it"
             ) from error
         results = {task: read_metrics(values) for task, values in found["results"].items()}
         return {task: metrics for task, metrics in results.items() if metrics}

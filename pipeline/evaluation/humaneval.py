@@ -78,7 +78,7 @@ def load_problems(file: Path | None) -> list[Problem]:
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     problems = [_problem(line, f"{file} line {number}") for number, line in lines]
     if not problems or len({problem.task_id for problem in problems}) < len(problems):
-        raise DecantError(f"{file} holds no problems, or a task_id twice: mend the file")
+        raise DecantError(f"{file} holds no problems, or a task_id twice: fix the file")
     return problems
 
 
@@ -99,7 +99,7 @@ def _problem(line: str, where: str) -> Problem:
     except (ValueError, KeyError, TypeError):
         values = [None]
     if not all(isinstance(value, str) for value in values):
-        raise DecantError(f"{where} is no problem with {', '.join(_FIELDS)}: mend the line")
+        raise DecantError(f"{where} is no problem with {', '.join(_FIELDS)}: fix the line")
     task_id, prompt, entry_point, test, solution = values
     stem = prompt.rstrip()
     return Problem(task_id, stem, entry_point, test, prompt[len(stem) :] + solution)

@@ -226,8 +226,8 @@ def _evaluation(params: Params, run: str) -> str:
     ]
     tokens = f"{shown[run]['tokens']:,} tokens" if "tokens" in shown[run] else "text"
     return (
-        f"## Evaluation\n\nOn {tokens} held out from training, KL in nats a token; measured before "
-        f"the weights were rounded for this export.\n\n{_table(head, rows)}"
+        f"## Evaluation\n\nOn {tokens} held out from training, KL in nats per token; measured "
+        f"before the weights were rounded for this export.\n\n{_table(head, rows)}"
     )
 
 

@@ -69,7 +69,7 @@ def _stage_line(stage: StagePlan) -> str:
 
 def _mode_table(plan: Plan) -> list[str]:
     return [
-        f"{'kept':<10}{'bytes a token':>15}{'cache':>10}{'shard':>10}{'shards':>11}"
+        f"{'kept':<10}{'bytes/token':>15}{'cache':>10}{'shard':>10}{'shards':>11}"
         f"{'objects':>12}{'read while training':>21}",
         *(_mode_line(size, plan.rates.train) for size in plan.modes),
     ]

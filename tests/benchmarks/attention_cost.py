@@ -63,7 +63,7 @@ def capture(
 
 
 def teacher_loss(teacher: HuggingFaceTeacher, corpus: CorpusSplit, way: str) -> float:
-    """Mean cross-entropy of a split, nats a token."""
+    """Mean cross-entropy of a split, nats per token."""
     total, count = 0.0, 0
     for first in range(0, len(corpus), 16):
         rows = corpus.rows(first, min(first + 16, len(corpus)))

@@ -1,4 +1,4 @@
-"""The cache's size and speed: bytes a token by array, reading, writing.
+"""The cache's size and speed: bytes per token by array, reading, writing.
 
     python tests/benchmarks/cache_speed.py [--rounds 5] [--batches 200]     (after `dvc repro`)
 
@@ -50,7 +50,7 @@ def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def print_sizes(reader: CacheReader) -> None:
-    """Bytes a token of each array, of the corpus beside it, and of simpler ways to store it."""
+    """Bytes per token of each array, of the corpus beside it, and of simpler ways to store it."""
     tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
     sizes: dict[str, int] = {}
     for shard in range(reader.layout.num_shards):
@@ -60,15 +60,15 @@ def print_sizes(reader: CacheReader) -> None:
     for name in ("tokens", "doc_ids", "in_loss"):
         sizes[name] = sum(size for key, size in group.items() if key.startswith(f"{name}/c/"))
     for name, size in sizes.items():
-        print(f"  {name:16} {size / tokens:7.2f} bytes a token")
-    print(f"  {'all':16} {sum(sizes.values()) / tokens:7.2f} bytes a token")
+        print(f"  {name:16} {size / tokens:7.2f} bytes per token")
+    print(f"  {'all':16} {sum(sizes.values()) / tokens:7.2f} bytes per token")
     k = reader.fingerprint.k
-    print(f"  int32 ids + float16 log-probabilities, plain: {6 * k} bytes a token")
-    print(f"  the same in parquet with zstd: {parquet_bytes(reader):.1f} bytes a token")
+    print(f"  int32 ids + float16 log-probabilities, plain: {6 * k} bytes per token")
+    print(f"  the same in parquet with zstd: {parquet_bytes(reader):.1f} bytes per token")
 
 
 def parquet_bytes(reader: CacheReader) -> float:
-    """Bytes a token of ids and log-probabilities alone, as lists in a parquet file."""
+    """Bytes per token of ids and log-probabilities alone, as lists in a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

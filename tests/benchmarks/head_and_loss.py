@@ -142,10 +142,10 @@ def compare(case: str, rounds: int, busy: bool) -> None:
     timed["the same, tau 1, plain"] = lambda: torch.autograd.grad(
         plain(hidden, weight, labels, topk), (hidden, weight)
     )
-    show(f"head and loss: {shape}", medians(timed, rounds, busy=busy), 1e6 / tokens, "us a token")
+    show(f"head and loss: {shape}", medians(timed, rounds, busy=busy), 1e6 / tokens, "us per token")
     step = Step(config, tokens)
     timed = {variant: lambda v=variant: step.take(topk, v) for variant in VARIANTS}
-    show("whole training step", medians(timed, rounds, busy=busy), 1e6 / tokens, "us a token")
+    show("whole training step", medians(timed, rounds, busy=busy), 1e6 / tokens, "us per token")
     for what in ("head", "step"):
         peaks = {name: in_child(peak_of, what, case, name) for name in VARIANTS}
         show(f"peak memory, {what}", peaks, 1.0, "MiB")

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/targets.py      (after `dvc repro`)
 
-For each kind of target: lossless bytes a token, corpus tokens included; the mean angle, position by
+For each kind of target: lossless bytes per token, corpus tokens included; the mean angle, by
 position, between the gradient of its loss and of the full KL with respect to the student's logits;
 and the angle between the two gradients of the head's weight, summed over a batch of positions,
 which is what training follows: errors of single positions that point anywhere cancel in it, a bias
@@ -150,7 +150,7 @@ def main() -> None:
     students = {"start": build_student(params.student, params.paths.teacher)}
     if trained.exists():
         students["end"] = load_student(trained)
-    print("target                  bytes a token | degrees from the full gradient")
+    print("target                  bytes per token | degrees from the full gradient")
     print(
         "                                      | "
         + " | ".join(
