@@ -27,7 +27,7 @@ from pipeline.named_models import require_model
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.sharding import DamagedError
-from pipeline.storage import lock, open_folder, require_ours
+from pipeline.storage import Address, lock, open_folder, require_ours
 from pipeline.store.check import Damage, repair_cache
 from pipeline.store.codec import RankTable
 from pipeline.store.layout import load_layout, remove_cache
@@ -211,10 +211,11 @@ def open_captures(
     dtype = teacher_dtype(params, device)
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
     require_ours(params.paths.logits, "logits", key="paths.logits")
-    if overwrite and (other := _something_else(params, fingerprints)):
-        say(f"prepare: {other}, and gives way to a new cache")
-        for split in SPLITS:
-            remove_cache(open_folder(params.paths.logits / split))
+    for split, wanted in zip(SPLITS, fingerprints, strict=True) if overwrite else ():
+        address = params.paths.logits / split
+        if other := _something_else(address, wanted):
+            say(f"prepare: {other}, and gives way to a new cache")
+            remove_cache(open_folder(address))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     return [
         Capture(teacher, corpus, fingerprint, params, repair=repair)
@@ -222,27 +223,24 @@ def open_captures(
     ]
 
 
-def _something_else(params: Params, fingerprints: list[Fingerprint]) -> str:
-    """Describe how the existing cache differs from the wanted one; empty if it does not.
+def _something_else(address: Address, wanted: Fingerprint) -> str:
+    """Describe how a split's cache differs from the wanted one; empty if it does not.
 
     Raises:
         DecantError: the cache is too damaged to tell. It may hold hours of capture, so it is not
             deleted for that reason alone.
     """
-    for split, wanted in zip(SPLITS, fingerprints, strict=True):
-        address = params.paths.logits / split
-        try:
-            layout = load_layout(open_folder(address), str(address))
-            if layout is not None and (difference := layout.fingerprint.difference(wanted)):
-                return f"{address} {difference}"
-        except MismatchError as error:
-            return str(error).partition(":")[0]
-        except DamagedError as error:
-            raise DecantError(
-                f"{address} is damaged ({error}), so that what it was made from cannot be told: "
-                "remove it to capture it again"
-            ) from None
-    return ""
+    try:
+        layout = load_layout(open_folder(address), str(address))
+    except MismatchError as error:
+        return str(error).partition(": ")[0]
+    except DamagedError as error:
+        raise DecantError(
+            f"{address} is damaged ({error}), so that what it was made from cannot be told: remove "
+            "it to capture it again"
+        ) from None
+    difference = layout and layout.fingerprint.difference(wanted)
+    return f"{address} {difference}" if difference else ""
 
 
 def capture_locally(

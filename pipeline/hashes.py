@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from pipeline.errors import DecantError
 from pipeline.files import read_json_object, write_json
 
 SEEN = ".seen.json"
@@ -25,19 +27,27 @@ def hash_changed(files: Iterable[Path], seen: Path | None) -> dict[str, str]:
     """Return the sha256 of each file, by its path.
 
     Args:
-        seen: file that records the last results, and is updated. A file with the same size and
-            modification time is not read again, as in DVC and git. None reads all files.
+        seen: file that records the last results, and is updated. A file with the same size, times
+            and inode is not read again, as in git. None reads all files.
     """
-    before = read_json_object(seen) if seen else {}
+    before = _recorded(seen)
     now: dict[str, list[object]] = {}
     for file in files:
         about = file.stat()
-        as_it_is = [about.st_size, about.st_mtime_ns]
+        as_it_is = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
         known = before.get(str(file))
-        if isinstance(known, list) and len(known) == 3 and known[:2] == as_it_is:
+        if isinstance(known, list) and len(known) == 5 and known[:4] == as_it_is:
             now[str(file)] = known
         else:
             now[str(file)] = [*as_it_is, hash_file(file)]
     if seen and now != before:
         write_json(seen, now)
-    return {name: str(found[2]) for name, found in now.items()}
+    return {name: str(found[4]) for name, found in now.items()}
+
+
+def _recorded(seen: Path | None) -> dict[str, Any]:
+    """Read the record; a damaged one only costs reading the files again."""
+    try:
+        return read_json_object(seen) if seen else {}
+    except DecantError:
+        return {}

@@ -219,7 +219,8 @@ def _places(values: Iterable[Any]) -> tuple[dict[str, float], bool]:
 def _run(
     name: str, params: dict[str, Any], metrics: Mapping[str, Any], judged: Mapping[str, Any]
 ) -> SweepRun:
-    if judged.get("model_sha256") != metrics.get("model_sha256"):
+    is_of = judged.get("model_sha256")
+    if is_of is None or is_of != metrics.get("model_sha256"):
         judged = {}  # the evaluation is from before the run was trained again
     if params.get("train.teacher") == "none":
         params = {key: value for key, value in params.items() if key not in OF_A_TEACHER}

@@ -27,7 +27,6 @@ def main(params: Params, overwrite: bool) -> None:
     """
     from pipeline.data.corpus import build_corpus
     from pipeline.data.made_from import (
-        forget_made_from,
         is_there,
         made_from,
         read_made_from,
@@ -41,7 +40,6 @@ def main(params: Params, overwrite: bool) -> None:
     if not overwrite and read_made_from(address) == source and is_there(address):
         announce("corpus", f"has nothing to do: {address} was made from the same text")
         return
-    forget_made_from(address)
     splits = build_corpus(params.corpus, teacher, address)
     write_made_from(address, source)
     for name, info in splits.items():

@@ -61,5 +61,28 @@ def test_a_gguf_file_is_followed_by_its_content(params: Params, tmp_path: Path) 
     assert write_inputs(of_gguf) == [TEACHER]
     file.write_bytes(b"2")
     assert write_inputs(of_gguf) == [TEACHER]
+    pinned = {"source": "gguf", "gguf": {"path": str(file), "sha256": "0" * 64}}
+    with pytest.raises(DecantError, match="pinned is 0000"):
+        write_inputs(change(params, teacher=pinned))
     file.unlink()
     assert write_inputs(of_gguf) == []
+    elsewhere = {"source": "gguf", "gguf": {"path": str(tmp_path / "b.gguf"), "sha256": None}}
+    with pytest.raises(DecantError, match=r"b\.gguf does not exist"):
+        write_inputs(change(params, teacher=elsewhere))
+
+
+def test_another_source_of_the_same_name_has_not_gone(params: Params, tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    write_inputs(
+        change(params, teacher={"source": "hub", "hub": {"id": "a/b", "revision": commit}})
+    )
+    with pytest.raises(DecantError, match=r"a/b holds no config\.json"):
+        write_inputs(change(params, teacher={"source": "folder", "folder": {"path": "a/b"}}))
+
+
+def test_a_link_to_nothing_is_named(params: Params, tmp_path: Path) -> None:
+    file = tmp_path / "model" / "generation_config.json"
+    file.unlink(missing_ok=True)
+    file.symlink_to("absent")
+    with pytest.raises(DecantError, match=r"generation_config\.json is a link to nothing"):
+        write_inputs(params)

@@ -12,7 +12,7 @@ from pipeline.capture import open_captures
 from pipeline.config import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.rows import CorpusSplit
-from pipeline.errors import MismatchError
+from pipeline.errors import MismatchError, ParamsError
 from pipeline.export.run import export_model
 from pipeline.export.source import find_model
 from pipeline.storage import MARK, LocalFolder, atomic_folder, claim
@@ -145,6 +145,27 @@ def test_overwrite_of_prepare_removes_a_cache_alone(tiny_cache: Params, tmp_path
     capture_all(other)
     assert open_cache(other).fingerprint.k == 5
     assert len(list(tiny_cache.paths.logits.rglob("notes.txt"))) == 2
+
+
+def test_overwrite_keeps_a_split_that_is_the_same(tiny_cache: Params) -> None:
+    shorter = tiny_cache.corpus.model_copy(update={"validation_tokens": 300})
+    build_corpus(shorter, tiny_cache.paths.teacher, tiny_cache.paths.corpus)
+    train, validation = open_captures(tiny_cache, overwrite=True)
+    assert train.writer.missing() == []
+    assert len(validation.writer.missing()) == validation.writer.layout.num_shards
+
+
+def test_a_teacher_in_the_place_of_its_pointer_is_left_alone(
+    tiny_params: Params, teacher_folder: Path, tmp_path: Path
+) -> None:
+    place = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    claim(tmp_path / "marked", "teacher", key="paths.teacher")
+    shutil.copy(tmp_path / "marked" / MARK, place / MARK)
+    before = files(place)
+    section = {"source": "folder", "folder": {"path": str(place)}}
+    with pytest.raises(ParamsError, match=r"lies in paths\.teacher"):
+        fetch_teacher(change(tiny_params, teacher=section).teacher, place)
+    assert files(place) == before
 
 
 def test_overwrite_removes_a_cache_through_a_link(tiny_cache: Params, tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.data.sources import Extent, Source, read_documents
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.config import embedding_rows
-from pipeline.model.folder import hash_tokenizer
+from pipeline.model.folder import POINTER, hash_tokenizer
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
-from pipeline.storage import Address
+from pipeline.storage import Address, open_folder
 
 _DOCUMENTS_AT_ONCE = 32
 _CHARACTERS_AT_ONCE = 2**20  # limit for documents that are tokenized together
@@ -88,6 +88,8 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
             writer.add(rows)
         if not writer.num_tokens:
             raise DecantError(_came_out_empty(params, split, counters[split], bad))
+    # From here on the corpus is another one; a killed process must not leave the older record.
+    open_folder(address).remove(POINTER)
     infos = {  # sealed together, so that a corpus is complete or does not exist
         split: writer.seal(
             num_text_bytes=counters[split].text_bytes,

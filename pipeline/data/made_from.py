@@ -7,6 +7,7 @@ of pipeline/inputs.py.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from pipeline.errors import DecantError
 from pipeline.hashes import hash_changed
 from pipeline.hub import commit_of
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
-from pipeline.storage import Address, open_folder, require_ours, seen_file
+from pipeline.storage import Address, open_folder, seen_file
 
 _HERE = Path(__file__).parent
 _CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
@@ -40,10 +41,14 @@ def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str
     code = b"".join(file.read_bytes() for file in sorted(_CODE))
     return {
         "corpus": _read_values(params),
-        "text": text_made_from(params, before.get("text") or {}, seen_file(address)),
+        "text": text_made_from(params, _object(before.get("text")), seen_file(address)),
         "tokenizer": [[Path(name).name, h] for name, h in hash_changed(tokenizer, None).items()],
         "code_sha256": hashlib.sha256(code).hexdigest(),
     }
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _read_values(params: CorpusParams) -> dict[str, Any]:
@@ -64,20 +69,23 @@ def text_made_from(
         DecantError: the text is not there, or the hub cannot be reached.
     """
     named = {"source": params.source, **_read_values(params).get(params.source, {})}
-    try:
-        return {"named": named, "sha256": _stand_in(params, before, seen)}
-    except DecantError:
-        if before.get("named") != named:
-            raise
-        return dict(before)
+    known = before.get("sha256") if before.get("named") == named else None
+    return {"named": named, "sha256": _stand_in(params, known, seen)}
 
 
-def _stand_in(params: CorpusParams, before: Mapping[str, Any], seen: Path | None) -> Any:
+def _stand_in(params: CorpusParams, known: Any, seen: Path | None) -> Any:
     if params.source == "hub":
         return commit_of(
-            params.hub.id, params.hub.revision, kind="dataset", named="corpus.hub.revision"
+            params.hub.id,
+            params.hub.revision,
+            kind="dataset",
+            named="corpus.hub.revision",
+            otherwise=known,
         )
     if params.source == "files":
+        gone = not any(glob.glob(p, recursive=True) or Path(p).exists() for p in params.files.paths)
+        if gone and known is not None:
+            return known
         files = [Path(name) for name in find_files(params.files.paths)]
         return [list(entry) for entry in hash_changed(files, seen).items()]
     digest = hashlib.sha256()
@@ -101,15 +109,6 @@ def is_there(address: Address) -> bool:
         return all(len(CorpusSplit(address, split)) for split in SPLITS)
     except DecantError:
         return False
-
-
-def forget_made_from(address: Address) -> None:
-    """Remove `source.json` before a corpus is rebuilt.
-
-    Otherwise a rebuild that is killed could be taken for the older corpus.
-    """
-    if require_ours(address, "corpus", key="paths.corpus"):
-        open_folder(address).remove(POINTER)
 
 
 def write_made_from(address: Address, content: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("cosine", "cosine", 1e-5, likeness=True),
-    Quantity("kl", "KL", 1e-5),
+    Quantity("kl", "KL", 1e-4),  # a few noise rows miss the rare positions that make most of a mean
     Quantity("top1", "top-1 agreement", 1e-3, likeness=True),
     Quantity("overlap", "overlap of ids", 1e-3, likeness=True),
     Quantity("logprobs", "error of log-probabilities", NATS),

@@ -94,7 +94,8 @@ def read_pointer(folder: Path) -> dict[str, Any]:
     try:
         said = json.loads((folder / POINTER).read_text())
         if said["source"] == "hub":
-            return {key: str(said[key]) for key in ("source", "model", "revision")}
+            names = {key: str(said[key]) for key in ("source", "model", "revision")}
+            return names | {"named": str(said.get("named"))}
         return {"source": str(said["source"]), **said}
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import TeacherParams, WheelTeacher
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, ParamsError
 from pipeline.files import write_json
 from pipeline.model.config import read_config_json
 from pipeline.model.folder import (
@@ -57,6 +57,14 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
             causal LM, or has a config.json that does not describe the weights.
         MismatchError: `folder` holds something else.
     """
+    if params.source == "folder" and folder.resolve() in (
+        params.folder.path.resolve(),
+        *params.folder.path.resolve().parents,
+    ):
+        raise ParamsError(
+            f"teacher.folder.path={params.folder.path} lies in paths.teacher={folder}, which would "
+            "be replaced by a pointer to it: set paths.teacher to another place"
+        )
     made_from = _made_from(params, folder)
     # A source folder that is unchanged, or that no longer exists, is not opened again.
     done = params.source == "folder" or _is_whole(teacher_folder(folder))

@@ -26,7 +26,8 @@ def teacher_made_from(
         DecantError: the source is not there, cannot be reached, or links out of its folder.
     """
     if params.source == "hub":
-        known = before.get("revision") if before.get("model") == params.hub.id else None
+        named = {"source": "hub", "model": params.hub.id, "named": params.hub.revision}
+        known = before.get("revision") if _is_of(before, named) else None
         commit = commit_of(
             params.hub.id,
             params.hub.revision,
@@ -34,30 +35,55 @@ def teacher_made_from(
             named="teacher.hub.revision",
             otherwise=known,
         )
-        return {"source": "hub", "model": params.hub.id, "revision": commit}
+        return named | {"revision": commit}
     if params.source == "folder":
-        files = _hash_folder(params.folder, before, seen)
-        return {"source": "folder", "model": str(params.folder.path), "files": files}
-    sha256 = params.wheel.sha256
-    if params.source == "gguf":
-        sha256 = _hash_gguf(params.gguf, before, seen)
-    return {"source": params.source, "gguf_sha256": sha256}
+        named = {"source": "folder", "model": str(params.folder.path)}
+        return named | {"files": _hash_folder(params.folder, before, named, seen)}
+    if params.source == "wheel":
+        return {"source": "wheel", "gguf_sha256": params.wheel.sha256}
+    named = {"source": "gguf", "path": str(params.gguf.path)}
+    return named | {"gguf_sha256": _hash_gguf(params.gguf, before, named, seen)}
 
 
-def _hash_folder(params: FolderTeacher, before: Mapping[str, Any], seen: Path | None) -> Any:
+def _is_of(before: Mapping[str, Any], named: Mapping[str, str]) -> bool:
+    """Whether the last record is of a source of the same names."""
+    return all(before.get(key) == value for key, value in named.items())
+
+
+def _hash_folder(
+    params: FolderTeacher,
+    before: Mapping[str, Any],
+    named: Mapping[str, str],
+    seen: Path | None,
+) -> Any:
     source = params.path
-    if not source.exists() and before.get("model") == str(source):
+    if not source.exists() and _is_of(before, named) and "files" in before:
         return before["files"]
     if not (source / "config.json").exists():
         raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
-    files = files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links out of it
+    files = files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links to outside
+    for file in files:
+        if not file.exists():
+            raise DecantError(f"{file} is a link to nothing: download the folder's files again")
     hashes = hash_changed(files, seen)
     return {Path(name).name: sha256 for name, sha256 in hashes.items()}
 
 
-def _hash_gguf(params: GgufTeacher, before: Mapping[str, Any], seen: Path | None) -> str:
+def _hash_gguf(
+    params: GgufTeacher,
+    before: Mapping[str, Any],
+    named: Mapping[str, str],
+    seen: Path | None,
+) -> str:
     if params.path.exists():
-        return hash_changed([params.path], seen)[str(params.path)]
-    if before.get("source") != "gguf":
+        found = hash_changed([params.path], seen)[str(params.path)]
+    elif _is_of(before, named) and "gguf_sha256" in before:
+        found = str(before["gguf_sha256"])
+    else:
         raise DecantError(f"teacher GGUF {params.path} does not exist: set teacher.gguf.path")
-    return str(before["gguf_sha256"])
+    if params.sha256 not in (None, found):
+        raise DecantError(
+            f"{params.path.name} has sha256 {found}, pinned is {params.sha256}: it is another file "
+            "or damaged"
+        )
+    return found

@@ -285,6 +285,8 @@ def _claim(
 def _sign(folder: Path) -> None:
     """Add the model's hash to the run's metrics, as every later measurement does."""
     file = folder / "dvclive" / "metrics.json"
+    if not file.exists():
+        return
     write_json(file, read_json_object(file) | {"model_sha256": hash_weights(folder / "model")})
 
 

@@ -78,6 +78,24 @@ def test_text_that_has_gone_is_as_it_was(stage: Stage) -> None:
     )
     assert done.exit_code == 1
     assert "nothing matches" in done.output
+    assert not stage.made()  # what failed has taken nothing away
+
+
+def test_one_file_that_has_gone_is_not_all_text_that_has(stage: Stage) -> None:
+    another = stage.text.with_name("more.jsonl")
+    shutil.copy(stage.text, another)
+    files = f"corpus.files.paths=[{stage.text},{another}]"
+    assert stage.made("--set", files)
+    another.unlink()
+    done = CliRunner().invoke(main, ["--params", str(stage._params), "--set", files])
+    assert done.exit_code == 1
+    assert "nothing matches" in done.output
+
+
+def test_a_damaged_memory_of_hashes_is_not_believed(stage: Stage) -> None:
+    stage.text.write_text(stage.text.read_text().replace("Note", "Page"))
+    (stage.corpus / ".seen.json").write_text("{")
+    assert stage.made()
 
 
 def test_parameters_tokenizer_and_the_flag(stage: Stage) -> None:
@@ -120,13 +138,17 @@ def test_a_dataset_is_the_commit_of_its_revision(
     text = made_from(branch, tiny_params.paths.teacher, tmp_path)["text"]
     assert text["sha256"] == "a commit"
 
-    def unreachable(*names: str, **about: str) -> str:
-        raise DecantError("no route to host")
+    def unreachable(*names: str, otherwise: str | None, **about: str) -> str:
+        if otherwise is None:
+            raise DecantError("no route to host")
+        return otherwise
 
     monkeypatch.setattr(module, "commit_of", unreachable)
     assert text_made_from(branch, text, None) == text
-    with pytest.raises(DecantError, match="no route"):
-        text_made_from(branch, {}, None)
+    another = params.model_copy(update={"hub": params.hub.model_copy(update={"revision": "v2"})})
+    for of, before in ((branch, {}), (another, text)):
+        with pytest.raises(DecantError, match="no route"):
+            text_made_from(of, before, None)
 
 
 def test_another_python_has_another_library(
