@@ -191,7 +191,7 @@ def test_fetch_replaces_a_fetched_teacher_alone(
     fetch_teacher(tiny_params.teacher, tmp_path / "link")
     assert json.loads((tmp_path / "disk" / MARK).read_text())["kind"] == "teacher"
     before = files(teacher_folder)
-    with pytest.raises(MismatchError, match=r"set paths\.teacher to another place"):
+    with pytest.raises(ParamsError, match=r"set paths\.teacher to another place"):
         fetch_teacher(tiny_params.teacher, teacher_folder)  # its own source
     assert files(teacher_folder) == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ def _hash_folder(
         return before["files"]
     if not (source / "config.json").exists():
         raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
-    files = files_to_copy(source, (*MODEL_FILES, *TOKENIZER_FILES))  # refuses links to outside
-    for file in files:
-        if not file.exists():
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    for file in sorted(source.iterdir()):
+        wanted = any(fnmatch(file.name, pattern) for pattern in patterns)
+        if wanted and not file.exists():
             raise DecantError(f"{file} is a link to nothing: download the folder's files again")
-    hashes = hash_changed(files, seen)
+    hashes = hash_changed(files_to_copy(source, patterns), seen)  # refuses links to outside
     return {Path(name).name: sha256 for name, sha256 in hashes.items()}
 
 
