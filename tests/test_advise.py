@@ -259,6 +259,6 @@ def test_stage_without_matplotlib_prints_the_table(
     done = run_python("stages/advise.py", *words, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert "the plot is left out: a picture needs the package matplotlib" in done.stdout
-    assert "bytes per token" in done.stdout
+    assert "bytes/token" in done.stdout
     assert (tiny_corpus.paths.advise / "metrics.json").exists()
     assert not (tiny_corpus.paths.advise / "advice.svg").exists()
