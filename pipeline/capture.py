@@ -211,11 +211,12 @@ def open_captures(
     dtype = teacher_dtype(params, device)
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
     require_ours(params.paths.logits, "logits", key="paths.logits")
-    for split, wanted in zip(SPLITS, fingerprints, strict=True) if overwrite else ():
-        address = params.paths.logits / split
-        if other := _something_else(address, wanted):
-            say(f"prepare: {other}, and gives way to a new cache")
-            remove_cache(open_folder(address))
+    if overwrite:
+        for split, wanted in zip(SPLITS, fingerprints, strict=True):
+            address = params.paths.logits / split
+            if other := _something_else(address, wanted):
+                say(f"prepare: {other}, and gives way to a new cache")
+                remove_cache(open_folder(address))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     return [
         Capture(teacher, corpus, fingerprint, params, repair=repair)

@@ -42,7 +42,7 @@ from pipeline.capture import (
     say_repaired,
 )
 from pipeline.config import Params
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.runtime.console import announce, progress_bar
 from pipeline.runtime.optional import import_ray
 from pipeline.store.check import Damage
@@ -206,7 +206,7 @@ def _cluster(ray: Any) -> Iterator[None]:
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:  # other version, or bad address
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise DecantError(
             f"no Ray cluster was reached ({reason}): check RAY_ADDRESS, or unset it to capture on "
             "this machine"
@@ -227,7 +227,7 @@ def _errors_unwrapped(ray: Any) -> Iterator[None]:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise DecantError(
             f"Ray lost the capture for good ({reason}): see to it that an actor has the "
             "memory it needs (capture.batch_rows, prepare.shard_rows) and run the same command to "

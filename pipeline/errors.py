@@ -74,6 +74,11 @@ def _number(error: BaseException) -> int:
     return int(found[1]) if found else 0
 
 
+def reason_of(error: BaseException, longest: int = 200) -> str:
+    """Return another library's message on one line, shortened; its type if it has no message."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 def printable(text: str) -> str:
     r"""Make foreign text safe to print: escape what a terminal would obey, for example \x1b[2J.
 

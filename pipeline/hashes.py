@@ -45,6 +45,18 @@ def hash_changed(files: Iterable[Path], seen: Path | None) -> dict[str, str]:
     return {name: str(found[4]) for name, found in now.items()}
 
 
+def require_sha256(file: Path, found: str, pinned: str | None) -> None:
+    """Refuse a file whose sha256 is not the pinned one; None pins nothing.
+
+    Raises:
+        DecantError: it is another file or damaged.
+    """
+    if pinned not in (None, found):
+        raise DecantError(
+            f"{file.name} has sha256 {found}, pinned is {pinned}: it is another file or damaged"
+        )
+
+
 def _recorded(seen: Path | None) -> dict[str, Any]:
     """Read the record; a damaged one only costs reading the files again."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, reason_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -39,7 +39,7 @@ def commit_of(
         refused = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
         if otherwise is not None and not isinstance(error, refused):
             return otherwise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise DecantError(
             f"{named}={revision} of {hub_id} could not be looked up on the hub ({reason}): check "
             "name and connection, or set it to the 40 digits of a commit, which need no look-up"

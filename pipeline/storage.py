@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
-from pipeline.errors import DecantError, MismatchError, accident, is_full, place_of
+from pipeline.errors import DecantError, MismatchError, accident, is_full, place_of, reason_of
 from pipeline.extras import require
 from pipeline.files import create_bytes, fsync, open_file, write_bytes
 from pipeline.hashes import SEEN
@@ -340,7 +340,7 @@ class ObjectFolder:
         try:
             self._store: Any = from_url(url, client_options=_CLIENT, retry_config=_RETRIES)
         except (obstore.exceptions.BaseError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
             raise DecantError(
                 f"{url} cannot be opened ({reason}): check the address and the credentials in the "
                 "environment"
@@ -392,7 +392,7 @@ class ObjectFolder:
                 raise
             except (self._obstore.exceptions.BaseError, OSError) as error:
                 if number == _TRIES or isinstance(error, refusals):
-                    reason = " ".join(str(error).split())[:200]
+                    reason = reason_of(error)
                     raise DecantError(
                         f"cannot {what} {self._url}/{key}, at try {number} ({reason}): check "
                         "the connection, the endpoint and the credentials in the environment"

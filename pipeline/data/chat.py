@@ -49,7 +49,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.packing import Document
 from pipeline.data.prefix import PrefixEncoder
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, reason_of
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -176,7 +176,7 @@ class ChatTokenizer:
                 f"{RENDER_SECONDS:g} s: shorten or drop it"
             ) from None
         except Exception as error:  # a template is a program, and may raise anything
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             raise BadConversationError(
                 f"{_named(messages)}: the teacher's chat template refuses it ({reason}): correct "
                 "or drop it"

@@ -7,7 +7,6 @@ of pipeline/inputs.py.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from typing import Any
 
 from pipeline.config import CorpusParams
 from pipeline.data.rows import SPLITS, CorpusSplit
-from pipeline.data.sources import find_files, stdlib_files
+from pipeline.data.sources import find_files, matching_files, stdlib_files
 from pipeline.errors import DecantError
-from pipeline.hashes import hash_changed
+from pipeline.hashes import hash_changed, hash_file
 from pipeline.hub import commit_of
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
 from pipeline.storage import Address, open_folder, seen_file
@@ -83,24 +82,23 @@ def _stand_in(params: CorpusParams, known: Any, seen: Path | None) -> Any:
             otherwise=known,
         )
     if params.source == "files":
-        gone = not any(glob.glob(p, recursive=True) or Path(p).exists() for p in params.files.paths)
-        if gone and known is not None:
+        here = any(matching_files(p) or Path(p).exists() for p in params.files.paths)
+        if known is not None and not here:
             return known
         files = [Path(name) for name in find_files(params.files.paths)]
         return [list(entry) for entry in hash_changed(files, seen).items()]
     digest = hashlib.sha256()
     for file in stdlib_files():
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()
 
 
 def read_made_from(address: Address) -> dict[str, Any]:
     """Read the `source.json` of a corpus; empty if there is none that can be read."""
     try:
-        found = json.loads(open_folder(address).read(POINTER))
+        return _object(json.loads(open_folder(address).read(POINTER)))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_there(address: Address) -> bool:

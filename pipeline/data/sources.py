@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import CorpusParams, HubCorpus
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 
 Message = dict[str, Any]
 
@@ -149,16 +149,20 @@ def find_files(patterns: tuple[str, ...]) -> list[str]:
                 f"corpus.files.paths: {pattern!r} is a folder: name the files in it, for example "
                 f"by {Path(pattern) / '*.jsonl'}"
             )
-        if Path(pattern).is_file():
-            found = {pattern}
-        else:
-            literal = pattern.replace("[", "[[]")
-            found = {*glob.glob(pattern, recursive=True), *glob.glob(literal, recursive=True)}
-        matches = sorted(file for file in found if Path(file).is_file())
+        matches = matching_files(pattern)
         if not matches:
             raise DecantError(f"corpus.files.paths: nothing matches {pattern!r}")
         files |= dict.fromkeys(matches)
     return list(files)
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Return the files that a name or pattern stands for, in order; see `find_files`."""
+    if Path(pattern).is_file():
+        return [pattern]
+    literal = pattern.replace("[", "[[]")
+    found = {*glob.glob(pattern, recursive=True), *glob.glob(literal, recursive=True)}
+    return sorted(file for file in found if Path(file).is_file())
 
 
 def _kind(file: str) -> str | None:
@@ -354,7 +358,7 @@ def _readable(what: str) -> Iterator[None]:
     except DecantError:
         raise
     except Exception as error:  # file libraries pass on exceptions of many other libraries
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason_of(error, 300)
         raise DecantError(
             f"{what} cannot be read ({reason}): check the name, the file or the connection"
         ) from error

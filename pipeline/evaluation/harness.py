@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.extras import require
 from pipeline.model.hugging_face import load_causal_lm
 from pipeline.model.tokenizer import load_tokenizer
@@ -183,4 +183,4 @@ def _number(value: Any) -> float | None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return reason_of(error, 300)

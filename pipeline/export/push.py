@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.storage import MARK
 
 
@@ -62,7 +62,7 @@ def push(folder: Path, repo_id: str, *, public: bool) -> str:
             commit_message="Export by Decant",
         )
     except Exception as error:  # HTTP, authentication and connection errors from three libraries
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason_of(error, 300)
         raise DecantError(
             f"{folder} could not be pushed to {repo_id} ({reason}): check the connection, the "
             "name, and the token that `hf auth login` or HF_TOKEN gives, and push again"

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, reason_of
 from pipeline.model.folder import require_regular_files
 from pipeline.runtime.optional import import_transformers
 
@@ -124,7 +124,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DecantError):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise DecantError(
             f"{file} cannot be read as a model's config.json ({reason}): download the whole model "
             "again"
@@ -198,7 +198,7 @@ def stored_weights(folder: Path) -> StoredWeights | None:
                     numbers = [int(number) for number in _NUMBERED.findall(name)]
                     layers = max(layers, 1 + max(numbers, default=0))
         except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
             raise DecantError(
                 f"{file} is damaged ({reason}): download the folder's files again"
             ) from None

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.attention import document_positions
 from pipeline.model.base import Student
 from pipeline.model.config import read_config_json
@@ -72,7 +72,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # damage can raise errors of four libraries
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise DecantError(
             f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a whole folder "
             "with safetensors of an architecture that transformers knows"
@@ -121,7 +121,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
         logits = model(input_ids=tokens, use_cache=False).logits
         hidden = body_states(model, tokens)
     except Exception as error:  # model classes fail in many ways on foreign sizes
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise DecantError(
             f"the model of {folder} cannot be run ({reason}): download the whole model again"
         ) from error

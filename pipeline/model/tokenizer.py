@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, reason_of
 from pipeline.model.folder import TOKENIZER_FILES, copy_files, require_regular_folder
 from pipeline.runtime.optional import import_transformers
 
@@ -112,7 +112,7 @@ def _open(folder: Path, factory: Any) -> Any:
         # A panic in the Rust library is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise DecantError(
             f"the tokenizer of {folder} cannot be read ({reason}): download the folder's files "
             "again"

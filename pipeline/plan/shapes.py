@@ -10,12 +10,12 @@ Symbols: D hidden, A query width (heads x head size), G key/value width, F inter
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import LoraParams, Params, StudentParams, TeacherParams
+from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.config import read_config_file
 
@@ -185,10 +185,8 @@ def tokenizer_ids(params: Params, folder: Path, teacher: Shape) -> tuple[int, st
         folder: the teacher's folder, whose tokenizer is counted once `fetch` has run.
     """
     try:
-        said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        added = [token["id"] for token in said.get("added_tokens") or ()]
-        return max(*said["model"]["vocab"].values(), *added) + 1, ""
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return max(read_vocabulary(folder).tokens) + 1, ""
+    except ValueError:  # no tokenizer that can be read (a DecantError), or one without ids
         uses = params.student.init == "random" and params.student.vocab_size == "auto"
         rows = f"{teacher.vocab_size:,}"
         guess = f", a vocabulary of the teacher's {rows} rows assumed for student.vocab_size=auto"

@@ -67,20 +67,22 @@ def read_inputs(paths: Paths) -> Inputs:
             cannot be read.
     """
     evaluate, verify = paths.evaluate, paths.verify
-    scores = read_scores(paths)
+    judged = _all_scores(paths)
+    scores = _scores_of_today(paths, judged)
     samples: Samples = _read(evaluate / "samples.json", Samples, "evaluate")
     passage: Passage | None = _if_there(evaluate / "passage.json", Passage, "evaluate")
     points = _read(evaluate / "calibration.json", list[CalibrationPoint], "evaluate")
     harness: LmEval | None = _if_there(evaluate / "lm_eval.json", LmEval, "evaluate")
     file = paths.humaneval / "metrics.json"
-    humaneval = _if_there(file, dict[str, HumanEval], "humaneval") or {}
-    export: ExportCheck | None = _if_there(paths.export / "check.json", ExportCheck, "export")
+    all_humaneval = _if_there(file, dict[str, HumanEval], "humaneval") or {}
+    humaneval = _of_today(paths, all_humaneval)
+    check: ExportCheck | None = _if_there(paths.export / "check.json", ExportCheck, "export")
+    exports = {check.model: check} if check else {}
+    export = _of_today(paths, exports)
     of_before = {
-        "evaluate": _all_scores(paths).keys() - scores.keys(),
-        "humaneval": humaneval.keys() - _of_today(paths, humaneval).keys(),
-        "export": {export.model} - _of_today(paths, {export.model: export}).keys()
-        if export
-        else set(),
+        "evaluate": judged.keys() - scores.keys(),
+        "humaneval": all_humaneval.keys() - humaneval.keys(),
+        "export": exports.keys() - export.keys(),
     }
     for stage, names in of_before.items():
         for name in sorted(names):
@@ -95,8 +97,8 @@ def read_inputs(paths: Paths) -> Inputs:
         curves=_curves_of(paths.runs, scores),
         passage=passage and passage.model_copy(update={"models": _less(old, passage.models)}),
         lm_eval=harness and _less(old, harness),
-        humaneval=_of_today(paths, humaneval) or None,
-        export=None if of_before["export"] else export,
+        humaneval=humaneval or None,
+        export=next(iter(export.values()), None),
     )
 
 
@@ -110,7 +112,10 @@ def read_scores(paths: Paths) -> dict[str, Scores]:
     Raises:
         DecantError: see `read_inputs`; or all runs have been trained again since.
     """
-    scores = _all_scores(paths)
+    return _scores_of_today(paths, _all_scores(paths))
+
+
+def _scores_of_today(paths: Paths, scores: Mapping[str, Scores]) -> dict[str, Scores]:
     found = _of_today(paths, scores)
     if len(scores) > 1 and not found.keys() - {TEACHER}:
         raise DecantError(

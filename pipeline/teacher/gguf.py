@@ -11,7 +11,6 @@ and a single flipped byte could lead to a huge allocation.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
 import re
@@ -24,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, reason_of
 from pipeline.extras import require
+from pipeline.hashes import hash_file, require_sha256
 from pipeline.model.config import StoredWeights, require_sizes
 from pipeline.model.folder import require_regular_files
 from pipeline.model.rope import Llama3Scaling, inverse_frequencies
@@ -110,12 +110,8 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
     if not file.exists():
         raise DecantError(f"teacher GGUF {file} does not exist: set teacher.gguf.path")
     require_regular_files([file])
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if sha256 is not None and found != sha256:
-        raise DecantError(
-            f"{file.name} has sha256 {found}, pinned is {sha256}: it is another file or damaged"
-        )
+    if sha256 is not None:
+        require_sha256(file, hash_file(file), sha256)
     try:
         header = read_header(file, gguf.GGML_QUANT_SIZES)
         _require_sizes(header, file)
@@ -133,7 +129,7 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
         panic = type(error).__name__ == "PanicException"
         if isinstance(error, DecantError) or not (panic or isinstance(error, Exception)):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise DecantError(
             f"{file} cannot be read as a GGUF model ({reason}): download the file again, or "
             f"{_INSTEAD}"

@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import FolderTeacher, GgufTeacher, TeacherParams
+from pipeline.config import GgufTeacher, TeacherParams
 from pipeline.errors import DecantError
-from pipeline.hashes import hash_changed
+from pipeline.hashes import hash_changed, require_sha256
 from pipeline.hub import commit_of
 from pipeline.model.folder import MODEL_FILES, TOKENIZER_FILES, files_to_copy
 
@@ -26,40 +26,33 @@ def teacher_made_from(
     Raises:
         DecantError: the source is not there, cannot be reached, or links out of its folder.
     """
+    named: dict[str, str] = {"source": params.source}
     if params.source == "hub":
-        named = {"source": "hub", "model": params.hub.id, "named": params.hub.revision}
-        known = before.get("revision") if _is_of(before, named) else None
+        named |= {"model": params.hub.id, "named": params.hub.revision}
+    elif params.source == "folder":
+        named |= {"model": str(params.folder.path)}
+    elif params.source == "gguf":
+        named |= {"path": str(params.gguf.path)}
+    known = before if named.items() <= before.items() else {}  # of a source of the same names
+    if params.source == "hub":
         commit = commit_of(
             params.hub.id,
             params.hub.revision,
             kind="model",
             named="teacher.hub.revision",
-            otherwise=known,
+            otherwise=known.get("revision"),
         )
         return named | {"revision": commit}
     if params.source == "folder":
-        named = {"source": "folder", "model": str(params.folder.path)}
-        return named | {"files": _hash_folder(params.folder, before, named, seen)}
-    if params.source == "wheel":
-        return {"source": "wheel", "gguf_sha256": params.wheel.sha256}
-    named = {"source": "gguf", "path": str(params.gguf.path)}
-    return named | {"gguf_sha256": _hash_gguf(params.gguf, before, named, seen)}
+        return named | {"files": _hash_folder(params.folder.path, known.get("files"), seen)}
+    if params.source == "gguf":
+        return named | {"gguf_sha256": _hash_gguf(params.gguf, known.get("gguf_sha256"), seen)}
+    return named | {"gguf_sha256": params.wheel.sha256}
 
 
-def _is_of(before: Mapping[str, Any], named: Mapping[str, str]) -> bool:
-    """Whether the last record is of a source of the same names."""
-    return all(before.get(key) == value for key, value in named.items())
-
-
-def _hash_folder(
-    params: FolderTeacher,
-    before: Mapping[str, Any],
-    named: Mapping[str, str],
-    seen: Path | None,
-) -> Any:
-    source = params.path
-    if not source.exists() and _is_of(before, named) and "files" in before:
-        return before["files"]
+def _hash_folder(source: Path, known: Any, seen: Path | None) -> Any:
+    if known is not None and not source.exists():
+        return known
     if not (source / "config.json").exists():
         raise DecantError(f"teacher.folder.path={source} holds no config.json: name a model folder")
     patterns = (*MODEL_FILES, *TOKENIZER_FILES)
@@ -71,21 +64,10 @@ def _hash_folder(
     return {Path(name).name: sha256 for name, sha256 in hashes.items()}
 
 
-def _hash_gguf(
-    params: GgufTeacher,
-    before: Mapping[str, Any],
-    named: Mapping[str, str],
-    seen: Path | None,
-) -> str:
+def _hash_gguf(params: GgufTeacher, known: str | None, seen: Path | None) -> str:
     if params.path.exists():
-        found = hash_changed([params.path], seen)[str(params.path)]
-    elif _is_of(before, named) and "gguf_sha256" in before:
-        found = str(before["gguf_sha256"])
-    else:
+        known = hash_changed([params.path], seen)[str(params.path)]
+    if known is None:
         raise DecantError(f"teacher GGUF {params.path} does not exist: set teacher.gguf.path")
-    if params.sha256 not in (None, found):
-        raise DecantError(
-            f"{params.path.name} has sha256 {found}, pinned is {params.sha256}: it is another file "
-            "or damaged"
-        )
-    return found
+    require_sha256(params.path, known, params.sha256)
+    return known

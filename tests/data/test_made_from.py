@@ -92,6 +92,14 @@ def test_one_file_that_has_gone_is_not_all_text_that_has(stage: Stage) -> None:
     assert "nothing matches" in done.output
 
 
+def test_brackets_that_stand_for_themselves_are_found_here_too(stage: Stage) -> None:
+    bracketed = stage.text.rename(stage.text.with_name("part[1].jsonl"))
+    files = f"corpus.files.paths=['{stage.text.parent}/part[1]*.jsonl']"
+    assert stage.made("--set", files)
+    bracketed.write_text(bracketed.read_text().replace("Note", "Page"))
+    assert stage.made("--set", files)
+
+
 def test_a_damaged_memory_of_hashes_is_not_believed(stage: Stage) -> None:
     stage.text.write_text(stage.text.read_text().replace("Note", "Page"))
     (stage.corpus / ".seen.json").write_text("{")
