@@ -29,7 +29,7 @@ from pipeline.errors import DecantError, OtherRankError, accident, is_full, plac
 from pipeline.runtime.launch import launch
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 _INTERRUPTED = 130
 
@@ -57,7 +57,7 @@ def stage(function: Callable[..., None]) -> click.Command:
     )
     @functools.wraps(function)
     def run(file: Path, overrides: tuple[str, ...], **options: Any) -> None:
-        from pipeline.config import load_params
+        from pipeline.config.params import load_params
 
         _replace_streams()
         try:
@@ -87,7 +87,7 @@ def writes(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(params: Params, *words: Any, **options: Any) -> None:
-            from pipeline.storage import lock
+            from pipeline.io.object_store import lock
 
             with lock(getattr(params.paths, name), f"set paths.{name} to another place"):
                 function(params, *words, **options)

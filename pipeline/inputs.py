@@ -10,12 +10,12 @@ gigabytes must not be copied only to find that it is up to date.
 
 from __future__ import annotations
 
-from pipeline.config import Params
-from pipeline.data.made_from import text_made_from
-from pipeline.files import read_json_object, write_json
-from pipeline.hashes import SEEN
+from pipeline.config.params import Params
+from pipeline.data.text_hashes import text_made_from
+from pipeline.io.files import read_json_object, write_json
+from pipeline.io.hashes import SEEN
 from pipeline.runtime.console import announce
-from pipeline.teacher.made_from import teacher_made_from
+from pipeline.teacher.teacher_hashes import teacher_made_from
 
 TEACHER, TEXT = "teacher.json", "text.json"
 

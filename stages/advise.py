@@ -11,10 +11,10 @@ import click
 
 from pipeline.cli import stage, writes
 from pipeline.errors import DecantError
-from pipeline.files import write_json, write_text
+from pipeline.io.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage
@@ -43,8 +43,8 @@ def main(params: Params, only_plan: bool) -> None:
 
 
 def _plan(params: Params) -> None:
-    from pipeline.plan.plan import make_plan
-    from pipeline.plan.text import plan_lines
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.plan_text import plan_lines
 
     plan = make_plan(params)
     write_json(params.paths.advise / "plan.json", plan.metrics())
@@ -53,11 +53,11 @@ def _plan(params: Params) -> None:
 
 
 def _look(params: Params) -> None:
-    from pipeline.advise import advise, cost_lines, plot, recommendation, table_lines
-    from pipeline.capture import fingerprint_of
-    from pipeline.data.rows import CorpusSplit
+    from pipeline.capture.local import fingerprint_of
+    from pipeline.data.corpus_zarr import CorpusSplit
+    from pipeline.planning.advise import advise, cost_lines, plot, recommendation, table_lines
     from pipeline.runtime.device import pick_device
-    from pipeline.teacher.hf import open_teacher, teacher_dtype
+    from pipeline.teacher.transformers import open_teacher, teacher_dtype
 
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)

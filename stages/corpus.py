@@ -9,7 +9,7 @@ import click
 from pipeline.cli import stage, writes
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage
@@ -26,7 +26,7 @@ def main(params: Params, overwrite: bool) -> None:
     tokenizer; writes paths.corpus.
     """
     from pipeline.data.corpus import build_corpus
-    from pipeline.data.made_from import (
+    from pipeline.data.text_hashes import (
         is_there,
         made_from,
         read_made_from,

@@ -11,7 +11,7 @@ from pipeline.cli import stage, writes
 from pipeline.errors import ParamsError, printable
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 DEFAULT_RUNS = ("student", "baseline")
 
@@ -72,7 +72,7 @@ def main(
     from pipeline.evaluation.harness import Harness
     from pipeline.evaluation.judge import judge, run_harness
     from pipeline.evaluation.tables import comparison_lines
-    from pipeline.named_models import name_models
+    from pipeline.model.named_models import name_models
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
 
     if not runs and not models:

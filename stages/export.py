@@ -12,7 +12,7 @@ from pipeline.cli import stage, writes
 from pipeline.errors import ParamsError, printable
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
     from pipeline.export.check import ExportCheck
 
 
@@ -38,8 +38,8 @@ def main(
     a path that must agree does not; then nothing is pushed.
     """
     from pipeline.export.card import unknown_fields
+    from pipeline.export.export import check_model, export_model
     from pipeline.export.push import files_of, push, require_repo_id
-    from pipeline.export.run import check_model, export_model
     from pipeline.export.source import find_model
 
     if (public or dry_run) and repo_id is None:

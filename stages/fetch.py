@@ -10,7 +10,7 @@ from pipeline.cli import stage
 from pipeline.errors import printable
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage
@@ -20,7 +20,7 @@ def main(params: Params) -> None:
     A folder, and what the hub's library keeps, are used where they lie. The only stage that touches
     the network. Reads teacher.*; writes paths.teacher.
     """
-    from pipeline.model.config import describe
+    from pipeline.model.config_json import describe
     from pipeline.teacher.fetch import fetch_teacher
 
     model = fetch_teacher(params.teacher, params.paths.teacher)

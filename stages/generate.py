@@ -13,13 +13,13 @@ import click
 
 from pipeline.cli import stage
 from pipeline.errors import ParamsError, printable
-from pipeline.files import write_text
-from pipeline.prompts import read_prompts
+from pipeline.generation.prompts import read_prompts
+from pipeline.io.files import write_text
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
-    from pipeline.generation import GenerationSettings
-    from pipeline.text_generator import TextGenerator
+    from pipeline.config.params import Params
+    from pipeline.generation.sampling import GenerationSettings
+    from pipeline.generation.text_generator import TextGenerator
 
 
 @stage
@@ -53,10 +53,10 @@ def main(
     and a model folder of paths.runs or --model; writes only what --output names. Run by hand; no
     other stage depends on it.
     """
-    from pipeline.generation import GenerationSettings
-    from pipeline.named_models import require_model, run_model
+    from pipeline.generation.sampling import GenerationSettings
+    from pipeline.generation.text_generator import TextGenerator
+    from pipeline.model.named_models import require_model, run_model
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.text_generator import TextGenerator
 
     if prompt is not None and prompts is not None:
         raise ParamsError("--prompt and --prompts exclude each other: give one of them")

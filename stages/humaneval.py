@@ -10,7 +10,7 @@ from pipeline.cli import stage
 from pipeline.errors import printable
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage
@@ -50,10 +50,10 @@ def main(
     from pipeline.evaluation.completions import evaluate_model
     from pipeline.evaluation.humaneval import keep_scores, load_problems
     from pipeline.evaluation.sandbox import require_sandbox
-    from pipeline.named_models import name_models
+    from pipeline.generation.text_generator import TextGenerator
+    from pipeline.model.named_models import name_models
     from pipeline.runtime.console import announce
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.text_generator import TextGenerator
 
     if models or runs:
         folders = name_models(params.paths, runs, models)

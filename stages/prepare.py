@@ -11,7 +11,7 @@ from pipeline.cli import stage
 from pipeline.errors import ParamsError
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage
@@ -46,10 +46,10 @@ def main(
     teacher, corpus or K, naming what differs. Reads prepare.*, capture.*, paths.teacher and
     paths.corpus; writes paths.logits.
     """
-    from pipeline.capture import capture_locally
-    from pipeline.capture_ray import capture_on_ray
-    from pipeline.data.rows import SPLITS, CorpusSplit
-    from pipeline.store.reader import CacheReader
+    from pipeline.capture.local import capture_locally
+    from pipeline.capture.ray import capture_on_ray
+    from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+    from pipeline.logit_cache.reader import CacheReader
 
     started = time.perf_counter()
     number, parts = _part(part)

@@ -10,8 +10,8 @@ from pipeline.cli import stage, writes
 from pipeline.errors import DecantError, printable
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
-    from pipeline.sweep import SweepRun
+    from pipeline.config.params import Params
+    from pipeline.report.sweep import SweepRun
 
 
 @stage
@@ -29,7 +29,7 @@ def main(params: Params, sweep: bool) -> None:
     and with --sweep another of the runs.
     """
     from pipeline.report import markdown_table, read_scores, write_report
-    from pipeline.sweep import sweep_markdown, sweep_rows
+    from pipeline.report.sweep import sweep_markdown, sweep_rows
 
     runs = _runs(params) if sweep else []
     page = write_report(params, runs)
@@ -41,7 +41,7 @@ def main(params: Params, sweep: bool) -> None:
 
 def _runs(params: Params) -> list[SweepRun]:
     """Runs made by hand, and experiments where DVC has any."""
-    from pipeline.sweep import dvc_experiments, folder_runs
+    from pipeline.report.sweep import dvc_experiments, folder_runs
 
     runs = folder_runs(params.paths)
     try:

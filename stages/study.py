@@ -13,7 +13,7 @@ from pipeline.errors import printable
 from pipeline.study.parts import NAMES
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
     from pipeline.study.section import Section
 
 
@@ -58,7 +58,7 @@ def main(
     from pipeline.runtime.device import pick_device
     from pipeline.study.machine import describe_device
     from pipeline.study.report import require_packages, write_study
-    from pipeline.study.run import run_parts
+    from pipeline.study.study import run_parts
     from pipeline.study.subject import Subject, locate
 
     require_packages()

@@ -12,7 +12,7 @@ import click
 from pipeline.cli import stage
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage

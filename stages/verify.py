@@ -11,7 +11,7 @@ from pipeline.cli import stage, writes
 from pipeline.errors import printable
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.params import Params
 
 
 @stage
@@ -36,13 +36,13 @@ def main(params: Params, structure: bool) -> None:
 
 
 def _run_gate(params: Params) -> None:
-    from pipeline.capture import fingerprint_of
-    from pipeline.data.rows import SPLITS, CorpusSplit
-    from pipeline.fidelity import run_gate
-    from pipeline.files import write_json
+    from pipeline.capture.local import fingerprint_of
+    from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+    from pipeline.io.files import write_json
+    from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.store.reader import CacheReader
-    from pipeline.teacher.hf import open_teacher
+    from pipeline.teacher.transformers import open_teacher
+    from pipeline.verify import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
@@ -81,8 +81,8 @@ def _run_gate(params: Params) -> None:
 
 
 def _check_structure(params: Params) -> None:
-    from pipeline.data.rows import SPLITS, CorpusSplit
-    from pipeline.store.check import check_cache
+    from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+    from pipeline.logit_cache.integrity import check_cache
 
     whole, shards = True, 0
     for split in SPLITS:

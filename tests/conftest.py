@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.config import Params, load_params
+from pipeline.config.params import Params, load_params
 from pipeline.data.corpus import build_corpus
 from tests.helpers import capture_all
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 # cost ninefold: one here, and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-LONG = ("test_stages.py", "test_crash.py", "test_checkpoint.py", "test_parallel.py")
+LONG = ("test_stages.py", "test_crash.py", "test_checkpoint.py", "test_distributed.py")
 VOCABULARY_ROWS = 320  # more than the tokenizer's 300 ids, as in Qwen2.5
 
 
@@ -67,7 +67,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     """Children fork from a process that has imported everything: they start in milliseconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.store.test_crash", "pipeline.training.run", "transformers.models.llama"]
+        ["tests.logit_cache.test_crash", "pipeline.training.run", "transformers.models.llama"]
     )
     return context
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.capture import Capture, CaptureResult, fingerprint_of
-from pipeline.config import Params
-from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.capture.local import Capture, CaptureResult, fingerprint_of
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
+from pipeline.io.object_store import LocalFolder
+from pipeline.io.zarr_shards import object_hash, write_group
+from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.device import DTYPES
-from pipeline.sharding import object_hash, write_group
-from pipeline.storage import LocalFolder
-from pipeline.store.reader import CacheReader
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training import trainer
 from pipeline.training.run import run_training
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.training.run import run_training
 
 FOLDER = Path(__file__).parent / "benchmarks"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from pipeline.cli import stage
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.errors import DecantError, accident, place_of, printable, shortened
-from pipeline.storage import MARK, atomic_folder, find_damage
+from pipeline.io.object_store import MARK, atomic_folder, find_damage
 from stages.generate import hand_out, say_reply
 from tests.conftest import ROOT
 

@@ -19,7 +19,7 @@ import yaml
 from dvc.repo import Repo
 from dvc.utils.serialize import LOADERS
 
-from pipeline.config import Params, Paths, _all_keys
+from pipeline.config.params import Params, Paths, _all_keys
 from tests.conftest import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

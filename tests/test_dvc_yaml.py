@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Params, _all_keys
-from pipeline.model.student import ModelConfig
-from pipeline.sweep import OF_A_TEACHER
+from pipeline.config.params import Params, _all_keys
+from pipeline.model.decoder import ModelConfig
+from pipeline.report.sweep import OF_A_TEACHER
 from tests.conftest import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -28,19 +28,18 @@ FILES = {
 NO_EFFECT = {
     "pipeline": "empty",
     "pipeline.cli": "flags and exit status",
-    "pipeline.config": "checks values, of which each stage names those it reads",
+    "pipeline.config.params": "checks values, of which each stage names those it reads",
     "pipeline.errors": "words",
-    "pipeline.extras": "whether a package is installed",
-    "pipeline.files": "how bytes get to a disk, not which",
-    "pipeline.hashes": "of what a stage names among its deps, or looks at itself",
-    "pipeline.locks": "one process at a time",
-    "pipeline.params_file": "reads what pipeline.config checks",
-    "pipeline.named_models": "which folders flags name, of which DVC gives one: --run NAME",
-    "pipeline.storage": "how bytes get to a disk or an object store, not which",
+    "pipeline.io.files": "how bytes get to a disk, not which",
+    "pipeline.io.hashes": "of what a stage names among its deps, or looks at itself",
+    "pipeline.io.locks": "one process at a time",
+    "pipeline.config.params_file": "reads what pipeline.config.params checks",
+    "pipeline.model.named_models": "which folders flags name, of which DVC gives one: --run NAME",
+    "pipeline.io.object_store": "how bytes get to a disk or an object store, not which",
     "pipeline.runtime.console": "progress bars and messages",
     "pipeline.runtime.launch": "ranks, of which DVC starts one",
     "pipeline.runtime.optional": "imports of packages that may be missing",
-    "pipeline.capture_ray": "prepare --engine ray, which DVC does not use: the same bytes",
+    "pipeline.capture.ray": "prepare --engine ray, which DVC does not use: the same bytes",
 }
 """Modules that no stage need name, since no result depends on them, and why."""
 EXECUTION = {"paths", "device", "capture", "run"}
@@ -111,19 +110,25 @@ def test_imports_are_found_wherever_they_stand(
 ) -> None:
     file = tmp_path / "made_up.py"
     file.write_text(
-        "import pipeline.topk\n"
-        "from pipeline.store import reader\n"
-        "from pipeline.config import Params\n"
-        "if TYPE_CHECKING:\n    from pipeline.advise import Advice\n"
+        "import pipeline.targets.topk\n"
+        "from pipeline.logit_cache import reader\n"
+        "from pipeline.config.params import Params\n"
+        "if TYPE_CHECKING:\n    from pipeline.planning.advise import Advice\n"
         "def f():\n    from pipeline.report.page import write_report\n"
     )
     monkeypatch.setitem(FILES, "made_up", file)
-    packages = {"pipeline", "pipeline.report", "pipeline.store"}
-    assert imports("made_up") == packages | {
+    packages = {
+        "pipeline",
         "pipeline.config",
+        "pipeline.logit_cache",
+        "pipeline.report",
+        "pipeline.targets",
+    }
+    assert imports("made_up") == packages | {
+        "pipeline.config.params",
         "pipeline.report.page",
-        "pipeline.store.reader",
-        "pipeline.topk",
+        "pipeline.logit_cache.reader",
+        "pipeline.targets.topk",
     }
 
 
@@ -212,7 +217,7 @@ def attributes_of(names: set[str], modules: set[str]) -> set[str]:
 
 @cache
 def attributes(module: str) -> set[str]:
-    if module == "pipeline.config":
+    if module == "pipeline.config.params":
         return set()
     nodes = list(parsed(FILES[module]))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}

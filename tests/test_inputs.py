@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Params, load_params
+from pipeline.config.params import Params, load_params
 from pipeline.errors import DecantError
 from pipeline.inputs import TEACHER, TEXT, write_inputs
 from tests.conftest import change

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Params, _all_keys, load_params
+from pipeline.config.params import Params, _all_keys, load_params
 from tests.conftest import ROOT
 
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,10 +17,10 @@ import yaml
 from click import Command
 from click.testing import CliRunner
 
-from pipeline.advise import readable_bytes
-from pipeline.config import Params, load_params
-from pipeline.plan.plan import Plan, make_plan
-from pipeline.plan.text import plan_lines
+from pipeline.config.params import Params, load_params
+from pipeline.planning.advise import readable_bytes
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.plan_text import plan_lines
 from stages import corpus, evaluate, fetch, prepare, train, verify
 from tests.conftest import ROOT, make_teacher
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from tests.conftest import ROOT, RunPython, tiny_values
 from tests.waiting import PATIENCE
 

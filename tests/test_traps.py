@@ -1,7 +1,7 @@
 """Mistakes that look right and train something else, each shown to be absent.
 
 labels shifted the wrong way            tests/data/test_packing.py: a shift either way is noticed
-RMSNorm that subtracts the mean         tests/model/test_student.py, tests/study/test_parts.py
+RMSNorm that subtracts the mean         tests/model/test_decoder.py, tests/study/test_parts.py
 KL summed over a row and divided by     here
 the number of rows
 rows of the head that no id points to   here
@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import Params
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.data.rows import CorpusSplit
 from pipeline.report import read_curves
 from pipeline.training.run import run_training
 from tests.conftest import VOCABULARY_ROWS, change, make_teacher

@@ -20,18 +20,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.config import CorpusParams
+from pipeline.config.params import CorpusParams
 from pipeline.data.chat import BadConversationError, ChatTokenizer, Message
+from pipeline.data.corpus_zarr import SPLITS, SplitInfo, SplitWriter
 from pipeline.data.packing import PACKERS, Document
 from pipeline.data.prefix import PrefixEncoder
-from pipeline.data.rows import SPLITS, SplitInfo, SplitWriter
 from pipeline.data.sources import Extent, Source, read_documents
 from pipeline.errors import DecantError, ParamsError
-from pipeline.model.config import embedding_rows
+from pipeline.io.object_store import Address, open_folder
+from pipeline.model.config_json import embedding_rows
 from pipeline.model.folder import POINTER, hash_tokenizer
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
-from pipeline.storage import Address, open_folder
 
 _DOCUMENTS_AT_ONCE = 32
 _CHARACTERS_AT_ONCE = 2**20  # limit for documents that are tokenized together

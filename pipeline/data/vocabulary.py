@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.rows import CorpusSplit
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.model.folder import hash_tokenizer, require_regular_files
 

@@ -15,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import EvaluateParams
+from pipeline.config.params import EvaluateParams
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, Rows, next_token_labels
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.evaluation.bootstrap import Interval, intervals
 from pipeline.evaluation.metrics import PositionScores, Scores
 from pipeline.evaluation.models import JudgedModel
-from pipeline.model.attention import Attention, documents_apart
+from pipeline.model.attention_mask import Attention, documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
 
 TEACHER = "teacher"
 

@@ -20,17 +20,17 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from pipeline.config import HumanevalParams
+from pipeline.config.params import HumanevalParams
 from pipeline.data.corpus import document_separator
 from pipeline.evaluation.humaneval import STOP, Problem, hash_problems, summarise
 from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.sandbox import Limits, Outcome, run_program
 from pipeline.evaluation.stop import complete
-from pipeline.generation import GenerationSettings
+from pipeline.generation.sampling import GenerationSettings
+from pipeline.generation.text_generator import TextGenerator
 from pipeline.model.folder import hash_tokenizer, hash_weights
 from pipeline.runtime.console import progress
 from pipeline.runtime.device import dtype_name
-from pipeline.text_generator import TextGenerator
 
 Request = tuple[Problem, int]  # the problem, and the number of the sample
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from pipeline.errors import DecantError, ParamsError, reason_of
-from pipeline.extras import require
-from pipeline.model.hugging_face import load_causal_lm
+from pipeline.model.huggingface import load_causal_lm
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.runtime.device import place_rounded
+from pipeline.runtime.optional import require
 
 Results = dict[str, dict[str, dict[str, float | None]]]
 """By task and metric: {"value": float, "stderr": float, or None if the harness gives none}."""

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
-from pipeline.extras import install_hint
-from pipeline.files import write_json
+from pipeline.io.files import write_json
+from pipeline.runtime.optional import install_hint
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.errors import DecantError, MismatchError, shortened
-from pipeline.files import make_folder
+from pipeline.io.files import make_folder
 
 
 class Journal:

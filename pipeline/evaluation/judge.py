@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Params
-from pipeline.data.rows import CorpusSplit
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.evaluation.compare import TEACHER, Comparison, compare
 from pipeline.evaluation.harness import Harness, Results
@@ -18,11 +18,11 @@ from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import view_passage
 from pipeline.evaluation.samples import sample
 from pipeline.evaluation.tables import harness_lines
-from pipeline.files import write_json, write_text
+from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
 
 
 def judge(

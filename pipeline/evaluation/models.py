@@ -17,20 +17,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.data.rows import CorpusSplit
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_shared_ids
 from pipeline.errors import DecantError, MismatchError
-from pipeline.model.attention import document_positions
-from pipeline.model.base import Student
-from pipeline.model.hugging_face import (
+from pipeline.model.attention_mask import document_positions
+from pipeline.model.huggingface import (
     LogitsError,
     keeps_documents_apart,
     load_causal_lm,
     max_positions,
 )
+from pipeline.model.student import Student
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import compute_dtype, place_rounded
-from pipeline.runtime.numerics import mm_float32
+from pipeline.runtime.numerics import matmul_float32
 
 
 class JudgedModel(Protocol):
@@ -66,7 +66,7 @@ class ProductModel:
             student = place_rounded(student, dtype, device)
         self._student = student.eval()
         head = student.head_weight.detach()
-        self._head = head.float() if head.device.type == "cpu" else head  # see mm_float32
+        self._head = head.float() if head.device.type == "cpu" else head  # see matmul_float32
         self.parameters = student.count_parameters()
         self.vocab_size = student.vocab_size
         self.max_seq_len = student.max_seq_len
@@ -77,7 +77,7 @@ class ProductModel:
             return self._student.hidden_states(tokens, doc_ids).flatten(0, 1)
 
     def logits(self, states: Tensor) -> Tensor:
-        return mm_float32(states, self._head.T, self._dtype)
+        return matmul_float32(states, self._head.T, self._dtype)
 
 
 class WholeModel:

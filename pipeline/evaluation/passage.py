@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers.pre_tokenizers import ByteLevel
 
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
-from pipeline.data.rows import CorpusSplit
 from pipeline.evaluation.compare import TEACHER
 from pipeline.evaluation.metrics import kl_divergence
 from pipeline.evaluation.models import JudgedModel
-from pipeline.teacher.hf import HuggingFaceTeacher
-from pipeline.text_generator import PieceDecoder
+from pipeline.generation.text_generator import PieceDecoder
+from pipeline.teacher.transformers import HuggingFaceTeacher
 
 _CHOICES = 5
 _DIGITS = 6

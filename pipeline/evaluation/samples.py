@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import DecantError
-from pipeline.generation import GenerationSettings
-from pipeline.model.hugging_face import load_causal_lm
+from pipeline.generation.sampling import GenerationSettings
+from pipeline.generation.text_generator import TextGenerator
+from pipeline.model.huggingface import load_causal_lm
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import read_config
 from pipeline.runtime.console import progress
-from pipeline.text_generator import TextGenerator
 
 
 def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.generation import ENDED, GenerationSettings, decode_steps
-from pipeline.text_generator import TextGenerator
+from pipeline.generation.sampling import ENDED, GenerationSettings, decode_steps
+from pipeline.generation.text_generator import TextGenerator
 
 _CONTEXT = 4
 """Number of tokens decoded before the others, because some tokenizers drop an initial space."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pipeline.config import Params
-from pipeline.files import read_json_object
+from pipeline.config.params import Params
+from pipeline.io.files import read_json_object
 from pipeline.model.folder import teacher_folder
-from pipeline.named_models import is_of_run
+from pipeline.model.named_models import is_of_run
 from pipeline.teacher.front_matter import read_front_matter
 
 _FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")

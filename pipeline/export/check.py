@@ -30,18 +30,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import ExportParams
+from pipeline.config.params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
-from pipeline.extras import install_hint
-from pipeline.generation import GenerationSettings, generate_ids, pad_left
+from pipeline.generation.sampling import GenerationSettings, generate_ids, pad_left
 from pipeline.model.folder import hash_weights
-from pipeline.model.hugging_face import load_causal_lm, max_positions
+from pipeline.model.huggingface import load_causal_lm, max_positions
 from pipeline.model.tokenizer import load_auto_tokenizer, load_tokenizer
 from pipeline.model.weights import VariantError, load_student
 from pipeline.runtime.console import progress
 from pipeline.runtime.device import DTYPES
-from pipeline.runtime.optional import import_transformers
+from pipeline.runtime.optional import import_transformers, install_hint
 
 NEAR_TIE = {"float32": 1e-3, "f32": 1e-3, "f16": 0.05}
 """Largest gap in logits to the reference's own token that is a near tie, by a path's precision."""

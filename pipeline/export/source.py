@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Params
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.model.folder import hash_tokenizer, teacher_folder
+from pipeline.model.named_models import require_model, run_model
 from pipeline.model.tokenizer import load_tokenizer
-from pipeline.named_models import require_model, run_model
 
 _ROWS_AT_ONCE = 256
 _CHARACTERS_A_PROMPT = 1000

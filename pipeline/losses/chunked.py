@@ -23,19 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Divergence
-from pipeline.losses import passes
-from pipeline.losses.passes import Passes
-from pipeline.losses.reference import (
+from pipeline.config.params import Divergence
+from pipeline.losses import kernels_torch
+from pipeline.losses.divergences import (
     DIVERGENCES,
     LOG_ZERO,
     bucketed_target,
     require_expressible,
     sampled_target,
 )
-from pipeline.runtime.numerics import mm_float32
+from pipeline.losses.kernels_torch import SoftmaxKernels
+from pipeline.runtime.numerics import matmul_float32
 from pipeline.runtime.optional import has_triton
-from pipeline.topk import TopK
+from pipeline.targets.topk import TopK
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,18 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         divergence_sum, ce_sum = (torch.zeros((), device=hidden.device) for _ in range(2))
         on_cpu = hidden.device.type == "cpu"
-        # On other devices mm_float32 cannot multiply into `out` directly, and would have to copy.
+        # On other devices matmul_float32 cannot multiply into `out` directly, and would have to
+        # copy.
         size = min(chunk, len(hidden))
         buffer = torch.empty(size, len(weight), device=hidden.device) if on_cpu else None
-        # On a CPU mm_float32 takes float32 factors: convert once, not once per chunk.
+        # On a CPU matmul_float32 takes float32 factors: convert once, not once per chunk.
         factor_dtype = torch.float32 if on_cpu else dtype
         head = weight.to(factor_dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             h = hidden[rows].to(factor_dtype)
             out = buffer[: len(h)] if buffer is not None else None
-            logits = mm_float32(h, head.T, dtype, out=out)
+            logits = matmul_float32(h, head.T, dtype, out=out)
             divergence, ce = _loss_and_grad(
                 logits,
                 labels[rows],
@@ -133,9 +134,9 @@ class _ChunkedLoss(torch.autograd.Function):
             ce_sum += ce
             grad = logits.to(factor_dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = mm_float32(grad, head, dtype)
+                grad_hidden[rows] = matmul_float32(grad, head, dtype)
             if grad_weight is not None:
-                mm_float32(grad.T, h, dtype, add_to=grad_weight)
+                matmul_float32(grad.T, h, dtype, add_to=grad_weight)
         ctx.save_for_backward(
             grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
@@ -170,8 +171,8 @@ def _loss_and_grad(
     picked = logits.gather(-1, columns)
     if topk is not None and not topk.draws:
         logits.scatter_(-1, topk.ids, -torch.inf)  # the remaining ids form the bucket
-    kernels = passes_for(logits.device)
-    sums = kernels.exp_sums(logits, tau)
+    kernels = kernels_for(logits.device)
+    sums = kernels.softmax_stats(logits, tau)
     rest = sums.peak / tau + sums.at_tau.log()
     rest_at_one = rest if tau == 1.0 else sums.peak + sums.at_one.log()
     with torch.set_grad_enabled(need_grad):
@@ -184,7 +185,7 @@ def _loss_and_grad(
         on, *off = torch.autograd.grad(total, leaves, materialize_grads=True)
         of_tau = off[0] / tau / sums.at_tau.clamp_min(1.0)
         of_one = None if tau == 1.0 else off[1] / sums.at_one.clamp_min(1.0)
-        kernels.weigh_exps(logits, sums, tau, of_tau, of_one)
+        kernels.softmax_grad_(logits, sums, tau, of_tau, of_one)
         # By now the columns of T hold 0; with draws they hold q's share.
         logits.scatter_add_(-1, columns, on)
     return divergence.detach(), ce.detach()
@@ -226,10 +227,10 @@ def _losses(
     return divergence.sum(), (lse - label).sum()
 
 
-def passes_for(device: torch.device) -> Passes:
+def kernels_for(device: torch.device) -> SoftmaxKernels:
     """Return the passes over the vocabulary: Triton's on a GPU if installed, else PyTorch's."""
     if device.type == "cuda" and has_triton():
-        from pipeline.losses import fused  # it imports triton
+        from pipeline.losses import kernels_triton  # it imports triton
 
-        return fused
-    return passes
+        return kernels_triton
+    return kernels_torch

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
-from pipeline.hashes import hash_file
+from pipeline.io.hashes import hash_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import LoraParams
+from pipeline.config.params import LoraParams
 from pipeline.errors import ParamsError
-from pipeline.extras import require
-from pipeline.model.base import Student
-from pipeline.storage import atomic_folder
+from pipeline.io.object_store import atomic_folder
+from pipeline.model.student import Student
+from pipeline.runtime.optional import require
 
 _LINEAR = ("Linear", "Conv1D")  # GPT-2 calls its linear layers Conv1D
 

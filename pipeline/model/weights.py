@@ -8,7 +8,7 @@ o_proj, is zero; `attention_out_bias: false` says so (the key that Seed-OSS uses
 
 The engine that runs a folder is determined by its config.json, not by a parameter: our own model if
 it implements the architecture, otherwise transformers. Where both apply they agree number by number
-(tests/model/test_student.py), so there is nothing to choose, and a user of a trained student need
+(tests/model/test_decoder.py), so there is nothing to choose, and a user of a trained student need
 not know how it was trained.
 """
 
@@ -28,14 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.model.base import Student
-from pipeline.model.config import read_config_json, stored_weights
+from pipeline.io.object_store import atomic_folder
+from pipeline.model.config_json import read_config_json, stored_weights
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.folder import require_regular_files
-from pipeline.model.hugging_face import HuggingFaceStudent, require_layers
+from pipeline.model.huggingface import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
-from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.student import Student
 from pipeline.model.tokenizer import TokenizerClassError, save_tokenizer
-from pipeline.storage import atomic_folder
 
 _NEEDED = (
     "hidden_size",

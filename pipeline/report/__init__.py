@@ -5,8 +5,8 @@
 page from templates/, one file per section.
 """
 
-from pipeline.report.inputs import read_curves, read_scores
 from pipeline.report.page import write_report
+from pipeline.report.read_inputs import read_curves, read_scores
 from pipeline.report.summary import markdown_table
 
 __all__ = ["markdown_table", "read_curves", "read_scores", "write_report"]

@@ -16,19 +16,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Params
-from pipeline.data.rows import SPLITS, CorpusSplit
-from pipeline.extras import require
-from pipeline.files import write_text
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.io.files import write_text
+from pipeline.logit_cache.reader import CacheReader
 from pipeline.report.formats import TEACHER
-from pipeline.report.inputs import Inputs, differences, params_of_run, read_inputs
-from pipeline.report.passage import KL_STEPS, passage_view
+from pipeline.report.passage_view import KL_STEPS, passage_view
 from pipeline.report.pictures import (
     draw_calibration,
     draw_curves,
     draw_gate,
     draw_retained_mass,
 )
+from pipeline.report.read_inputs import Inputs, differences, params_of_run, read_inputs
 from pipeline.report.retained import measure_retained_mass
 from pipeline.report.summary import (
     BASELINE,
@@ -42,9 +42,9 @@ from pipeline.report.summary import (
     table_cells,
     teacher_name,
 )
+from pipeline.report.sweep import SweepRun, sweep_figures, sweep_rows, sweep_scatter
 from pipeline.runtime.console import announce
-from pipeline.store.reader import CacheReader
-from pipeline.sweep import SweepRun, sweep_figures, sweep_rows, sweep_scatter
+from pipeline.runtime.optional import require
 
 _PACKAGES = ("torch", "transformers", "zarr", "numpy", "dvc")
 _SECTIONS = {  # in the page's order; each has a template with its name

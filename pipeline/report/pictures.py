@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.figures import INK, SERIES, draw_svg
 from pipeline.report.formats import CalibrationPoint, GateBar
-from pipeline.report.inputs import Curve
+from pipeline.report.read_inputs import Curve
 from pipeline.report.retained import RetainedMass
+from pipeline.runtime.figures import INK, SERIES, draw_svg
 
 _INCHES = (4.6, 3.0)
 _STYLES: dict[str, dict[str, Any]] = {

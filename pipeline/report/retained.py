@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.packing import PADDING
-from pipeline.store.reader import CacheReader
+from pipeline.logit_cache.reader import CacheReader
 
 _SHARDS = 4
 _ROWS_A_SHARD = 64

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import CorpusParams, StudentParams, TeacherParams
+from pipeline.config.params import CorpusParams, StudentParams, TeacherParams
 from pipeline.report.formats import TEACHER, Interval, Scores
 
 BASELINE = "baseline"

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.runtime.device import rounds_float32_factors
 
 
-def mm_float32(
+def matmul_float32(
     a: Tensor,
     b: Tensor,
     dtype: torch.dtype,

@@ -1,13 +1,45 @@
-"""Packages that are slow to import or need a setting before their import."""
+"""Packages that are optional, slow to import, or need a setting before their import.
+
+The optional ones are the extras of pyproject.toml; they are imported only when something needs
+them. Decant is installed from its own folder. The package index has another project of the same
+name, so no message may tell a user to install `decant` by name; tests/runtime/test_optional.py
+checks this.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from functools import cache
+from importlib import import_module
 from typing import Any
 
-from pipeline.extras import require
+from pipeline.errors import DecantError
+
+
+def install_hint(extra: str) -> str:
+    """Return how to install one extra, as text to put after a colon in a message."""
+    return f"install it by `pip install -e '.[{extra}]'` in Decant's folder"
+
+
+def require(package: str, extra: str, user: str, *, instead: str = "") -> Any:
+    """Import a package that an extra installs.
+
+    Args:
+        package: name under which the package is imported.
+        extra: name of the extra in pyproject.toml.
+        user: subject of the message, which needs the package.
+        instead: another remedy, appended to the message.
+
+    Raises:
+        DecantError: the package is not installed, or its own import fails.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise DecantError(
+            f"{user} needs the package {package} ({error}): {install_hint(extra)}{instead}"
+        ) from None
 
 
 def import_transformers() -> Any:

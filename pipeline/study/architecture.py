@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.figures import INK
 from pipeline.model.weights import OUT_BIAS
+from pipeline.runtime.figures import INK
 from pipeline.study.section import Comparison, Picture, Section, Table
 from pipeline.study.subject import Subject
 

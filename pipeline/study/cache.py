@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.generation import GenerationSettings, generate_ids
+from pipeline.generation.sampling import GenerationSettings, generate_ids
 from pipeline.model.kv_cache import KVCache
 from pipeline.runtime.optional import import_transformers
 from pipeline.study.section import Picture, Section, Table, compare, compare_tokens

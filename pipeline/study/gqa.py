@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.figures import INK
-from pipeline.model.student import GQAAttention, attend, attention_plain, rotate
+from pipeline.model.decoder import GQAAttention, attend, attention_plain, rotate
+from pipeline.runtime.figures import INK
 from pipeline.study.section import Comparison, Picture, Section, Table, compare
 from pipeline.study.subject import Subject
 from pipeline.study.trace import trace_layer

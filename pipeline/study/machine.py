@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.io.object_store import MARK
 from pipeline.runtime.console import readable_bytes
-from pipeline.storage import MARK
 from pipeline.study.section import Table
 
 

@@ -14,9 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline.extras import require
-from pipeline.figures import draw_svg
-from pipeline.files import write_bytes, write_text
+from pipeline.io.files import write_bytes, write_text
+from pipeline.runtime.figures import draw_svg
+from pipeline.runtime.optional import require
 from pipeline.study.section import Section, shown
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.student import RMSNorm
+from pipeline.model.decoder import RMSNorm
 from pipeline.study.section import Comparison, Section, Table, compare
 from pipeline.study.subject import Subject
 from pipeline.study.trace import trace_layer

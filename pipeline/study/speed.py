@@ -2,10 +2,10 @@
 
 Both generate greedily from the same random prompts and the same number of tokens, in turns, in
 `study.dtype`: Hugging Face's `generate` with its default attention (`sdpa`), ours with
-pipeline/generation.py. One run gives both speeds: prefill is the time to the first token, decode
-the time from there to the last. Results are medians over `study.repeats`, after one run that does
-not count; memory is measured in a separate run. On a machine that is busy with other things the
-numbers are noisy; their ratio is less so.
+pipeline/generation/sampling.py. One run gives both speeds: prefill is the time to the first token,
+decode the time from there to the last. Results are medians over `study.repeats`, after one run that
+does not count; memory is measured in a separate run. On a machine that is busy with other things
+the numbers are noisy; their ratio is less so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ParamsError
-from pipeline.generation import GenerationSettings, decode_steps
+from pipeline.generation.sampling import GenerationSettings, decode_steps
 from pipeline.runtime.device import compute_dtype, dtype_name, place_rounded
 from pipeline.study.section import Picture, Section, Table
 from pipeline.study.subject import Subject

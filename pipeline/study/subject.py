@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import StudyParams
+from pipeline.config.params import StudyParams
 from pipeline.errors import DecantError, ParamsError, reason_of
-from pipeline.model.config import read_config_json
+from pipeline.model.config_json import read_config_json
+from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.folder import require_regular_folder
-from pipeline.model.student import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student, read_config
 from pipeline.runtime.device import inference_dtype

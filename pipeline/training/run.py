@@ -20,27 +20,27 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Params
-from pipeline.data.rows import CorpusSplit
+from pipeline.config.params import Params
+from pipeline.config.resolved import resolve
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError, shortened
-from pipeline.files import read_json_object, write_json
-from pipeline.losses.reference import require_expressible
+from pipeline.io.files import read_json_object, write_json
+from pipeline.io.object_store import Folder, claim, find_damage, lock, open_folder, require_ours
+from pipeline.logit_cache.reader import CacheReader
+from pipeline.losses.divergences import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder
-from pipeline.named_models import run_folder
-from pipeline.resolved import resolve
+from pipeline.model.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
-from pipeline.storage import Folder, claim, find_damage, lock, open_folder, require_ours
-from pipeline.store.reader import CacheReader
-from pipeline.teacher.base import NoTeacher, Teacher
-from pipeline.teacher.cached import CachedTeacher
-from pipeline.teacher.hf import open_teacher, teacher_dtype
-from pipeline.teacher.online import OnlineTeacher
+from pipeline.target_sources.cached import CachedTeacher
+from pipeline.target_sources.live import OnlineTeacher
+from pipeline.target_sources.target_source import NoTeacher, Teacher
+from pipeline.teacher.transformers import open_teacher, teacher_dtype
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.distillation import DistillationStep
-from pipeline.training.parallel import Ranks, gather_parameters, join_ranks, parallelise
+from pipeline.training.distributed import Ranks, gather_parameters, join_ranks, parallelise
 from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass

@@ -12,15 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Params, StudentParams
-from pipeline.data.rows import CorpusSplit
+from pipeline.config.params import Params, StudentParams
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_shared_ids, tokenizer_folder
 from pipeline.errors import ParamsError
-from pipeline.model.base import Student
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.folder import teacher_folder
-from pipeline.model.hugging_face import HuggingFaceStudent
+from pipeline.model.huggingface import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters, save_adapters
-from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.student import Student
 from pipeline.model.weights import open_student, require_saveable, save_student
 from pipeline.runtime.console import say
 
@@ -50,7 +50,7 @@ def build_student(params: StudentParams, teacher: Path) -> Student:
     """Return the student at its start, all weights trainable (`RunStudent` adds adapters)."""
     start = start_folder(params, teacher)
     if start is None:
-        assert params.vocab_size != "auto"  # pipeline/resolved.py has made it a number
+        assert params.vocab_size != "auto"  # pipeline/config/resolved.py has made it a number
         shape = params.model_dump(exclude={"init", "checkpoint", "layers", "lora"})
         return StudentModel(ModelConfig(**shape))
     student = open_student(start, params.layers if params.init == "layers" else None)

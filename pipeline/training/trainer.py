@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.config import Params, RunParams, TrainParams
+from pipeline.config.params import Params, RunParams, TrainParams
 from pipeline.errors import DecantError
-from pipeline.model.base import Student
+from pipeline.model.student import Student
 from pipeline.runtime.console import StopRequest, announce, progress, say
 from pipeline.runtime.device import seconds_of
 from pipeline.training.batches import Batch, BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves
+from pipeline.training.dist_checkpoint import Learner
+from pipeline.training.distributed import Ranks, clip_gradients, evaluating, local_gradients
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
-from pipeline.training.parallel import Ranks, clip_gradients, evaluating, local_gradients
-from pipeline.training.sharded import Learner
 from pipeline.training.validation import Validation, validate
 
 
@@ -46,7 +46,7 @@ def train(
     ends with the weights of its lowest validation loss, counted from step 0.
 
     Args:
-        params: the parameters as `pipeline.resolved.resolve` returns them.
+        params: the parameters as `pipeline.config.resolved.resolve` returns them.
         model: the student in its DistillationStep, as `parallelise` returns it.
         student: the student itself; its parameters are trained in place, under its own names.
         folder: the run's folder, where curves are written.

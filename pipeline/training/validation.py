@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.config import TrainParams
+from pipeline.config.params import TrainParams
 from pipeline.data.packing import IGNORE
 from pipeline.errors import DecantError
-from pipeline.teacher.base import Teacher
+from pipeline.target_sources.target_source import Teacher
 from pipeline.training.batches import Batch, first_rows
-from pipeline.training.parallel import Ranks, evaluating
+from pipeline.training.distributed import Ranks, evaluating
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.config import Params, load_params
+from pipeline.config.params import Params, load_params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.data.rows import CorpusSplit
-from pipeline.model.attention import documents_apart
+from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.device import pick_device, training_dtype
-from pipeline.teacher.base import NoTeacher
-from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
+from pipeline.target_sources.target_source import NoTeacher
+from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.training.batches import make_batch
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.students import build_student

@@ -19,15 +19,15 @@ import numpy as np
 import yaml
 from measure import forget_peak, in_child, peak_mib
 
-from pipeline.capture import Capture, fingerprint_of
-from pipeline.config import Params, load_params
+from pipeline.capture.local import Capture, fingerprint_of
+from pipeline.config.params import Params, load_params
+from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
 from pipeline.data.packing import Rows
-from pipeline.data.rows import CorpusSplit, SplitWriter
+from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.folder import hash_tokenizer
 from pipeline.runtime.device import DTYPES, pick_device
-from pipeline.store.reader import CacheReader
-from pipeline.teacher.cached import CachedTeacher
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.target_sources.cached import CachedTeacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.batches import BatchStream
 
 SCALES = (1, 4, 16)

@@ -21,12 +21,12 @@ import click
 import numpy as np
 import zarr
 
-from pipeline.config import Params, load_params
-from pipeline.data.rows import CorpusSplit, hash_rows
-from pipeline.store.codec import RankTable
-from pipeline.store.reader import CacheReader, read_marker
-from pipeline.store.writer import CacheWriter
-from pipeline.teacher.cached import CachedTeacher
+from pipeline.config.params import Params, load_params
+from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
+from pipeline.logit_cache.codec import RankTable
+from pipeline.logit_cache.reader import CacheReader, read_marker
+from pipeline.logit_cache.writer import CacheWriter
+from pipeline.target_sources.cached import CachedTeacher
 from pipeline.training.batches import BatchStream
 
 THREADS = 2

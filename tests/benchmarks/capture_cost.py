@@ -18,12 +18,12 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.capture import Capture, fingerprint_of
-from pipeline.config import Params, load_params
-from pipeline.data.rows import CorpusSplit
-from pipeline.model.attention import documents_apart
+from pipeline.capture.local import Capture, fingerprint_of
+from pipeline.config.params import Params, load_params
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.device import pick_device
-from pipeline.teacher.hf import HuggingFaceTeacher, open_teacher, teacher_dtype
+from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
 
 
 def bare(teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, params: Params) -> None:

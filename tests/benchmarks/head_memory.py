@@ -27,7 +27,7 @@ from measure import available_mib, forget_peak, in_child, made_up_targets, peak_
 from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.topk import TopK
+from pipeline.targets.topk import TopK
 
 K = 64
 FULL_ROWS = 7.0  # at most so many float32 copies of tokens x ids does a variant hold

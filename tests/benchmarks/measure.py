@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.topk import TopK
+from pipeline.targets.topk import TopK
 
 
 def medians(

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline.generation import GenerationSettings, generate_ids
-from pipeline.model.decode import product
-from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.generation.decode import product
+from pipeline.generation.sampling import GenerationSettings, generate_ids
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import load_student, save_student
 
 SMOLLM2 = ModelConfig(
@@ -83,7 +83,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def products(rounds: int, inner: int, outer: int) -> None:
-    """What pipeline/model/decode.py relies on: x W^T over its own choice, W read from memory."""
+    """The products of pipeline/generation/decode.py: x W^T by its own choice, W from memory."""
     for name, dtype in DTYPES.items():
         for rows in (1, 8, 32):
             x = torch.randn(rows, inner).to(dtype)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import cross_entropy, full_kl
-from pipeline.model.student import StudentModel
-from pipeline.runtime.numerics import mm_float32
-from pipeline.topk import TopK, top_k_from_logits
+from pipeline.model.decoder import StudentModel
+from pipeline.runtime.numerics import matmul_float32
+from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.topk import TopK
 
 TOKENS, ALPHA = 1024, 0.5
 STUDENT = CASES["49k"][1]
@@ -103,7 +104,7 @@ class Step:
     def top(self, teacher: StudentModel) -> TopK:
         rows = teacher.hidden_states(self.tokens).flatten(0, 1).split(256)
         head = teacher.head_weight.float()
-        logits = (mm_float32(h.float(), head.T, torch.bfloat16) for h in rows)
+        logits = (matmul_float32(h.float(), head.T, torch.bfloat16) for h in rows)
         return TopK.cat([top_k_from_logits(z, K, (1.0,)) for z in logits])
 
 

@@ -22,16 +22,16 @@ import click
 import torch
 from torch import Tensor
 
-from pipeline import topk
-from pipeline.capture import capture_locally
-from pipeline.config import Params, load_params
-from pipeline.data.rows import CorpusSplit
+from pipeline.capture.local import capture_locally
+from pipeline.config.params import Params, load_params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.models import open_models
-from pipeline.store.reader import CacheReader
-from pipeline.teacher.hf import HuggingFaceTeacher, teacher_dtype
-from pipeline.topk import block_top_k
+from pipeline.logit_cache.reader import CacheReader
+from pipeline.targets import topk
+from pipeline.targets.reduce import block_top_k
+from pipeline.teacher.transformers import HuggingFaceTeacher, teacher_dtype
 from pipeline.training.run import run_training
 
 

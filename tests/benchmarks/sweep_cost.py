@@ -17,9 +17,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.capture import capture_locally
-from pipeline.config import load_params
-from pipeline.data.rows import CorpusSplit
+from pipeline.capture.local import capture_locally
+from pipeline.config.params import load_params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.training.run import run_training
 
 

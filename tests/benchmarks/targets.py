@@ -22,25 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.capture import fingerprint_of
-from pipeline.config import Params, load_params
+from pipeline.capture.local import fingerprint_of
+from pipeline.config.params import Params, load_params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows
-from pipeline.data.rows import CorpusSplit
-from pipeline.losses.reference import (
-    bucketed,
-    full_kl,
-    renormalised_kl,
-    sampled_kl,
-    tail_bucket_kl,
-)
-from pipeline.model.attention import documents_apart
-from pipeline.model.student import StudentModel
+from pipeline.io.zarr_shards import ArraySpec, encode_shard
+from pipeline.logit_cache.codec import RankTable, encode
+from pipeline.logit_cache.layout import CacheLayout
+from pipeline.losses.divergences import renormalised_kl
+from pipeline.losses.reference import bucketed, full_kl, sampled_kl, tail_bucket_kl
+from pipeline.model.attention_mask import documents_apart
+from pipeline.model.decoder import StudentModel
 from pipeline.model.weights import load_student
-from pipeline.sharding import ArraySpec, encode_shard
-from pipeline.store.codec import RankTable, encode
-from pipeline.store.layout import CacheLayout
-from pipeline.teacher.hf import HuggingFaceTeacher
-from pipeline.topk import TopK, row_uniforms, top_k_from_logits
+from pipeline.targets.reduce import row_uniforms, top_k_from_logits
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.students import build_student
 
 Inputs = tuple[Tensor, Tensor | None]  # tokens, and documents to be kept apart

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.data import chat as chat_module
 from pipeline.data.chat import BadConversationError, ChatTokenizer
 from pipeline.data.corpus import build_corpus
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.packing import IGNORE, PADDING, Document, next_token_labels
-from pipeline.data.rows import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.training.run import run_training
 from tests.conftest import change, make_teacher, make_tokenizer

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus, load_tokenizer
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, SplitWriter, hash_rows
 from pipeline.data.packing import PADDING, Rows
-from pipeline.data.rows import SPLITS, CorpusSplit, SplitWriter, hash_rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from tests.conftest import change, make_sentences, make_teacher
 from tests.helpers import open_cache

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.data.sources import Extent, Source, _stdlib, read_documents
 from pipeline.errors import DecantError, ParamsError
 from tests.conftest import change

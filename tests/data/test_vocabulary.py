@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Params
-from pipeline.data.rows import SPLITS, CorpusSplit
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.vocabulary import read_vocabulary, require_shared_ids
 from pipeline.errors import DecantError, MismatchError
 from tests.conftest import make_tokenizer

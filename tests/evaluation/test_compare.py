@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.evaluation.models import ProductModel, WholeModel, open_models
-from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import save_student
 from tests.conftest import VOCABULARY_ROWS, change, make_teacher, make_tokenizer
 from tests.helpers import SMALL, judge

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from stages.evaluate import main
 from tests.conftest import make_teacher
 

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.harness import Harness, read_metrics
 from stages.evaluate import main

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import HumanevalParams, Params, load_params
+from pipeline.config.params import HumanevalParams, Params, load_params
 from pipeline.errors import DecantError, MismatchError
 from pipeline.evaluation import completions, sandbox
 from pipeline.evaluation.completions import evaluate_model
@@ -36,9 +36,9 @@ from pipeline.evaluation.humaneval import (
 from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.sandbox import Limits, probe, run_program
 from pipeline.evaluation.stop import StopStrings, complete
-from pipeline.extras import install_hint
-from pipeline.generation import GenerationSettings, generate_ids
-from pipeline.text_generator import TextGenerator
+from pipeline.generation.sampling import GenerationSettings, generate_ids
+from pipeline.generation.text_generator import TextGenerator
+from pipeline.runtime.optional import install_hint
 from stages.humaneval import main
 from tests.conftest import ROOT, RunPython, change, make_teacher
 from tests.waiting import wait_until

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.config import Params
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
 from pipeline.data.packing import Rows
-from pipeline.data.rows import CorpusSplit, SplitWriter
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import first_passage, read_tokens, view_passage
 from pipeline.model.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from stages import train, verify
 from tests.conftest import ROOT
 

@@ -13,16 +13,16 @@ import yaml
 from click.testing import CliRunner
 from gguf import GGUFReader
 
-from pipeline.config import Params, load_params
+from pipeline.config.params import Params, load_params
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.export import check
 from pipeline.export.check import WITHOUT_LLAMA_CPP, TokenizerResult
+from pipeline.export.export import export_model
 from pipeline.export.llama_cpp import has_llama_cpp
 from pipeline.export.push import files_of, require_repo_id
-from pipeline.export.run import export_model
 from pipeline.export.source import Exported, find_model, text_to_check_by
+from pipeline.io.object_store import MARK
 from pipeline.model.weights import load_student, save_student
-from pipeline.storage import MARK
 from pipeline.training.run import run_training
 from stages import export as stage
 from tests.conftest import ROOT, change
@@ -196,7 +196,7 @@ def test_an_export_that_fails_leaves_the_older_one(
     def full_disk(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.export.run.write_gguf", full_disk)
+    monkeypatch.setattr("pipeline.export.export.write_gguf", full_disk)
     with pytest.raises(DecantError, match=r"student is not written, .* the disk is full .* free"):
         export_model(tiny_run, model)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -215,7 +215,7 @@ def test_a_check_tells_of_the_folder_beside_it(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.export.run.check_model", stopped)
+    monkeypatch.setattr("pipeline.export.export.check_model", stopped)
     assert CliRunner().invoke(stage.main, words).exit_code == 130
     assert (tiny_run.paths.export / "student").is_dir()
     assert not check_file.exists()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from pipeline.config import ExportParams
+from pipeline.config.params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export import check as check_module
 from pipeline.export import gguf as gguf_module
@@ -28,12 +28,12 @@ from pipeline.export.check import (
     follow,
     judge,
 )
-from pipeline.export.gguf import write_gguf
-from pipeline.export.hf import write_hugging_face
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
+from pipeline.export.to_gguf import write_gguf
+from pipeline.export.to_huggingface import write_hugging_face
 from pipeline.runtime.device import DTYPES
 from tests.export.conftest import export_params, make_llama, text_of_many_lines
-from tests.export.test_gguf import LLAMA3, yarn
+from tests.export.test_to_gguf import LLAMA3, yarn
 from tests.study.conftest import make_qwen_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="needs the package xllamacpp")

@@ -8,19 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import Divergence
+from pipeline.config.params import Divergence
 from pipeline.data.packing import IGNORE
 from pipeline.errors import MismatchError
-from pipeline.losses import chunked, passes
+from pipeline.losses import chunked, kernels_torch
 from pipeline.losses.chunked import LossSums, distillation_loss_sums
-from pipeline.losses.reference import (
-    DIVERGENCES,
-    bucketed,
-    cross_entropy,
-    distillation_loss,
-    sampled_kl,
-)
-from pipeline.topk import TopK, top_k_from_logits
+from pipeline.losses.divergences import DIVERGENCES
+from pipeline.losses.reference import bucketed, cross_entropy, distillation_loss, sampled_kl
+from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.topk import TopK
 
 TAUS = (1.0, 2.0, 4.0)
 NAMES = get_args(Divergence)
@@ -96,7 +92,7 @@ def test_every_divergence_equals_its_plain_form(
 @pytest.mark.parametrize("tau", TAUS)
 def test_rows_in_several_blocks(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two rows that divide neither the chunk nor the last one."""
-    monkeypatch.setattr(passes, "_BYTES_AT_ONCE_ON_CPU", 2 * 4 * 50)
+    monkeypatch.setattr(kernels_torch, "_BYTES_AT_ONCE_ON_CPU", 2 * 4 * 50)
     topk = top_k_from_logits(torch.randn(17, 50) * 3, 7, TAUS)
     hidden = torch.randn(17, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
@@ -228,13 +224,13 @@ def test_masked_positions_get_no_gradient_and_change_nothing() -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for every matrix product that the chunked loss makes."""
     made: list[object] = []
-    multiply = chunked.mm_float32
+    multiply = chunked.matmul_float32
 
     def counted(*args, **options):  # type: ignore[no-untyped-def]
         made.append(args)
         return multiply(*args, **options)
 
-    monkeypatch.setattr(chunked, "mm_float32", counted)
+    monkeypatch.setattr(chunked, "matmul_float32", counted)
     return made
 
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import Divergence
+from pipeline.config.params import Divergence
 from pipeline.errors import MismatchError
+from pipeline.losses.divergences import DIVERGENCES, LOG_ZERO, SKEW
 from pipeline.losses.reference import (
-    DIVERGENCES,
-    LOG_ZERO,
-    SKEW,
     bucketed,
     cross_entropy,
     distillation_loss,
@@ -22,7 +20,8 @@ from pipeline.losses.reference import (
     sampled_kl,
     tail_bucket_kl,
 )
-from pipeline.topk import TopK, top_k_from_logits
+from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.topk import TopK
 
 TAUS = (1.0, 2.0, 4.0)
 NAMES = get_args(Divergence)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.errors import ParamsError
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.kv_cache import KVCache
-from pipeline.model.student import ModelConfig, StudentModel
 
 CONFIG = ModelConfig(
     hidden_size=32,

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.errors import DecantError
+from pipeline.model.decoder import RotaryEmbedding
 from pipeline.model.rope import inverse_frequencies, read_scaling
-from pipeline.model.student import RotaryEmbedding
 from pipeline.model.weights import load_student, read_config, save_student
-from tests.model.test_student import SHAPE
+from tests.model.test_decoder import SHAPE
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import DecantError
-from pipeline.model.hugging_face import HuggingFaceStudent
-from pipeline.model.student import ModelConfig, StudentModel
+from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.model.huggingface import HuggingFaceStudent
 from pipeline.model.tokenizer import LARGEST_ID, TokenizerClassError, load_tokenizer
 from pipeline.model.weights import load_student, read_config, require_saveable, save_student
 from tests.conftest import make_tokenizer

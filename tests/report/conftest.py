@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
-from pipeline.files import write_json, write_text
+from pipeline.io.files import write_json, write_text
 from tests.conftest import change, tiny_values
 from tests.helpers import capture_all
 from tests.report.browser import Browser, find_browser

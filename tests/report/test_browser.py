@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.report import write_report
 from tests.report.browser import Browser, Page
 from tests.report.test_page import SECTIONS, made_up_runs

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.errors import DecantError
-from pipeline.files import write_json
+from pipeline.io.files import write_json
 from pipeline.report import write_report
-from pipeline.sweep import SweepRun
+from pipeline.report.sweep import SweepRun
 from tests.report.conftest import HOSTILE, scores
 
 _VOID = {"meta", "link", "input", "br", "img", "hr"}

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Params
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
-from pipeline.data.rows import CorpusSplit
 from pipeline.errors import DecantError
-from pipeline.files import write_json
-from pipeline.model.attention import documents_apart
+from pipeline.io.files import write_json
+from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import hash_weights
 from pipeline.report.formats import Passage
-from pipeline.report.inputs import read_inputs
-from pipeline.report.passage import PassageView, passage_view
+from pipeline.report.passage_view import PassageView, passage_view
+from pipeline.report.read_inputs import read_inputs
 from pipeline.report.retained import measure_retained_mass
 from tests.helpers import live_teacher, open_cache
 from tests.report.conftest import passage

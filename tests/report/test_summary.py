@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.report import markdown_table
 from pipeline.report.formats import Scores
 from pipeline.report.summary import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.errors import ParamsError
 from pipeline.runtime import device as hardware
 from pipeline.runtime.device import (
@@ -23,8 +23,8 @@ from pipeline.runtime.device import (
     rounds_float32_factors,
     training_dtype,
 )
-from pipeline.runtime.numerics import mm_float32
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.runtime.numerics import matmul_float32
+from pipeline.teacher.transformers import HuggingFaceTeacher
 from tests.conftest import ROOT, change
 from tests.helpers import open_cache
 
@@ -181,12 +181,12 @@ def test_products_round_factors_alone(
     )
     a, b = torch.randn(7, 64), torch.randn(64, 11)
     expected = a.to(dtype).double() @ b.to(dtype).double()
-    torch.testing.assert_close(mm_float32(a, b, dtype).double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(matmul_float32(a, b, dtype).double(), expected, atol=2e-5, rtol=1e-5)
     start = torch.randn(7, 11)
-    out = mm_float32(a, b, dtype, add_to=start.clone())
+    out = matmul_float32(a, b, dtype, add_to=start.clone())
     torch.testing.assert_close(out.double(), start.double() + expected, atol=2e-5, rtol=1e-5)
     into = torch.empty(7, 11)
-    assert mm_float32(a, b, dtype, out=into) is into
+    assert matmul_float32(a, b, dtype, out=into) is into
     torch.testing.assert_close(into.double(), expected, atol=2e-5, rtol=1e-5)
 
 

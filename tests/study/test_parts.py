@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import DecantError, ParamsError
-from pipeline.model.student import GQAAttention, RMSNorm, RotaryEmbedding, SwiGLUFFN
-from pipeline.storage import MARK
+from pipeline.io.object_store import MARK
+from pipeline.model.decoder import GQAAttention, RMSNorm, RotaryEmbedding, SwiGLUFFN
 from pipeline.study import cache, gqa, rope
 from pipeline.study.architecture import module_tree
 from pipeline.study.machine import describe_device
 from pipeline.study.parts import NAMES
 from pipeline.study.report import write_study
-from pipeline.study.run import PARTS, run_parts
 from pipeline.study.section import Section
 from pipeline.study.speed import peak_bytes
+from pipeline.study.study import PARTS, run_parts
 from pipeline.study.subject import Subject, locate
 from tests.study.conftest import make_model, make_qwen_tokenizer, make_subject
 

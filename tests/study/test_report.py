@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 
 from pipeline.errors import DecantError
-from pipeline.extras import install_hint
+from pipeline.runtime.optional import install_hint
 from pipeline.study.machine import describe_device
 from pipeline.study.report import write_study
 from pipeline.study.section import Comparison, Picture, Section, Table

@@ -12,10 +12,10 @@ import torch
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from pipeline.study.run import PARTS, run_parts
+from pipeline.study.compare_tokenizer import byte_alphabet, tokenizer
 from pipeline.study.section import Section
+from pipeline.study.study import PARTS, run_parts
 from pipeline.study.subject import Subject
-from pipeline.study.tokenizer import byte_alphabet, tokenizer
 from tests.study.conftest import (
     ENTRIES,
     ROWS,

@@ -24,8 +24,8 @@ from transformers import (
 from pipeline.data.packing import IGNORE, PADDING, next_token_labels
 from pipeline.errors import DecantError
 from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.model.student import ModelConfig, StudentModel
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.teacher.transformers import HuggingFaceTeacher
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 101,

@@ -17,14 +17,14 @@ from gguf import GGUFWriter
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Params, TeacherParams
+from pipeline.config.params import Params, TeacherParams
 from pipeline.errors import DecantError
 from pipeline.export.card import run_license
-from pipeline.hub import commit_of
-from pipeline.model.config import describe
+from pipeline.io.hub import commit_of
+from pipeline.io.object_store import MARK
+from pipeline.model.config_json import describe
 from pipeline.model.folder import POINTER, read_pointer
 from pipeline.model.folder import teacher_folder as folder_of
-from pipeline.storage import MARK
 from pipeline.teacher.fetch import fetch_teacher
 from pipeline.teacher.front_matter import read_front_matter, write_gguf_card
 from tests.conftest import change

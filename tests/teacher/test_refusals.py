@@ -17,11 +17,11 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
-from pipeline.data.rows import CorpusSplit
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError
-from pipeline.teacher.hf import HuggingFaceTeacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import run_training
 from tests.conftest import change, make_teacher, make_tokenizer
 from tests.helpers import SMALL, capture_all

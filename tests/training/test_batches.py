@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Params
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, PADDING
-from pipeline.data.rows import CorpusSplit
-from pipeline.store.reader import Shard
-from pipeline.teacher.base import NoTeacher, corpus_shard
-from pipeline.teacher.cached import CachedTeacher
+from pipeline.logit_cache.reader import Shard
+from pipeline.target_sources.cached import CachedTeacher
+from pipeline.target_sources.target_source import NoTeacher, corpus_shard
 from pipeline.training.batches import BatchStream, first_rows, make_batch
 from tests.helpers import open_cache
 

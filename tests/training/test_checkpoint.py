@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.errors import DecantError
-from pipeline.storage import MARK
+from pipeline.io.object_store import MARK
 from pipeline.training.checkpoint import Checkpoints, TrainState, _damage, _sum
-from pipeline.training.parallel import Ranks
+from pipeline.training.dist_checkpoint import Learner, _MetadataUnpickler
+from pipeline.training.distributed import Ranks
 from pipeline.training.run import run_training
-from pipeline.training.sharded import Learner, _MetadataUnpickler
 from tests.conftest import change
 from tests.helpers import SMALL, assert_same_run
 from tests.training.ranks import train_stage

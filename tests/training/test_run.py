@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import Params
+from pipeline.config.params import Params
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from pipeline.named_models import require_model, run_model
-from pipeline.storage import lock, open_folder
+from pipeline.io.object_store import lock, open_folder
+from pipeline.model.named_models import require_model, run_model
 from pipeline.training.run import run_training
 from tests.conftest import change, make_teacher, make_tokenizer
 from tests.helpers import SMALL, capture_all, weights

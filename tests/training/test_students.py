@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.config import LoraParams, Params
+from pipeline.config.params import LoraParams, Params
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from pipeline.extras import install_hint
 from pipeline.losses.chunked import distillation_loss_sums
-from pipeline.model.hugging_face import HuggingFaceStudent
+from pipeline.model.decoder import StudentModel
+from pipeline.model.huggingface import HuggingFaceStudent
 from pipeline.model.lora import add_adapters, merge_adapters
-from pipeline.model.student import StudentModel
 from pipeline.model.weights import open_student
+from pipeline.runtime.optional import install_hint
 from pipeline.training.optim import build_optimizer
 from pipeline.training.run import run_training
 from tests.conftest import change, make_tokenizer

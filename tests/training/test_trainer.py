@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import Params
-from pipeline.data.rows import CorpusSplit
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from pipeline.model.student import ModelConfig, StudentModel
-from pipeline.teacher.base import NoTeacher
+from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.target_sources.target_source import NoTeacher
 from pipeline.training.batches import first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
-from pipeline.training.parallel import ALONE, parallelise
+from pipeline.training.distributed import ALONE, parallelise
 from pipeline.training.run import run_training
 from pipeline.training.trainer import forwards_a_batch
 from pipeline.training.validation import validate

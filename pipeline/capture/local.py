@@ -1,0 +1,327 @@
+"""Corpus -> teacher -> cache: capture one split shard by shard, and resume where it stopped.
+
+A capture is a set of shards that are not committed yet. Any number of processes or machines may
+each take a part of them (`part_of`, or the Ray engine in pipeline/capture/ray.py), because the
+fingerprint, the cache's rank table and the shard's number determine the contents of a shard on
+machines that round alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.packing import Rows
+from pipeline.data.vocabulary import require_tokenizer
+from pipeline.errors import DecantError, MismatchError, ParamsError, accident
+from pipeline.io.object_store import Address, lock, open_folder, require_ours
+from pipeline.io.zarr_shards import DamagedError
+from pipeline.logit_cache.codec import RankTable
+from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
+from pipeline.logit_cache.integrity import Damage, repair_cache
+from pipeline.logit_cache.layout import load_layout, remove_cache
+from pipeline.logit_cache.writer import CacheWriter
+from pipeline.model.attention_mask import documents_apart
+from pipeline.model.folder import hash_weights, teacher_folder
+from pipeline.model.named_models import require_model
+from pipeline.runtime.console import announce, progress_bar, say
+from pipeline.runtime.device import dtype_name, pick_device, seconds_of
+from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
+
+COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 more bytes per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureResult:
+    """The outcome of a capture."""
+
+    shards: int  # in the complete cache
+    shards_done: int  # by this call; the others existed before or belong to another process
+    shards_missing: int  # still missing when this call ended
+    tokens_done: int
+
+
+def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> Fingerprint:
+    """Return the fingerprint of the cache that these parameters produce from a corpus.
+
+    Raises:
+        MismatchError: the corpus was tokenized with another tokenizer.
+        ParamsError: K exceeds the vocabulary.
+    """
+    info = corpus.info
+    teacher, wanted = teacher_folder(params.paths.teacher), params.prepare
+    require_tokenizer(teacher, corpus)
+    if wanted.k > info.vocab_size:
+        raise ParamsError(
+            f"prepare.k={wanted.k} exceeds the {info.vocab_size} ids of the vocabulary: lower it"
+        )
+    return Fingerprint(
+        format_version=FORMAT_VERSION,
+        teacher_sha256=hash_weights(teacher),
+        tokenizer_sha256=info.tokenizer_sha256,
+        corpus_sha256=info.sha256,
+        dtype=dtype_name(dtype),
+        attention=wanted.attention,
+        k=wanted.k,
+        draws=wanted.draws,
+        draw_seed=params.seed if wanted.draws else 0,
+        temperatures=wanted.temperatures,
+        vocab_size=info.vocab_size,
+        num_rows=info.num_rows,
+        row_length=info.row_length,
+    )
+
+
+class Capture:
+    """The capture of one split: its teacher, its corpus, and the cache being written.
+
+    Args:
+        teacher: in the fingerprint's number format.
+        fingerprint: describes what the cache is made from; an existing cache must have the same.
+        repair: first check every committed shard and uncommit the damaged ones (`repaired`).
+
+    Raises:
+        MismatchError: the cache was made from something else; the message names it.
+    """
+
+    def __init__(
+        self,
+        teacher: HuggingFaceTeacher,
+        corpus: CorpusSplit,
+        fingerprint: Fingerprint,
+        params: Params,
+        *,
+        repair: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.corpus = corpus
+        self.fingerprint = fingerprint
+        self._batch_rows = params.capture.batch_rows
+        address, cut = params.paths.logits, params.prepare
+        sizes = {"chunk_rows": cut.chunk_rows, "shard_rows": cut.shard_rows}
+        self.repaired: tuple[Damage, ...] = ()
+        with disk_errors(str(address / corpus.split)):
+            if repair:
+                self.repaired = repair_cache(
+                    address, corpus, fingerprint, count=self.count_ranks, **sizes
+                )
+            self.writer = CacheWriter(
+                address, corpus.split, fingerprint, count=self.count_ranks, **sizes
+            )
+
+    def run(self, shards: list[int]) -> CaptureResult:
+        """Capture the given shards, all of which must be missing.
+
+        A writer thread compresses and syncs one shard while the teacher works on the next. On any
+        error, Ctrl-C included, the current shard is dropped and committed ones stay.
+
+        Raises:
+            DecantError: the disk is full or not writable; the message says how many shards are
+                safe.
+        """
+        tokens = self.tokens_of(shards)
+        bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
+        pending: Future[None] | None = None
+        with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
+            for shard in shards:
+                topk, tokens_sha256 = self.compute(shard, bar)
+                if pending is not None:
+                    pending.result()
+                pending = thread.submit(self.writer.write, shard, topk, tokens_sha256)
+            if pending is not None:
+                pending.result()
+        return CaptureResult(
+            shards=self.writer.layout.num_shards,
+            shards_done=len(shards),
+            shards_missing=len(self.writer.missing()),
+            tokens_done=tokens,
+        )
+
+    def tokens_of(self, shards: list[int]) -> int:
+        """Return the number of tokens in these shards, padding included."""
+        bounds = map(self.writer.layout.rows_of, shards)
+        return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
+
+    def compute(self, shard: int, bar: object | None = None) -> tuple[TopK, str]:
+        """Return a shard's TopK [rows, L, ...] on the CPU, and the hash of its corpus rows."""
+        start, stop = self.writer.layout.rows_of(shard)
+        rows = self.corpus.rows(start, stop)
+        parts: list[TopK] = []
+        for first in range(0, stop - start, self._batch_rows):
+            batch = rows[first : first + self._batch_rows]
+            parts.append(self._top_k(batch, start + first).map(torch.Tensor.cpu))
+            if bar is not None:
+                bar.update(batch.tokens.size)  # type: ignore[attr-defined]
+        return TopK.cat(parts), hash_rows(rows)
+
+    def seconds_per_token(self) -> float:
+        """Time teacher and reduction on this machine, on one row, or on one batch on a GPU."""
+        rows = self._batch_rows if self.teacher.device.type == "cuda" else 1
+        batch = self.corpus.rows(0, min(rows, len(self.corpus)))
+        seconds = seconds_of(lambda: self._top_k(batch, 0), self.teacher.device)
+        return seconds / batch.tokens.size
+
+    def count_ranks(self) -> RankTable:
+        """Make the rank table of a new cache from the teacher's ids on a few evenly spaced rows."""
+        number = min(COUNTED_ROWS, len(self.corpus))
+        places = np.arange(number) * len(self.corpus) // number
+        ids = []
+        for place in places.tolist():
+            topk = self._top_k(self.corpus.rows(place, place + 1), place)
+            ids += [topk.ids.cpu().numpy().ravel(), topk.draw_ids.cpu().numpy().ravel()]
+        return RankTable.counted(np.concatenate(ids), self.fingerprint.vocab_size)
+
+    def _top_k(self, rows: Rows, first_row: int) -> TopK:
+        made_from = self.fingerprint
+        numbers = range(first_row, first_row + len(rows))
+        uniforms = row_uniforms(numbers, made_from.row_length, made_from.draws, made_from.draw_seed)
+        tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+        apart = documents_apart(doc_ids, made_from.attention)
+        return self.teacher.top_k(tokens, made_from.k, made_from.temperatures, uniforms, apart)
+
+
+def open_captures(
+    params: Params, *, overwrite: bool = False, repair: bool = False
+) -> list[Capture]:
+    """Open the captures of all splits, with one teacher on this process's device.
+
+    Args:
+        overwrite: first delete the cache at paths.logits if it was made from something else;
+            running the same command again continues what the first one began.
+        repair: see Capture.
+
+    Raises:
+        DecantError: see fingerprint_of, HuggingFaceTeacher and Capture.
+    """
+    require_model(
+        teacher_folder(params.paths.teacher),
+        "run stages/fetch.py first",
+        "run stages/fetch.py again",
+    )
+    corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
+    device = pick_device(params.device)
+    dtype = teacher_dtype(params, device)
+    fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
+    require_ours(params.paths.logits, "logits", key="paths.logits")
+    if overwrite:
+        for split, wanted in zip(SPLITS, fingerprints, strict=True):
+            address = params.paths.logits / split
+            if other := _something_else(address, wanted):
+                say(f"prepare: {other}, and gives way to a new cache")
+                remove_cache(open_folder(address))
+    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
+    return [
+        Capture(teacher, corpus, fingerprint, params, repair=repair)
+        for corpus, fingerprint in zip(corpora, fingerprints, strict=True)
+    ]
+
+
+def _something_else(address: Address, wanted: Fingerprint) -> str:
+    """Describe how a split's cache differs from the wanted one; empty if it does not.
+
+    Raises:
+        DecantError: the cache is too damaged to tell. It may hold hours of capture, so it is not
+            deleted for that reason alone.
+    """
+    try:
+        layout = load_layout(open_folder(address), str(address))
+    except MismatchError as error:
+        return str(error).partition(": ")[0]
+    except DamagedError as error:
+        raise DecantError(
+            f"{address} is damaged ({error}), so that what it was made from cannot be told: remove "
+            "it to capture it again"
+        ) from None
+    difference = layout and layout.fingerprint.difference(wanted)
+    return f"{address} {difference}" if difference else ""
+
+
+def capture_locally(
+    params: Params,
+    *,
+    part: int = 1,
+    parts: int = 1,
+    overwrite: bool = False,
+    repair: bool = False,
+) -> list[CaptureResult]:
+    """Capture the missing shards of each split, or one part of them, in this process.
+
+    Raises:
+        DecantError: another process captures the same part, or everything, or shares the work
+            among a different number of parts.
+    """
+    with lock_cache(params, part=part, parts=parts):
+        return _capture(params, part, parts, overwrite=overwrite, repair=repair)
+
+
+def lock_cache(params: Params, *, part: int = 1, parts: int = 1) -> AbstractContextManager[None]:
+    """Exclude other processes that would write the same shards."""
+    remedy = "set paths.logits to another place, or share the work by --shards I/N"
+    return lock(params.paths.logits, remedy, part=part, parts=parts)
+
+
+def _capture(
+    params: Params, part: int, parts: int, *, overwrite: bool, repair: bool
+) -> list[CaptureResult]:
+    captures = open_captures(params, overwrite=overwrite, repair=repair)
+    for capture in captures:
+        say_repaired(capture.corpus.split, capture.repaired)
+    todo = [part_of(capture.writer.missing(), part, parts) for capture in captures]
+    _announce(captures, todo)
+    return [capture.run(shards) for capture, shards in zip(captures, todo, strict=True)]
+
+
+def _announce(captures: list[Capture], todo: list[list[int]]) -> None:
+    shards = sum(map(len, todo))
+    if not shards:
+        announce("prepare", "every shard is captured already")
+        return
+    tokens = sum(
+        capture.tokens_of(numbers) for capture, numbers in zip(captures, todo, strict=True)
+    )
+    teacher, made_from = captures[0].teacher, captures[0].fingerprint
+    kept = f"top {made_from.k}" + (f" + {made_from.draws} draws" if made_from.draws else "")
+    announce(
+        "prepare",
+        f"captures the {kept} of {tokens:,} tokens in {shards} shards from {teacher.describe()}",
+        tokens * captures[0].seconds_per_token(),
+    )
+
+
+def say_repaired(split: str, damages: tuple[Damage, ...]) -> None:
+    """Print each damage on its own line."""
+    for damage in damages:
+        shard = "" if damage.shard is None else f"shard {damage.shard}: "
+        say(f"prepare: {split} {shard}{damage.what}; repaired")
+
+
+def part_of(shards: list[int], part: int, parts: int) -> list[int]:
+    """Return every parts-th shard: those that process `part` (from 1) of `parts` captures."""
+    return [shard for shard in shards if shard % parts == part - 1]
+
+
+@contextmanager
+def disk_errors(where: str, writer: CacheWriter | None = None) -> Iterator[None]:
+    """Report a full or read-only disk as one sentence; committed shards stay."""
+    try:
+        yield
+    except OSError as error:
+        what = accident(error) or error.strerror or str(error)
+        safe = ""
+        if writer is not None:
+            total = writer.layout.num_shards
+            safe = f"{total - len(writer.missing())} of {total} shards are committed and safe; "
+            where = str(writer.address)
+        raise DecantError(
+            f"capture to {where} stopped, {error.filename or 'the cache'}: {what}: {safe}fix that "
+            "and run the same command to continue"
+        ) from error

@@ -1,0 +1,114 @@
+"""Describe what a corpus is made from, so that the stage can see whether there is anything to do.
+
+stages/corpus.py compares `source.json` in the corpus with what it would be now: parameters, hashes
+of the text, the tokenizer's files, and the code that makes rows of them. DVC does the same by way
+of pipeline/inputs.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.params import CorpusParams
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.sources import find_files, matching_files, stdlib_files
+from pipeline.errors import DecantError
+from pipeline.io.hashes import hash_changed, hash_file
+from pipeline.io.hub import commit_of
+from pipeline.io.object_store import Address, open_folder, seen_file
+from pipeline.model.folder import POINTER, TOKENIZER_FILES
+
+_HERE = Path(__file__).parent
+_CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
+
+
+def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str, Any]:
+    """Describe what the corpus at `address` would be made from now.
+
+    Text that no longer exists is assumed to be unchanged: on a machine that only has the corpus,
+    none of the text can have changed.
+
+    Raises:
+        DecantError: the text does not exist, and no corpus was made from it.
+    """
+    before = read_made_from(address)
+    tokenizer = [teacher / name for name in TOKENIZER_FILES if (teacher / name).exists()]
+    code = b"".join(file.read_bytes() for file in sorted(_CODE))
+    return {
+        "corpus": _read_values(params),
+        "text": text_made_from(params, _object(before.get("text")), seen_file(address)),
+        "tokenizer": [[Path(name).name, h] for name, h in hash_changed(tokenizer, None).items()],
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+    }
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _read_values(params: CorpusParams) -> dict[str, Any]:
+    """The parameters without the sections of other sources."""
+    return params.model_dump(mode="json", exclude={"files", "hub"} - {params.source})
+
+
+def text_made_from(
+    params: CorpusParams, before: Mapping[str, Any], seen: Path | None
+) -> dict[str, Any]:
+    """Return the source of the text, and what stands for its bytes: hashes, or a commit on the hub.
+
+    Args:
+        before: what this returned the last time, which holds for text that has gone since.
+        seen: see `hash_changed`.
+
+    Raises:
+        DecantError: the text is not there, or the hub cannot be reached.
+    """
+    named = {"source": params.source, **_read_values(params).get(params.source, {})}
+    known = before.get("sha256") if before.get("named") == named else None
+    return {"named": named, "sha256": _stand_in(params, known, seen)}
+
+
+def _stand_in(params: CorpusParams, known: Any, seen: Path | None) -> Any:
+    if params.source == "hub":
+        return commit_of(
+            params.hub.id,
+            params.hub.revision,
+            kind="dataset",
+            named="corpus.hub.revision",
+            otherwise=known,
+        )
+    if params.source == "files":
+        here = any(matching_files(p) or Path(p).exists() for p in params.files.paths)
+        if known is not None and not here:
+            return known
+        files = [Path(name) for name in find_files(params.files.paths)]
+        return [list(entry) for entry in hash_changed(files, seen).items()]
+    digest = hashlib.sha256()
+    for file in stdlib_files():
+        digest.update(bytes.fromhex(hash_file(file)))
+    return digest.hexdigest()
+
+
+def read_made_from(address: Address) -> dict[str, Any]:
+    """Read the `source.json` of a corpus; empty if there is none that can be read."""
+    try:
+        return _object(json.loads(open_folder(address).read(POINTER)))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+
+
+def is_there(address: Address) -> bool:
+    """Return whether there is a corpus that its readers can open."""
+    try:
+        return all(len(CorpusSplit(address, split)) for split in SPLITS)
+    except DecantError:
+        return False
+
+
+def write_made_from(address: Address, content: dict[str, Any]) -> None:
+    """Record what a corpus was made from, once it is complete."""
+    open_folder(address).write(POINTER, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,242 @@
+"""The layout of a cache as objects: the arrays that follow from a fingerprint, and their group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.errors import MismatchError
+from pipeline.io.object_store import Folder
+from pipeline.io.zarr_shards import (
+    ArraySpec,
+    DamagedError,
+    Size,
+    crc32c,
+    is_sealed,
+    json_crc32c,
+    parse,
+    read_group,
+    read_shard,
+)
+from pipeline.logit_cache.codec import RankTable
+from pipeline.logit_cache.format import (
+    COMMITS,
+    FORMAT_VERSION,
+    RANK_TABLE,
+    Fingerprint,
+    Marker,
+    marker_key,
+)
+
+_ARRAYS = (
+    "id_ranks",
+    "logprob_steps",
+    "lse",
+    "lse_tau",
+    "entropy",
+    "draw_rank_steps",
+    "draw_logprobs",
+)
+_MARKERS_AT_ONCE = 16  # requests to an object store
+_MAX_CHUNK = 2**31 - 1  # bytes that blosc compresses at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayout:
+    """The layout of a cache with a given fingerprint, as arrays, chunks and shards."""
+
+    fingerprint: Fingerprint
+    chunk_rows: Size
+    shard_rows: Size
+    rank_table: Annotated[str, Field(pattern=f"^{RANK_TABLE}[0-9a-f]{{8}}$")]  # rank_to_id's name
+
+    @cached_property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The arrays with N rows, by name."""
+        made_from = self.fingerprint
+        rows = (made_from.num_rows, made_from.row_length)
+        rank_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
+        arrays: dict[str, tuple[int | None, str]] = {
+            "id_ranks": (made_from.k, rank_dtype),
+            "logprob_steps": (made_from.k, "uint16"),
+            "lse": (None, "float32"),
+            "lse_tau": (len(made_from.temperatures), "float32"),
+            "entropy": (None, "float16"),
+            "draw_rank_steps": (made_from.draws, rank_dtype),
+            "draw_logprobs": (made_from.draws, "float16"),
+        }
+        return {
+            name: ArraySpec(
+                name=name,
+                shape=rows if last is None else (*rows, last),
+                dtype=dtype,
+                chunk_rows=self.chunk_rows,
+                shard_rows=self.shard_rows,
+                last_axis_first=name == "logprob_steps",
+            )
+            for name, (last, dtype) in arrays.items()
+            if last != 0
+        }
+
+    @property
+    def rank_spec(self) -> ArraySpec:
+        """The array rank_to_id."""
+        size = self.fingerprint.vocab_size
+        return ArraySpec(
+            name=self.rank_table, shape=(size,), dtype="uint32", chunk_rows=size, shard_rows=size
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards in the complete cache."""
+        return self.specs["lse"].num_shards
+
+    def rows_of(self, shard: int) -> tuple[int, int]:
+        """Return a shard's first row, and the row after its last one."""
+        return self.specs["lse"].rows_of(shard)
+
+    def about(self) -> dict[str, Any]:
+        """Return the description that is stored in the group's attributes."""
+        return asdict(self.fingerprint) | {
+            "chunk_rows": self.chunk_rows,
+            "shard_rows": self.shard_rows,
+            "rank_table": self.rank_table,
+        }
+
+    def checksum(self) -> int:
+        """Return the crc32c of `about`; a shard's marker holds it to identify the cache."""
+        return json_crc32c(self.about())
+
+
+def load_layout(folder: Folder, where: str) -> CacheLayout | None:
+    """Read the layout of the cache in a folder; None if there is no cache.
+
+    Raises:
+        MismatchError: the group is not a cache, or has a newer format.
+        DamagedError: the metadata is not what was written.
+    """
+    about = read_group(folder, where, FORMAT_VERSION)
+    if about is None:
+        return None
+    try:
+        fingerprint = Fingerprint.from_json(about)
+        names = ("chunk_rows", "shard_rows", "rank_table")
+        values = {name: about[name] for name in names} | {"fingerprint": asdict(fingerprint)}
+        layout = parse(CacheLayout, values, "its zarr.json")
+    except KeyError as error:
+        raise MismatchError(
+            f"{where} is not a logit cache, it lacks {error}: choose another paths.logits"
+        ) from None
+    _require_possible(layout)
+    return layout
+
+
+def _require_possible(layout: CacheLayout) -> None:
+    """Refuse sizes that no cache has, before memory is allocated for them.
+
+    Raises:
+        DamagedError: a size is impossible; the message names it.
+    """
+    if layout.shard_rows % layout.chunk_rows:
+        raise DamagedError(
+            f"its zarr.json has shards of {layout.shard_rows} rows in chunks of {layout.chunk_rows}"
+        )
+    for spec in (*layout.specs.values(), layout.rank_spec):
+        if spec.chunk_bytes > _MAX_CHUNK:
+            raise DamagedError(
+                f"its zarr.json has chunks of {spec.chunk_bytes} bytes in {spec.name}"
+            )
+
+
+def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
+    """Read the rank table of a cache.
+
+    Raises:
+        DamagedError: the table is missing, or its contents do not match its name.
+    """
+    ids = read_shard(folder, layout.rank_spec, 0)
+    if not np.array_equal(np.sort(ids), np.arange(len(ids))):
+        raise DamagedError(f"{layout.rank_table} is no permutation of the ids")
+    table = RankTable(ids)
+    if rank_table_name(table) != layout.rank_table:
+        raise DamagedError(f"{layout.rank_table} holds another table")
+    return table
+
+
+def remove_cache(folder: Folder) -> None:
+    """Delete a split's cache, whatever its K was, and nothing else in the folder.
+
+    Commit markers are removed first, so that a killed removal leaves nothing committed.
+    """
+    folder.remove(COMMITS)
+    folder.remove("zarr.json")
+    for name in {key.partition("/")[0] for key in folder.sizes()}:
+        if name in _ARRAYS or name.startswith(RANK_TABLE):
+            folder.remove(name)
+
+
+@contextmanager
+def damage_as_sentence(what: str) -> Iterator[None]:
+    """Turn DamagedError into MismatchError with the remedy; `what` names the shard or cache."""
+    try:
+        yield
+    except DamagedError as error:
+        raise MismatchError(
+            f"{what} is damaged ({error}): run stages/prepare.py --repair"
+        ) from None
+
+
+def rank_table_name(table: RankTable) -> str:
+    """Return the array's name: `rank_to_id_` and the crc32c of the table's bytes."""
+    return f"{RANK_TABLE}{crc32c(table.to_bytes()):08x}"
+
+
+def read_marker(folder: Folder, shard: int) -> Marker:
+    """Read a shard's commit marker.
+
+    Raises:
+        DamagedError: the marker is missing or not what was written.
+    """
+    try:
+        values = json.loads(folder.read(marker_key(shard)))
+    except FileNotFoundError:
+        raise DamagedError("its commit marker is missing") from None
+    except (ValueError, RecursionError):
+        raise DamagedError("its commit marker cannot be read") from None
+    if not isinstance(values, dict) or not is_sealed(values):
+        raise DamagedError("its commit marker does not match its crc32c")
+    return parse(Marker, values, "its commit marker")
+
+
+def shards_with_marker(folder: Folder, layout: CacheLayout) -> list[int]:
+    """List the shards that have a marker, whatever its contents, from one listing, in order."""
+    markers = folder.sizes(COMMITS)
+    return [shard for shard in range(layout.num_shards) if marker_key(shard) in markers]
+
+
+def committed_shards(folder: Folder, layout: CacheLayout) -> list[int]:
+    """List the shards with an intact marker of THIS cache, in order.
+
+    Another cache that was in the same place may have left markers behind.
+    """
+    with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:
+        marked = shards_with_marker(folder, layout)
+        ours = pool.map(lambda shard: is_committed(folder, layout, shard), marked)
+        return [shard for shard, is_ours in zip(marked, ours, strict=True) if is_ours]
+
+
+def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
+    """Return whether a shard has an intact marker of this cache."""
+    try:
+        marker = read_marker(folder, shard)
+    except DamagedError:
+        return False
+    return marker.shard == shard and marker.cache == layout.checksum()

@@ -1,0 +1,262 @@
+"""Read a cache: whole shards, checked and decoded, and the shuffled order in which training reads.
+
+Opening a cache checks its fingerprint against the corpus, and that every shard is committed.
+Reading a shard checks each object against its size and hash in the marker, every chunk against its
+own crc32c, and the corpus rows against the marker's sha256, so a cache is never silently paired
+with other tokens. Objects are read whole, so an object store gets one request per object, and
+training reads each object of the cache once per epoch. A corpus shard holds the tokens of several
+cache shards, and is read again if it is no longer among the last two.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
+from pipeline.data.packing import Rows
+from pipeline.errors import MismatchError
+from pipeline.io.object_store import Address, Folder, open_folder
+from pipeline.io.zarr_shards import DamagedError, decode_shard, read_object
+from pipeline.logit_cache.codec import Arrays, restore, to_topk
+from pipeline.logit_cache.format import Fingerprint
+from pipeline.logit_cache.layout import (
+    CacheLayout,
+    damage_as_sentence,
+    load_layout,
+    load_table,
+    read_marker,
+    shards_with_marker,
+)
+from pipeline.targets.topk import TopK
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard in memory: the corpus rows from `first` on, and the teacher's arrays for them.
+
+    `arrays` is None if only tokens were requested. At K = 64 a shard takes 270 bytes per token.
+    """
+
+    first: int
+    rows: Rows
+    arrays: Arrays | None
+
+
+class CacheReader:
+    """The complete cache of one split, bound to the corpus split it was made from.
+
+    Args:
+        address: the cache, for example cache/logits.zarr, which contains the split's group.
+        corpus: the split with the rows that the cache describes.
+        k: use only the first k stored ids; None uses all.
+
+    Raises:
+        MismatchError: the cache is missing, incomplete, damaged, or made from another corpus.
+    """
+
+    def __init__(self, address: Address, corpus: CorpusSplit, *, k: int | None = None) -> None:
+        self.address = address / corpus.split
+        self.corpus = corpus
+        self._folder = open_folder(self.address)
+        with damage_as_sentence(str(self.address)):
+            layout = load_layout(self._folder, str(self.address))
+        if layout is None:
+            raise MismatchError(
+                f"{self.address} does not exist: run stages/prepare.py (or `dvc repro`)"
+            )
+        self.layout = layout
+        require_corpus(layout.fingerprint, corpus, str(self.address))
+        marked = shards_with_marker(self._folder, layout)
+        if missing := set(range(layout.num_shards)).difference(marked):
+            raise MismatchError(
+                f"shard {min(missing)} of {layout.num_shards} in {self.address} is not captured: "
+                "run stages/prepare.py to capture what is missing"
+            )
+        with damage_as_sentence(str(self.address)):
+            self.table = load_table(self._folder, layout)
+        self._k = k
+        self._kept: OrderedDict[int, Shard] = OrderedDict()
+        if k is not None and k > self.fingerprint.k:
+            raise MismatchError(
+                f"k={k} ids are wanted, {self.address} stores {self.fingerprint.k}: lower train.k, "
+                "or capture with a larger prepare.k"
+            )
+        if k is not None and k < self.fingerprint.k and self.fingerprint.draws:
+            raise MismatchError(
+                f"k={k} ids are wanted, but the draws of {self.address} were taken outside its "
+                f"{self.fingerprint.k}: set train.k to null"
+            )
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the cache's inputs."""
+        return self.layout.fingerprint
+
+    def num_bytes(self) -> int:
+        """Return the size in bytes of all committed shards, from their markers."""
+        total = 0
+        for shard in range(self.layout.num_shards):
+            with self._checked(shard):
+                marker = read_marker(self._folder, shard)
+            total += sum(size for size, _ in marker.objects.values())
+        return total
+
+    def shard(self, number: int) -> Shard:
+        """Read, check and decode one shard. Safe to call from several threads.
+
+        Raises:
+            MismatchError: the shard is damaged, or the corpus rows have changed since the capture.
+        """
+        layout = self.layout
+        with self._checked(number):
+            rows, arrays = read_shard_arrays(self._folder, layout, self.corpus, number)
+        for name in ("id_ranks", "logprob_steps"):  # keep the first k of the K ids
+            if name in arrays and self._k is not None:
+                arrays[name] = np.ascontiguousarray(arrays[name][..., : self._k])
+        return Shard(first=layout.rows_of(number)[0], rows=rows, arrays=arrays)
+
+    def top_k(self, rows: NDArray[np.int64]) -> TopK:
+        """Return the TopK [n, L, K] of any rows; the last two shards read stay in memory."""
+        shards = [self._keep(int(row) // self.layout.shard_rows) for row in rows]
+        return self.gather([(shard, int(row)) for shard, row in zip(shards, rows, strict=True)])
+
+    def gather(self, places: list[tuple[Shard, int]]) -> TopK:
+        """Return the TopK [n, L, K] of corpus rows from shards that are in memory."""
+        arrays: Arrays = {}
+        for name in self.layout.specs:
+            parts = []
+            for shard, row in places:
+                assert shard.arrays is not None
+                parts.append(shard.arrays[name][row - shard.first])
+            arrays[name] = np.stack(parts)
+        try:
+            return to_topk(arrays, self.table, self.fingerprint)
+        except IndexError:
+            raise MismatchError(
+                f"{self.address} holds ranks beyond its {self.fingerprint.vocab_size} ids: capture "
+                "it again with stages/prepare.py --overwrite"
+            ) from None
+
+    def _keep(self, number: int) -> Shard:
+        if number not in self._kept:
+            self._kept[number] = self.shard(number)
+            while len(self._kept) > 2:
+                self._kept.popitem(last=False)
+        return self._kept[number]
+
+    def _checked(self, shard: int) -> AbstractContextManager[None]:
+        return damage_as_sentence(f"shard {shard} of {self.address}")
+
+
+def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) -> None:
+    """Refuse a cache that was made from another corpus.
+
+    Raises:
+        MismatchError: a field of the fingerprint differs; the message names it.
+    """
+    info = corpus.info
+    wanted = {
+        "corpus_sha256": info.sha256,
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "num_rows": info.num_rows,
+        "row_length": info.row_length,
+        "vocab_size": info.vocab_size,
+    }
+    for name, value in wanted.items():
+        stored = getattr(fingerprint, name)
+        if stored != value:
+            raise MismatchError(
+                f"{where} was captured with {name}={stored}, {corpus.path} has {value}: they do "
+                "not belong together, capture again with stages/prepare.py --overwrite"
+            )
+
+
+def read_shard_arrays(
+    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int
+) -> tuple[Rows, Arrays]:
+    """Read and check the corpus rows and decoded arrays of one shard.
+
+    Raises:
+        DamagedError: an object, the marker, or the corpus rows are not what was committed.
+    """
+    marker = read_marker(folder, shard)
+    start, stop = layout.rows_of(shard)
+    if marker.shard != shard or marker.rows != (start, stop):
+        raise DamagedError(f"its commit marker is that of shard {marker.shard}")
+    if marker.cache != layout.checksum():
+        raise DamagedError("it was captured for another cache in this place")
+    rows = corpus.rows(start, stop)
+    if hash_rows(rows) != marker.tokens_sha256:
+        raise DamagedError(
+            f"it was captured from other tokens than rows {start}..{stop} of {corpus.path} hold now"
+        )
+    arrays: Arrays = {}
+    for name, spec in layout.specs.items():
+        key = spec.key_of(shard)
+        data = read_object(folder, key, marker.objects.get(name, (0, "")))
+        try:
+            arrays[name] = restore(name, decode_shard(spec, data, shard))
+        except DamagedError as error:
+            raise DamagedError(f"{key}: {error}") from None
+    return rows, arrays
+
+
+class ShuffledRows:
+    """The endless order in which training visits rows, a function of (seed, place) alone.
+
+    Every row occurs once per epoch. Shards are shuffled, then the rows of each window of
+    `window_shards` shards are shuffled, so a reader needs only that window in memory and reads each
+    shard once per epoch. Any place can be computed directly, since the random numbers for a window
+    depend only on (seed, epoch, window).
+    """
+
+    def __init__(self, num_rows: int, *, shard_rows: int, window_shards: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._shard_rows = shard_rows
+        self._window_shards = window_shards
+        self._seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+    def at(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the rows at places first..first+count, int64 [count]; places run across epochs."""
+        parts = []
+        while count:
+            epoch, place = divmod(first, self._num_rows)
+            _, ends = self._epoch(epoch)
+            window = int(np.searchsorted(ends, place, side="right"))
+            rows = self._window(epoch, window)
+            begin = place - (int(ends[window]) - len(rows))
+            part = rows[begin : begin + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the shards in the epoch's order, and the place at which each window ends."""
+        shards = np.arange(-(-self._num_rows // self._shard_rows))
+        np.random.default_rng([self._seed, epoch]).shuffle(shards)
+        first = shards * self._shard_rows
+        sizes = np.minimum(first + self._shard_rows, self._num_rows) - first
+        ends = np.cumsum(np.add.reduceat(sizes, np.arange(0, len(shards), self._window_shards)))
+        return shards, ends
+
+    def _make_window(self, epoch: int, window: int) -> NDArray[np.int64]:
+        shards, _ = self._epoch(epoch)
+        start = window * self._window_shards
+        rows = np.concatenate(
+            [
+                np.arange(
+                    shard * self._shard_rows, min((shard + 1) * self._shard_rows, self._num_rows)
+                )
+                for shard in shards[start : start + self._window_shards]
+            ]
+        )
+        np.random.default_rng([self._seed, epoch, window]).shuffle(rows)
+        return rows

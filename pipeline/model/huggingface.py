@@ -1,0 +1,352 @@
+"""Run any causal language model of transformers as a student, and share code with teachers.
+
+Only the library's own classes are used, from a local folder of safetensors; no code from a folder
+is run. Training uses hidden states and the head's matrix separately. So a model that changes its
+logits after the head, or its hidden states before it, is refused: by name if its config says so,
+otherwise by a probe of a few tokens.
+
+Documents packed into one row are kept apart only by their positions. Where a position is not one
+more than the previous one, transformers sees a new sequence and masks attention accordingly, for
+every kernel and every type of layer that a model has, including sliding windows; a 4D mask of our
+own would replace those. Models whose layers ignore positions in this way (recurrent ones, ALiBi)
+are found by a probe too.
+
+Shapes: B batch, L length, D hidden, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import DecantError, ParamsError, reason_of
+from pipeline.model.attention_mask import document_positions
+from pipeline.model.config_json import read_config_json
+from pipeline.model.folder import require_regular_folder
+from pipeline.model.student import Student
+from pipeline.runtime.optional import import_transformers
+
+_PROBE_TOKENS = 8
+_REPEATED = 1e-3  # relative to the largest value: the body run twice; kernels may add in any order
+_ROUNDED = 2e-2  # relative to the largest value: a product in bfloat16 against one in float32
+_UNCHANGED = 1e-6  # relative to the largest value: the head's output against the final logits
+_ROUNDING = 1e-4  # relative to the norm: allowed even if the probe saw no rounding
+_NUMBERS = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
+"""Attributes of a layer that may differ when the same layer is at another position."""
+_LOGIT_CHANGES = (
+    "logit_scale",  # Cohere
+    "logits_scaling",  # Granite
+    "lm_head_multiplier",  # Falcon-H1
+    "final_logit_softcapping",  # Gemma 2
+)
+
+
+class LogitsError(DecantError):
+    """The logits are not the body's final hidden states times the head's matrix, plus its bias."""
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
+    """Load the model of a local folder in evaluation mode and require that no weights are missing.
+
+    Args:
+        what: the model's role in the pipeline, for the error message.
+
+    Raises:
+        DecantError: there is no model, its architecture is unknown, or tensors are missing.
+    """
+    require_regular_folder(folder)
+    read_config_json(folder)
+    try:
+        model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damage can raise errors of four libraries
+        reason = reason_of(error)
+        raise DecantError(
+            f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a whole folder "
+            "with safetensors of an architecture that transformers knows"
+        ) from error
+    if missing := loading["missing_keys"]:  # transformers would initialise these at random
+        raise DecantError(
+            f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
+            "whole model by stages/fetch.py"
+        )
+    return model.eval()
+
+
+def require_plain_head(folder: Path, config: Any) -> None:
+    """Raise a LogitsError if the config says that logits are scaled or capped."""
+    for name in _LOGIT_CHANGES:
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise LogitsError(
+                f"{folder} changes its logits after the head ({name}={value}), which Decant does "
+                "not follow: choose a model without that"
+            )
+
+
+@torch.no_grad()
+def require_own_logits(folder: Path, model: Any) -> None:
+    """Refuse a model whose logits are not its final hidden states passed through its head.
+
+    The model's own forward is watched: the head's input must be the body's output, the head's
+    output must be the product of the two, and the logits must equal it. Because each step is
+    checked separately, even a small change shows in any number format.
+
+    Raises:
+        LogitsError: something happens before, in or after the head, or the head is not used.
+        DecantError: the model cannot be run, for example because sizes do not fit together.
+    """
+    tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+    passed: list[tuple[Tensor | None, Tensor | None]] = []
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise LogitsError(
+            f"{folder} holds a {model.config.model_type!r} model without a head apart from its "
+            "body, which Decant needs: choose a model with one"
+        )
+    hook = head.register_forward_hook(lambda _, args, out: passed.append((args[0], out)))
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        hidden = body_states(model, tokens)
+    except Exception as error:  # model classes fail in many ways on foreign sizes
+        reason = reason_of(error)
+        raise DecantError(
+            f"the model of {folder} cannot be run ({reason}): download the whole model again"
+        ) from error
+    finally:
+        hook.remove()
+    (entered, left), *_ = passed or [(None, None)]
+    product = left
+    if entered is not None and type(head) is not nn.Linear:
+        product = _product(head, entered)
+    for where, found, wanted, tolerance in (
+        ("before", entered, hidden, _REPEATED),
+        ("in", left, product, _REPEATED if model.dtype == torch.float32 else _ROUNDED),
+        ("after", left, logits, _UNCHANGED),
+    ):
+        if found is None or wanted is None or not _close(found, wanted, tolerance):
+            raise LogitsError(
+                f"the logits of {folder} are not its hidden states times its head's matrix: a "
+                f"{model.config.model_type!r} model does more {where} the head, which Decant does "
+                "not follow: choose a model without that"
+            )
+
+
+def _product(head: Any, states: Tensor) -> Tensor:
+    bias = getattr(head, "bias", None)
+    product: Tensor = states.float() @ head.weight.float().T
+    return product if bias is None else product + bias.float()
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    found, wanted = found.float(), wanted.float()
+    if not bool(wanted.isfinite().all()):  # reported where the numbers are used
+        return True
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
+    """Return the final hidden states [B, L, D] of a transformers model."""
+    hidden: Tensor = model.base_model(
+        input_ids=tokens, use_cache=False, **options
+    ).last_hidden_state
+    return hidden
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest row that a transformers model can read; None if its config has no limit.
+
+    YaRN is enabled by `rope_scaling` alone, while the config still gives the training context.
+    """
+    config = config.get_text_config(decoder=True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "yarn" and rope.get("factor"):
+        original = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, round(rope["factor"] * original))
+    return limit
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
+    """Return whether a document's output is the same after another document and alone.
+
+    Differences from rounding are allowed. Their size is measured with the same document first in
+    the row, where nothing can leak into it.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        vocab_size: number of ids that the documents' tokens are taken from.
+    """
+    tokens = torch.linspace(0, vocab_size - 1, 2 * _PROBE_TOKENS, device=model.device).long()
+    other, document = tokens.view(2, 1, _PROBE_TOKENS)
+    positions = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2)[None]
+
+    def hidden(*documents: Tensor, **options: Tensor) -> Tensor:
+        together = torch.cat(documents, 1)
+        return body_states(model, together, **options).float()
+
+    alone = hidden(document)
+    try:
+        behind = hidden(other, document, position_ids=positions)[:, _PROBE_TOKENS:]
+        before = hidden(document, other, position_ids=positions)[:, :_PROBE_TOKENS]
+    except (TypeError, ValueError):  # the model takes no position ids
+        return False
+    leak, rounding = (float((found - alone).norm()) for found in (behind, before))
+    return leak <= 3.0 * rounding + _ROUNDING * float(alone.norm())
+
+
+class HuggingFaceStudent(Student):
+    """A causal language model of transformers, in float32, in training mode.
+
+    Args:
+        folder: Hugging Face folder with safetensors.
+        layers: decoder layers to keep, in order (0-based, may not repeat); None keeps all.
+
+    Raises:
+        DecantError: there is no usable model in the folder.
+        LogitsError: its logits are not hidden states times the head's matrix.
+        ParamsError: `layers` names a layer that does not exist.
+    """
+
+    def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        model = load_causal_lm(folder, torch.float32, what="student")
+        require_plain_head(folder, model.config)
+        if layers is not None:
+            model = _keep_layers(model, layers, folder)
+        self.model = model
+        require_own_logits(folder, model)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise LogitsError(
+                f"{folder} has a bias in its head, which training does not follow: choose a model "
+                "without"
+            )
+        self._keeps_apart = keeps_documents_apart(model, self.vocab_size)
+        self.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
+
+    @property
+    def head_weight(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def max_seq_len(self) -> int | None:
+        return max_positions(self.model.config)
+
+    @property
+    def body(self) -> nn.Module:
+        body: nn.Module = self.model
+        return body
+
+    def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        """See `Student`. Raise a DecantError for document masks that the model would ignore."""
+        if doc_ids is None:
+            return body_states(self.model, tokens)
+        if not self._keeps_apart:
+            raise DecantError(
+                f"a {self.model.config.model_type!r} student attends across documents whatever it "
+                "is told: train it without document masks, or choose another architecture"
+            )
+        return body_states(self.model, tokens, position_ids=document_positions(doc_ids))
+
+
+def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
+    """Return the same model with only the chosen decoder layers; per-layer lists are cut alike.
+
+    Raises:
+        DecantError: its layers cannot be selected, or one would become another type of layer at its
+            new position (some architectures decide by position which layers are sparse, or attend
+            locally).
+    """
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise DecantError(
+            f"{folder} holds a {model.config.model_type!r} model, whose language model is a part of"
+            " a larger one, and layers are not chosen from these: set student.init to checkpoint"
+        )
+    count = model.config.num_hidden_layers
+    stacks = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    )
+    stack = next(stacks, None)
+    if stack is None:
+        raise DecantError(
+            f"{folder} has no list of {count} decoder layers to choose from: set student.init to "
+            "checkpoint"
+        )
+    require_layers(layers, count, folder)
+    config = copy.deepcopy(model.config)
+    for name, value in vars(model.config).items():  # layer_types and the like
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)
+    smaller = type(model)(config)
+    for place, (number, layer) in enumerate(zip(layers, smaller.get_submodule(stack), strict=True)):
+        if difference := _difference(model.get_submodule(f"{stack}.{number}"), layer):
+            raise DecantError(
+                f"layer {number} of {folder} would be another kind of layer at place {place} of "
+                f"the student ({difference}), since a {model.config.model_type!r} model counts its "
+                f"layers: choose others than student.layers={list(layers)}"
+            )
+    smaller.load_state_dict(_renumbered(model.state_dict(), stack, layers))
+    smaller.generation_config = model.generation_config
+    return smaller.eval()
+
+
+def _difference(wanted: nn.Module, found: nn.Module) -> str | None:
+    """Describe how two layers differ, besides weights and layer numbers; None if they do not."""
+    shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in (wanted, found)]
+    if shapes[0] != shapes[1] and shapes[0].keys() == shapes[1].keys():
+        name = next(name for name, shape in shapes[0].items() if shape != shapes[1][name])
+        return f"{name} {tuple(shapes[0][name])}, {tuple(shapes[1][name])}"
+    pairs = dict(wanted.named_modules()), dict(found.named_modules())
+    for name in sorted(pairs[0].keys() | pairs[1].keys()):
+        one, two = (modules.get(name) for modules in pairs)
+        if type(one) is not type(two):
+            return f"{name or 'layer'} {type(one).__name__}, {type(two).__name__}"
+        for key in sorted(vars(one).keys() & vars(two).keys() - _NUMBERS):
+            values = vars(one)[key], vars(two)[key]
+            simple = all(isinstance(value, bool | int | float | str | None) for value in values)
+            if simple and values[0] != values[1]:
+                return f"{name}.{key}".lstrip(".") + f"={values[0]!r}, {values[1]!r}"
+    return None
+
+
+def require_layers(layers: Sequence[int], count: int, folder: Path) -> None:
+    """Refuse a selection of layers that is empty, repeats one or exceeds the model's layers."""
+    outside = [i for i in layers if not 0 <= i < count]
+    if outside or not layers or len(set(layers)) != len(layers):
+        raise ParamsError(
+            f"student.layers={list(layers)} must name different layers within 0..{count - 1} of "
+            f"{folder}"
+        )
+
+
+def _renumbered(tensors: dict[str, Tensor], stack: str, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Return the tensors outside the stack and those of the chosen layers, renumbered."""
+    place = {source: i for i, source in enumerate(layers)}
+    pattern = re.compile(rf"^{re.escape(stack)}\.(\d+)\.(.+)$")
+    kept = {}
+    for name, tensor in tensors.items():
+        match = pattern.match(name)
+        if match is None:
+            kept[name] = tensor
+        elif int(match[1]) in place:
+            kept[f"{stack}.{place[int(match[1])]}.{match[2]}"] = tensor
+    return kept

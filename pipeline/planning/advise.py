@@ -1,0 +1,497 @@
+"""Measure what each K would keep and cost on a small sample, to choose prepare.k before a capture.
+
+Rows spread evenly over the training split go through the teacher once, at the largest K; the
+smaller K are prefixes of it. Three quantities are measured for each K:
+
+    retained mass    sum of the K kept probabilities at each temperature, mean over positions
+    nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
+                     (`nats_lost`); a student cannot learn it from the cache
+    bytes per token  size of the data that the store would write, without draws and without the
+                     corpus's own tokens
+
+They are measured, not modelled: the sample is encoded by the store's own codec in chunks of
+prepare.chunk_rows. If it is smaller than a chunk, the chunk is filled with zeros, as in a cache's
+last shard; they compress to almost nothing.
+
+The duration of a capture, and the number of passes from which it is cheaper than an online teacher,
+are estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample
+(`PassCosts`).
+
+Shapes: B rows, L length, K kept ids, n positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.capture.local import COUNTED_ROWS
+from pipeline.config.params import AdviseParams, Params, PrepareParams
+from pipeline.config.resolved import resolve
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import PADDING, Rows
+from pipeline.errors import ParamsError
+from pipeline.io.zarr_shards import decode_shard, encode_shard
+from pipeline.logit_cache.codec import RankTable, encode, restore, to_topk
+from pipeline.logit_cache.format import Fingerprint
+from pipeline.logit_cache.layout import CacheLayout, rank_table_name
+from pipeline.model.attention_mask import documents_apart
+from pipeline.runtime.console import (
+    announce,
+    progress,
+    progress_bar,
+    readable_bytes,
+    readable_seconds,
+)
+from pipeline.runtime.figures import draw_svg
+from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher
+
+ENOUGH_MASS = 0.95  # the recommended K keeps at least this much
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptAtK:
+    """The benefit and cost of one K: means over the sample's positions that are not padding."""
+
+    k: int
+    retained_mass: dict[float, float]  # by temperature
+    nats_lost: float  # at temperature 1
+    bytes_a_token: float
+    corpus_bytes: float  # for all positions of the training split
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCosts:
+    """Seconds of one pass over the training split at prepare.k, estimated from the sample."""
+
+    forward: float  # teacher and head alone; the logits are discarded
+    top_k: float  # with the reduction to TopK: the cost of an online teacher
+    encode: float  # compressing the result of top_k
+    decode: float  # from compressed bytes in memory to TopK: the cost of a cached run instead
+
+    @property
+    def capture(self) -> float:
+        """Seconds of a capture without overlap: the encoding thread takes the teacher's cores."""
+        return self.top_k + self.encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """The results for the sample."""
+
+    rows: int  # rows examined
+    positions: int  # positions in these rows, padding included
+    corpus_rows: int  # rows of the training split
+    corpus_positions: int
+    kept: tuple[KeptAtK, ...]  # by ascending K
+    left_out: tuple[int, ...]  # K beyond the vocabulary
+    costs: PassCosts
+    prepare_k: int  # the K at which the costs were measured
+    passes_a_run: float  # passes over the training split in a run of train.*
+    temperature: float  # of the recommendation: train.temperature if it is stored, else 1
+    break_even_passes: int | None  # None: an online teacher is never more expensive
+
+    @property
+    def recommended(self) -> KeptAtK | None:
+        """The smallest K that keeps ENOUGH_MASS at `temperature`; None if no K does."""
+        enough = (k for k in self.kept if k.retained_mass[self.temperature] >= ENOUGH_MASS)
+        return next(enough, None)
+
+    @property
+    def break_even_runs(self) -> int | None:
+        """Number of training runs of train.* after which the cache has paid for itself."""
+        if self.break_even_passes is None:
+            return None
+        return math.ceil(self.break_even_passes / self.passes_a_run)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the contents of metrics.json."""
+        best = self.recommended
+        by_k = [
+            asdict(kept)
+            | {"retained_mass": {f"{tau:g}": mass for tau, mass in kept.retained_mass.items()}}
+            for kept in self.kept
+        ]
+        return {
+            "sample": {"rows": self.rows, "positions": self.positions},
+            "corpus": {"rows": self.corpus_rows, "positions": self.corpus_positions},
+            "kept": by_k,
+            "left_out": self.left_out,
+            "pass_seconds": asdict(self.costs) | {"capture": self.costs.capture},
+            "break_even_passes": self.break_even_passes,
+            "break_even_runs": self.break_even_runs,
+            "recommended_k": None if best is None else best.k,
+        }
+
+
+def advise(
+    teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint, params: Params
+) -> Advice:
+    """Examine a sample of a split.
+
+    Args:
+        fingerprint: fingerprint of the cache that `prepare` would make from the split.
+
+    Raises:
+        ParamsError: every K of advise.ks exceeds the vocabulary.
+    """
+    ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
+    blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
+    looked_at = f"{sum(map(len, blocks))} of {len(corpus):,} rows"
+    announce("advise", f"looks at {looked_at} by {teacher.describe()}")
+    costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
+    kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
+    rows, length = sum(map(len, blocks)), fingerprint.row_length
+    stored = {1.0, *fingerprint.temperatures}  # temperature 1 needs no normaliser
+    resolved = resolve(params, train_rows=len(corpus), num_ids=corpus.info.vocab_size)
+    wanted = resolved.train
+    return Advice(
+        rows=rows,
+        positions=rows * length,
+        corpus_rows=len(corpus),
+        corpus_positions=len(corpus) * length,
+        kept=kept,
+        left_out=left_out,
+        costs=costs,
+        prepare_k=fingerprint.k,
+        passes_a_run=wanted.num_steps * wanted.batch_rows * wanted.accumulation / len(corpus),
+        temperature=wanted.temperature if wanted.temperature in stored else 1.0,
+        break_even_passes=break_even_passes(costs.capture, costs.top_k, costs.decode),
+    )
+
+
+def usable_ks(ks: Iterable[int], vocab_size: int) -> tuple[list[int], tuple[int, ...]]:
+    """Return the K up to the size of the vocabulary, ascending, and those beyond it.
+
+    Raises:
+        ParamsError: all K are beyond the vocabulary.
+    """
+    ordered = sorted(set(ks))
+    usable = [k for k in ordered if k <= vocab_size]
+    if not usable:
+        raise ParamsError(
+            f"advise.ks={ordered} all exceed the {vocab_size} ids of the vocabulary: lower one"
+        )
+    return usable, tuple(ordered[len(usable) :])
+
+
+def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[list[int]]:
+    """Choose evenly spread rows to examine, in blocks of up to one shard, which limit the memory.
+
+    The first block is itself spread evenly over the split, since only this block is used for rates
+    and rank tables; the other blocks are in corpus order.
+    """
+    number = min(num_rows, max(params.min_rows, math.ceil(params.sample * num_rows)))
+    places = np.arange(number) * num_rows // number
+    num_blocks = -(-number // shard_rows)
+    blocks = [places[::num_blocks]]
+    if num_blocks > 1:
+        rest = np.delete(places, slice(None, None, num_blocks))
+        blocks += np.array_split(rest, num_blocks - 1)
+    return [block.tolist() for block in blocks]
+
+
+def nats_lost(topk: TopK) -> Tensor:
+    """Return the teacher's entropy inside the bucket of ids outside the K: float64 [...], nats.
+
+    By the chain rule of entropy (Cover & Thomas 2006, theorem 2.2.1) the entropy of p is the
+    entropy of p with the tail merged into one bucket, plus the entropy that remains once the bucket
+    is known:
+
+        H(p) = -sum_T p log p - p_t log p_t + p_t H(p | tail)
+
+    with T the kept ids and p_t the mass outside them, at temperature 1. The last term is returned,
+
+        p_t H(p | tail) = H(p) + sum_T p log p + p_t log p_t
+
+    where H(p) is the exact entropy of the full row, which TopK holds, so no id outside T is needed.
+    """
+    p = topk.logprobs.double().exp()
+    tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
+    merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
+    return (topk.entropy.double() - merged).clamp_min(0.0)
+
+
+def break_even_passes(capture: float, online: float, read: float) -> int | None:
+    """Return the number of passes over the corpus (runs x epochs) from which on a cache pays.
+
+    This is the smallest integer R with capture + R read <= R online. The student's own steps cost
+    the same either way and cancel out. It is None if reading takes as long as the teacher, since
+    then a cache never pays.
+
+    Args:
+        capture: seconds to make the cache once.
+        online: seconds per pass of the online teacher.
+        read: seconds per pass of reading the cache.
+    """
+    if read >= online:
+        return None
+    return math.ceil(capture / (online - read))
+
+
+class _Meter:
+    """Sums for one K over the sample's blocks; the first block gives the rank table."""
+
+    def __init__(self, k: int, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
+        self._made_from = replace(fingerprint, k=k, draws=0)
+        self._prepare = prepare
+        self._mass = dict.fromkeys(sorted({1.0, *fingerprint.temperatures}), 0.0)
+        self._nats = 0.0
+        self._real = self._stored = self._bytes = 0
+        self._table: RankTable | None = None
+
+    def add(self, topk: TopK, real: Tensor) -> None:
+        """Add a block.
+
+        Args:
+            topk: [B, L, ...], with this K or a larger one.
+            real: bool [B, L], False at padding.
+        """
+        kept = topk.prefix(self._made_from.k)
+        if self._table is None:
+            self._table = _count_ranks(kept)
+        layout = _layout_of(self._made_from, self._prepare, self._table, rows=len(real))
+        self._bytes += sum(map(len, _to_objects(kept, self._table, layout).values()))
+        self._stored += real.numel()
+        counted = kept[real]
+        self._real += len(counted.lse)
+        self._nats += float(nats_lost(counted).sum())
+        for temperature in self._mass:
+            _, tail_mass = counted.target(temperature)
+            self._mass[temperature] += float((1.0 - tail_mass.double()).sum())
+
+    def result(self, corpus_positions: int) -> KeptAtK:
+        """Return means over all blocks, and the size of a cache of `corpus_positions` positions."""
+        bytes_a_token = self._bytes / self._stored
+        return KeptAtK(
+            k=self._made_from.k,
+            retained_mass={tau: mass / self._real for tau, mass in self._mass.items()},
+            nats_lost=self._nats / self._real,
+            bytes_a_token=bytes_a_token,
+            corpus_bytes=bytes_a_token * corpus_positions,
+        )
+
+
+def _measure_kept(
+    teacher: HuggingFaceTeacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    params: Params,
+    blocks: list[list[int]],
+    ks: list[int],
+) -> tuple[KeptAtK, ...]:
+    """Run one teacher pass over all blocks at the largest K, the last of `ks`; one result per K."""
+    meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
+    positions = sum(map(len, blocks)) * fingerprint.row_length
+    with progress_bar(what="advise", total=positions, unit="tok") as bar:
+        for block in blocks:
+            rows = _rows_at(corpus, block)
+            parts: list[TopK] = []
+            for tokens, doc_ids in _batches(rows, params.capture.batch_rows, fingerprint):
+                topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures, doc_ids=doc_ids)
+                parts.append(topk.map(Tensor.cpu))
+                bar.update(tokens.numel())
+            topk, real = TopK.cat(parts), torch.from_numpy(rows.doc_ids != PADDING)
+            for meter in meters:
+                meter.add(topk, real)
+    return tuple(meter.result(len(corpus) * fingerprint.row_length) for meter in meters)
+
+
+def _measure_costs(
+    teacher: HuggingFaceTeacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    params: Params,
+    block: list[int],
+) -> PassCosts:
+    """Time a capture, and reading it back, on the rows of a block."""
+    rows = _rows_at(corpus, block)
+    length, draws = fingerprint.row_length, fingerprint.draws
+    uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
+    chances = torch.split(uniforms, params.capture.batch_rows)
+
+    def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
+        topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance, doc_ids)
+        return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
+
+    batches = list(
+        zip(_batches(rows, params.capture.batch_rows, fingerprint), chances, strict=True)
+    )
+    (tokens, doc_ids), chance = batches[0]  # a warm-up, since the very first call is slow
+    top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
+    forward, reduced, parts = 0.0, 0.0, []
+    for (tokens, doc_ids), chance in progress(batches, what="advise: rates", unit="batch"):
+        seconds, _ = _timed(partial(_forward, teacher, tokens, doc_ids))
+        forward += seconds
+        seconds, part = _timed(partial(top_k, tokens, doc_ids, chance))
+        reduced += seconds
+        parts.append(part)
+    topk = TopK.cat(parts)
+    table = _count_ranks(topk)
+    layout = _layout_of(fingerprint, params.prepare, table, rows=len(block))
+    encoded, objects = _timed(lambda: _to_objects(topk, table, layout))
+    decoded, _ = _timed(lambda: _from_objects(objects, table, layout))
+    passes = len(corpus) / len(block)
+    return PassCosts(
+        forward=forward * passes,
+        top_k=reduced * passes,
+        encode=encoded * passes,
+        decode=decoded * passes,
+    )
+
+
+def _forward(teacher: HuggingFaceTeacher, tokens: Tensor, doc_ids: Tensor | None) -> float:
+    """Run teacher and head over a batch; reading one logit makes sure that a GPU has finished."""
+    seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens, doc_ids)]
+    return float(seen[-1])
+
+
+def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
+    return Rows.cat([corpus.rows(place, place + 1) for place in places])
+
+
+def _batches(
+    rows: Rows, batch_rows: int, fingerprint: Fingerprint
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return each batch's tokens, int64 [up to batch_rows, L], and documents to be kept apart."""
+    tokens = torch.split(torch.from_numpy(rows.tokens), batch_rows)
+    doc_ids = torch.split(torch.from_numpy(rows.doc_ids), batch_rows)
+    apart = [documents_apart(ids, fingerprint.attention) for ids in doc_ids]
+    return list(zip(tokens, apart, strict=True))
+
+
+def _count_ranks(topk: TopK) -> RankTable:
+    """Make the rank table of a block [B, L, ...] from a few evenly spaced rows.
+
+    A table from all rows would fit the sample better than a capture's table fits a corpus: it gave
+    150.4 bytes per token, where the cache then took 153.7; a table from as many rows as a capture
+    counts gave 152.5 (SmolLM2, K = 64, 16 of 782 rows).
+    """
+    number = min(COUNTED_ROWS, len(topk.ids))
+    counted = topk[torch.arange(number) * len(topk.ids) // number]
+    ids = torch.cat((counted.ids.flatten(), counted.draw_ids.flatten()))
+    return RankTable.counted(ids.numpy(), topk.vocab_size)
+
+
+def _layout_of(
+    fingerprint: Fingerprint, prepare: PrepareParams, table: RankTable, *, rows: int
+) -> CacheLayout:
+    """Return the layout of a one-shard cache for a block of rows, with the chunks of `prepare`."""
+    whole_chunks = -(-rows // prepare.chunk_rows) * prepare.chunk_rows
+    return CacheLayout(
+        fingerprint=replace(fingerprint, num_rows=rows),
+        chunk_rows=prepare.chunk_rows,
+        shard_rows=whole_chunks,
+        rank_table=rank_table_name(table),
+    )
+
+
+def _to_objects(topk: TopK, table: RankTable, layout: CacheLayout) -> dict[str, bytes]:
+    """Encode a block as the store writes it, by array."""
+    arrays = encode(topk, table)
+    return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
+
+
+def _from_objects(objects: dict[str, bytes], table: RankTable, layout: CacheLayout) -> TopK:
+    """Decode a block as a training run does."""
+    arrays = {
+        name: restore(name, decode_shard(spec, objects[name], 0))
+        for name, spec in layout.specs.items()
+    }
+    return to_topk(arrays, table, layout.fingerprint)
+
+
+def table_lines(advice: Advice) -> list[str]:
+    """Return the numbers by K, one line each under a heading."""
+    temperatures = list(advice.kept[0].retained_mass)
+    mass_head = "".join(f"{f'mass at {tau:g}':>13}" for tau in temperatures)
+    lines = [f"{'K':>6}{mass_head}{'nats lost':>11}{'bytes/token':>15}{'corpus':>10}"]
+    for kept in advice.kept:
+        masses = "".join(f"{mass:>13.4f}" for mass in kept.retained_mass.values())
+        lines.append(
+            f"{kept.k:>6}{masses}{kept.nats_lost:>11.4f}{kept.bytes_a_token:>15.1f}"
+            f"{readable_bytes(kept.corpus_bytes):>10}"
+        )
+    return lines
+
+
+def cost_lines(advice: Advice) -> list[str]:
+    """Return sentences about capture time and break-even."""
+    costs, positions = advice.costs, advice.corpus_positions
+    lines = [
+        f"capture at prepare.k={advice.prepare_k}, an estimate: "
+        f"{readable_seconds(costs.capture)} for {positions:,} tokens "
+        f"({positions / costs.top_k:,.0f} tokens/s to the top K, "
+        f"{positions / costs.forward:,.0f} for the teacher's logits alone)"
+    ]
+    online = f"{readable_seconds(costs.top_k)} a pass with an online teacher"
+    decode = f"{readable_seconds(costs.decode)} a pass to decode the cache"
+    if advice.break_even_passes is None:
+        return [*lines, f"caching does not pay: {decode}, {online}"]
+    return [
+        *lines,
+        f"caching pays from pass {advice.break_even_passes:,} over the corpus on "
+        f"(training runs x epochs): {decode}, {online}",
+        f"runs of train.* that make that many passes, at {advice.passes_a_run:.2g} passes each: "
+        f"{advice.break_even_runs}",
+    ]
+
+
+def recommendation(advice: Advice) -> str:
+    """Return one sentence: the smallest K that keeps enough, and its cost."""
+    best, tau = advice.recommended, f"temperature {advice.temperature:g}"
+    if best is None:
+        last = advice.kept[-1]
+        return (
+            f"no K up to {last.k} keeps {ENOUGH_MASS:.0%} of the mass at {tau} (the largest keeps "
+            f"{last.retained_mass[advice.temperature]:.1%}): lower the temperature or set "
+            "prepare.draws"
+        )
+    return (
+        f"prepare.k={best.k} is the smallest of advise.ks that keeps {ENOUGH_MASS:.0%} of the mass "
+        f"at {tau}: {best.bytes_a_token:.1f} bytes per token, "
+        f"{readable_bytes(best.corpus_bytes)} for the corpus"
+    )
+
+
+def plot(advice: Advice) -> str:
+    """Draw an SVG of two panels by K: retained mass at each temperature, and bytes per token.
+
+    Raises:
+        DecantError: matplotlib is not installed.
+    """
+    ks = [kept.k for kept in advice.kept]
+
+    def mass(axes: Any) -> None:
+        for tau in advice.kept[0].retained_mass:
+            masses = [kept.retained_mass[tau] for kept in advice.kept]
+            axes.plot(ks, masses, "o-", ms=3, linewidth=1.6, label=f"temperature {tau:g}")
+        axes.set_xlabel("K")
+        axes.set_ylabel("retained mass")
+        axes.set_ylim(0.0, 1.02)
+
+    def size(axes: Any) -> None:
+        sizes = [kept.bytes_a_token for kept in advice.kept]
+        axes.plot(ks, sizes, "o-", ms=3, linewidth=1.6)
+        axes.set_xlabel("K")
+        axes.set_ylabel("bytes per token")
+        axes.set_ylim(bottom=0.0)
+
+    return draw_svg([mass, size], background="white")

@@ -1,0 +1,129 @@
+"""Operations and peak memory of capture and training, from shapes alone.
+
+Memory counts the tensors that exist at the same time at the worst moment. What PyTorch, CUDA and
+fragmentation use in addition is covered by a margin (`FITS`). Activations are those of our own
+model under autocast (tests/planning/test_costs.py compares the formula with what autograd keeps).
+
+Symbols are those of shapes.py, and L row length, N parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.params import Params, StudentParams
+from pipeline.planning.shapes import Shape
+
+FITS = 0.9  # usable share of a device's memory
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_LOGIT_COPIES = 3  # a chunk of logits in float32, its rounded copy, and a reduction's result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the worst moment."""
+
+    weights: float  # with their copies, gradients and the optimizer's state
+    activations: float
+    logits: float  # one chunk of logits, and the head's gradient
+
+    @property
+    def total(self) -> float:
+        """The sum of all parts."""
+        return self.weights + self.activations + self.logits
+
+
+def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
+    """Return the memory of the teacher's forward over capture.batch_rows rows and a head's chunk.
+
+    Nothing is kept for a backward: at worst, a block's feed-forward holds the residual stream, its
+    normalised copy and three tensors of width F.
+    """
+    size = _SIZES[dtype]
+    tokens = params.capture.batch_rows * params.corpus.row_length
+    width = 4 * teacher.hidden_size + 3 * teacher.intermediate_size
+    return Memory(
+        weights=float(size * teacher.parameters),
+        activations=float(tokens * (size * width + mask_bytes(params))),
+        logits=float(_LOGIT_COPIES * 4 * params.capture.head_chunk * teacher.vocab_size),
+    )
+
+
+def mask_bytes(params: Params) -> int:
+    """Return the bytes per token of the mask that keeps documents apart: one per key of a row."""
+    return params.corpus.row_length if params.prepare.attention == "documents" else 0
+
+
+def training_memory(student: Shape, params: Params) -> Memory:
+    """Return the memory of a training step's forward and backward, on each of advise.devices.
+
+    Weights, gradients and AdamW's two moments are float32: 16 bytes per parameter, or 20 with
+    train.keep_best, shared by the devices under fsdp. Autograd keeps a rounded copy of each weight
+    of a block until backward.
+    """
+    train, run, devices = params.train, params.run, params.advise.devices
+    trained = trained_parameters(student, params.student)
+    size = _SIZES[train.dtype]
+    state = 4.0 * student.parameters + (16.0 if train.keep_best else 12.0) * trained
+    if run.parallel == "fsdp":
+        state /= devices
+    rounded = 0 if size == 4 or run.activation_checkpointing else size * student.body_matrices
+    rows = -(-train.batch_rows // devices)
+    tokens = rows * params.corpus.row_length
+    head_gradient = 0 if params.student.lora else 4 * student.head
+    chunk = _LOGIT_COPIES * 4 * run.head_chunk * student.vocab_size
+    return Memory(
+        weights=state + rounded,
+        activations=tokens * (activation_bytes(student, params) + mask_bytes(params)),
+        logits=float(chunk + head_gradient + (size * student.head if size == 2 else 0)),
+    )
+
+
+def trained_parameters(student: Shape, params: StudentParams) -> int:
+    """Return the number of trained parameters: all, or only those of adapters."""
+    if params.lora is None:
+        return student.parameters
+    return student.lora_parameters(params.lora)
+
+
+def activation_bytes(student: Shape, params: Params) -> float:
+    """Return the bytes per token that autograd keeps for backward.
+
+    With activation checkpointing, each block keeps only its input, and one block at a time is kept
+    in full. At the end come the last norm's two tensors and the loss's gradient of hidden states.
+    """
+    block, width = block_bytes(student, params), 4 * student.hidden_size
+    if params.run.activation_checkpointing:
+        return float(student.num_layers * width + block + 3 * width)
+    return float(student.num_layers * block + 3 * width)
+
+
+def block_bytes(student: Shape, params: Params) -> float:
+    """Return the bytes per token that autograd keeps of one block.
+
+    In float32: the input of each norm and its normalised copy. In autocast's dtype: the factors of
+    the matrices, which autocast copies for each matrix; queries and attention's result; keys and
+    values, repeated if a mask keeps documents apart; the angles that rotated them; gate, its silu,
+    up and product. `size` is that of autocast's dtype.
+    """
+    size = _SIZES[params.train.dtype]
+    d, a, f = student.hidden_size, student.query_size, student.intermediate_size
+    copies, turned = (2, 0) if size == 4 else (5, 4 * student.head_size)
+    masked = params.prepare.attention == "documents"
+    keys_and_values = 2 * (a if masked else student.kv_size)
+    rounded = copies * d + 2 * a + keys_and_values + turned + 4 * f
+    return 4.0 * (4 * d + student.num_heads) + size * rounded
+
+
+def step_operations(student: Shape, params: Params) -> float:
+    """Return the operations per token of training: 3 forwards (Kaplan et al. 2020, table 1: 6 N).
+
+    With adapters, the products for gradients of frozen weights are saved. Activation checkpointing
+    adds a fourth forward of each block up to its last product, which backward does not need.
+    """
+    length = params.corpus.row_length
+    operations = (2.0 if params.student.lora else 3.0) * student.forward_operations(length)
+    if params.run.activation_checkpointing:
+        last = 2.0 * student.num_layers * student.hidden_size * student.intermediate_size
+        operations += student.body_operations(length) - last
+    return operations

@@ -1,0 +1,247 @@
+"""Size, time and memory of each stage, from params and shapes, without teacher, corpus or GPU.
+
+A time is a number of operations divided by the device's peak times advise.utilisation, so it is
+only as good as that share; a run's own train/tokens_per_second, and `advise` on a sample, measure
+it. Several devices are assumed to share work without loss. This package's constants hold the other
+assumptions, each with its measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.config.params import Params
+from pipeline.config.resolved import resolve
+from pipeline.errors import ParamsError
+from pipeline.model.folder import teacher_folder
+from pipeline.planning.advise import break_even_passes
+from pipeline.planning.cache_size import CORPUS_BYTES, CacheSize, Mode, cache_size
+from pipeline.planning.costs import capture_memory, step_operations, training_memory
+from pipeline.planning.devices import DEVICES, Device
+from pipeline.planning.shapes import Shape, student_shape, teacher_shape, tokenizer_ids
+
+TOKENIZED = 2.1e5  # tokens per second on one processor, by `build_corpus` of Python's library
+READ = 6.1e6  # tokens per second read and decoded by two threads beside a device (cache_speed.py)
+WRITTEN = 1.6e6  # tokens per second encoded and committed by two threads (cache_speed.py)
+NOISE_COPIES = 3  # copies of a row in a forward of the noise floor (pipeline/verify/gate.py)
+MODES = (Mode(k=64, draws=0), Mode(k=32, draws=0), Mode(k=16, draws=0), Mode(k=0, draws=50))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """The amount of text, and how much of it a run reads."""
+
+    row_length: int
+    train_rows: int
+    held_out_rows: int
+    run_tokens: int  # tokens read by the steps of a run with train.*
+    validated_tokens: int  # tokens it also reads for validation, from step 0 on
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in both splits, assuming that no row is padded."""
+        return (self.train_rows + self.held_out_rows) * self.row_length
+
+    @property
+    def passes_a_run(self) -> float:
+        """SoftmaxKernels of a run over the training split."""
+        return self.run_tokens / (self.train_rows * self.row_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Tokens per second, on all devices together."""
+
+    teacher: float  # teacher's forward, in prepare.dtype
+    student: float  # student's forward, in train.dtype
+    train: float  # student's forward and backward
+    judged_teacher: float  # teacher's forward, in evaluate.dtype
+    judged_student: float  # student's forward, in evaluate.dtype
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Output, time and memory of one stage; None if a value is not computed or is nothing."""
+
+    name: str
+    written: float | None  # bytes
+    seconds: float | None
+    memory: float | None  # bytes per device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The computed plan of a project, for all stages."""
+
+    teacher: str
+    teacher_shape: Shape
+    teacher_dtype: str
+    student: str
+    student_shape: Shape
+    student_dtype: str  # dtype of autocast
+    evaluate_dtype: str
+    steps: int  # steps of a run with train.*
+    extent: Extent
+    rates: Rates
+    stages: tuple[StagePlan, ...]
+    cache: CacheSize  # with prepare.*
+    modes: tuple[CacheSize, ...]  # other choices for the same corpus
+    break_even: int | None  # passes from which a cache costs no more than an online teacher
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages, run one after the other."""
+        return sum(stage.seconds or 0.0 for stage in self.stages)
+
+    def stage(self, name: str) -> StagePlan:
+        """Return the stage with that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the content of plan.json."""
+        extent = {"tokens": self.extent.tokens, "passes_a_run": self.extent.passes_a_run}
+        return asdict(self) | extent | {"seconds": self.seconds}
+
+
+def make_plan(params: Params) -> Plan:
+    """Compute the plan of params.
+
+    Raises:
+        ParamsError: a model's shape is unknown, the corpus has no stated size, or prepare.k or
+            student.layers exceed the teacher's vocabulary or layers.
+    """
+    folder = teacher_folder(params.paths.teacher)
+    teacher_name, teacher = teacher_shape(params.teacher, folder)
+    num_ids, said = tokenizer_ids(params, folder, teacher)
+    params = _settled(params, num_ids)
+    if params.prepare.k > teacher.vocab_size:
+        raise ParamsError(
+            f"prepare.k={params.prepare.k} exceeds the {teacher.vocab_size} rows of the teacher's "
+            "vocabulary: lower it"
+        )
+    student_name, student = student_shape(params.student, teacher)
+    student_name += said
+    device = DEVICES[params.advise.device]
+    dtype = _inference_dtype(params.prepare.dtype, device)
+    extent = _extent(params)
+    rates = _rates(params, teacher, student, dtype)
+    kept = Mode(k=params.prepare.k, draws=params.prepare.draws)
+    rows = (extent.train_rows, extent.held_out_rows)
+    cache, *modes = (
+        cache_size(mode, teacher.vocab_size, rows, extent.row_length, params.prepare)
+        for mode in (kept, *MODES)
+    )
+    live = params.advise.devices / rates.teacher  # seconds per token on one device
+    return Plan(
+        teacher=teacher_name,
+        teacher_shape=teacher,
+        teacher_dtype=dtype,
+        student=student_name,
+        student_shape=student,
+        student_dtype=params.train.dtype,
+        evaluate_dtype=_inference_dtype(params.evaluate.dtype, device),
+        steps=params.train.num_steps,
+        extent=extent,
+        rates=rates,
+        stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
+        cache=cache,
+        modes=tuple(modes),
+        break_even=break_even_passes(live + 1.0 / WRITTEN, live, 1.0 / READ),
+    )
+
+
+def _inference_dtype(asked: str, device: Device) -> str:
+    """Resolve prepare.dtype or evaluate.dtype on the planned device."""
+    if asked != "auto":
+        return asked
+    return "float16" if device.has_float16 else _wide_range(device)
+
+
+def _wide_range(device: Device) -> Literal["bfloat16", "float32"]:
+    return "bfloat16" if device.has_bfloat16 else "float32"
+
+
+def _settled(params: Params, num_ids: int) -> Params:
+    """Return the parameters with train.dtype, train.steps and student.vocab_size resolved."""
+    if params.train.dtype == "auto":
+        dtype = _wide_range(DEVICES[params.advise.device])
+        train = params.train.model_copy(update={"dtype": dtype})
+        params = params.model_copy(update={"train": train})
+    return resolve(params, train_rows=_train_rows(params), num_ids=num_ids)
+
+
+def _train_rows(params: Params) -> int:
+    if params.corpus.train_tokens is None:
+        raise ParamsError(
+            "corpus.train_tokens=null takes all there is, which a plan can not know: set a number, "
+            "for the plan alone by --set"
+        )
+    return math.ceil(params.corpus.train_tokens / params.corpus.row_length)
+
+
+def _extent(params: Params) -> Extent:
+    corpus, train = params.corpus, params.train
+    held_out = math.ceil(corpus.validation_tokens / corpus.row_length)
+    validations = train.num_steps // train.eval_every + 1
+    return Extent(
+        row_length=corpus.row_length,
+        train_rows=_train_rows(params),
+        held_out_rows=held_out,
+        run_tokens=train.num_steps * train.batch_rows * train.accumulation * corpus.row_length,
+        validated_tokens=validations * min(train.eval_rows, held_out) * corpus.row_length,
+    )
+
+
+def _rates(params: Params, teacher: Shape, student: Shape, dtype: str) -> Rates:
+    device, length = DEVICES[params.advise.device], params.corpus.row_length
+    share = params.advise.utilisation * params.advise.devices
+    judged = share * device.peak(_inference_dtype(params.evaluate.dtype, device))
+    return Rates(
+        teacher=share * device.peak(dtype) / teacher.forward_operations(length),
+        student=share * device.peak(params.train.dtype) / student.forward_operations(length),
+        train=share * device.peak(params.train.dtype) / step_operations(student, params),
+        judged_teacher=judged / teacher.forward_operations(length),
+        judged_student=judged / student.forward_operations(length),
+    )
+
+
+def _stages(
+    params: Params,
+    teacher: Shape,
+    student: Shape,
+    extent: Extent,
+    rates: Rates,
+    cache_bytes: float,
+    dtype: str,
+) -> tuple[StagePlan, ...]:
+    """Plan the stages in the order of `dvc repro`."""
+    from_gguf = params.teacher.source in ("wheel", "gguf")
+    folder = teacher.parameters * (4.0 if from_gguf else 2.0)  # dequantised, or as published
+    length, gate = extent.row_length, extent.row_length * _gate_rows(params, extent)
+    alone = params.advise.devices  # verify and evaluate run on one device
+    run = extent.run_tokens / rates.train + extent.validated_tokens / rates.student
+    live = (extent.run_tokens + extent.validated_tokens) / rates.teacher
+    distilled = run + (live if params.train.teacher == "online" else 0.0)
+    judged = 1.0 / rates.judged_teacher + 2.0 / rates.judged_student  # seconds per token
+    capture = capture_memory(teacher, params, dtype).total
+    training = training_memory(student, params).total
+    beside = capture if params.train.teacher == "online" else 0.0  # the teacher's own memory
+    saved = 4.0 * student.parameters
+    return (
+        StagePlan("fetch", folder, None, None),
+        StagePlan("corpus", CORPUS_BYTES * extent.tokens, extent.tokens / TOKENIZED, None),
+        StagePlan("prepare", cache_bytes, extent.tokens / rates.teacher, capture),
+        StagePlan("verify", None, gate / rates.teacher * alone, capture),
+        StagePlan("train", saved, distilled, training + beside),
+        StagePlan("baseline", saved, run, training),
+        StagePlan("evaluate", None, extent.held_out_rows * length * judged * alone, None),
+    )
+
+
+def _gate_rows(params: Params, extent: Extent) -> int:
+    """Return how many rows verify runs through the teacher; those of the noise floor run again."""
+    verify, rows = params.verify, extent.train_rows + extent.held_out_rows
+    wanted = min(verify.batches * verify.batch_rows, rows)
+    return wanted + NOISE_COPIES * min(verify.noise_batches * verify.batch_rows, wanted)

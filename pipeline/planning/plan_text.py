@@ -1,0 +1,148 @@
+"""The plan as text: stages, caches by mode, and the conclusions."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+from pipeline.config.params import Params
+from pipeline.planning.cache_size import CacheSize
+from pipeline.planning.costs import FITS
+from pipeline.planning.devices import DEVICES
+from pipeline.planning.plan import READ, Plan, StagePlan
+from pipeline.runtime.console import readable_bytes, readable_seconds
+
+
+def plan_lines(plan: Plan, params: Params) -> list[str]:
+    """Return the plan in lines of up to 96 characters; the last one is the summary."""
+    tables = [*_stage_table(plan), *_mode_table(plan)]
+    return [
+        *_wrapped(_subject(plan, params)),
+        *(f"  {line}" for line in tables),
+        *_wrapped(advice(plan, params)),
+        _summary(plan, params),
+    ]
+
+
+def _wrapped(sentences: list[str]) -> list[str]:
+    lines = (textwrap.wrap(text, 94, subsequent_indent="  ") for text in sentences)
+    return [f"  {line}" for sentence in lines for line in sentence]
+
+
+def _summary(plan: Plan, params: Params) -> str:
+    return (
+        f"advise: {readable_seconds(plan.seconds)} in all on {params.advise.devices} x "
+        f"{params.advise.device}, the cache {readable_bytes(plan.cache.total)}; computed, not "
+        "measured"
+    )
+
+
+def _subject(plan: Plan, params: Params) -> list[str]:
+    extent, advise = plan.extent, params.advise
+    return [
+        f"teacher {plan.teacher}: {plan.teacher_shape.parameters / 1e6:,.0f} M parameters, in "
+        f"{plan.teacher_dtype}",
+        f"student {plan.student}: {plan.student_shape.parameters / 1e6:,.0f} M parameters, in "
+        f"{plan.student_dtype}",
+        f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
+        f"{plan.steps:,} steps of {extent.run_tokens // plan.steps:,} tokens "
+        f"passes over it {extent.passes_a_run:.3g} times",
+        f"device {advise.devices} x {advise.device} at {advise.utilisation:.0%} of its peak: "
+        f"capture {plan.rates.teacher:,.0f} tokens/s, training {plan.rates.train:,.0f} tokens/s",
+    ]
+
+
+def _stage_table(plan: Plan) -> list[str]:
+    return [
+        f"{'stage':<10}{'writes':>10}{'takes':>11}{'memory of a device':>21}",
+        *(_stage_line(stage) for stage in plan.stages),
+        f"{'all':<10}{'':>10}{readable_seconds(plan.seconds):>11}",
+    ]
+
+
+def _stage_line(stage: StagePlan) -> str:
+    written = "" if stage.written is None else readable_bytes(stage.written)
+    seconds = "" if stage.seconds is None else readable_seconds(stage.seconds)
+    memory = "" if stage.memory is None else readable_bytes(stage.memory)
+    return f"{stage.name:<10}{written:>10}{seconds:>11}{memory:>21}".rstrip()
+
+
+def _mode_table(plan: Plan) -> list[str]:
+    return [
+        f"{'kept':<10}{'bytes/token':>15}{'cache':>10}{'shard':>10}{'shards':>11}"
+        f"{'objects':>12}{'read while training':>21}",
+        *(_mode_line(size, plan.rates.train) for size in plan.modes),
+    ]
+
+
+def _mode_line(size: CacheSize, rate: float) -> str:
+    read = f"{readable_bytes(size.bytes_a_token * rate)}/s"
+    return (
+        f"{size.mode.name:<10}{size.bytes_a_token:>15.1f}{readable_bytes(size.total):>10}"
+        f"{readable_bytes(size.shard):>10}{size.shards:>11,}{size.objects:>12,}{read:>21}"
+    )
+
+
+def advice(plan: Plan, params: Params) -> list[str]:
+    """Say what fits, how much of the cache a run reads, and whether a cache pays off."""
+    return [*_fits(plan, params), *_coverage(plan, params), *_cache_or_online(plan, params)]
+
+
+def _fits(plan: Plan, params: Params) -> list[str]:
+    device = DEVICES[params.advise.device]
+    remedies = {
+        "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device",
+        "train": "set run.activation_checkpointing, halve train.batch_rows and double "
+        "train.accumulation, or share it by run.parallel=fsdp",
+    }
+    lines = []
+    for name, remedy in remedies.items():
+        memory = plan.stage(name).memory or 0.0
+        of = f"{readable_bytes(memory)} of {readable_bytes(device.memory)}"
+        fits = memory <= FITS * device.memory
+        lines.append(f"{name} fits: {of}" if fits else f"{name} does NOT fit: {of}; {remedy}")
+    dtypes = (plan.teacher_dtype, plan.student_dtype, plan.evaluate_dtype)
+    for key, dtype in zip(("prepare", "train", "evaluate"), dtypes, strict=True):
+        if dtype == "bfloat16" and not device.has_bfloat16:
+            lines.append(
+                f"{params.advise.device} has no units for bfloat16 and computes at the rate of "
+                f"float32: set {key}.dtype to another"
+            )
+    return lines
+
+
+def _coverage(plan: Plan, params: Params) -> list[str]:
+    if plan.extent.passes_a_run >= 1.0:
+        return []
+    return [
+        f"a run reads {plan.extent.run_tokens:,} of the training tokens: for one run alone set "
+        "corpus.train_tokens to that; to read all in as many steps, multiply train.accumulation by "
+        f"{math.ceil(1.0 / plan.extent.passes_a_run)}"
+    ]
+
+
+def _cache_or_online(plan: Plan, params: Params) -> list[str]:
+    hour = 3600.0 * plan.rates.teacher / params.advise.devices
+    live = plan.extent.run_tokens / plan.rates.teacher
+    cached = plan.stage("baseline").seconds or 0.0
+    lines = [
+        f"a run takes {readable_seconds(cached)} from the cache and {readable_seconds(live)} more "
+        "with a live teacher",
+        f"an hour of {params.advise.device} captures {hour / 1e6:,.3g} M tokens, "
+        f"{readable_bytes(hour * plan.cache.bytes_a_token)} of cache: keep it if that is cheaper "
+        "to store than to compute again",
+    ]
+    if plan.break_even is None:
+        return [
+            *lines,
+            f"go online: this teacher makes {plan.rates.teacher:,.0f} tokens/s, and two threads "
+            f"read {READ:,.0f} from a cache",
+        ]
+    passes = f"{plan.break_even} pass" + ("" if plan.break_even == 1 else "es")
+    number = math.ceil(plan.break_even / plan.extent.passes_a_run)
+    runs = f"{number:,} run" + ("" if number == 1 else "s")
+    return [
+        *lines,
+        f"caching pays from {passes} over the corpus on, {runs} of train.*; for fewer, or where "
+        f"{readable_bytes(plan.cache.total)} have no place, set train.teacher=online",
+    ]

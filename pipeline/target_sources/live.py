@@ -1,0 +1,84 @@
+"""The online teacher: the live model computes the same TopK that `prepare` would have stored.
+
+On a GPU it works one batch ahead, in the thread that makes batches and on its own CUDA stream, so
+that its kernels use the resources that the student's kernels leave idle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.logit_cache.reader import Shard
+from pipeline.model.attention_mask import Attention, documents_apart
+from pipeline.target_sources.target_source import corpus_shard, rows_at
+from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher
+
+
+class OnlineTeacher:
+    """A `pipeline.target_sources.target_source.Teacher` that runs a live model.
+
+    Args:
+        k: number of ids kept per position.
+        draws, seed: number of ids drawn in addition, and the seed of the draws, as in prepare.
+        temperatures: temperatures that training needs.
+        attention: how the teacher, and therefore its student, attends within a row.
+        shard_rows: rows per shard, so that rows come in the same order as from a cache.
+    """
+
+    def __init__(
+        self,
+        teacher: HuggingFaceTeacher,
+        corpus: CorpusSplit,
+        *,
+        k: int,
+        draws: int,
+        seed: int,
+        temperatures: tuple[float, ...],
+        shard_rows: int,
+        attention: Attention,
+    ) -> None:
+        self.teacher = teacher
+        self.corpus = corpus
+        self.k = k
+        self.draws = draws
+        self.seed = seed
+        self.temperatures = temperatures
+        self.shard_rows = shard_rows
+        self.attention = attention
+        self._stream: Any = None
+        if teacher.device.type == "cuda":
+            self._stream = torch.cuda.Stream(teacher.device)  # type: ignore[no-untyped-call]
+
+    @property
+    def in_background(self) -> bool:
+        """Whether the teacher is on a GPU.
+
+        On a CPU, both would share the cores anyway, and `matmul_float32` sets the precision of
+        matrix products for the whole process, including the student's.
+        """
+        return self.teacher.device.type != "cpu"
+
+    def shard(self, number: int) -> Shard:
+        return corpus_shard(self.corpus, number, self.shard_rows)
+
+    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
+        """Run one teacher forward over `tokens`; the result is complete, for use on any stream."""
+        uniforms = row_uniforms((row for _, row in places), tokens.shape[1], self.draws, self.seed)
+        doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.attention)
+        with torch.cuda.stream(self._stream):  # this thread's stream; None changes nothing
+            topk = self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)
+        if self._stream is not None:
+            self._stream.synchronize()
+            topk.map(self._keep_for_student)
+        return topk
+
+    def _keep_for_student(self, tensor: Tensor) -> Tensor:
+        """Prevent reuse of the tensor's memory before the student's stream has read it."""
+        tensor.record_stream(torch.cuda.default_stream(self.teacher.device))
+        return tensor

@@ -1,0 +1,10 @@
+"""The gate between a cache and training: `gate` runs it, and describes how.
+
+`agreement` compares positions, `limits` judges the errors, `draws` tests drawn ids, and `power`
+computes what a check of a given size can detect.
+"""
+
+from pipeline.verify.agreement import agreement
+from pipeline.verify.gate import GateReport, run_gate
+
+__all__ = ["GateReport", "agreement", "run_gate"]

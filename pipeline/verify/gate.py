@@ -1,0 +1,432 @@
+"""The gate, which checks that a cache agrees with its teacher.
+
+Sampled rows are run through the teacher again and compared by token id (agreement.py). Three caches
+are compared with the same live teacher:
+
+    cache            the values that are stored
+    noise floor      the values that the teacher would store now, run with another batch shape; no
+                     cache can be expected to agree better
+    shifted by one   the cache, one position off; it must fail, otherwise the gate is blind
+
+Errors of probabilities, log-probabilities, ids and sums over the row are judged by their means, in
+the worst row, and position by position. Their limits follow from the noise floor (limits.py): in
+float32 an error of 0.001 nats is detected, while the noise of half formats is tolerated.
+
+Draws must equal those that the recorded seed gives now, as far as the noise floor's draws do, and
+must be a sample of the live distribution (draws.py).
+
+Rows are taken from every shard, as far as verify.batches allows. If they are too few (100 rows
+cover half of 200 shards), the result says which faults would have been detected (power.py).
+
+Shapes: n positions, B rows, L length, K kept ids, M draws, V valid vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.params import VerifyParams
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import PADDING, Rows
+from pipeline.logit_cache.reader import CacheReader
+from pipeline.model.attention_mask import documents_apart
+from pipeline.runtime.console import announce, progress
+from pipeline.runtime.device import seconds_of
+from pipeline.targets.reduce import draw_by_inversion, row_uniforms, top_k_from_logits
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.verify.agreement import Agreement, agreement, said_ids, signed_names
+from pipeline.verify.draws import DrawSums, FitTest, draw_sums, fit_tests
+from pipeline.verify.limits import (
+    Compared,
+    Levels,
+    Limits,
+    allowed_positions,
+    failures_of,
+    limits_from,
+    smallest_found,
+)
+from pipeline.verify.power import reach, spread
+
+Place = tuple[CacheReader, int]
+"""A row of a split: the split's reader, and the number of the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSummary:
+    """Means over positions, except for three extremes."""
+
+    mean_cosine: float
+    min_cosine: float
+    worst_row_cosine: float  # the lowest row mean
+    mean_kl: float  # nats
+    max_kl: float  # nats
+    top1: float
+    overlap: float
+    logprob_error: float  # nats
+    lse_error: float  # nats
+    lse_tau_error: float  # nats
+    entropy_error: float  # nats
+    draw_agreement: float  # 1 without draws
+
+    def __str__(self) -> str:
+        return (
+            f"mean cosine {self.mean_cosine:.6f}, KL {self.mean_kl:.2e}, top-1 {self.top1:.4f}, "
+            f"overlap {self.overlap:.4f}, draws {self.draw_agreement:.4f}, off by "
+            f"{self.logprob_error:.1e} in log-probabilities, {self.lse_error:.1e} in lse, "
+            f"{self.lse_tau_error:.1e} in lse_tau, {self.entropy_error:.1e} in entropy"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The smallest faults that this check detects in 95 of 100 caches that have them."""
+
+    errors: dict[str, Levels]  # by quantity
+    signed: dict[str, float]  # by name, nats
+    draws: dict[str, float]  # by test
+    wrong_positions: float  # share, wherever they are
+    wrong_shards: int
+    shards: int
+    shards_seen: int
+    batches_for: dict[str, int]  # the verify.batches that would detect each smaller fault
+
+    def __str__(self) -> str:
+        names = {"kl": "KL", "logprobs": "log-probabilities", "lse": "lse", "entropy": "entropy"}
+        errors = (f"{words} {self.errors[name].mean:.1e}" for name, words in names.items())
+        share = f"{100.0 * self.wrong_positions:.2g} % of positions wrong"
+        beyond = {
+            "one position in 1,000": self.wrong_positions > 0.001,
+            "one shard in 100": self.wrong_shards > ceil(self.shards / 100),
+            "one shard": self.wrong_shards > 1,
+        }
+        more = [f"{what} {self.batches_for[what]:,}" for what in beyond if beyond[what]]
+        return (
+            f"errors from {', '.join(errors)} nats on, {share}, "
+            f"{self.wrong_shards} of {self.shards:,} shards wrong"
+            + (f" (it takes verify.batches to find {', '.join(more)})" if more else "")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """The result of the gate."""
+
+    cache: GateSummary
+    noise: GateSummary
+    control: GateSummary
+    limits: Limits
+    draw_tests: list[FitTest]
+    found: Found
+    failures: tuple[str, ...]  # sentences; empty when the gate passes
+    histogram: list[dict[str, Any]]  # rows of series, log10_one_minus_cosine, share
+    batches: int
+    rows: int
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the cache may be used."""
+        return not self.failures
+
+    def lines(self) -> list[str]:
+        """Return the lines for the terminal."""
+        said = {
+            "cache against teacher": self.cache,
+            "noise floor": self.noise,
+            "negative control": self.control,
+        }
+        lines = [f"{name:22} {summary}" for name, summary in said.items()]
+        if self.draw_tests:
+            tests = (
+                f"{t.name} {t.value:.3f} ({t.low:.3f} to {t.high:.3f})" for t in self.draw_tests
+            )
+            lines.append(f"{'draws':22} " + ", ".join(tests))
+        return [*lines, f"{'found at 95 %':22} {self.found}"]
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the contents of metrics.json."""
+        return {
+            "passed": self.passed,
+            "batches": self.batches,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "cache": asdict(self.cache),
+            "noise_floor": asdict(self.noise),
+            "negative_control": asdict(self.control),
+            "limits": asdict(self.limits),
+            "draw_tests": {test.name: asdict(test) for test in self.draw_tests},
+            "found": asdict(self.found),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows of the corpus, and the cache's values for them."""
+
+    tokens: Tensor  # int64 [B, L]
+    apart: Tensor | None  # [B, L], ids of the documents to be kept apart
+    real: Tensor  # bool [B, L], False at padding
+    uniforms: Tensor  # [B, L, M]
+    stored: TopK  # [B, L, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The positions of one batch, without padding."""
+
+    agreement: Agreement
+    sums: DrawSums | None
+    rows: Tensor
+    columns: Tensor
+
+
+def run_gate(
+    teacher: HuggingFaceTeacher,
+    splits: Sequence[tuple[CorpusSplit, CacheReader]],
+    params: VerifyParams,
+    *,
+    seed: int,
+) -> GateReport:
+    """Recompute sampled rows of all splits and judge the cache."""
+    readers = [reader for _, reader in splits]
+    places, shards = _sample(readers, params.batches * params.batch_rows, seed)
+    batches = [places[i : i + params.batch_rows] for i in range(0, len(places), params.batch_rows)]
+    noisy = set(np.arange(params.noise_batches) * len(batches) // params.noise_batches)
+    _announce(teacher, batches, len(noisy))
+    cached: list[_Part] = []
+    noise: list[_Part] = []
+    control: list[_Part] = []
+    for number, batch in enumerate(progress(batches, what="verify", unit="batch")):
+        inputs, first = _read(batch), number * params.batch_rows
+        said = {"cache": inputs.stored}
+        if number in noisy:
+            said["noise"] = _capture_again(teacher, inputs)
+            said["control"] = inputs.stored.map(lambda t: t.roll(1, dims=1))
+        parts = _compare(teacher, inputs, list(said.values()), first)
+        for series, part in zip((cached, noise, control), parts, strict=False):
+            series.append(part)
+    names = signed_names(inputs.stored)
+    of_cache, of_noise, of_control = (_joined(s, names) for s in (cached, noise, control))
+    made_from = readers[0].fingerprint
+    limits = limits_from(of_noise, len(of_cache), params, k=made_from.k, draws=made_from.draws)
+    calls = [f"row {row} of {reader.corpus.split}" for reader, row in places]
+    tests, failures = _judge_draws(cached, of_cache)
+    failures = [*failures_of(of_cache, limits, calls), *failures]
+    if not failures_of(of_control, limits, calls):
+        failures.append("the negative control, targets shifted by one, passed: the gate is blind")
+    return GateReport(
+        cache=_summary(of_cache),
+        noise=_summary(of_noise),
+        control=_summary(of_control),
+        limits=limits,
+        draw_tests=tests,
+        found=_found(
+            of_noise,
+            limits,
+            tests,
+            shards=shards,
+            rows=len(places),
+            positions=len(of_cache),
+            batch_rows=params.batch_rows,
+        ),
+        failures=tuple(failures),
+        histogram=_histogram(
+            {"cache": of_cache, "noise floor": of_noise, "shifted by one": of_control}
+        ),
+        batches=len(batches),
+        rows=len(places),
+        tokens=len(of_cache),
+    )
+
+
+def _sample(readers: Sequence[CacheReader], wanted: int, seed: int) -> tuple[list[Place], int]:
+    """Return the rows to examine, and the number of shards in the splits."""
+    sizes = []
+    for reader in readers:
+        bounds = map(reader.layout.rows_of, range(reader.layout.num_shards))
+        sizes += [stop - start for start, stop in bounds]
+    ends = np.cumsum([len(reader.corpus) for reader in readers])
+    places = []
+    for row in spread(sizes, wanted, seed):
+        number = int(np.searchsorted(ends, row, side="right"))
+        reader = readers[number]
+        places.append((reader, row - int(ends[number]) + len(reader.corpus)))
+    return places, len(sizes)
+
+
+def _read(places: Sequence[Place]) -> _Batch:
+    rows = Rows.cat([reader.corpus.rows(row, row + 1) for reader, row in places])
+    doc_ids = torch.from_numpy(rows.doc_ids)
+    made_from = places[0][0].fingerprint
+    length, draws, seed = made_from.row_length, made_from.draws, made_from.draw_seed
+    return _Batch(
+        tokens=torch.from_numpy(rows.tokens),
+        apart=documents_apart(doc_ids, made_from.attention),
+        real=doc_ids != PADDING,
+        uniforms=row_uniforms([row for _, row in places], length, draws, seed),
+        stored=TopK.cat([reader.top_k(np.array([row])) for reader, row in places]),
+    )
+
+
+def _capture_again(teacher: HuggingFaceTeacher, batch: _Batch) -> TopK:
+    """Return the values that the teacher would store now, [B, L, ...].
+
+    Each row is run three times: another batch shape gives other matrix shapes, hence another order
+    of rounding.
+    """
+    stored = batch.stored
+    again = teacher.top_k(
+        batch.tokens.repeat(3, 1),
+        stored.k,
+        stored.temperatures,
+        batch.uniforms.repeat(3, 1, 1),
+        None if batch.apart is None else batch.apart.repeat(3, 1),
+    )
+    return as_stored(again[: len(batch.tokens)].map(Tensor.cpu))
+
+
+def as_stored(topk: TopK) -> TopK:
+    """Round a TopK as a cache does (pipeline/logit_cache/codec.py)."""
+    names = ("logprobs", "draw_logprobs", "entropy")
+    return replace(topk, **{name: getattr(topk, name).half().float() for name in names})
+
+
+def _compare(
+    teacher: HuggingFaceTeacher, batch: _Batch, said: Sequence[TopK], first: int
+) -> list[_Part]:
+    """Run one forward pass of the live teacher, and compare each cache of `said` with it.
+
+    Args:
+        first: the number of the batch's first row among those examined.
+    """
+    flat = [topk.map(lambda t: t.flatten(0, 1).to(teacher.device)) for topk in said]
+    uniforms = batch.uniforms.flatten(0, 1).to(teacher.device)
+    found: list[list[Agreement]] = [[] for _ in said]
+    sums: list[DrawSums] = []
+    for rows, logits in teacher.logits_by_chunk(batch.tokens, batch.apart):
+        k = min(max(1, said[0].k + said[0].draws), teacher.vocab_size)
+        live = top_k_from_logits(logits, k, said[0].temperatures)
+        for topk, parts in zip(flat, found, strict=True):
+            part = topk[rows]
+            at_said = logits.gather(-1, said_ids(part)) - live.lse[:, None]
+            if part.draws:
+                weights = torch.sub(logits, live.lse[:, None]).exp_().scatter_(-1, part.ids, 0.0)
+                live = replace(live, draw_ids=draw_by_inversion(weights, uniforms[rows]))
+                if topk is flat[0]:
+                    sums.append(draw_sums(weights, part.draw_ids))
+            parts.append(agreement(part, live, at_said))
+    row, column = torch.meshgrid(*(torch.arange(n) for n in batch.tokens.shape), indexing="ij")
+    real = batch.real.flatten()
+    return [
+        _Part(
+            agreement=Agreement.cat(parts).map(lambda t: t.cpu()[real]),
+            sums=DrawSums.cat(sums).map(lambda t: t.cpu()[real]) if sums else None,
+            rows=row.flatten()[real] + first,
+            columns=column.flatten()[real],
+        )
+        for parts in found
+    ]
+
+
+def _joined(parts: Sequence[_Part], names: list[str]) -> Compared:
+    return Compared(
+        agreement=Agreement.cat([part.agreement for part in parts]),
+        rows=torch.cat([part.rows for part in parts]),
+        columns=torch.cat([part.columns for part in parts]),
+        signed_names=names,
+    )
+
+
+def _judge_draws(parts: Sequence[_Part], cache: Compared) -> tuple[list[FitTest], list[str]]:
+    """Test whether the stored draws are a sample of the live distribution."""
+    of_batches = [part.sums for part in parts if part.sums is not None]
+    if not of_batches:
+        return [], []
+    sums = DrawSums.cat(of_batches)
+    tests = fit_tests(sums, cache.rows, cache.columns)
+    failures = [
+        f"draws: {test.name} {test.value:.3f} is not within {test.low:.3f} to {test.high:.3f}"
+        for test in tests
+        if not test.passed
+    ]
+    if impossible := int(sums.impossible.sum()):
+        failures.append(f"{impossible:,} draws are among the kept ids, outside which they belong")
+    return tests, failures
+
+
+def _found(
+    noise: Compared,
+    limits: Limits,
+    tests: Sequence[FitTest],
+    *,
+    shards: int,
+    rows: int,
+    positions: int,
+    batch_rows: int,
+) -> Found:
+    errors, signed = smallest_found(noise, limits, rows)
+    how_much = reach(
+        shards=shards, rows=rows, positions=positions, allowed=allowed_positions(positions)
+    )
+    return Found(
+        errors=errors,
+        signed=signed,
+        draws={test.name: test.found for test in tests},
+        wrong_positions=how_much.wrong_positions,
+        wrong_shards=how_much.wrong_shards,
+        shards=shards,
+        shards_seen=how_much.shards_seen,
+        batches_for={what: ceil(wanted / batch_rows) for what, wanted in how_much.rows_for.items()},
+    )
+
+
+def _announce(teacher: HuggingFaceTeacher, batches: Sequence[Sequence[Place]], noisy: int) -> None:
+    row = _read(batches[0][:1])
+    a_row = seconds_of(lambda: _compare(teacher, row, [row.stored], 0), teacher.device)
+    announce(
+        "verify",
+        f"recomputes {len(batches)} batches of the cache by {teacher.describe()}",
+        a_row * len(batches[0]) * (len(batches) + 3 * noisy),
+    )
+
+
+def _summary(series: Compared) -> GateSummary:
+    means = {
+        name: float(getattr(series.agreement, name).double().mean())
+        for name in ("cosine", "kl", "top1", "overlap", "logprobs", "lse", "lse_tau", "entropy")
+    }
+    return GateSummary(
+        mean_cosine=means["cosine"],
+        min_cosine=float(series.agreement.cosine.min()),
+        worst_row_cosine=float(series.row_means(series.agreement.cosine)[1].min()),
+        mean_kl=means["kl"],
+        max_kl=float(series.agreement.kl.max()),
+        top1=means["top1"],
+        overlap=means["overlap"],
+        logprob_error=means["logprobs"],
+        lse_error=means["lse"],
+        lse_tau_error=means["lse_tau"],
+        entropy_error=means["entropy"],
+        draw_agreement=float(series.agreement.draws.double().mean()),
+    )
+
+
+def _histogram(series: dict[str, Compared]) -> list[dict[str, Any]]:
+    """Return each series' share of positions by log10(1 - cosine), in bins of half a decade."""
+    edges = np.arange(-8.0, 0.5, 0.5)
+    rows = []
+    for name, compared in series.items():
+        distance = (1.0 - compared.agreement.cosine.double().numpy()).clip(1e-8, 1.0)
+        counts, _ = np.histogram(np.log10(distance), bins=edges)
+        for low, count in zip(edges[:-1], counts, strict=True):
+            share = float(count) / len(distance)
+            rows.append({"series": name, "log10_one_minus_cosine": float(low), "share": share})
+    return rows

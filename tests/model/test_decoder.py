@@ -1,0 +1,249 @@
+"""The student against Hugging Face, and its traps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from pipeline.errors import DecantError, ParamsError
+from pipeline.model.decoder import (
+    ModelConfig,
+    RMSNorm,
+    StudentModel,
+    attend,
+    attention_plain,
+)
+from pipeline.model.weights import load_student, read_config, save_student
+
+SHAPE = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+def hugging_face(kind: str, tied: bool) -> torch.nn.Module:
+    if kind == "qwen2":
+        config = Qwen2Config(**SHAPE, tie_word_embeddings=tied, rms_norm_eps=1e-6)
+        model: torch.nn.Module = Qwen2ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied))
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide mistakes
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_and_gradients_equal_hugging_face(kind: str, tied: bool, tmp_path: Path) -> None:
+    theirs = hugging_face(kind, tied)
+    theirs.save_pretrained(tmp_path)
+    ours = load_student(tmp_path)
+    tokens = torch.randint(0, 257, (3, 40))
+    expected = theirs(tokens).logits
+    logits = ours(tokens)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    by_name = dict(theirs.named_parameters())
+    assert by_name.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, by_name[name].grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_student_opens_in_hugging_face(bias: bool, tied: bool, tmp_path: Path) -> None:
+    config = ModelConfig(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=1,
+        intermediate_size=48,
+        vocab_size=99,
+        attention_bias=bias,
+        tie_embeddings=tied,
+    )
+    student = StudentModel(config).eval()
+    save_student(student, tmp_path / "model", tokenizer_from=None)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokens = torch.randint(0, 99, (2, 17))
+    torch.testing.assert_close(theirs(tokens).logits, student(tokens), atol=1e-5, rtol=1e-5)
+    assert read_config(tmp_path / "model") == config
+    again = load_student(tmp_path / "model")
+    assert torch.equal(again(tokens), student(tokens))
+
+
+def test_default_student_has_123_million_parameters() -> None:
+    with torch.device("meta"):
+        student = StudentModel(ModelConfig())
+    attention = 2 * 512 * 512 + 2 * 512 * 128 + 512 + 2 * 128  # q, o; k, v; biases of q, k, v
+    block = attention + 3 * 512 * 2048 + 2 * 512
+    assert student.count_parameters() == 151_936 * 512 + 12 * block + 512 == 123_426_304
+
+
+def test_chosen_layers_of_a_teacher(tmp_path: Path) -> None:
+    theirs = hugging_face("llama", True)
+    theirs.save_pretrained(tmp_path)
+    ours = load_student(tmp_path, layers=[2, 0])
+    kept = theirs.model.layers
+    theirs.model.layers = torch.nn.ModuleList([kept[2], kept[0]])
+    tokens = torch.randint(0, 257, (1, 12))
+    logits = theirs(tokens, use_cache=False).logits
+    torch.testing.assert_close(ours(tokens), logits, atol=1e-5, rtol=1e-5)
+    for bad in ([3], [0, 0], []):
+        with pytest.raises(ParamsError, match=r"student\.layers"):
+            load_student(tmp_path, layers=bad)
+
+
+def test_attention_is_causal() -> None:
+    student = StudentModel(ModelConfig(hidden_size=32, num_heads=4, num_layers=2, vocab_size=50))
+    tokens = torch.randint(0, 50, (1, 20))
+    changed = tokens.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 50
+    before, after = student(tokens), student(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_equals_the_plain_softmax(queries: int, keys: int, masked: bool) -> None:
+    """`attend` against `attention_plain`, in value and gradient."""
+    shapes = [(2, 8, queries, 4), (2, 2, keys, 4), (2, 2, keys, 4)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, queries, keys) < 0.6
+        mask[..., -1] = True
+    found = attend(*inputs, mask, 0.0)
+    expected, weights, scores = attention_plain(*inputs, mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weights, scores.exp() / scores.exp().sum(-1, keepdim=True))
+    direction = torch.randn_like(expected)
+    for one, two in zip(
+        torch.autograd.grad(found, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two)
+
+
+def test_plain_attention_equals_hugging_face_step_by_step() -> None:
+    q, k, v = torch.randn(2, 8, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    causal = torch.full((5, 5), -torch.inf).triu(1)
+    module = SimpleNamespace(num_key_value_groups=4, training=False)
+    expected, weights = eager_attention_forward(module, q, k, v, causal, scaling=0.5)
+    mixed, our_weights, scores = attention_plain(q, k, v)
+    torch.testing.assert_close(mixed, expected.transpose(1, 2))
+    torch.testing.assert_close(our_weights, weights)
+    assert scores[0, 5, 3, 2].item() == pytest.approx((q[0, 5, 3] @ k[0, 1, 2]).item() / 2)
+    assert scores[0, 5, 2, 3].item() == -torch.inf
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    shape = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "vocab_size": 50}
+    student = StudentModel(ModelConfig(**shape, dropout=0.5))  # type: ignore[arg-type]
+    plain = StudentModel(ModelConfig(**shape))  # type: ignore[arg-type]
+    plain.load_state_dict(student.state_dict())
+    tokens = torch.randint(0, 50, (1, 8))
+    assert not torch.allclose(student(tokens), student(tokens))
+    torch.testing.assert_close(student.eval()(tokens), plain(tokens))
+
+
+def test_rms_norm_normalises_the_mean_square_and_keeps_the_mean() -> None:
+    x = torch.tensor([[3.0, 3.0, 3.0, 3.0]])
+    torch.testing.assert_close(RMSNorm(4, eps=0.0)(x), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 510}, "hidden_size=510 must be divisible by num_heads=8"),
+        ({"num_kv_heads": 3}, "num_heads=8 must be divisible by num_kv_heads=3"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must lie in"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        ModelConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_row_longer_than_the_context_is_refused() -> None:
+    student = StudentModel(ModelConfig(hidden_size=16, num_heads=2, vocab_size=9, max_seq_len=8))
+    with pytest.raises(ParamsError, match="9 tokens exceeds the student's max_seq_len=8"):
+        student(torch.zeros(1, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_type", "gpt2", "'gpt2' model"),
+        ("hidden_act", "gelu", "hidden_act='gelu'"),
+        ("head_dim", 16, "head_dim=16"),
+    ],
+)
+def test_variants_not_implemented_are_named(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    import json
+
+    hugging_face("llama", True).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(DecantError, match=message):
+        load_student(tmp_path)
+
+
+def test_stored_frequencies_of_older_llamas_are_passed_over(tmp_path: Path) -> None:
+    theirs = hugging_face("llama", False)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.randint(0, 257, (1, 12))
+    torch.testing.assert_close(
+        load_student(tmp_path)(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"config\.json must hold a JSON object"),
+        ('{"model_type": "llama"}', r"config\.json lacks hidden_size"),
+    ],
+)
+def test_config_without_what_it_needs_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DecantError, match=message):
+        read_config(tmp_path)
+
+
+def test_damaged_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DecantError, match="cannot be read as a model"):
+        load_student(tmp_path)
+    hugging_face("llama", True).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(DecantError, match="holds no"):
+        load_student(tmp_path)

@@ -1,0 +1,138 @@
+"""Operations and memory of training against what PyTorch counts and autograd keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.planning.costs import (
+    activation_bytes,
+    block_bytes,
+    capture_memory,
+    mask_bytes,
+    step_operations,
+    training_memory,
+)
+from pipeline.planning.shapes import KNOWN
+from pipeline.runtime.device import DTYPES
+from pipeline.target_sources.target_source import NoTeacher
+from pipeline.training.batches import Batch, first_rows
+from pipeline.training.distillation import DistillationStep
+from pipeline.training.distributed import ALONE, parallelise
+from tests.conftest import change
+from tests.planning.test_shapes import small_shape
+
+ROWS = 8
+WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 4}
+
+
+def batch_of(params: Params, attention: str) -> Batch:
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    return next(first_rows(NoTeacher(corpus, shard_rows=16, attention=attention), ROWS, ROWS))
+
+
+def kept_bytes(params: Params, batch: Batch) -> float:
+    """What autograd keeps of a batch until backward, without parameters, a token."""
+    _, student = small_shape(**WIDE)
+    step = DistillationStep(student, dtype=DTYPES[params.train.dtype], head_chunk=64)
+    model = parallelise(step, ALONE, params.run)
+    sizes: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = model(batch, alpha=0.0, temperature=1.0, divergence="forward_kl")
+    known = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    head = student.head_weight.numel() * 4  # its gradient, which the loss keeps
+    assert losses[0].requires_grad
+    total = sum(size for place, size in sizes.items() if place not in known) - head
+    return total / batch.tokens.numel()
+
+
+@pytest.mark.parametrize("attention", ["documents", "packed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(
+    attention: str, dtype: str, tiny_corpus: Params
+) -> None:
+    """Rounded weights, which it keeps too, are counted apart."""
+    params = change(tiny_corpus, prepare={"attention": attention}, train={"dtype": dtype})
+    batch = batch_of(params, attention)
+    assert (batch.doc_ids is None) == (attention == "packed")
+    shape, _ = small_shape(**WIDE)
+    weights = 0 if dtype == "float32" else 2 * shape.body_matrices
+    found = kept_bytes(params, batch) - weights / batch.tokens.numel()
+    assert found == pytest.approx(activation_bytes(shape, params) + mask_bytes(params), rel=0.06)
+
+
+def test_a_recomputed_block_keeps_its_input(tiny_params: Params) -> None:
+    shape, _ = small_shape(**WIDE)
+    params = change(tiny_params, run={"activation_checkpointing": True})
+    assert activation_bytes(shape, params) == 4 * 4 * 64 + block_bytes(shape, params) + 3 * 4 * 64
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_makes_the_operations_that_pytorch_counts(
+    checkpointing: bool, tiny_corpus: Params
+) -> None:
+    params = change(
+        tiny_corpus,
+        prepare={"attention": "packed"},
+        run={"activation_checkpointing": checkpointing},
+    )
+    shape, student = small_shape(**WIDE)
+    model = parallelise(
+        DistillationStep(student, dtype=torch.float32, head_chunk=64), ALONE, params.run
+    )
+    batch = batch_of(params, "packed")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch, alpha=0.0, temperature=1.0, divergence="forward_kl")[0].backward()
+    labels, tokens = batch.num_labels, batch.tokens.numel()
+    body = step_operations(shape, params) - 6 * shape.head
+    # The third product of the head adds in place (addmm_), which the counter does not see.
+    assert counter.get_total_flops() == tokens * body + labels * 4 * shape.head
+
+
+def test_memory_worked_by_hand(tiny_params: Params) -> None:
+    """Qwen2.5-0.5B: 16 bytes a parameter; halves of what is shared over two devices by fsdp."""
+    shape = KNOWN["Qwen2.5-0.5B"]
+    one = change(tiny_params, train={"dtype": "float32", "batch_rows": 4}, run={"head_chunk": 50})
+    memory = training_memory(shape, one)
+    assert memory.weights == 16 * 494_032_768
+    assert memory.logits == 3 * 4 * 50 * 151_936 + 4 * 151_936 * 896
+    assert memory.activations == 4 * 32 * (activation_bytes(shape, one) + 32)
+    two = change(one, advise={"devices": 2}, run={"parallel": "fsdp"})
+    assert training_memory(shape, two).weights == memory.weights / 2
+    assert training_memory(shape, two).activations == memory.activations / 2
+    assert memory.total == memory.weights + memory.logits + memory.activations
+    best = training_memory(shape, change(one, train={"keep_best": True}))
+    assert best.weights == 20 * 494_032_768
+    bf16 = change(one, train={"dtype": "bfloat16"})
+    rounded = 2 * (shape.body_matrices + shape.head)
+    more = training_memory(shape, bf16)
+    assert more.weights + more.logits == memory.weights + memory.logits + rounded
+
+
+def test_adapters_need_no_moments_for_frozen_weights(tiny_params: Params) -> None:
+    shape = KNOWN["Qwen2.5-0.5B"]
+    lora = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj"]}
+    params = change(tiny_params, student={"lora": lora}, train={"dtype": "float32"})
+    trained = 24 * 8 * (896 + 896)
+    assert training_memory(shape, params).weights == 4 * 494_032_768 + 12 * trained
+    whole = step_operations(shape, change(params, student={"lora": None}))
+    assert step_operations(shape, params) == pytest.approx(whole * 2 / 3)
+
+
+def test_capture_holds_weights_and_a_chunk_of_logits(tiny_params: Params) -> None:
+    shape = KNOWN["Qwen2.5-7B"]
+    memory = capture_memory(shape, tiny_params, "bfloat16")
+    assert memory.weights == 2 * 7_615_616_512
+    assert memory.logits == 3 * 4 * 50 * 152_064
+    assert memory.activations == 4 * 32 * (2 * (4 * 3584 + 3 * 18_944) + 32)

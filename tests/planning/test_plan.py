@@ -1,0 +1,276 @@
+"""The plan: stage times worked by hand, sizes against a real cache, advice in sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pipeline.config.params import DeviceName, Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.errors import ParamsError
+from pipeline.planning.cache_size import Mode, bytes_a_token
+from pipeline.planning.devices import DEVICES
+from pipeline.planning.plan import make_plan
+from pipeline.planning.plan_text import advice, plan_lines
+from pipeline.verify.gate import run_gate
+from stages.advise import main
+from tests.conftest import change
+from tests.helpers import live_teacher, open_cache
+
+BIG = {
+    "corpus": {"train_tokens": 10_000_000, "validation_tokens": 100_000, "row_length": 1000},
+    "advise": {"device": "t4", "utilisation": 0.5},
+    "prepare": {"k": 64, "dtype": "float16", "chunk_rows": 8, "shard_rows": 800},
+    "train": {"steps": 500, "batch_rows": 10, "eval_every": 100, "eval_rows": 50},
+}
+
+
+def big(tiny_params: Params, tmp_path: Path, **sections: dict[str, object]) -> Params:
+    """SmolLM2-135M on a T4, of which nothing is here."""
+    params = change(tiny_params, teacher={"source": "wheel"}, paths={"teacher": str(tmp_path)})
+    for changes in (BIG, sections):
+        params = change(params, **changes)  # type: ignore[arg-type]
+    return params
+
+
+def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None:
+    plan = make_plan(big(tiny_params, tmp_path, student={"init": "layers", "layers": [0, 1, 2]}))
+    a_layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    head = 576 * 49_152
+    teacher = 2 * (30 * a_layer + head) + 4 * 30 * 576 * 1000
+    student = 2 * (3 * a_layer + head) + 4 * 3 * 576 * 1000
+    assert plan.rates.teacher == pytest.approx(0.5 * 65e12 / teacher)
+    assert plan.rates.train == pytest.approx(0.5 * 8.1e12 / (3 * student))
+    assert plan.extent.tokens == 10_100_000
+    assert plan.extent.passes_a_run == 0.5
+    assert plan.stage("prepare").seconds == pytest.approx(10.1e6 * teacher / (0.5 * 65e12))
+    validated = 6 * 50 * 1000  # at step 0 and five times after
+    run = (5e6 * 3 * student + validated * student) / (0.5 * 8.1e12)
+    assert plan.stage("train").seconds == pytest.approx(run)
+    assert plan.stage("baseline").seconds == pytest.approx(run)
+    assert plan.seconds == pytest.approx(sum(stage.seconds or 0 for stage in plan.stages))
+    online = make_plan(
+        big(
+            tiny_params,
+            tmp_path,
+            student={"init": "layers", "layers": [0, 1, 2]},
+            train={"teacher": "online"},
+        )
+    )
+    more = (online.stage("train").seconds or 0) - (plan.stage("train").seconds or 0)
+    assert more == pytest.approx((5e6 + validated) / plan.rates.teacher)
+    both = (plan.stage("train").memory or 0) + (plan.stage("prepare").memory or 0)
+    assert online.stage("train").memory == both
+
+
+@pytest.mark.parametrize(
+    ("device", "teacher", "student"),
+    [
+        ("cpu", "bfloat16", "bfloat16"),
+        ("cpu-avx2", "float32", "float32"),
+        ("t4", "float16", "float32"),
+        ("a100-40gb", "float16", "bfloat16"),
+    ],
+)
+def test_auto_is_what_the_planned_device_computes_fastest(
+    device: str, teacher: str, student: str, tiny_params: Params, tmp_path: Path
+) -> None:
+    auto = {"prepare": {"dtype": "auto"}, "train": {"dtype": "auto"}, "advise": {"device": device}}
+    params = big(tiny_params, tmp_path, **auto)
+    plan = make_plan(params)
+    assert (plan.teacher_dtype, plan.student_dtype) == (teacher, student)
+    assert f"in {student}" in " ".join(plan_lines(plan, params))
+    asked = {"prepare": {"dtype": teacher}, "train": {"dtype": student}}
+    assert make_plan(big(tiny_params, tmp_path, **(auto | asked))).seconds == plan.seconds
+
+
+def test_evaluate_counts_on_its_own_format(tiny_params: Params, tmp_path: Path) -> None:
+    """Worked by hand for a T4, whose float16 is 65 / 8.1 times as fast as its float32."""
+    half, single, auto = (
+        make_plan(big(tiny_params, tmp_path, evaluate={"dtype": name})).stage("evaluate").seconds
+        for name in ("float16", "float32", "auto")
+    )
+    assert half is not None
+    assert single is not None
+    assert single / half == pytest.approx(65 / 8.1)
+    assert auto == half
+    plan = make_plan(big(tiny_params, tmp_path, evaluate={"dtype": "float32"}))
+    teacher, student = plan.teacher_shape, plan.student_shape
+    operations = teacher.forward_operations(1000) + 2 * student.forward_operations(1000)
+    assert single == pytest.approx(100_000 * operations / (0.5 * 8.1e12))
+    text = sentences(tiny_params, tmp_path, evaluate={"dtype": "bfloat16"})
+    assert "computes at the rate of float32: set evaluate.dtype to another" in text
+
+
+def test_verify_counts_what_the_gate_computes(tiny_cache: Params) -> None:
+    """Rows that a gate really runs through its teacher, the noise floor's three times more."""
+    counted = 0
+    teacher = live_teacher(tiny_cache)
+    original = teacher.logits_by_chunk
+
+    def counting(tokens: torch.Tensor, doc_ids: torch.Tensor | None) -> object:
+        nonlocal counted
+        counted += len(tokens)
+        return original(tokens, doc_ids)
+
+    teacher.logits_by_chunk = counting  # type: ignore[method-assign, assignment]
+    splits = [
+        (CorpusSplit(tiny_cache.paths.corpus, split), open_cache(tiny_cache, split))
+        for split in SPLITS
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.verify.gate._announce", lambda *_: None)
+        run_gate(teacher, splits, tiny_cache.verify, seed=0)
+    plan = make_plan(tiny_cache)
+    seconds = plan.stage("verify").seconds
+    assert seconds is not None
+    assert seconds * plan.rates.teacher == pytest.approx(32 * counted)
+
+
+def test_recomputed_blocks_take_longer(tiny_params: Params, tmp_path: Path) -> None:
+    plain, again = (
+        make_plan(
+            big(
+                tiny_params,
+                tmp_path,
+                student={"init": "layers", "layers": list(range(30))},
+                run={"activation_checkpointing": value},
+            )
+        )
+        for value in (False, True)
+    )
+    ratio = (again.stage("train").seconds or 0) / (plain.stage("train").seconds or 1)
+    assert 1.1 < ratio < 4 / 3
+
+
+def test_epochs_are_planned_as_their_steps(tiny_params: Params, tmp_path: Path) -> None:
+    steps = make_plan(big(tiny_params, tmp_path, train={"steps": 3000}))
+    params = big(tiny_params, tmp_path, train={"steps": None, "epochs": 3})
+    epochs = make_plan(params)
+    assert epochs.steps == 3000
+    assert epochs.stages == steps.stages
+    assert "a run of 3,000 steps of 10,000 tokens" in " ".join(plan_lines(epochs, params))
+
+
+def test_rows_of_a_random_student_are_guessed_aloud(tiny_params: Params, tmp_path: Path) -> None:
+    """Without a tokenizer at hand; with one they are counted."""
+    student = {"init": "random"}
+    guessed = make_plan(big(tiny_params, tmp_path, student=student))
+    assert guessed.student_shape.vocab_size == 49_152
+    words = "a vocabulary of the teacher's 49,152 rows assumed for student.vocab_size=auto"
+    assert words in guessed.student
+    assert "assumed" not in make_plan(big(tiny_params, tmp_path)).student  # layers of the teacher
+    given = make_plan(big(tiny_params, tmp_path, student=student | {"vocab_size": 1000}))
+    assert given.student == "at random"
+    counted = make_plan(change(tiny_params, student=student))
+    assert (counted.student, counted.student_shape.vocab_size) == ("at random", 320)
+
+
+def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> None:
+    one = make_plan(big(tiny_params, tmp_path))
+    four = make_plan(big(tiny_params, tmp_path, advise={"devices": 4}))
+    for name in ("prepare", "train", "baseline"):
+        assert four.stage(name).seconds == pytest.approx((one.stage(name).seconds or 0) / 4)
+    for name in ("corpus", "verify", "evaluate"):  # one process
+        assert four.stage(name).seconds == pytest.approx(one.stage(name).seconds or 0)
+    assert four.break_even == one.break_even
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        (Mode(k=64, draws=0), 152.5),
+        (Mode(k=16, draws=0), 52.4),
+        (Mode(k=256, draws=0), 533.3),
+        (Mode(k=0, draws=50), 72.2),
+        (Mode(k=32, draws=16), 130.8),
+        (Mode(k=16, draws=16), 95.1),
+    ],
+)
+def test_sizes_come_to_what_was_measured(mode: Mode, size: float) -> None:
+    """The figures of docs/benchmarks.md, of the demo's teacher and corpus."""
+    assert bytes_a_token(mode, 49_152) == pytest.approx(size, rel=0.03)
+    assert bytes_a_token(mode, 151_936) > bytes_a_token(mode, 49_152)
+
+
+def test_sizes_rise_with_k() -> None:
+    sizes = [bytes_a_token(Mode(k=k, draws=0), 49_152) for k in (1, 8, 40, 64, 256, 300)]
+    assert sizes == sorted(sizes)
+
+
+def test_shards_and_objects_are_those_of_a_real_cache(tiny_cache: Params) -> None:
+    plan = make_plan(tiny_cache)
+    files = [file for file in Path(str(tiny_cache.paths.logits)).rglob("*") if file.is_file()]
+    cut = [file for file in files if "c" in file.parts or file.parent.name == "commits"]
+    cut = [file for file in cut if not any("rank_to_id" in part for part in file.parts)]
+    assert plan.cache.shards == 8
+    assert plan.cache.objects == len(cut)
+
+
+def test_every_device_has_numbers(tiny_params: Params, tmp_path: Path) -> None:
+    assert set(DEVICES) == set(get_args(DeviceName))
+    for name in DEVICES:
+        plan = make_plan(big(tiny_params, tmp_path, advise={"device": name}))
+        assert 0 < plan.seconds < 1e7
+
+
+def sentences(tiny_params: Params, tmp_path: Path, **sections: dict[str, object]) -> str:
+    params = big(tiny_params, tmp_path, **sections)
+    return "\n".join(advice(make_plan(params), params))
+
+
+def test_advice_says_what_fits(tiny_params: Params, tmp_path: Path) -> None:
+    text = sentences(tiny_params, tmp_path, train={"dtype": "float32"})
+    assert "prepare fits: " in text
+    assert "train fits: " in text
+    assert "bfloat16" not in text
+    text = sentences(tiny_params, tmp_path, train={"batch_rows": 500, "dtype": "bfloat16"})
+    assert "train does NOT fit: " in text
+    assert "set run.activation_checkpointing" in text
+    assert "t4 has no units for bfloat16 and computes at the rate of float32: set train" in text
+
+
+def test_advice_says_how_much_is_read_and_when_to_go_online(
+    tiny_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = sentences(tiny_params, tmp_path)
+    assert "a run reads 5,000,000 of the training tokens" in text
+    assert "multiply train.accumulation by 2" in text
+    assert "caching pays from 2 passes over the corpus on, 4 runs of train.*" in text
+    text = sentences(tiny_params, tmp_path, train={"steps": 2000})
+    assert "of the training tokens" not in text
+    assert "on, 1 run of train" in text
+    fast = {"advise": {"device": "h100", "utilisation": 1.0}}
+    monkeypatch.setattr("pipeline.planning.plan.READ", 1e6)
+    assert "go online: this teacher makes" in sentences(tiny_params, tmp_path, **fast)
+
+
+def test_a_corpus_without_a_size_has_no_plan(tiny_params: Params) -> None:
+    with pytest.raises(ParamsError, match=r"corpus\.train_tokens=null .* set a number"):
+        make_plan(change(tiny_params, corpus={"train_tokens": None}))
+
+
+def test_what_the_teacher_has_not_has_no_plan(tiny_params: Params, tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"prepare\.k=49153 exceeds the 49152 rows"):
+        make_plan(big(tiny_params, tmp_path, prepare={"k": 49_153}))
+    layers = {"init": "layers", "layers": [0, 30]}
+    with pytest.raises(ParamsError, match=r"student\.layers names layer 30, .* 0 to 29"):
+        make_plan(big(tiny_params, tmp_path, student=layers))
+
+
+def test_the_stage_prints_it_and_needs_nothing(tiny_params: Params, tmp_path: Path) -> None:
+    file = str(tmp_path / "params.yaml")
+    done = CliRunner().invoke(main, ["--plan", "--params", file], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert not Path(tiny_params.paths.corpus).exists()  # type: ignore[arg-type]
+    plan = make_plan(tiny_params)
+    assert done.stdout.splitlines() == plan_lines(plan, tiny_params)
+    assert done.stdout.splitlines()[-1].endswith("computed, not measured")
+    written = json.loads((tiny_params.paths.advise / "plan.json").read_text())
+    assert written["seconds"] == pytest.approx(plan.seconds)
+    assert [stage["name"] for stage in written["stages"]][2] == "prepare"

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import MismatchError, ParamsError
+from pipeline.targets.reduce import block_top_k, row_uniforms, top_k_from_logits
+from pipeline.targets.topk import TopK
+
+TAUS = (1.0, 2.0, 4.0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.integers(1, 400), k=st.integers(1, 40), seed=st.integers(0, 10**6), ties=st.booleans()
+)
+def test_block_top_k_equals_torch_topk(size: int, k: int, seed: int, ties: bool) -> None:
+    k = min(k, size)
+    values = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        values = values.round()
+    found, ids = block_top_k(values, k)
+    assert torch.equal(found, values.topk(k).values)
+    assert torch.equal(values.gather(-1, ids), found)
+    assert all(len(set(row.tolist())) == k for row in ids)
+
+
+def test_top_k_from_logits_against_float64() -> None:
+    logits = torch.randn(7, 1000) * 4 + 30
+    topk = top_k_from_logits(logits.clone(), 10, TAUS)
+    exact = logits.double()
+    log_p = exact.log_softmax(-1)
+    assert torch.equal(topk.ids, exact.topk(10).indices)
+    torch.testing.assert_close(topk.lse.double(), exact.logsumexp(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        topk.logprobs.double(), log_p.gather(-1, topk.ids), atol=2e-5, rtol=0
+    )
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(topk.entropy.double(), entropy, atol=1e-5, rtol=0)
+    for column, tau in enumerate(TAUS):
+        normaliser = (log_p / tau).logsumexp(-1)
+        torch.testing.assert_close(
+            topk.lse_tau[:, column].double(), normaliser, atol=2e-5, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_target_is_the_full_softmax_at_the_kept_ids(tau: float) -> None:
+    logits = torch.randn(5, 300) * 3
+    topk = top_k_from_logits(logits.clone(), 8, TAUS)
+    log_p, tail = topk.target(tau)
+    full = (logits / tau).log_softmax(-1)
+    torch.testing.assert_close(log_p, full.gather(-1, topk.ids), atol=1e-5, rtol=0)
+    kept = full.exp().gather(-1, topk.ids).sum(-1)
+    torch.testing.assert_close(tail, 1 - kept, atol=1e-5, rtol=0)
+
+
+def test_target_at_a_temperature_not_stored_names_those_stored() -> None:
+    topk = top_k_from_logits(torch.randn(2, 50), 4, (1.0, 2.0))
+    with pytest.raises(MismatchError, match=r"temperature=3 .*\(1, 2\)"):
+        topk.target(3.0)
+
+
+def test_no_tail_when_k_is_the_vocabulary() -> None:
+    topk = top_k_from_logits(torch.randn(4, 20), 20, (1.0,))
+    assert torch.equal(topk.target(1.0)[1], torch.zeros(4))
+
+
+def test_k_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ParamsError, match="k=21 exceeds the 20 ids"):
+        top_k_from_logits(torch.randn(4, 20), 21, (1.0,))
+
+
+def test_prefix_keeps_the_normalisers() -> None:
+    topk = top_k_from_logits(torch.randn(4, 60), 10, TAUS)
+    short = topk.prefix(3)
+    assert short.k == 3
+    assert torch.equal(short.ids, topk.ids[:, :3])
+    assert torch.equal(short.lse_tau, topk.lse_tau)
+    with pytest.raises(ParamsError, match=r"k=11 is outside 1\.\.10"):
+        topk.prefix(11)
+
+
+def test_index_stack_cat_round_trip() -> None:
+    topk = top_k_from_logits(torch.randn(6, 60), 10, TAUS)
+    rows = [topk[i] for i in range(6)]
+    for joined in (TopK.stack(rows), TopK.cat([topk[:2], topk[2:]])):
+        assert torch.equal(joined.ids, topk.ids)
+        assert torch.equal(joined.lse_tau, topk.lse_tau)
+        assert joined.temperatures == TAUS
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=st.integers(2, 300), k=st.integers(0, 20), seed=st.integers(0, 10**6))
+def test_draws_invert_the_running_sum(size: int, k: int, seed: int) -> None:
+    """In two stages the same ids as by one running sum over the vocabulary, in float64."""
+    k = min(k, size - 1)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, size, generator=generator) * 3
+    uniforms = torch.rand(4, 30, generator=generator)
+    topk = top_k_from_logits(logits.clone(), k, (), uniforms)
+    weights = (logits - logits.amax(-1, True)).double().exp().scatter(-1, topk.ids, 0.0)
+    running = weights.cumsum(-1) / weights.sum(-1, True)
+    plain = torch.searchsorted(running, uniforms.double(), right=True).clamp_max(size - 1)
+    near = (running.gather(-1, plain) - uniforms).abs() < 1e-5
+    near |= (running.gather(-1, (plain - 1).clamp_min(0)) - uniforms).abs() < 1e-5
+    assert bool(((topk.draw_ids == plain) | near).all())
+    assert not bool((topk.draw_ids[:, :, None] == topk.ids[:, None, :]).any())
+    log_p = logits.log_softmax(-1).gather(-1, topk.draw_ids)
+    torch.testing.assert_close(topk.draw_logprobs, log_p, atol=2e-5, rtol=1e-5)
+
+
+def test_draws_never_take_what_cannot_be() -> None:
+    """Ids of no mass at all, at the ends of blocks, and uniforms at the ends of their range."""
+    logits = torch.full((1, 200), -torch.inf)
+    logits[0, [3, 64, 130]] = torch.tensor([2.0, 0.0, 0.0])
+    uniforms = torch.tensor([[0.0, 1e-8, 0.4999, 0.5001, 1 - 2**-24]])
+    topk = top_k_from_logits(logits, 1, (), uniforms)
+    assert topk.ids.tolist() == [[3]]
+    assert topk.draw_ids.tolist() == [[64, 64, 64, 130, 130]]
+
+
+def test_draws_depend_on_seed_and_row_alone() -> None:
+    together = row_uniforms(range(4, 9), 6, 3, seed=1)
+    assert torch.equal(together[2:4], row_uniforms([6, 7], 6, 3, seed=1))
+    assert not torch.equal(together, row_uniforms(range(4, 9), 6, 3, seed=2))
+    assert together.shape == (5, 6, 3)
+    assert row_uniforms([0], 6, 0, seed=1).shape == (1, 6, 0)
+
+
+def test_weights_of_draws_at_a_temperature() -> None:
+    """w = p_t / M * p_tau / p: by hand, with p = (1/2, 1/4, 1/8, 1/8), T = {0}, two draws."""
+    probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    topk = top_k_from_logits(probabilities.log(), 1, (1.0, 2.0), torch.tensor([[0.1, 0.9]]))
+    assert topk.draw_ids.tolist() == [[1, 3]]
+    _, weight = topk.draw_target(1.0)
+    torch.testing.assert_close(weight, torch.tensor([[0.25, 0.25]]))
+    root = probabilities.sqrt()
+    log_p, weight = topk.draw_target(2.0)
+    p_tau = (root / root.sum())[:, [1, 3]]
+    torch.testing.assert_close(log_p.exp(), p_tau)
+    torch.testing.assert_close(weight, 0.25 * p_tau / probabilities[:, [1, 3]])

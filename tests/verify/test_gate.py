@@ -1,0 +1,396 @@
+"""The gate must pass a good cache and fail every bad one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.losses.reference import tail_bucket_kl
+from pipeline.model.attention_mask import documents_apart
+from pipeline.targets.reduce import row_uniforms, top_k_from_logits
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.verify import GateReport, agreement, run_gate
+from pipeline.verify.gate import as_stored
+from tests.conftest import change, make_teacher
+from tests.helpers import capture_all, live_teacher, make_capture, open_cache
+from tests.verify.faults import DRAW_FAULTS
+
+
+def gate(params: Params, teacher: HuggingFaceTeacher | None = None, *, seed: int = 0) -> GateReport:
+    splits = [
+        (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
+    ]
+    return run_gate(teacher or live_teacher(params), splits, params.verify, seed=seed)
+
+
+def rewrite(params: Params, change_rows: Callable[[TopK], TopK]) -> None:
+    """Commit other contents under good markers, as a defect of ours would have."""
+    reader = open_cache(params)
+    changed = change_rows(reader.top_k(np.arange(len(reader.corpus))))
+    writer = make_capture(params, "train").writer
+    for shard in range(writer.layout.num_shards):
+        start, stop = writer.layout.rows_of(shard)
+        writer.write(shard, changed[start:stop], hash_rows(reader.corpus.rows(start, stop)))
+
+
+def shifted_by_one(topk: TopK) -> TopK:
+    return topk.map(lambda tensor: tensor.roll(1, dims=1))
+
+
+@pytest.fixture
+def half_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers whose passes differ as those of half formats do, or more: top-1 flips at 2 %."""
+    exact = HuggingFaceTeacher.hidden_states
+
+    def noisy(self: HuggingFaceTeacher, *args: Any) -> torch.Tensor:
+        hidden = exact(self, *args)
+        return hidden * (1.0 + 0.01 * torch.randn_like(hidden))
+
+    monkeypatch.setattr(HuggingFaceTeacher, "hidden_states", noisy)
+
+
+NOISY_TEACHER = {"min_mean_cosine": 0.99, "min_row_cosine": 0.98, "min_top1": 0.9}
+"""Ceilings for the tiny teacher, whose distributions are almost flat."""
+
+
+def test_a_good_cache_passes(tiny_cache: Params) -> None:
+    report = gate(tiny_cache)
+    assert report.passed, report.failures
+    assert report.cache.mean_cosine > 0.9999
+    assert report.cache.mean_kl < 1e-5
+    assert report.cache.lse_error < 1e-4
+    assert report.cache.lse_tau_error < 1e-4
+    # entropy is stored as float16, of which half a step is 0.002 between 4 and 8 nats
+    assert report.cache.entropy_error < 2e-3
+    assert report.batches == report.rows == 20
+    assert report.noise.mean_cosine > 0.9999
+    assert report.control.mean_cosine < 0.9
+    shares = [row["share"] for row in report.histogram if row["series"] == "cache"]
+    assert sum(shares) == pytest.approx(1.0)
+
+
+def test_limits_follow_the_noise_floor_and_are_said(tiny_cache: Params) -> None:
+    report = gate(tiny_cache)
+    limits, found = report.limits.errors, report.found
+    assert limits["lse"].mean == 1e-3  # the resolution: nothing differs in float32
+    assert limits["logprobs"].mean == pytest.approx(3 * report.noise.logprob_error)
+    assert limits["entropy"].mean == pytest.approx(3 * report.noise.entropy_error)
+    for name, levels in limits.items():
+        assert found.errors[name].mean >= levels.mean, name
+    assert (found.shards, found.shards_seen, found.wrong_shards) == (8, 8, 1)
+    # 640 positions, less padding
+    assert found.wrong_positions == pytest.approx(3.0 / report.tokens, rel=1e-2)
+    said = report.lines()[-1]
+    assert "one position in 1,000" in said
+    assert str(found.batches_for["one position in 1,000"]) in said
+    strict = gate(change(tiny_cache, verify={"max_lse_error": 1e-9, "max_logprob_error": 1e-9}))
+    assert strict.limits.errors["lse"].mean == 1e-9  # the ceiling
+    (failure,) = strict.failures
+    assert failure.startswith("mean error of log-probabilities 0.00")
+
+
+def test_the_noise_floor_is_rounded_as_the_cache_is(tiny_cache: Params) -> None:
+    reader, teacher = open_cache(tiny_cache), live_teacher(tiny_cache)
+    rows = reader.corpus.rows(0, 4)
+    apart = documents_apart(torch.from_numpy(rows.doc_ids), "documents")
+    said = teacher.top_k(
+        torch.from_numpy(rows.tokens), 16, tiny_cache.prepare.temperatures, None, apart
+    )
+    stored, again = reader.top_k(np.arange(4)), as_stored(said)
+    for name in ("ids", "logprobs", "lse", "lse_tau", "entropy"):
+        assert torch.equal(getattr(stored, name), getattr(again, name)), name
+
+
+def test_shift_by_one_is_caught(tiny_cache: Params) -> None:
+    rewrite(tiny_cache, shifted_by_one)
+    report = gate(tiny_cache)
+    assert not report.passed
+    assert any("mean cosine" in failure for failure in report.failures)
+
+
+def test_a_stale_shard_is_caught_whatever_the_seed(tiny_cache: Params) -> None:
+    """With as many rows as there are shards each is looked at, a last one of a few rows too."""
+    last = len(open_cache(tiny_cache).corpus) // 16 * 16
+    rewrite(tiny_cache, lambda topk: TopK.cat((topk[:last], topk[: len(topk.lse) - last])))
+    for seed in range(5):
+        assert not gate(change(tiny_cache, verify={"batches": 8}), seed=seed).passed
+
+
+@pytest.mark.parametrize(
+    ("field", "amount", "failure"),
+    [
+        ("lse", 0.49, "mean error of lse 0.3"),
+        ("lse", 0.01, "mean error of lse 0.0"),
+        ("lse_tau", 0.09, "mean error of lse_tau 0.0"),
+        ("entropy", 0.09, "mean error of entropy 0.0"),
+    ],
+)
+def test_a_wrong_sum_over_the_row_is_caught(
+    field: str, amount: float, failure: str, tiny_cache: Params
+) -> None:
+    """In the training split, 4 rows of 5. Probabilities at temperature 1 are right."""
+
+    def wrong(topk: TopK) -> TopK:
+        tensor = getattr(topk, field).clone()
+        if field == "lse_tau":
+            tensor[..., 1] += amount  # one temperature of three
+        else:
+            tensor += amount
+        return replace(topk, **{field: tensor})
+
+    rewrite(tiny_cache, wrong)
+    first, offset = gate(tiny_cache).failures
+    assert failure in first
+    assert offset.startswith(f"mean offset of {field}")
+
+
+def last_ranks_permuted(topk: TopK) -> TopK:
+    ids = topk.ids.clone()
+    ids[..., 32:] = ids[..., 32:][..., torch.randperm(32)]
+    return replace(topk, ids=ids)
+
+
+def last_ranks_off(topk: TopK) -> TopK:
+    logprobs = topk.logprobs.clone()
+    logprobs[..., 16:] += 0.1
+    return replace(topk, logprobs=logprobs)
+
+
+RANK_FAULTS = [
+    (last_ranks_permuted, "error of log-probabilities"),
+    (last_ranks_off, "mean offset of log-probabilities of ranks"),
+]
+
+
+@pytest.mark.parametrize(("fault", "failure"), RANK_FAULTS)
+def test_wrong_last_ranks_are_caught(
+    fault: Callable[[TopK], TopK], failure: str, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"k": 64})
+    capture_all(params)
+    rewrite(params, fault)
+    assert any(failure in sentence for sentence in gate(params).failures)
+
+
+@pytest.mark.usefixtures("half_noise")
+@pytest.mark.parametrize(("fault", "failure"), RANK_FAULTS)
+def test_wrong_last_ranks_are_caught_under_noise(
+    fault: Callable[[TopK], TopK], failure: str, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"k": 64}, verify=NOISY_TEACHER)
+    capture_all(params)
+    report = gate(params)
+    assert report.passed, report.failures
+    assert report.noise.logprob_error > 0.01  # ten times float32's, which is rounding
+    rewrite(params, fault)
+    assert any(failure in sentence for sentence in gate(params).failures)
+
+
+def test_one_position_in_a_thousand_is_caught(tiny_cache: Params) -> None:
+    """By so little that neither the mean nor the worst row shows it."""
+    everywhere = change(tiny_cache, verify={"batches": 200})
+    report = gate(everywhere)
+    assert report.passed, report.failures
+    assert report.found.wrong_positions < 1e-3
+
+    def wrong(topk: TopK) -> TopK:
+        lse = topk.lse.clone()
+        lse.view(-1)[500::1000] += 0.02
+        return replace(topk, lse=lse)
+
+    rewrite(tiny_cache, wrong)
+    (failure,) = gate(everywhere).failures
+    assert failure == (
+        f"error of lse is above 0.001 at 3 of {report.tokens:,} positions, more than 0"
+    )
+
+
+def test_another_teacher_revision_is_caught(tiny_cache: Params, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "other", seed=5)
+    other = change(tiny_cache, paths={"teacher": str(tmp_path / "other")})
+    assert not gate(tiny_cache, live_teacher(other)).passed
+
+
+def test_a_slightly_trained_teacher_is_caught(tiny_cache: Params) -> None:
+    """A revision that differs by a few percent in its weights."""
+    teacher = live_teacher(tiny_cache)
+    with torch.no_grad():
+        for parameter in teacher.model.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    assert not gate(tiny_cache, teacher).passed
+
+
+def test_a_blind_gate_is_a_failure(tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a teacher that says the same everywhere, a cache shifted by one is right, too."""
+
+    def same(self: HuggingFaceTeacher, tokens: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.linspace(-1.0, 1.0, 64).expand(*tokens.shape, 64)
+
+    monkeypatch.setattr(HuggingFaceTeacher, "hidden_states", same)
+    capture_all(tiny_corpus)
+    assert gate(tiny_corpus).failures == (
+        "the negative control, targets shifted by one, passed: the gate is blind",
+    )
+
+
+def test_bfloat16_cache_passes_with_its_own_noise(tiny_corpus: Params) -> None:
+    params = change(tiny_corpus, prepare={"dtype": "bfloat16"})
+    capture_all(params)
+    assert gate(params).passed
+
+
+def test_the_gate_attends_as_the_cache_did(tiny_cache: Params) -> None:
+    """And catches a cache of packed rows that claims to be one of documents kept apart."""
+    elsewhere = {"logits": f"{tiny_cache.paths.logits}_packed"}
+    packed = change(tiny_cache, prepare={"attention": "packed"}, paths=elsewhere)
+    capture_all(packed)
+    assert gate(change(packed, prepare={"attention": "documents"})).passed
+    reader = open_cache(packed)
+    said = reader.top_k(np.arange(len(reader.corpus)))
+    writer = make_capture(tiny_cache, "train").writer
+    for shard in range(writer.layout.num_shards):
+        start, stop = writer.layout.rows_of(shard)
+        writer.write(shard, said[start:stop], hash_rows(reader.corpus.rows(start, stop)))
+    assert not gate(tiny_cache).passed
+
+
+DRAWN = [(0, 50), (32, 16)]
+
+
+@pytest.mark.parametrize(("k", "draws"), [*DRAWN, (1, 20)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_caches_with_draws_pass_and_fail_as_others_do(
+    k: int, draws: int, seed: int, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"k": k, "draws": draws})
+    params = params.model_copy(update={"seed": seed})
+    capture_all(params)
+    report = gate(params, seed=seed)
+    assert report.passed, report.failures
+    assert report.cache.draw_agreement == 1.0
+    assert [test.name for test in report.draw_tests] == [
+        "inverse temperature",
+        "equal pairs",
+        "spread over rows",
+        "spread over places",
+    ]
+    rewrite(params, shifted_by_one)
+    assert not gate(params).passed
+
+
+def rewrite_draws(params: Params, fault: str) -> None:
+    """Other ids in place of the draws, with their true log-probabilities."""
+
+    def change_draws(topk: TopK) -> TopK:
+        reader = open_cache(params)
+        rows = reader.corpus.rows(0, len(reader.corpus))
+        doc_ids = torch.from_numpy(rows.doc_ids)
+        chunks = live_teacher(params).logits_by_chunk(
+            torch.from_numpy(rows.tokens), documents_apart(doc_ids, params.prepare.attention)
+        )
+        log_p = torch.cat([logits.clone() for _, logits in chunks]).log_softmax(-1)
+        weights = log_p.exp().scatter(-1, topk.ids.flatten(0, 1), 0.0)
+        uniforms = row_uniforms(range(len(topk.lse)), topk.lse.shape[1], topk.draws, params.seed)
+        ids = DRAW_FAULTS[fault](weights, uniforms)
+        shape = topk.draw_ids.shape
+        log_p = log_p.gather(-1, ids).view(shape)
+        return replace(topk, draw_ids=ids.view(shape), draw_logprobs=log_p)
+
+    rewrite(params, change_draws)
+
+
+@pytest.mark.parametrize(("k", "draws"), DRAWN)
+@pytest.mark.parametrize("fault", DRAW_FAULTS)
+def test_ids_that_are_no_draws_are_caught(
+    fault: str, k: int, draws: int, tiny_corpus: Params
+) -> None:
+    params = change(tiny_corpus, prepare={"k": k, "draws": draws})
+    capture_all(params)
+    rewrite_draws(params, fault)
+    failures = gate(params).failures
+    assert "mean agreement of draws" in failures[0]
+    among_kept = "draws are among the kept ids"
+    assert any(f.startswith("draws: ") or among_kept in f for f in failures)
+
+
+@pytest.mark.usefixtures("half_noise")
+@pytest.mark.parametrize("fault", ["uniform", "temperature 0.5", "temperature 2"])
+def test_ids_that_are_no_draws_are_caught_under_noise(fault: str, tiny_corpus: Params) -> None:
+    params = change(tiny_corpus, prepare={"k": 0, "draws": 50}, verify=NOISY_TEACHER)
+    capture_all(params)
+    report = gate(params)
+    assert report.passed, report.failures
+    assert 0.5 < report.noise.draw_agreement < 0.99
+    rewrite_draws(params, fault)
+    assert not gate(params).passed
+
+
+def test_draws_of_another_seed_are_caught(tiny_corpus: Params) -> None:
+    """A good sample, but not the one that the fingerprint promises."""
+    params = change(tiny_corpus, prepare={"k": 0, "draws": 50})
+    capture_all(params)
+    other = change(params, paths={"logits": f"{params.paths.logits}_other"})
+    other = other.model_copy(update={"seed": 1})
+    capture_all(other)
+    said = open_cache(other).top_k(np.arange(len(open_cache(other).corpus)))
+    rewrite(params, lambda _: said)
+    report = gate(params)
+    assert all(test.passed for test in report.draw_tests)
+    assert any("mean agreement of draws" in failure for failure in report.failures)
+
+
+def test_agreement_worked_by_hand() -> None:
+    live = top_k_from_logits(torch.tensor([[0.5, 0.3, 0.1, 0.1]]).log(), 2, ())
+    said = top_k_from_logits(torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log(), 2, ())
+    at_said = torch.tensor([[0.5, 0.1]]).log()  # live probabilities at ids 0 and 2
+    result = agreement(said, live, at_said)
+    # (0.5, 0, 0.3) . (0.5, 0.3, 0) / |.|^2 = 0.25 / 0.34
+    torch.testing.assert_close(result.cosine, torch.tensor([0.25 / 0.34]))
+    torch.testing.assert_close(result.overlap, torch.tensor([0.5]))
+    torch.testing.assert_close(result.top1, torch.tensor([1.0]))
+    # KL over {0}, {2}, {rest}: 0.1 log(0.1 / 0.3) + 0.4 log(0.4 / 0.2)
+    expected = 0.1 * np.log(1 / 3) + 0.4 * np.log(2)
+    torch.testing.assert_close(result.kl, torch.tensor([expected], dtype=torch.float32))
+
+
+def test_keeping_the_whole_vocabulary_passes(tiny_corpus: Params) -> None:
+    """K + M beyond the vocabulary: the live side keeps all there is."""
+    params = change(tiny_corpus, prepare={"k": 290, "draws": 20})
+    capture_all(params)
+    report = gate(params)
+    assert report.passed, report.failures
+
+
+def test_sorted_values_alone_would_prove_nothing() -> None:
+    """Why the gate scatters by id: the sorted tails of unrelated positions look alike."""
+    logits = torch.randn(400, 5000) * 2
+    values = logits.topk(64).values
+    sorted_cosine = torch.nn.functional.cosine_similarity(values[1:], values[:-1]).mean()
+    assert float(sorted_cosine) > 0.99
+    topk = top_k_from_logits(logits.clone(), 64, ())
+    moved = topk[torch.arange(399)]
+    at_moved = logits[1:].log_softmax(-1).gather(-1, moved.ids)
+    assert float(agreement(moved, topk[1:], at_moved).cosine.mean()) < 0.2
+
+
+def test_kl_of_the_gate_is_the_tail_bucket_kl() -> None:
+    teacher, other = torch.randn(5, 90) * 2, torch.randn(5, 90) * 2
+    said, live = top_k_from_logits(other.clone(), 9, ()), top_k_from_logits(teacher.clone(), 9, ())
+    at_said = teacher.log_softmax(-1).gather(-1, said.ids)
+    result = agreement(said, live, at_said)
+    # KL(live || said) with said's ids as T: swap the roles in the reference
+    target = top_k_from_logits(teacher.clone(), 90, ())
+    log_p = target.logprobs.new_empty(5, 90).scatter(-1, target.ids, target.logprobs)
+    kept = log_p.gather(-1, said.ids)
+    swapped = top_k_from_logits(teacher.clone(), 9, ())
+    swapped = swapped.__class__(**{**vars(swapped), "ids": said.ids, "logprobs": kept})
+    torch.testing.assert_close(result.kl, tail_bucket_kl(other, swapped, 1.0), atol=1e-5, rtol=1e-4)
