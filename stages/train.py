@@ -24,7 +24,7 @@ def main(params: Params, run: str, overwrite: bool) -> None:
     """Train a student with alpha tau^2 KL + (1 - alpha) CE.
 
     Continues exactly after a crash or Ctrl-C. Started by torchrun, several processes share the
-    work, with the same losses as one. train.teacher chooses the cache (`cached`), the live
+    work, with the same losses as one. train.targets chooses the cache (`cached`), the live
     teacher (`online`) or plain language modelling (`none`). Reads train.*, run.*, student.*, seed,
     paths.corpus and paths.logits; writes paths.runs/RUN.
     """

@@ -9,7 +9,7 @@ bytes.
 The cluster is the one that RAY_ADDRESS names (as for any Ray program); otherwise one is started on
 this machine and stopped at the end. Every machine needs Decant, and teacher, corpus and cache under
 the same paths or URLs. The driver only needs the corpus: the first actor creates, checks or repairs
-the cache before the others start, so only it counts the rank table.
+the cache before the others start, so only it counts the id order.
 
 An actor whose machine is lost waits, with its shards, for another machine with a free GPU. If none
 appears, stop with Ctrl-C; the same command continues on the machines that are left.

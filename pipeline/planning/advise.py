@@ -6,8 +6,8 @@ smaller K are prefixes of it. Three quantities are measured for each K:
     retained mass    sum of the K kept probabilities at each temperature, mean over positions
     nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
                      (`nats_lost`); a student cannot learn it from the cache
-    bytes per token  size of the data that the store would write, without draws and without the
-                     corpus's own tokens
+    bytes per token  size of the data that the store would write, without sampled ids and without
+                     the corpus's own tokens
 
 They are measured, not modelled: the sample is encoded by the store's own codec in chunks of
 prepare.chunk_rows. If it is smaller than a chunk, the chunk is filled with zeros, as in a cache's
@@ -40,9 +40,9 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import ParamsError
 from pipeline.io.zarr_shards import decode_shard, encode_shard
-from pipeline.logit_cache.codec import RankTable, encode, restore, to_topk
+from pipeline.logit_cache.codec import IdOrder, encode, restore, to_topk
 from pipeline.logit_cache.format import Fingerprint
-from pipeline.logit_cache.layout import CacheLayout, rank_table_name
+from pipeline.logit_cache.layout import CacheLayout, id_order_name
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import (
     announce,
@@ -165,7 +165,10 @@ def advise(
         left_out=left_out,
         costs=costs,
         prepare_k=fingerprint.k,
-        passes_a_run=wanted.num_steps * wanted.batch_rows * wanted.accumulation / len(corpus),
+        passes_a_run=wanted.num_steps
+        * wanted.batch_rows
+        * wanted.gradient_accumulation_steps
+        / len(corpus),
         temperature=wanted.temperature if wanted.temperature in stored else 1.0,
         break_even_passes=break_even_passes(costs.capture, costs.top_k, costs.decode),
     )
@@ -190,7 +193,7 @@ def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[
     """Choose evenly spread rows to examine, in blocks of up to one shard, which limit the memory.
 
     The first block is itself spread evenly over the split, since only this block is used for rates
-    and rank tables; the other blocks are in corpus order.
+    and id orders; the other blocks are in corpus order.
     """
     number = min(num_rows, max(params.min_rows, math.ceil(params.sample * num_rows)))
     places = np.arange(number) * num_rows // number
@@ -241,15 +244,15 @@ def break_even_passes(capture: float, online: float, read: float) -> int | None:
 
 
 class _Meter:
-    """Sums for one K over the sample's blocks; the first block gives the rank table."""
+    """Sums for one K over the sample's blocks; the first block gives the id order."""
 
     def __init__(self, k: int, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
-        self._made_from = replace(fingerprint, k=k, draws=0)
+        self._made_from = replace(fingerprint, k=k, num_sampled=0)
         self._prepare = prepare
         self._mass = dict.fromkeys(sorted({1.0, *fingerprint.temperatures}), 0.0)
         self._nats = 0.0
         self._real = self._stored = self._bytes = 0
-        self._table: RankTable | None = None
+        self._id_order: IdOrder | None = None
 
     def add(self, topk: TopK, real: Tensor) -> None:
         """Add a block.
@@ -259,10 +262,10 @@ class _Meter:
             real: bool [B, L], False at padding.
         """
         kept = topk.prefix(self._made_from.k)
-        if self._table is None:
-            self._table = _count_ranks(kept)
-        layout = _layout_of(self._made_from, self._prepare, self._table, rows=len(real))
-        self._bytes += sum(map(len, _to_objects(kept, self._table, layout).values()))
+        if self._id_order is None:
+            self._id_order = _id_order_of(kept)
+        layout = _layout_of(self._made_from, self._prepare, self._id_order, rows=len(real))
+        self._bytes += sum(map(len, _to_objects(kept, self._id_order, layout).values()))
         self._stored += real.numel()
         counted = kept[real]
         self._real += len(counted.lse)
@@ -317,8 +320,8 @@ def _measure_costs(
 ) -> PassCosts:
     """Time a capture, and reading it back, on the rows of a block."""
     rows = _rows_at(corpus, block)
-    length, draws = fingerprint.row_length, fingerprint.draws
-    uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
+    length, num_sampled = fingerprint.row_length, fingerprint.num_sampled
+    uniforms = row_uniforms(block, length, num_sampled, fingerprint.sampling_seed)
     chances = torch.split(uniforms, params.capture.batch_rows)
 
     def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
@@ -338,10 +341,10 @@ def _measure_costs(
         reduced += seconds
         parts.append(part)
     topk = TopK.cat(parts)
-    table = _count_ranks(topk)
-    layout = _layout_of(fingerprint, params.prepare, table, rows=len(block))
-    encoded, objects = _timed(lambda: _to_objects(topk, table, layout))
-    decoded, _ = _timed(lambda: _from_objects(objects, table, layout))
+    id_order = _id_order_of(topk)
+    layout = _layout_of(fingerprint, params.prepare, id_order, rows=len(block))
+    encoded, objects = _timed(lambda: _to_objects(topk, id_order, layout))
+    decoded, _ = _timed(lambda: _from_objects(objects, id_order, layout))
     passes = len(corpus) / len(block)
     return PassCosts(
         forward=forward * passes,
@@ -373,25 +376,25 @@ def _batches(
     """Return each batch's tokens, int64 [up to batch_rows, L], and documents to be kept apart."""
     tokens = torch.split(torch.from_numpy(rows.tokens), batch_rows)
     doc_ids = torch.split(torch.from_numpy(rows.doc_ids), batch_rows)
-    apart = [documents_apart(ids, fingerprint.attention) for ids in doc_ids]
+    apart = [documents_apart(ids, fingerprint.document_mask) for ids in doc_ids]
     return list(zip(tokens, apart, strict=True))
 
 
-def _count_ranks(topk: TopK) -> RankTable:
-    """Make the rank table of a block [B, L, ...] from a few evenly spaced rows.
+def _id_order_of(topk: TopK) -> IdOrder:
+    """Make the id order of a block [B, L, ...] from a few evenly spaced rows.
 
-    A table from all rows would fit the sample better than a capture's table fits a corpus: it gave
-    150.4 bytes per token, where the cache then took 153.7; a table from as many rows as a capture
+    An order of all rows would fit the sample better than a capture's fits a corpus: it gave
+    150.4 bytes per token, where the cache then took 153.7; an order of as many rows as a capture
     counts gave 152.5 (SmolLM2, K = 64, 16 of 782 rows).
     """
     number = min(COUNTED_ROWS, len(topk.ids))
     counted = topk[torch.arange(number) * len(topk.ids) // number]
-    ids = torch.cat((counted.ids.flatten(), counted.draw_ids.flatten()))
-    return RankTable.counted(ids.numpy(), topk.vocab_size)
+    ids = torch.cat((counted.ids.flatten(), counted.sampled_ids.flatten()))
+    return IdOrder.by_frequency(ids.numpy(), topk.vocab_size)
 
 
 def _layout_of(
-    fingerprint: Fingerprint, prepare: PrepareParams, table: RankTable, *, rows: int
+    fingerprint: Fingerprint, prepare: PrepareParams, id_order: IdOrder, *, rows: int
 ) -> CacheLayout:
     """Return the layout of a one-shard cache for a block of rows, with the chunks of `prepare`."""
     whole_chunks = -(-rows // prepare.chunk_rows) * prepare.chunk_rows
@@ -399,23 +402,23 @@ def _layout_of(
         fingerprint=replace(fingerprint, num_rows=rows),
         chunk_rows=prepare.chunk_rows,
         shard_rows=whole_chunks,
-        rank_table=rank_table_name(table),
+        id_order=id_order_name(id_order),
     )
 
 
-def _to_objects(topk: TopK, table: RankTable, layout: CacheLayout) -> dict[str, bytes]:
+def _to_objects(topk: TopK, id_order: IdOrder, layout: CacheLayout) -> dict[str, bytes]:
     """Encode a block as the store writes it, by array."""
-    arrays = encode(topk, table)
+    arrays = encode(topk, id_order)
     return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
 
 
-def _from_objects(objects: dict[str, bytes], table: RankTable, layout: CacheLayout) -> TopK:
+def _from_objects(objects: dict[str, bytes], id_order: IdOrder, layout: CacheLayout) -> TopK:
     """Decode a block as a training run does."""
     arrays = {
         name: restore(name, decode_shard(spec, objects[name], 0))
         for name, spec in layout.specs.items()
     }
-    return to_topk(arrays, table, layout.fingerprint)
+    return to_topk(arrays, id_order, layout.fingerprint)
 
 
 def table_lines(advice: Advice) -> list[str]:
@@ -462,7 +465,7 @@ def recommendation(advice: Advice) -> str:
         return (
             f"no K up to {last.k} keeps {ENOUGH_MASS:.0%} of the mass at {tau} (the largest keeps "
             f"{last.retained_mass[advice.temperature]:.1%}): lower the temperature or set "
-            "prepare.draws"
+            "prepare.num_sampled"
         )
     return (
         f"prepare.k={best.k} is the smallest of advise.ks that keeps {ENOUGH_MASS:.0%} of the mass "

@@ -47,7 +47,7 @@ def _subject(plan: Plan, params: Params) -> list[str]:
         f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
         f"{plan.steps:,} steps of {extent.run_tokens // plan.steps:,} tokens "
         f"passes over it {extent.passes_a_run:.3g} times",
-        f"device {advise.devices} x {advise.device} at {advise.utilisation:.0%} of its peak: "
+        f"device {advise.devices} x {advise.device} at {advise.mfu:.0%} of its peak: "
         f"capture {plan.rates.teacher:,.0f} tokens/s, training {plan.rates.train:,.0f} tokens/s",
     ]
 
@@ -93,7 +93,7 @@ def _fits(plan: Plan, params: Params) -> list[str]:
     remedies = {
         "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device",
         "train": "set run.activation_checkpointing, halve train.batch_rows and double "
-        "train.accumulation, or share it by run.parallel=fsdp",
+        "train.gradient_accumulation_steps, or share it by run.parallel=fsdp",
     }
     lines = []
     for name, remedy in remedies.items():
@@ -116,8 +116,8 @@ def _coverage(plan: Plan, params: Params) -> list[str]:
         return []
     return [
         f"a run reads {plan.extent.run_tokens:,} of the training tokens: for one run alone set "
-        "corpus.train_tokens to that; to read all in as many steps, multiply train.accumulation by "
-        f"{math.ceil(1.0 / plan.extent.passes_a_run)}"
+        "corpus.train_tokens to that; to read all in as many steps, multiply "
+        f"train.gradient_accumulation_steps by {math.ceil(1.0 / plan.extent.passes_a_run)}"
     ]
 
 
@@ -144,5 +144,5 @@ def _cache_or_online(plan: Plan, params: Params) -> list[str]:
     return [
         *lines,
         f"caching pays from {passes} over the corpus on, {runs} of train.*; for fewer, or where "
-        f"{readable_bytes(plan.cache.total)} have no place, set train.teacher=online",
+        f"{readable_bytes(plan.cache.total)} have no place, set train.targets=online",
     ]

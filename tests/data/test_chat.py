@@ -541,7 +541,7 @@ def chat_params(tiny_params: Params, tmp_path: Path) -> Params:
         corpus={
             "files": {"paths": [str(tmp_path / "chats.jsonl")], "column": "messages"},
             "row_length": 128,
-            "packing": "fit",
+            "packing": "best_fit",
             "loss_on": "completions",
             "train_tokens": None,
             "validation_tokens": 10**6,

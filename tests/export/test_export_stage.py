@@ -90,7 +90,7 @@ def test_a_random_student_of_auto_rows_goes_the_whole_way(
 ) -> None:
     """300 ids, 320 rows: trained, exported with GGUF, checked on all paths, and evaluated."""
     student = {"init": "random"} | SMALL | {"vocab_size": "auto", "attention_bias": False}
-    train = {"steps": 2, "teacher": "none"}
+    train = {"steps": 2, "targets": "none"}
     params = change(tiny_corpus, student=student, train=train, export={"gguf": ["f16", "q8_0"]})
     model = run_training(params, "student").folder / "model"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))

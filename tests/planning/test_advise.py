@@ -124,7 +124,7 @@ def test_sample_rows_are_spread_evenly(
     num_rows: int, sample: float, min_rows: int, shard_rows: int
 ) -> None:
     params = AdviseParams(
-        sample=sample, min_rows=min_rows, ks=(1,), device="cpu", devices=1, utilisation=1.0
+        sample=sample, min_rows=min_rows, ks=(1,), device="cpu", devices=1, mfu=1.0
     )
     blocks = sample_blocks(num_rows, params, shard_rows)
     rows = sorted(row for block in blocks for row in block)
@@ -217,8 +217,8 @@ def test_the_recommendation_is_for_the_temperature_of_training(tiny_corpus: Para
 
 
 def test_costs_are_those_of_what_prepare_would_store(tiny_corpus: Params) -> None:
-    """Draws alone: nothing of the table applies to them, the rates do."""
-    advice = advice_of(change(tiny_corpus, prepare={"k": 0, "draws": 8}))
+    """Sampled ids alone: nothing of the table applies to them, the rates do."""
+    advice = advice_of(change(tiny_corpus, prepare={"k": 0, "num_sampled": 8}))
     assert advice.prepare_k == 0
     assert min(vars(advice.costs).values()) > 0.0
 

@@ -92,7 +92,7 @@ def test_rows_longer_than_the_teachers_positions_are_refused(
                 "logits": str(tmp_path / kind / "logits"),
             },
             corpus={"row_length": 65},
-            prepare={"attention": "packed"},
+            prepare={"document_mask": False},
         )
         build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
         message = r"rows of 65 tokens are longer than the 64 positions of the teacher .*row_length"

@@ -76,12 +76,12 @@ def test_a_students_own_tokenizer_goes_with_it_where_the_teachers_is_another(
         tiny_corpus,
         paths={"teacher": str(other)},
         student={"init": "checkpoint", "checkpoint": str(start)},
-        train={"teacher": "none", "steps": 1},
+        train={"targets": "none", "steps": 1},
     )
     model = run_training(params, "student").folder / "model"
     assert (model / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     with pytest.raises(MismatchError, match="was tokenized with"):
-        run_training(change(params, train={"teacher": "online"}), "online")
+        run_training(change(params, train={"targets": "online"}), "online")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/"])
