@@ -172,7 +172,7 @@ def _train_step(
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Take one optimizer step over `gradient_accumulation_steps` batches; return the values to log."""
+    """Take one optimizer step over all its micro-batches; return the values to log."""
     started = time.perf_counter()
     rate = learning_rate(state.step, params)
     for group in optimizer.param_groups:
