@@ -68,9 +68,9 @@ def main(
     samples.json and passage.json, and with --lm-eval lm_eval.json, which is removed otherwise,
     since it would tell of other models.
     """
-    from pipeline.evaluation.compare import TEACHER
     from pipeline.evaluation.harness import Harness
     from pipeline.evaluation.judge import judge, run_harness
+    from pipeline.evaluation.results import TEACHER
     from pipeline.evaluation.tables import comparison_lines
     from pipeline.model.named_models import name_models
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device

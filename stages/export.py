@@ -13,7 +13,7 @@ from pipeline.errors import ParamsError, printable
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
-    from pipeline.export.check import ExportCheck
+    from pipeline.export.check_result import ExportCheck
 
 
 @stage
@@ -77,8 +77,7 @@ def _say_check(check: ExportCheck) -> None:
         ties = f", {path.near_ties} near ties" if path.near_ties else ""
         click.echo(
             f"  {_word(path.passed)}  {path.name:22} {path.equal_tokens} of {path.tokens} tokens "
-            f"as {check.reference.name}{ties}, {path.equal_prompts} of "
-            f"{len(check.reference.prompts)} prompts"
+            f"as {check.reference}{ties}, {path.equal_prompts} of {check.prompts} prompts"
         )
     for tokenizer in check.tokenizers:
         click.echo(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,7 @@ from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
+    from pipeline.evaluation.results import HumanEvalScores
 
 
 @stage
@@ -89,14 +90,13 @@ def main(
     )
 
 
-def _show(name: str, scores: dict[str, Any]) -> None:
+def _show(name: str, scores: HumanEvalScores) -> None:
     """One line of the table."""
-    low, high = scores["interval"]["low"], scores["interval"]["high"]
-    between = f"{low:.1%}..{high:.1%}"
-    statuses = ", ".join(f"{count} {status}" for status, count in scores["statuses"].items())
+    between = f"{scores.interval.low:.1%}..{scores.interval.high:.1%}"
+    statuses = ", ".join(f"{count} {status}" for status, count in scores.statuses.items())
     click.echo(
-        f"  {printable(name):12} {scores['pass_at']['1']:7.1%} {between:>14} "
-        f"{scores['tokens_per_second']:9.1f}  {statuses}"
+        f"  {printable(name):12} {scores.pass_at['1']:7.1%} {between:>14} "
+        f"{scores.tokens_per_second:9.1f}  {statuses}"
     )
 
 

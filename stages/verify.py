@@ -42,7 +42,7 @@ def _run_gate(params: Params) -> None:
     from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
     from pipeline.teacher.transformers import open_teacher
-    from pipeline.verify import run_gate
+    from pipeline.verify.gate import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
@@ -67,9 +67,9 @@ def _run_gate(params: Params) -> None:
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
-    report = run_gate(teacher, splits, params.verify, seed=params.seed)
-    write_json(params.paths.verify / "metrics.json", report.metrics())
-    write_json(params.paths.verify / "histogram.json", report.histogram)
+    report, histogram = run_gate(teacher, splits, params.verify, seed=params.seed)
+    write_json(params.paths.verify / "metrics.json", {"passed": report.passed, **vars(report)})
+    write_json(params.paths.verify / "histogram.json", histogram)
     for line in report.lines():
         click.echo(f"  {line}")
     verdict = "passed" if report.passed else "FAILED: " + "; ".join(report.failures)

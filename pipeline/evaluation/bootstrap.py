@@ -22,30 +22,18 @@ Shapes: n clusters (documents), m quantities, r replicates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.evaluation.results import Interval
+
 _LEVEL = 0.95
 _REPLICATES = 2000
 _SEED = 0
 _DRAWS_AT_ONCE = 4_000_000  # 32 MB each for the drawn numbers and for the counts
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % confidence interval."""
-
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """Half the distance between the limits."""
-        return (self.high - self.low) / 2
 
 
 def intervals(

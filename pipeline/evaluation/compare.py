@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +18,14 @@ from pipeline.config.params import EvaluateParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.errors import DecantError
-from pipeline.evaluation.bootstrap import Interval, intervals
-from pipeline.evaluation.metrics import PositionScores, Scores
+from pipeline.evaluation.bootstrap import intervals
+from pipeline.evaluation.metrics import PositionScores
 from pipeline.evaluation.models import JudgedModel
+from pipeline.evaluation.results import TEACHER, CalibrationBin, Interval, Scores
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
 from pipeline.teacher.transformers import HuggingFaceTeacher
-
-TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Comparison:
     """Results by model name, the teacher's first."""
 
     scores: dict[str, Scores]
-    calibration: dict[str, list[dict[str, Any]]]  # reliability diagrams
+    calibration: list[CalibrationBin]  # the reliability diagrams of all models
     parameters: dict[str, int]
     differences: dict[str, dict[str, Interval]]  # first model minus this one, by metric
     resampled: str  # what intervals are resampled from, for example "96 documents"
@@ -79,7 +77,7 @@ def compare(
     scores[TEACHER].interval.pop("kl_to_teacher", None)  # it is 0 by definition
     return Comparison(
         scores=scores,
-        calibration={name: positions.calibration() for name, positions in found.items()},
+        calibration=[part for positions in found.values() for part in positions.calibration()],
         parameters={
             TEACHER: teacher.model.num_parameters(),
             **{name: model.parameters for name, model in models.items()},

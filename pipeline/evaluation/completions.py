@@ -24,6 +24,7 @@ from pipeline.config.params import HumanevalParams
 from pipeline.data.corpus import document_separator
 from pipeline.evaluation.humaneval import STOP, Problem, hash_problems, summarise
 from pipeline.evaluation.journal import Journal
+from pipeline.evaluation.results import HumanEvalScores
 from pipeline.evaluation.sandbox import Limits, Outcome, run_program
 from pipeline.evaluation.stop import complete
 from pipeline.generation.sampling import GenerationSettings
@@ -44,7 +45,7 @@ def evaluate_model(
     seed: int,
     isolated: bool = True,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> HumanEvalScores:
     """Write programs for all problems, run them, and score them.
 
     Args:
@@ -52,8 +53,6 @@ def evaluate_model(
         seed: seed of the draws, used if temperature is not 0.
         isolated: run programs in the sandbox.
         overwrite: discard samples made with other settings.
-
-    Returns: `summarise`'s scores, temperature, tokens_per_second, new_tokens and model_sha256.
 
     Raises:
         ParamsError: a prompt does not fit the model's context.
@@ -67,12 +66,13 @@ def evaluate_model(
             statuses = run_samples(problems, params, samples, results, isolated=isolated)
     seconds = sum(line["seconds"] for line in samples.lines)
     tokens = sum(line["tokens"] for line in samples.lines)
-    return summarise(statuses, params.ks) | {
-        "temperature": params.temperature,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "new_tokens": tokens,
-        "model_sha256": fingerprint["weights"],
-    }
+    return HumanEvalScores(
+        **summarise(statuses, params.ks),
+        temperature=params.temperature,
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        new_tokens=tokens,
+        model_sha256=fingerprint["weights"],
+    )
 
 
 def fingerprint_of(

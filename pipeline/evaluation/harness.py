@@ -22,14 +22,12 @@ import numpy as np
 import torch
 
 from pipeline.errors import DecantError, ParamsError, reason_of
+from pipeline.evaluation.results import HarnessResults, TaskMetric
 from pipeline.model.huggingface import load_causal_lm
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.runtime.device import place_rounded
 from pipeline.runtime.optional import require
-
-Results = dict[str, dict[str, dict[str, float | None]]]
-"""By task and metric: {"value": float, "stderr": float, or None if the harness gives none}."""
 
 _SEED = 1234  # the harness's own seed, for its draws of examples and for numpy and PyTorch
 _REPLICATES = 1000  # replicates of its bootstrap, for metrics without an error formula
@@ -70,7 +68,7 @@ class Harness:
 
     def run(
         self, folder: Path, *, dtype: torch.dtype, device: torch.device, batch_rows: int
-    ) -> Results:
+    ) -> HarnessResults:
         """Return the scores of the model in a Hugging Face folder.
 
         Raises:
@@ -158,21 +156,20 @@ def seed_as_the_harness() -> None:
     torch.manual_seed(_SEED)
 
 
-def read_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def read_metrics(values: Mapping[str, Any]) -> dict[str, TaskMetric]:
     """Group the harness's metrics with their standard errors.
 
-    {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": {"value": 0.5, "stderr": 0.1}}.
+    {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} -> {"acc": TaskMetric(0.5, 0.1)}.
     If the filter of the model's answers is not "none", it stays in the name.
     """
     metrics = {}
     for key, value in values.items():
         metric, has_filter, how = key.partition(",")
-        if not has_filter or metric.endswith("_stderr") or _number(value) is None:
+        number = _number(value)
+        if not has_filter or metric.endswith("_stderr") or number is None:
             continue
-        metrics[metric if how == "none" else key] = {
-            "value": _number(value),
-            "stderr": _number(values.get(f"{metric}_stderr,{how}")),
-        }
+        error = _number(values.get(f"{metric}_stderr,{how}"))
+        metrics[metric if how == "none" else key] = TaskMetric(number, error)
     return metrics
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
+from pipeline.evaluation.results import HumanEvalScores, Interval
 from pipeline.io.files import write_json
 from pipeline.runtime.optional import install_hint
 
@@ -128,7 +129,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
-def wilson_interval(share: float, count: int) -> dict[str, float]:
+def wilson_interval(share: float, count: int) -> Interval:
     """Return Wilson's 95 % interval of a share of `count` independent trials.
 
     (Brown et al. 2001, eq. 4.) Unlike a bootstrap, it is informative even if none or all passed.
@@ -140,14 +141,13 @@ def wilson_interval(share: float, count: int) -> dict[str, float]:
     spread = share * (1 - share) / count + z2 / (4 * count * count)
     half = _Z / (1 + z2 / count) * math.sqrt(spread)
     low, high = middle - half, middle + half
-    return {"low": low if share > 0.0 else 0.0, "high": high if share < 1.0 else 1.0}  # exact ends
+    return Interval(low if share > 0.0 else 0.0, high if share < 1.0 else 1.0)  # exact ends
 
 
 def summarise(statuses: Mapping[str, Sequence[str]], ks: Sequence[int]) -> dict[str, Any]:
-    """Return scores from the statuses of each problem's samples, equally many per problem.
+    """Return the fields of HumanEvalScores that follow from the statuses of each problem's samples.
 
-    Returns: pass_at {k: mean over problems} of 1 and each of ks, interval of pass@1, problems,
-        samples_per_problem, statuses {status: number of samples}.
+    There are equally many samples per problem; pass@k is computed for 1 and each of `ks`.
     """
     (samples,) = {len(found) for found in statuses.values()}
     passed = [sum(status == "passed" for status in found) for found in statuses.values()]
@@ -165,7 +165,7 @@ def summarise(statuses: Mapping[str, Sequence[str]], ks: Sequence[int]) -> dict[
     }
 
 
-def keep_scores(file: Path, name: str, scores: Mapping[str, Any]) -> None:
+def keep_scores(file: Path, name: str, scores: HumanEvalScores) -> None:
     """Add a model's scores to a file with those of other models.
 
     Raises:

@@ -12,10 +12,11 @@ import torch
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
-from pipeline.evaluation.compare import TEACHER, Comparison, compare
-from pipeline.evaluation.harness import Harness, Results
+from pipeline.evaluation.compare import Comparison, compare
+from pipeline.evaluation.harness import Harness
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import view_passage
+from pipeline.evaluation.results import TEACHER, HarnessResults, ModelScores, Samples
 from pipeline.evaluation.samples import sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.io.files import write_json, write_text
@@ -50,24 +51,19 @@ def judge(
         for name, folder in folders.items()
     }
     metrics = {
-        name: asdict(scores)
-        | {
-            "parameters": comparison.parameters[name],
-            "model_sha256": hash_weights(folders[name]),
-        }
+        name: ModelScores(
+            **vars(scores),
+            parameters=comparison.parameters[name],
+            model_sha256=hash_weights(folders[name]),
+        )
         for name, scores in comparison.scores.items()
     }
-    calibration = [
-        {"model": name, **point}
-        for name, points in comparison.calibration.items()
-        for point in points
-    ]
-    samples = {"prompts": params.evaluate.prompts, "continuations": continuations}
+    samples = Samples(list(params.evaluate.prompts), continuations)
     target = params.paths.evaluate
     write_json(target / "metrics.json", metrics)
-    write_json(target / "calibration.json", calibration)
+    write_json(target / "calibration.json", comparison.calibration)
     write_json(target / "samples.json", samples)
-    write_text(target / "passage.json", json.dumps(passage, ensure_ascii=False) + "\n")
+    write_text(target / "passage.json", json.dumps(asdict(passage), ensure_ascii=False) + "\n")
     return comparison
 
 
@@ -79,7 +75,7 @@ def run_harness(
     device: torch.device,
 ) -> None:
     """Run the harness on each model; write and show each model's results as soon as it is done."""
-    results: dict[str, Results] = {}
+    results: dict[str, HarnessResults] = {}
     for name, folder in folders.items():
         results[name] = harness.run(
             folder, dtype=dtype, device=device, batch_rows=params.evaluate.batch_rows

@@ -10,8 +10,6 @@ Shapes: n positions, V vocabulary rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,38 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.evaluation.bootstrap import Interval, intervals
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLStatistics:
-    """KL(teacher || model) over positions, in nats.
-
-    These are the statistics of llama.cpp's `perplexity --kl-divergence`, with the same linear
-    interpolation between positions.
-    """
-
-    mean: float
-    median: float
-    p90: float  # 90 % of the positions are below this value
-    p95: float
-    p99: float
-    max: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Scores of one model on the validation rows."""
-
-    loss: float  # cross-entropy of the next token, nats
-    perplexity: float  # exp(loss)
-    kl_to_teacher: float  # KL(teacher || model) over the whole vocabulary, nats
-    top1_agreement: float  # share of positions where the most probable id is the teacher's
-    accuracy: float  # share of positions whose most probable id is the next token
-    calibration_error: float  # expected calibration error of the most probable id
-    tokens: int  # number of positions judged
-    kl: KLStatistics
-    interval: dict[str, Interval]  # by name of a field above; empty if nothing can be resampled
+from pipeline.evaluation.bootstrap import intervals
+from pipeline.evaluation.results import CalibrationBin, KLStatistics, Scores
 
 
 class PositionScores:
@@ -124,15 +92,16 @@ class PositionScores:
             interval=intervals(values, clusters),
         )
 
-    def calibration(self) -> list[dict[str, Any]]:
-        """Return the reliability diagram: confidence, accuracy and share of each non-empty bin."""
+    def calibration(self) -> list[CalibrationBin]:
+        """Return the reliability diagram."""
         total = self._bins[0].sum()
         return [
-            {
-                "confidence": float(confidence / count),
-                "accuracy": float(right / count),
-                "share": float(count / total),
-            }
+            CalibrationBin(
+                model=self._name,
+                confidence=float(confidence / count),
+                accuracy=float(right / count),
+                share=float(count / total),
+            )
             for count, confidence, right in self._bins.T
             if count
         ]

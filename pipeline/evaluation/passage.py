@@ -18,9 +18,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
-from pipeline.evaluation.compare import TEACHER
 from pipeline.evaluation.metrics import kl_divergence
 from pipeline.evaluation.models import JudgedModel
+from pipeline.evaluation.results import TEACHER, Passage, PassageModel
 from pipeline.generation.text_generator import PieceDecoder
 from pipeline.teacher.transformers import HuggingFaceTeacher
 
@@ -36,17 +36,11 @@ def view_passage(
     corpus: CorpusSplit,
     tokenizer: Any,
     length: int,
-) -> dict[str, Any]:
+) -> Passage:
     """Show the beginning of a document to teacher and models; return what they expect next.
 
     Args:
         length: number of tokens, at least 2; fewer if no document has as many in one row.
-
-    Returns:
-        {"text_tokens": [str, ...], "models": {name: {"kl", "p_next", "top"}}}. For each position
-        except the last, which predicts text_tokens[position + 1]: the KL of the teacher's
-        distribution to the model's (nats), the probability of the token that follows, and the most
-        probable tokens as [text, probability].
     """
     passage = first_passage(corpus, length)
     tokens = torch.from_numpy(passage)[None].to(teacher.device)
@@ -62,15 +56,15 @@ def view_passage(
         top = zip(
             choices, best[name].indices.tolist(), best[name].values.exp().tolist(), strict=True
         )
-        views[name] = {
-            "kl": _rounded(kl_divergence(log_p[:-1], log_q).tolist()),
-            "p_next": _rounded(log_q.gather(-1, tokens[0, 1:, None])[:, 0].exp().tolist()),
-            "top": [
+        views[name] = PassageModel(
+            kl=_rounded(kl_divergence(log_p[:-1], log_q).tolist()),
+            p_next=_rounded(log_q.gather(-1, tokens[0, 1:, None])[:, 0].exp().tolist()),
+            top=[
                 list(zip([names[number] for number in numbers], _rounded(ps), strict=True))
                 for names, numbers, ps in top
             ],
-        }
-    return {"text_tokens": texts, "models": views}
+        )
+    return Passage(texts, views)
 
 
 def first_passage(corpus: CorpusSplit, length: int) -> NDArray[np.int64]:

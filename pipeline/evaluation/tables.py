@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from pipeline.evaluation.bootstrap import Interval
-from pipeline.evaluation.compare import TEACHER, Comparison
-from pipeline.evaluation.harness import Results
+from pipeline.evaluation.compare import Comparison
+from pipeline.evaluation.results import TEACHER, HarnessResults, Interval
 
 _WITH_INTERVAL = {
     "loss": "loss",
@@ -54,10 +53,9 @@ def _number(value: float, interval: Interval | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}{spread}"
 
 
-def harness_lines(name: str, results: Results) -> Iterator[str]:
+def harness_lines(name: str, results: HarnessResults) -> Iterator[str]:
     """Yield one model's scores on the harness's tasks, with the harness's standard errors."""
     for task, metrics in results.items():
         for metric, found in metrics.items():
-            error = found["stderr"]
-            spread = "" if error is None else f" (standard error {error:.4f})"
-            yield f"  {name}: {task} {metric} {found['value']:.4f}{spread}"
+            spread = "" if found.stderr is None else f" (standard error {found.stderr:.4f})"
+            yield f"  {name}: {task} {metric} {found.value:.4f}{spread}"

@@ -23,7 +23,7 @@ nothing, so it gets each line after the tokenizer's own normaliser.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pipeline.config.params import ExportParams
 from pipeline.errors import DecantError, ParamsError
+from pipeline.export.check_result import ExportCheck, PathResult, TokenizerResult
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.generation.sampling import GenerationSettings, generate_ids, pad_left
 from pipeline.model.folder import hash_weights
@@ -52,29 +53,6 @@ Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class PathResult:
-    """Comparison of one path with the reference; see the module."""
-
-    name: str
-    tokens: int
-    equal_tokens: int
-    near_ties: int
-    equal_prompts: int
-    required: bool
-    passed: bool
-
-
-@dataclass(frozen=True)
-class TokenizerResult:
-    """Comparison of one tokenizer with the original's, line by line."""
-
-    name: str
-    lines: int
-    equal_lines: int
-    passed: bool
-
-
-@dataclass(frozen=True)
 class Reference:
     """The continuations that every path is compared with.
 
@@ -87,40 +65,6 @@ class Reference:
     prompts: list[list[int]]
     tokens: list[list[int]]
     logits: Callable[[Sequence[int]], Tensor]
-
-
-@dataclass(frozen=True)
-class ExportCheck:
-    """All comparisons of one export."""
-
-    model: str
-    model_sha256: str  # hash of the model that was exported
-    reference: Reference
-    new_tokens: int
-    paths: list[PathResult]
-    tokenizers: list[TokenizerResult]
-    left_out: list[str]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every required path and every tokenizer passed."""
-        return all(path.passed or not path.required for path in self.paths) and all(
-            tokenizer.passed for tokenizer in self.tokenizers
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of check.json."""
-        return {
-            "model": self.model,
-            "model_sha256": self.model_sha256,
-            "reference": self.reference.name,
-            "prompts": len(self.reference.prompts),
-            "new_tokens": self.new_tokens,
-            "passed": self.passed,
-            "paths": [asdict(path) for path in self.paths],
-            "tokenizer": [asdict(tokenizer) for tokenizer in self.tokenizers],
-            "left_out": self.left_out,
-        }
 
 
 def check_export(
@@ -164,9 +108,15 @@ def check_export(
                 ids = [llama.tokenize(line) for line in plain]
                 tokenizers.append(compare_lines("llama.cpp", ids, tokenizer, plain))
         paths.append(judge(f"llama.cpp, {kind}", chosen, reference, NEAR_TIE.get(kind), params))
-    model_sha256 = hash_weights(source)
     return ExportCheck(
-        name, model_sha256, reference, params.max_new_tokens, paths, tokenizers, left_out
+        model=name,
+        model_sha256=hash_weights(source),
+        reference=reference.name,
+        prompts=len(prompts),
+        new_tokens=params.max_new_tokens,
+        paths=paths,
+        tokenizers=tokenizers,
+        left_out=left_out,
     )
 
 

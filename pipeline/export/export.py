@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.config.params import Params
 from pipeline.export.card import card_license, folder_card, run_card, run_license
-from pipeline.export.check import ExportCheck, check_export
+from pipeline.export.check import check_export
+from pipeline.export.check_result import ExportCheck
 from pipeline.export.source import Exported, text_to_check_by
 from pipeline.export.to_gguf import require_convertible, require_gguf, write_gguf
 from pipeline.export.to_huggingface import write_hugging_face
@@ -77,5 +78,5 @@ def check_model(params: Params, model: Exported) -> ExportCheck:
         text_to_check_by(params, model.folder),
         params.export,
     )
-    write_json(params.paths.export / "check.json", check.to_json())
+    write_json(params.paths.export / "check.json", {"passed": check.passed, **vars(check)})
     return check

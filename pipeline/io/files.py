@@ -13,6 +13,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,8 +61,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write content as indented JSON, as `write_text` does."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
+    """Write content, which may contain dataclasses, as indented JSON, as `write_text` does."""
+    write_text(file, json.dumps(content, indent=2, default=asdict) + "\n")
 
 
 def open_file(file: Path) -> BinaryIO:

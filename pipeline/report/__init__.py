@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run of the pipeline, and the same numbers for the README.
 
-`inputs` reads the results of the other stages, in the forms of `formats`; `summary`, `passage` and
-`retained` turn them into the content of sections; `pictures` draws figures; `page` assembles the
-page from templates/, one file per section.
+`read_inputs` reads the results of the other stages; `summary`, `passage_view` and `retained` turn
+them into the content of sections; `pictures` draws figures; `page` assembles the page from
+templates/, one file per section.
 """
 
 from pipeline.report.page import write_report

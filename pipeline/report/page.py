@@ -18,9 +18,9 @@ from typing import Any
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.evaluation.results import TEACHER
 from pipeline.io.files import write_text
 from pipeline.logit_cache.reader import CacheReader
-from pipeline.report.formats import TEACHER
 from pipeline.report.passage_view import KL_STEPS, passage_view
 from pipeline.report.pictures import (
     draw_calibration,

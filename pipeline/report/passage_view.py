@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from pipeline.report.formats import TEACHER, Passage, PassageModel
+from pipeline.evaluation.results import TEACHER, Passage, PassageModel
 
 KL_STEPS = (0.1, 0.5, 1.0, 2.0)  # nats; they separate levels 0 to 4
 _TOKENS = 512  # with more, the page becomes heavy

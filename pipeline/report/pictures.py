@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.formats import CalibrationPoint, GateBar
+from pipeline.evaluation.results import CalibrationBin
 from pipeline.report.read_inputs import Curve
 from pipeline.report.retained import RetainedMass
 from pipeline.runtime.figures import INK, SERIES, draw_svg
+from pipeline.verify.gate_report import HistogramBin
 
 _INCHES = (4.6, 3.0)
 _STYLES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ def draw_curves(runs: Mapping[str, Mapping[str, Curve]], metric: str, label: str
     return draw_svg([draw], inches=_INCHES, alt=f"{label}, by step: {'; '.join(ends)}")
 
 
-def draw_gate(bars: Sequence[GateBar]) -> str:
+def draw_gate(bars: Sequence[HistogramBin]) -> str:
     """Draw the gate's histogram: the distance of each cached position from the live teacher."""
     names = list(dict.fromkeys(bar.series for bar in bars))
 
@@ -76,7 +77,7 @@ def draw_retained_mass(mass: RetainedMass) -> str:
     return draw_svg([draw], inches=_INCHES, alt=f"Retained mass, on average {', '.join(words)}")
 
 
-def draw_calibration(points: Sequence[CalibrationPoint]) -> str:
+def draw_calibration(points: Sequence[CalibrationBin]) -> str:
     """Draw the reliability diagram."""
     names = list(dict.fromkeys(point.model for point in points))
 

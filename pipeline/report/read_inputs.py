@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.config.params import Params, Paths
 from pipeline.errors import DecantError
-from pipeline.model.named_models import is_of_run
-from pipeline.report.formats import (
+from pipeline.evaluation.results import (
     TEACHER,
-    AllScores,
-    CalibrationPoint,
-    ExportCheck,
-    Gate,
-    GateBar,
-    HumanEval,
-    LmEval,
+    CalibrationBin,
+    HarnessResults,
+    HumanEvalScores,
+    ModelScores,
     Passage,
     Samples,
-    Scores,
 )
+from pipeline.export.check_result import ExportCheck
+from pipeline.model.named_models import is_of_run
 from pipeline.runtime.console import say
+from pipeline.verify.gate_report import GateReport, HistogramBin
 
 Content = TypeVar("Content")
-Measured = TypeVar("Measured", Scores, HumanEval, ExportCheck)
+Measured = TypeVar("Measured", ModelScores, HumanEvalScores, ExportCheck)
+_AllScores = Annotated[dict[str, ModelScores], Field(min_length=1)]
 _OBJECTIVE = {
-    f"train.{key}" for key in ("teacher", "alpha", "alpha_end", "divergence", "temperature", "k")
+    f"train.{key}" for key in ("targets", "alpha", "alpha_end", "divergence", "temperature", "k")
 }
 """Parameters in which a distilled run and a baseline are meant to differ."""
 Curve = tuple[list[float], list[float]]
@@ -47,15 +46,15 @@ Curve = tuple[list[float], list[float]]
 class Inputs:
     """All results found; None if a result does not exist."""
 
-    scores: dict[str, Scores]
+    scores: dict[str, ModelScores]
     samples: Samples
-    calibration: list[CalibrationPoint]
-    gate: Gate
-    histogram: list[GateBar]
+    calibration: list[CalibrationBin]
+    gate: GateReport
+    histogram: list[HistogramBin]
     curves: dict[str, dict[str, Curve]]  # by run and metric
     passage: Passage | None
-    lm_eval: LmEval | None
-    humaneval: dict[str, HumanEval] | None
+    lm_eval: dict[str, HarnessResults] | None
+    humaneval: dict[str, HumanEvalScores] | None
     export: ExportCheck | None
 
 
@@ -71,10 +70,10 @@ def read_inputs(paths: Paths) -> Inputs:
     scores = _scores_of_today(paths, judged)
     samples: Samples = _read(evaluate / "samples.json", Samples, "evaluate")
     passage: Passage | None = _if_there(evaluate / "passage.json", Passage, "evaluate")
-    points = _read(evaluate / "calibration.json", list[CalibrationPoint], "evaluate")
-    harness: LmEval | None = _if_there(evaluate / "lm_eval.json", LmEval, "evaluate")
+    points = _read(evaluate / "calibration.json", list[CalibrationBin], "evaluate")
+    harness = _if_there(evaluate / "lm_eval.json", dict[str, HarnessResults], "evaluate")
     file = paths.humaneval / "metrics.json"
-    all_humaneval = _if_there(file, dict[str, HumanEval], "humaneval") or {}
+    all_humaneval = _if_there(file, dict[str, HumanEvalScores], "humaneval") or {}
     humaneval = _of_today(paths, all_humaneval)
     check: ExportCheck | None = _if_there(paths.export / "check.json", ExportCheck, "export")
     exports = {check.model: check} if check else {}
@@ -90,12 +89,12 @@ def read_inputs(paths: Paths) -> Inputs:
     old = of_before["evaluate"]
     return Inputs(
         scores=scores,
-        samples=samples.model_copy(update={"continuations": _less(old, samples.continuations)}),
+        samples=replace(samples, continuations=_less(old, samples.continuations)),
         calibration=[point for point in points if point.model not in old],
-        gate=_read(verify / "metrics.json", Gate, "verify"),
-        histogram=_read(verify / "histogram.json", list[GateBar], "verify"),
+        gate=_read(verify / "metrics.json", GateReport, "verify"),
+        histogram=_read(verify / "histogram.json", list[HistogramBin], "verify"),
         curves=_curves_of(paths.runs, scores),
-        passage=passage and passage.model_copy(update={"models": _less(old, passage.models)}),
+        passage=passage and replace(passage, models=_less(old, passage.models)),
         lm_eval=harness and _less(old, harness),
         humaneval=humaneval or None,
         export=next(iter(export.values()), None),
@@ -106,7 +105,7 @@ def _less(names: Collection[str], found: Mapping[str, Content]) -> dict[str, Con
     return {name: result for name, result in found.items() if name not in names}
 
 
-def read_scores(paths: Paths) -> dict[str, Scores]:
+def read_scores(paths: Paths) -> dict[str, ModelScores]:
     """Read the comparison of models, by name, without runs that have been trained again since.
 
     Raises:
@@ -115,7 +114,7 @@ def read_scores(paths: Paths) -> dict[str, Scores]:
     return _scores_of_today(paths, _all_scores(paths))
 
 
-def _scores_of_today(paths: Paths, scores: Mapping[str, Scores]) -> dict[str, Scores]:
+def _scores_of_today(paths: Paths, scores: Mapping[str, ModelScores]) -> dict[str, ModelScores]:
     found = _of_today(paths, scores)
     if len(scores) > 1 and not found.keys() - {TEACHER}:
         raise DecantError(
@@ -125,8 +124,8 @@ def _scores_of_today(paths: Paths, scores: Mapping[str, Scores]) -> dict[str, Sc
     return found
 
 
-def _all_scores(paths: Paths) -> dict[str, Scores]:
-    found: dict[str, Scores] = _read(paths.evaluate / "metrics.json", AllScores, "evaluate")
+def _all_scores(paths: Paths) -> dict[str, ModelScores]:
+    found: dict[str, ModelScores] = _read(paths.evaluate / "metrics.json", _AllScores, "evaluate")
     return found
 
 
@@ -205,7 +204,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def _curves_of(runs: Path, scores: Mapping[str, Scores]) -> dict[str, dict[str, Curve]]:
+def _curves_of(runs: Path, scores: Mapping[str, ModelScores]) -> dict[str, dict[str, Curve]]:
     """Read the curves of the models that are runs; models judged by folder have none."""
     return {
         name: read_curves(runs / name / "dvclive" / "plots" / "metrics")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.params import CorpusParams, StudentParams, TeacherParams
-from pipeline.report.formats import TEACHER, Interval, Scores
+from pipeline.evaluation.results import TEACHER, Interval, ModelScores
 
 BASELINE = "baseline"
 
@@ -48,7 +48,7 @@ class Place:
     high: float
 
 
-def markdown_table(scores: Mapping[str, Scores]) -> str:
+def markdown_table(scores: Mapping[str, ModelScores]) -> str:
     """Return the comparison of models as a Markdown table, for the README."""
     titles = [column.title for column in COLUMNS.values()]
     lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
@@ -58,24 +58,24 @@ def markdown_table(scores: Mapping[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def table_cells(scores: Scores) -> dict[str, tuple[str, str]]:
+def table_cells(scores: ModelScores) -> dict[str, tuple[str, str]]:
     """Return each metric of a model with its margin, half the interval: ("3.097", " ± 0.021")."""
     cells = {}
     for name, column in COLUMNS.items():
         interval = scores.interval.get(name)
-        half = (interval.high - interval.low) / 2 if interval else 0.0
+        half = interval.half_width if interval else 0.0
         margin = f" ± {column.shown(half)}" if half else ""  # 0 where the teacher meets itself
         cells[name] = column.shown(getattr(scores, name)), margin
     return cells
 
 
-def student_of(scores: Mapping[str, Scores]) -> str | None:
+def student_of(scores: Mapping[str, ModelScores]) -> str | None:
     """Return the model that the page is about: "student", else the first distilled one."""
     others = [name for name in scores if name not in (TEACHER, BASELINE)]
     return "student" if "student" in others else next(iter(others), None)
 
 
-def gap_closed(scores: Mapping[str, Scores]) -> float | None:
+def gap_closed(scores: Mapping[str, ModelScores]) -> float | None:
     """Return (baseline - student) / (baseline - teacher) in validation loss, None if undefined.
 
     1 means that the student is as good as its teacher, 0 that distilling gained nothing, a negative
@@ -89,7 +89,7 @@ def gap_closed(scores: Mapping[str, Scores]) -> float | None:
     return gained / gap if gap > 0.0 and math.isfinite(gained / gap) else None
 
 
-def places(scores: Mapping[str, Scores]) -> list[Place]:
+def places(scores: Mapping[str, ModelScores]) -> list[Place]:
     """Return the models with a finite loss, placed on one scale."""
     spans = {
         name: values.interval.get("loss", Interval(low=values.loss, high=values.loss))

@@ -24,9 +24,8 @@ Shapes: n positions, B rows, L length, K kept ids, M sampled ids, V valid vocabu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,128 +42,26 @@ from pipeline.targets.reduce import row_uniforms, sample_by_inversion, top_k_fro
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.agreement import Agreement, agreement, said_ids, signed_names
+from pipeline.verify.gate_report import (
+    FitTest,
+    Found,
+    GateReport,
+    GateSummary,
+    HistogramBin,
+    Limits,
+)
 from pipeline.verify.limits import (
     Compared,
-    Levels,
-    Limits,
     allowed_positions,
     failures_of,
     limits_from,
     smallest_found,
 )
 from pipeline.verify.power import reach, spread
-from pipeline.verify.sampled_ids import FitTest, SampleSums, fit_tests, sample_sums
+from pipeline.verify.sampled_ids import SampleSums, fit_tests, sample_sums
 
 Place = tuple[CacheReader, int]
 """A row of a split: the split's reader, and the number of the row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateSummary:
-    """Means over positions, except for three extremes."""
-
-    mean_cosine: float
-    min_cosine: float
-    worst_row_cosine: float  # the lowest row mean
-    mean_kl: float  # nats
-    max_kl: float  # nats
-    top1: float
-    overlap: float
-    logprob_error: float  # nats
-    lse_error: float  # nats
-    lse_tau_error: float  # nats
-    entropy_error: float  # nats
-    sampled_agreement: float  # 1 without sampled ids
-
-    def __str__(self) -> str:
-        return (
-            f"mean cosine {self.mean_cosine:.6f}, KL {self.mean_kl:.2e}, top-1 {self.top1:.4f}, "
-            f"overlap {self.overlap:.4f}, sampled ids {self.sampled_agreement:.4f}, off by "
-            f"{self.logprob_error:.1e} in log-probabilities, {self.lse_error:.1e} in lse, "
-            f"{self.lse_tau_error:.1e} in lse_tau, {self.entropy_error:.1e} in entropy"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """The smallest faults that this check detects in 95 of 100 caches that have them."""
-
-    errors: dict[str, Levels]  # by quantity
-    signed: dict[str, float]  # by name, nats
-    sampled: dict[str, float]  # by test
-    wrong_positions: float  # share, wherever they are
-    wrong_shards: int
-    shards: int
-    shards_seen: int
-    batches_for: dict[str, int]  # the verify.batches that would detect each smaller fault
-
-    def __str__(self) -> str:
-        names = {"kl": "KL", "logprobs": "log-probabilities", "lse": "lse", "entropy": "entropy"}
-        errors = (f"{words} {self.errors[name].mean:.1e}" for name, words in names.items())
-        share = f"{100.0 * self.wrong_positions:.2g} % of positions wrong"
-        beyond = {
-            "one position in 1,000": self.wrong_positions > 0.001,
-            "one shard in 100": self.wrong_shards > ceil(self.shards / 100),
-            "one shard": self.wrong_shards > 1,
-        }
-        more = [f"{what} {self.batches_for[what]:,}" for what in beyond if beyond[what]]
-        return (
-            f"errors from {', '.join(errors)} nats on, {share}, "
-            f"{self.wrong_shards} of {self.shards:,} shards wrong"
-            + (f" (it takes verify.batches to find {', '.join(more)})" if more else "")
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateReport:
-    """The result of the gate."""
-
-    cache: GateSummary
-    noise: GateSummary
-    control: GateSummary
-    limits: Limits
-    sampling_tests: list[FitTest]
-    found: Found
-    failures: tuple[str, ...]  # sentences; empty when the gate passes
-    histogram: list[dict[str, Any]]  # rows of series, log10_one_minus_cosine, share
-    batches: int
-    rows: int
-    tokens: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether the cache may be used."""
-        return not self.failures
-
-    def lines(self) -> list[str]:
-        """Return the lines for the terminal."""
-        said = {
-            "cache against teacher": self.cache,
-            "noise floor": self.noise,
-            "negative control": self.control,
-        }
-        lines = [f"{name:22} {summary}" for name, summary in said.items()]
-        if self.sampling_tests:
-            tests = (
-                f"{t.name} {t.value:.3f} ({t.low:.3f} to {t.high:.3f})" for t in self.sampling_tests
-            )
-            lines.append(f"{'sampled ids':22} " + ", ".join(tests))
-        return [*lines, f"{'found at 95 %':22} {self.found}"]
-
-    def metrics(self) -> dict[str, Any]:
-        """Return the contents of metrics.json."""
-        return {
-            "passed": self.passed,
-            "batches": self.batches,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "cache": asdict(self.cache),
-            "noise_floor": asdict(self.noise),
-            "negative_control": asdict(self.control),
-            "limits": asdict(self.limits),
-            "sampling_tests": {test.name: asdict(test) for test in self.sampling_tests},
-            "found": asdict(self.found),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +91,7 @@ def run_gate(
     params: VerifyParams,
     *,
     seed: int,
-) -> GateReport:
+) -> tuple[GateReport, list[HistogramBin]]:
     """Recompute sampled rows of all splits and judge the cache."""
     readers = [reader for _, reader in splits]
     places, shards = _sample(readers, params.batches * params.batch_rows, seed)
@@ -224,12 +121,15 @@ def run_gate(
     failures = [*failures_of(of_cache, limits, calls), *failures]
     if not failures_of(of_control, limits, calls):
         failures.append("the negative control, targets shifted by one, passed: the gate is blind")
-    return GateReport(
+    report = GateReport(
+        batches=len(batches),
+        rows=len(places),
+        tokens=len(of_cache),
         cache=_summary(of_cache),
-        noise=_summary(of_noise),
-        control=_summary(of_control),
+        noise_floor=_summary(of_noise),
+        negative_control=_summary(of_control),
         limits=limits,
-        sampling_tests=tests,
+        sampling_tests={test.name: test for test in tests},
         found=_found(
             of_noise,
             limits,
@@ -239,14 +139,12 @@ def run_gate(
             positions=len(of_cache),
             batch_rows=params.batch_rows,
         ),
-        failures=tuple(failures),
-        histogram=_histogram(
-            {"cache": of_cache, "noise floor": of_noise, "shifted by one": of_control}
-        ),
-        batches=len(batches),
-        rows=len(places),
-        tokens=len(of_cache),
+        failures=failures,
     )
+    histogram = _histogram(
+        {"cache": of_cache, "noise floor": of_noise, "shifted by one": of_control}
+    )
+    return report, histogram
 
 
 def _sample(readers: Sequence[CacheReader], wanted: int, seed: int) -> tuple[list[Place], int]:
@@ -423,14 +321,14 @@ def _summary(series: Compared) -> GateSummary:
     )
 
 
-def _histogram(series: dict[str, Compared]) -> list[dict[str, Any]]:
+def _histogram(series: dict[str, Compared]) -> list[HistogramBin]:
     """Return each series' share of positions by log10(1 - cosine), in bins of half a decade."""
     edges = np.arange(-8.0, 0.5, 0.5)
-    rows = []
+    found = []
     for name, compared in series.items():
         distance = (1.0 - compared.agreement.cosine.double().numpy()).clip(1e-8, 1.0)
         counts, _ = np.histogram(np.log10(distance), bins=edges)
         for low, count in zip(edges[:-1], counts, strict=True):
             share = float(count) / len(distance)
-            rows.append({"series": name, "log10_one_minus_cosine": float(low), "share": share})
-    return rows
+            found.append(HistogramBin(series=name, log10_one_minus_cosine=float(low), share=share))
+    return found

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pipeline.config.params import VerifyParams
 from pipeline.verify.agreement import Agreement
+from pipeline.verify.gate_report import Levels, Limits
 from pipeline.verify.power import POWER
 
 WRONG_SHARE = 1e-4  # share of positions that may exceed their limit
@@ -88,23 +89,6 @@ class Compared:
         sums = flat.new_zeros(len(numbers), flat.shape[1])
         sums.index_add_(0, torch.from_numpy(place), flat)
         return numbers.tolist(), (sums / counts[:, None]).reshape(-1, *values.shape[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Levels:
-    """A quantity's error at each level: its limit, or the smallest error that is detected."""
-
-    mean: float
-    worst_row: float
-    position: float | None  # None: one position proves nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The largest errors that pass the gate."""
-
-    errors: dict[str, Levels]  # by quantity
-    signed: dict[str, float]  # by name
 
 
 def limits_from(

@@ -39,6 +39,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from pipeline.verify.gate_report import FitTest
 from pipeline.verify.power import POWER, chi2_quantile
 
 FALSE_ALARM = 1e-6  # probability for each test, in caches without a fault
@@ -135,22 +136,6 @@ def _nth_of_equals(by_id: Tensor) -> Tensor:
     """Number equal ids in sorted ids [n, M]: 0 for the first, 1 for the second and so on."""
     first = torch.searchsorted(by_id, by_id)
     return torch.arange(by_id.shape[-1], device=by_id.device) - first
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitTest:
-    """A statistic of the sampled ids, and the interval in which it must lie."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    found: float  # true values from here on are detected with probability POWER
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value lies within the interval; NaN does not."""
-        return self.low <= self.value <= self.high
 
 
 def fit_tests(sums: SampleSums, rows: Tensor, columns: Tensor) -> list[FitTest]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.params import Params
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.harness import Harness, read_metrics
+from pipeline.evaluation.results import TaskMetric
 from stages.evaluate import main
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
@@ -99,13 +100,13 @@ def test_a_local_task_against_float64(teacher_folder: Path, tmp_path: Path) -> N
     expected = accuracies(teacher_folder, questions)
     for _ in range(2):  # tasks serve several models
         metrics = run(harness, teacher_folder)["animals"]
-        assert (metrics["acc"]["value"], metrics["acc_norm"]["value"]) == pytest.approx(expected)
-        p = metrics["acc"]["value"]
-        assert metrics["acc"]["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 29))
+        assert (metrics["acc"].value, metrics["acc_norm"].value) == pytest.approx(expected)
+        p = metrics["acc"].value
+        assert metrics["acc"].stderr == pytest.approx(math.sqrt(p * (1 - p) / 29))
     limited = Harness(["animals"], folder=tmp_path / "tasks", limit=7)
     expected = accuracies(teacher_folder, questions[:7])
     metrics = run(limited, teacher_folder)["animals"]
-    assert metrics["acc"]["value"] == pytest.approx(expected[0])
+    assert metrics["acc"].value == pytest.approx(expected[0])
 
 
 def test_shots_come_before_each_question(
@@ -167,8 +168,8 @@ def test_metrics_of_filters_and_without_errors() -> None:
         " ,none": " ",
     }
     assert read_metrics(values) == {
-        "acc": {"value": 0.5, "stderr": 0.25},
-        "exact_match,strict": {"value": 0.75, "stderr": None},
+        "acc": TaskMetric(0.5, 0.25),
+        "exact_match,strict": TaskMetric(0.75, None),
     }
 
 

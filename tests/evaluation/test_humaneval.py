@@ -34,6 +34,7 @@ from pipeline.evaluation.humaneval import (
     wilson_interval,
 )
 from pipeline.evaluation.journal import Journal
+from pipeline.evaluation.results import HumanEvalScores
 from pipeline.evaluation.sandbox import Limits, probe, run_program
 from pipeline.evaluation.stop import StopStrings, complete
 from pipeline.generation.sampling import GenerationSettings, generate_ids
@@ -107,11 +108,11 @@ def test_interval_solves_its_quadratic() -> None:
     for passed, count in [(0, 164), (3, 164), (82, 164), (164, 164)]:
         share = passed / count
         interval = wilson_interval(share, count)
-        for end in interval.values():
+        for end in (interval.low, interval.high):
             error = math.sqrt(end * (1 - end) / count)
             assert abs(share - end) == pytest.approx(1.959964 * error, abs=1e-12)
-    assert wilson_interval(0.0, 164)["low"] == 0.0
-    assert wilson_interval(0.0, 164)["high"] == pytest.approx(0.02289, abs=1e-5)
+    assert wilson_interval(0.0, 164).low == 0.0
+    assert wilson_interval(0.0, 164).high == pytest.approx(0.02289, abs=1e-5)
 
 
 EASY = [
@@ -268,7 +269,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_samples(
 
     monkeypatch.setattr(completions, "run_program", counted)
 
-    def evaluate(folder: Path) -> dict[str, Any]:
+    def evaluate(folder: Path) -> HumanEvalScores:
         return evaluate_model(generator, problems, params, folder, seed=1, isolated=False)
 
     def strip(folder: Path) -> list[dict[str, Any]]:
@@ -282,9 +283,9 @@ def test_a_run_stopped_anywhere_ends_with_the_same_samples(
     count = len(EASY) * params.samples
     expected = strip(tmp_path / "whole")
     assert len(expected) == count
-    assert sum(scores["statuses"].values()) == count
-    assert scores["new_tokens"] == sum(line["tokens"] for line in expected)
-    assert scores["tokens_per_second"] > 0
+    assert sum(scores.statuses.values()) == count
+    assert scores.new_tokens == sum(line["tokens"] for line in expected)
+    assert scores.tokens_per_second > 0
     assert len({line["completion"] for line in expected}) > params.samples
     data = (tmp_path / "whole" / "samples.jsonl").read_bytes()
     programs = len(ran)
@@ -292,7 +293,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_samples(
         folder = tmp_path / f"cut{share}"
         folder.mkdir()
         (folder / "samples.jsonl").write_bytes(data[: int(share * len(data))])  # torn mostly
-        assert evaluate(folder)["statuses"] == scores["statuses"]
+        assert evaluate(folder).statuses == scores.statuses
         assert strip(folder) == expected
     ran.clear()
     again = evaluate(tmp_path / "whole")
@@ -300,7 +301,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_samples(
     assert not ran
     assert 0 < programs <= count
     monkeypatch.setattr(completions, "python_version", lambda: "2.7")  # may judge otherwise
-    assert evaluate(tmp_path / "whole")["statuses"] == scores["statuses"]
+    assert evaluate(tmp_path / "whole").statuses == scores.statuses
     assert len(ran) == programs
 
 
@@ -319,10 +320,10 @@ def test_results_are_those_of_the_programs(
             for n in range(3)
         )
     scores = evaluate_model(generator, problems, params, tmp_path, seed=1, isolated=False)
-    assert scores["statuses"] == {"passed": 8, "failed": 7}  # f=0 takes no continuation
-    assert scores["pass_at"]["1"] == pytest.approx(8 / 15)
-    assert scores["pass_at"]["2"] == pytest.approx(4 / 5)  # of 3 samples with 2 right, any 2
-    assert scores["tokens_per_second"] == pytest.approx(10.0)
+    assert scores.statuses == {"passed": 8, "failed": 7}  # f=0 takes no continuation
+    assert scores.pass_at["1"] == pytest.approx(8 / 15)
+    assert scores.pass_at["2"] == pytest.approx(4 / 5)  # of 3 samples with 2 right, any 2
+    assert scores.tokens_per_second == pytest.approx(10.0)
 
 
 def test_samples_of_something_else_are_refused(

@@ -124,9 +124,9 @@ def test_views_against_float64(tiny_corpus: Params, tmp_path: Path) -> None:
     )
     view = view_passage(teacher, opened, corpus, tokenizer, 20)
     passage = torch.from_numpy(first_passage(corpus, 20))
-    assert "".join(view["text_tokens"]) == tokenizer.decode(passage)
-    assert len(view["text_tokens"]) == 20
-    assert list(view["models"]) == ["teacher", "other"]
+    assert "".join(view.text_tokens) == tokenizer.decode(passage)
+    assert len(view.text_tokens) == 20
+    assert list(view.models) == ["teacher", "other"]
     exact = {}
     for name, folder in (("teacher", tiny_corpus.paths.teacher), ("other", other)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -134,15 +134,15 @@ def test_views_against_float64(tiny_corpus: Params, tmp_path: Path) -> None:
             logits = model(passage[None]).logits[0, :-1].double()
         exact[name] = (logits[:, :300] if name == "teacher" else logits).log_softmax(-1)
     p = exact["teacher"].exp()
-    for name, found in view["models"].items():
+    for name, found in view.models.items():
         log_q = exact[name]
         divergence = (p * (exact["teacher"] - log_q[:, :300])).sum(-1)
-        assert found["kl"] == pytest.approx(divergence.tolist(), abs=2e-6)
+        assert found.kl == pytest.approx(divergence.tolist(), abs=2e-6)
         following = log_q.exp().gather(-1, passage[1:, None])[:, 0]
-        assert found["p_next"] == pytest.approx(following.tolist(), abs=2e-6)
+        assert found.p_next == pytest.approx(following.tolist(), abs=2e-6)
         best = log_q.exp().topk(5)
-        for place, top in enumerate(found["top"]):
+        for place, top in enumerate(found.top):
             assert [p for _, p in top] == pytest.approx(best.values[place].tolist(), abs=2e-6)
             assert len({text for text, _ in top}) == 5
-    assert view["models"]["teacher"]["kl"] == [0.0] * 19
-    assert max(view["models"]["other"]["kl"]) > 0.01
+    assert view.models["teacher"].kl == [0.0] * 19
+    assert max(view.models["other"].kl) > 0.01

@@ -16,7 +16,8 @@ from gguf import GGUFReader
 from pipeline.config.params import Params, load_params
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.export import check
-from pipeline.export.check import WITHOUT_LLAMA_CPP, TokenizerResult
+from pipeline.export.check import WITHOUT_LLAMA_CPP
+from pipeline.export.check_result import TokenizerResult
 from pipeline.export.export import export_model
 from pipeline.export.llama_cpp import has_llama_cpp
 from pipeline.export.push import files_of, require_repo_id

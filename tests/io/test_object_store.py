@@ -28,7 +28,7 @@ from pipeline.logit_cache.integrity import check_cache
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
-from pipeline.verify import run_gate
+from pipeline.verify.gate import run_gate
 from tests.conftest import change
 from tests.helpers import capture_all, live_teacher, open_cache
 from tests.training.ranks import run_ranks
@@ -257,7 +257,7 @@ def test_capture_check_and_train_in_an_object_store(
     splits = [
         (CorpusSplit(remote.paths.corpus, split), open_cache(remote, split)) for split in SPLITS
     ]
-    assert run_gate(live_teacher(remote), splits, remote.verify, seed=0).passed
+    assert run_gate(live_teacher(remote), splits, remote.verify, seed=0)[0].passed
     server.requests.clear()
     there = run_training(remote, "there").state
     reads = server.requests["GET"]

@@ -1,17 +1,39 @@
-"""A finished run, made small: corpus and cache are real, the other stages' files made up."""
+"""A finished run, made small: corpus and cache are real, the other stages' results made up."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
+from pipeline.evaluation.results import (
+    CalibrationBin,
+    HumanEvalScores,
+    Interval,
+    KLStatistics,
+    ModelScores,
+    Passage,
+    PassageModel,
+    Samples,
+    TaskMetric,
+)
+from pipeline.export.check_result import ExportCheck, PathResult, TokenizerResult
 from pipeline.io.files import write_json, write_text
+from pipeline.verify.gate_report import (
+    FitTest,
+    Found,
+    GateReport,
+    GateSummary,
+    HistogramBin,
+    Levels,
+    Limits,
+)
+from pipeline.verify.limits import QUANTITIES
 from tests.conftest import change, tiny_values
 from tests.helpers import capture_all
 from tests.report.browser import Browser, find_browser
@@ -21,41 +43,77 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=alert(1
 MODEL = "ab" * 32
 
 
-def scores(loss: float, *, kl: float = 0.0, margin: float = 0.02) -> dict[str, Any]:
+def scores(loss: float, *, kl: float = 0.0, margin: float = 0.02) -> ModelScores:
     """A model's entry in metrics.json."""
-    values: dict[str, Any] = {
+    means = {
         "loss": loss,
-        "perplexity": 2.0**loss,
         "kl_to_teacher": kl,
         "top1_agreement": 1.0 - kl / 4,
         "accuracy": 0.5,
-        "calibration_error": 0.0123,
-        "tokens": 600,
-        "parameters": 84_953_664,
-        "model_sha256": MODEL,
-        "kl": {"mean": kl, "median": 0.51, "p90": 0.92, "p95": 0.953, "p99": 0.994, "max": 7.125},
     }
     names = ["loss", "accuracy", *(["kl_to_teacher", "top1_agreement"] if kl else [])]
-    values["interval"] = {
-        name: {"low": values[name] - margin, "high": values[name] + margin} for name in names
-    }
-    return values
+    return ModelScores(
+        **means,
+        perplexity=2.0**loss,
+        calibration_error=0.0123,
+        tokens=600,
+        kl=KLStatistics(mean=kl, median=0.51, p90=0.92, p95=0.953, p99=0.994, max=7.125),
+        interval={name: Interval(means[name] - margin, means[name] + margin) for name in names},
+        parameters=84_953_664,
+        model_sha256=MODEL,
+    )
 
 
-def passage(models: dict[str, list[float]], tokens: list[str]) -> dict[str, Any]:
+def passage(models: dict[str, list[float]], tokens: list[str]) -> Passage:
     """A passage in which each model says "a", what follows, and three more."""
-    said = {
-        name: {
-            "kl": kls,
-            "p_next": [0.25] * len(kls),
-            "top": [
-                [["a", 0.4], [follows, 0.25], [" b", 0.2], ["\n", 0.1], [HOSTILE, 0.05]]
-                for follows in tokens[1:]
-            ],
-        }
-        for name, kls in models.items()
-    }
-    return {"text_tokens": tokens, "models": said}
+    top = [
+        [("a", 0.4), (follows, 0.25), (" b", 0.2), ("\n", 0.1), (HOSTILE, 0.05)]
+        for follows in tokens[1:]
+    ]
+    said = {name: PassageModel(kls, [0.25] * len(kls), top) for name, kls in models.items()}
+    return Passage(tokens, said)
+
+
+def gate_report() -> GateReport:
+    """A gate that passed, on a cache with sampled ids."""
+    cache = GateSummary(
+        mean_cosine=0.999612,
+        min_cosine=0.97,
+        worst_row_cosine=0.9991,
+        mean_kl=7e-4,
+        max_kl=0.07,
+        top1=0.98,
+        overlap=0.97,
+        logprob_error=0.05,
+        lse_error=0.09,
+        lse_tau_error=0.02,
+        entropy_error=0.03,
+        sampled_agreement=0.9,
+    )
+    names = [quantity.name for quantity in QUANTITIES]
+    test = FitTest(name="inverse temperature", value=1.003, low=0.98, high=1.02, found=1.03)
+    levels = Levels(mean=1e-3, worst_row=2e-3, position=None)
+    return GateReport(
+        batches=20,
+        rows=20,
+        tokens=640,
+        cache=cache,
+        noise_floor=cache,
+        negative_control=replace(cache, mean_cosine=0.08),
+        limits=Limits(errors=dict.fromkeys(names, levels), signed={}),
+        sampling_tests={test.name: test},
+        found=Found(
+            errors=dict.fromkeys(names, replace(levels, mean=2e-3)),
+            signed={},
+            sampled={},
+            wrong_positions=0.0047,
+            wrong_shards=5,
+            shards=200,
+            shards_seen=100,
+            batches_for={"one position in 1,000": 94, "one shard": 190},
+        ),
+        failures=[],
+    )
 
 
 def write_inputs(params: Params) -> None:
@@ -68,15 +126,12 @@ def write_inputs(params: Params) -> None:
     }
     write_json(paths.evaluate / "metrics.json", models)
     texts = {name: ["one\n", HOSTILE] for name in models}
-    write_json(
-        paths.evaluate / "samples.json",
-        {"prompts": ["the cat", HOSTILE], "continuations": texts},
-    )
+    write_json(paths.evaluate / "samples.json", Samples(["the cat", HOSTILE], texts))
     points = [(0.1, 0.12), (0.5, 0.4), (0.9, 0.95)]
     write_json(
         paths.evaluate / "calibration.json",
         [
-            {"model": n, "confidence": c, "accuracy": a, "share": 0.3}
+            CalibrationBin(model=n, confidence=c, accuracy=a, share=0.3)
             for n in models
             for c, a in points
         ],
@@ -86,56 +141,14 @@ def write_inputs(params: Params) -> None:
     kls = [steps[i % 5] for i in range(len(tokens) - 1)]
     said = {"teacher": [0.0] * len(kls), "student": kls, "baseline": kls[::-1]}
     write_json(paths.evaluate / "passage.json", passage(said, tokens))
-    harness = {
-        "lambada": {
-            "acc": {"value": 0.3125, "stderr": 0.0125},
-            "ppl": {"value": 8.5, "stderr": None},
-        }
-    }
+    harness = {"lambada": {"acc": TaskMetric(0.3125, 0.0125), "ppl": TaskMetric(8.5, None)}}
     write_json(paths.evaluate / "lm_eval.json", {"teacher": harness, "student": harness})
-    agreement = {
-        "mean_cosine": 0.999612,
-        "min_cosine": 0.97,
-        "worst_row_cosine": 0.9991,
-        "mean_kl": 7e-4,
-        "max_kl": 0.07,
-        "top1": 0.98,
-        "overlap": 0.97,
-        "logprob_error": 0.05,
-        "lse_error": 0.09,
-        "lse_tau_error": 0.02,
-        "entropy_error": 0.03,
-        "sampled_agreement": 0.9,
-    }
-    levels = {"mean": 1e-3, "worst_row": 2e-3, "position": None}
-    names = ("cosine", "kl", "top1", "overlap", "logprobs", "lse", "lse_tau", "entropy", "draws")
-    drawn = {"name": "inverse temperature", "value": 1.003, "low": 0.98, "high": 1.02}
-    write_json(
-        paths.verify / "metrics.json",
-        {
-            "passed": True,
-            "batches": 20,
-            "tokens": 640,
-            "cache": agreement,
-            "noise_floor": agreement,
-            "negative_control": agreement | {"mean_cosine": 0.08},
-            "limits": {"errors": dict.fromkeys(names, levels)},
-            "sampling_tests": {"inverse temperature": drawn},
-            "found": {
-                "errors": dict.fromkeys(names, levels | {"mean": 2e-3}),
-                "wrong_positions": 0.0047,
-                "wrong_shards": 5,
-                "shards": 200,
-                "shards_seen": 100,
-                "batches_for": {"one position in 1,000": 94, "one shard": 190},
-            },
-        },
-    )
+    write_json(paths.verify / "metrics.json", gate_report())
     shares = {"cache": [0.9, 0.1, 0.0], "noise floor": [0.8, 0.2, 0.0], "shifted by one": [0, 0, 1]}
     write_json(
         paths.verify / "histogram.json",
         [
-            {"series": name, "log10_one_minus_cosine": -1.5 + 0.5 * i, "share": share}
+            HistogramBin(series=name, log10_one_minus_cosine=-1.5 + 0.5 * i, share=share)
             for name, bins in shares.items()
             for i, share in enumerate(bins)
         ],
@@ -145,44 +158,29 @@ def write_inputs(params: Params) -> None:
         for name in ("validation/loss", "validation/kl", "train/loss"):
             value = name.rpartition("/")[2]
             write_text(folder / f"{name}.tsv", f"step\t{value}\n0\t5.5\n8\t3.25\n")
-    write_json(
-        paths.humaneval / "metrics.json",
-        {
-            "student": {
-                "pass_at": {"1": 0.125, "10": 0.375},
-                "interval": {"low": 0.0625, "high": 0.1875},
-                "problems": 164,
-                "samples_per_problem": 20,
-                "temperature": 0.8,
-                "tokens_per_second": 331.4,
-                "max_new_tokens": 256,
-                "statuses": {"passed": 410, "failed": 2800, "timed out": 70},
-                "model_sha256": MODEL,
-            }
-        },
+    student = HumanEvalScores(
+        pass_at={"1": 0.125, "10": 0.375},
+        interval=Interval(0.0625, 0.1875),
+        problems=164,
+        samples_per_problem=20,
+        statuses={"passed": 410, "failed": 2800, "timed out": 70},
+        temperature=0.8,
+        tokens_per_second=331.4,
+        new_tokens=56_000,
+        model_sha256=MODEL,
     )
-    write_json(
-        paths.export / "check.json",
-        {
-            "model": "student",
-            "model_sha256": MODEL,
-            "prompts": 20,
-            "max_new_tokens": 16,
-            "paths": [
-                {
-                    "name": "llama.cpp, q8_0",
-                    "tokens": 320,
-                    "equal_tokens": 301,
-                    "equal_prompts": 17,
-                    "required": False,
-                    "passed": True,
-                }
-            ],
-            "tokenizer": [
-                {"name": "llama.cpp", "lines": 1000, "equal_lines": 999, "passed": False}
-            ],
-        },
+    write_json(paths.humaneval / "metrics.json", {"student": student})
+    check = ExportCheck(
+        model="student",
+        model_sha256=MODEL,
+        reference="ours, float32",
+        prompts=20,
+        new_tokens=16,
+        paths=[PathResult("llama.cpp, q8_0", 320, 301, 0, 17, required=False, passed=True)],
+        tokenizers=[TokenizerResult("llama.cpp", 1000, 999, passed=False)],
+        left_out=[],
     )
+    write_json(paths.export / "check.json", check)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def test_the_page_tells_what_the_run_was_made_by(own_run: Params) -> None:
     ],
 )
 def test_the_summary_says_how_it_was_trained(own_run: Params, how: str, said: str) -> None:
-    shown = Reader(write_report(made_by(own_run, "student", train={"teacher": how})).read_text())
+    shown = Reader(write_report(made_by(own_run, "student", train={"targets": how})).read_text())
     whole = words_of(shown.whole)
     assert said in whole
     assert ("offline" in whole) is (how == "cached")
@@ -270,11 +271,8 @@ def test_what_is_missing_is_left_out(own_run: Params) -> None:
 
 @pytest.mark.parametrize("models", [["teacher"], ["teacher", "models/other"], ["student"]])
 def test_any_models_make_a_page(own_run: Params, models: list[str]) -> None:
-    """Also the numbers of an evaluate that knew no intervals, and models that are no runs."""
-    found: dict[str, Any] = {}
-    for name in models:
-        found[name] = scores(2.0, kl=0.5)
-        del found[name]["interval"], found[name]["kl"]
+    """Also numbers of one row, which have no intervals, and models that are no runs."""
+    found = {name: replace(scores(2.0, kl=0.5), interval={}) for name in models}
     write_json(own_run.paths.evaluate / "metrics.json", found)
     shown = Reader(write_report(own_run).read_text())
     assert all(name in shown.text["models"] for name in models)

@@ -18,7 +18,6 @@ from pipeline.errors import DecantError
 from pipeline.io.files import write_json
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import hash_weights
-from pipeline.report.formats import Passage
 from pipeline.report.passage_view import PassageView, passage_view
 from pipeline.report.read_inputs import read_inputs
 from pipeline.report.retained import measure_retained_mass
@@ -28,7 +27,7 @@ from tests.report.conftest import passage
 
 def view(kls: list[float], tokens: list[str]) -> PassageView:
     said = passage({"b": kls, "teacher": [0.0] * len(kls), "student": kls[::-1]}, tokens)
-    found = passage_view(Passage.model_validate(said), "student")
+    found = passage_view(said, "student")
     assert found
     return found
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipeline.config.params import Params
+from pipeline.evaluation.results import Interval, ModelScores
 from pipeline.report import markdown_table
-from pipeline.report.formats import Scores
 from pipeline.report.summary import (
     corpus_name,
     gap_closed,
@@ -22,8 +23,8 @@ from tests.conftest import change
 from tests.report.conftest import scores
 
 
-def judged(**losses: float) -> dict[str, Scores]:
-    return {name: Scores.model_validate(scores(loss, kl=0.5)) for name, loss in losses.items()}
+def judged(**losses: float) -> dict[str, ModelScores]:
+    return {name: scores(loss, kl=0.5) for name, loss in losses.items()}
 
 
 def test_share_of_the_gap() -> None:
@@ -64,9 +65,8 @@ def test_places_on_the_line() -> None:
 
 def test_markdown_with_margins() -> None:
     models = {"teacher": scores(2.0), "student": scores(3.0, kl=1.0, margin=0.0126)}
-    models["teacher"]["interval"] = {"top1_agreement": {"low": 1.0, "high": 1.0}}
-    table = markdown_table({n: Scores.model_validate(values) for n, values in models.items()})
-    assert table.splitlines() == [
+    models["teacher"] = replace(scores(2.0), interval={"top1_agreement": Interval(1.0, 1.0)})
+    assert markdown_table(models).splitlines() == [
         "| | validation loss | perplexity | KL to teacher | top-1 agreement | accuracy | "
         "calibration error | parameters |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

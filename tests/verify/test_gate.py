@@ -18,14 +18,21 @@ from pipeline.model.attention_mask import documents_apart
 from pipeline.targets.reduce import row_uniforms, top_k_from_logits
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
-from pipeline.verify import GateReport, agreement, run_gate
-from pipeline.verify.gate import as_stored
+from pipeline.verify.agreement import agreement
+from pipeline.verify.gate import as_stored, run_gate
+from pipeline.verify.gate_report import GateReport, HistogramBin
 from tests.conftest import change, make_teacher
 from tests.helpers import capture_all, live_teacher, make_capture, open_cache
 from tests.verify.faults import SAMPLING_FAULTS
 
 
 def gate(params: Params, teacher: HuggingFaceTeacher | None = None, *, seed: int = 0) -> GateReport:
+    return gate_and_histogram(params, teacher, seed=seed)[0]
+
+
+def gate_and_histogram(
+    params: Params, teacher: HuggingFaceTeacher | None = None, *, seed: int = 0
+) -> tuple[GateReport, list[HistogramBin]]:
     splits = [
         (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
     ]
@@ -63,7 +70,7 @@ NOISY_TEACHER = {"min_mean_cosine": 0.99, "min_row_cosine": 0.98, "min_top1": 0.
 
 
 def test_a_good_cache_passes(tiny_cache: Params) -> None:
-    report = gate(tiny_cache)
+    report, histogram = gate_and_histogram(tiny_cache)
     assert report.passed, report.failures
     assert report.cache.mean_cosine > 0.9999
     assert report.cache.mean_kl < 1e-5
@@ -72,9 +79,9 @@ def test_a_good_cache_passes(tiny_cache: Params) -> None:
     # entropy is stored as float16, of which half a step is 0.002 between 4 and 8 nats
     assert report.cache.entropy_error < 2e-3
     assert report.batches == report.rows == 20
-    assert report.noise.mean_cosine > 0.9999
-    assert report.control.mean_cosine < 0.9
-    shares = [row["share"] for row in report.histogram if row["series"] == "cache"]
+    assert report.noise_floor.mean_cosine > 0.9999
+    assert report.negative_control.mean_cosine < 0.9
+    shares = [bar.share for bar in histogram if bar.series == "cache"]
     assert sum(shares) == pytest.approx(1.0)
 
 
@@ -82,8 +89,8 @@ def test_limits_follow_the_noise_floor_and_are_said(tiny_cache: Params) -> None:
     report = gate(tiny_cache)
     limits, found = report.limits.errors, report.found
     assert limits["lse"].mean == 1e-3  # the resolution: nothing differs in float32
-    assert limits["logprobs"].mean == pytest.approx(3 * report.noise.logprob_error)
-    assert limits["entropy"].mean == pytest.approx(3 * report.noise.entropy_error)
+    assert limits["logprobs"].mean == pytest.approx(3 * report.noise_floor.logprob_error)
+    assert limits["entropy"].mean == pytest.approx(3 * report.noise_floor.entropy_error)
     for name, levels in limits.items():
         assert found.errors[name].mean >= levels.mean, name
     assert (found.shards, found.shards_seen, found.wrong_shards) == (8, 8, 1)
@@ -190,7 +197,7 @@ def test_wrong_last_ids_are_caught_under_noise(
     capture_all(params)
     report = gate(params)
     assert report.passed, report.failures
-    assert report.noise.logprob_error > 0.01  # ten times float32's, which is rounding
+    assert report.noise_floor.logprob_error > 0.01  # ten times float32's, which is rounding
     rewrite(params, fault)
     assert any(failure in sentence for sentence in gate(params).failures)
 
@@ -277,7 +284,7 @@ def test_caches_with_draws_pass_and_fail_as_others_do(
     report = gate(params, seed=seed)
     assert report.passed, report.failures
     assert report.cache.sampled_agreement == 1.0
-    assert [test.name for test in report.sampling_tests] == [
+    assert list(report.sampling_tests) == [
         "inverse temperature",
         "equal pairs",
         "spread over rows",
@@ -331,7 +338,7 @@ def test_ids_that_are_no_draws_are_caught_under_noise(fault: str, tiny_corpus: P
     capture_all(params)
     report = gate(params)
     assert report.passed, report.failures
-    assert 0.5 < report.noise.sampled_agreement < 0.99
+    assert 0.5 < report.noise_floor.sampled_agreement < 0.99
     rewrite_draws(params, fault)
     assert not gate(params).passed
 
@@ -346,7 +353,7 @@ def test_draws_of_another_seed_are_caught(tiny_corpus: Params) -> None:
     said = open_cache(other).top_k(np.arange(len(open_cache(other).corpus)))
     rewrite(params, lambda _: said)
     report = gate(params)
-    assert all(test.passed for test in report.sampling_tests)
+    assert all(test.passed for test in report.sampling_tests.values())
     assert any("mean agreement of sampled ids" in failure for failure in report.failures)
 
 
