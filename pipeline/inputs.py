@@ -13,7 +13,7 @@ from __future__ import annotations
 from pipeline.config.params import Params
 from pipeline.data.text_hashes import text_made_from
 from pipeline.io.files import read_json_object, write_json
-from pipeline.io.hashes import SEEN
+from pipeline.io.hashes import SEEN_TEACHER, SEEN_TEXT
 from pipeline.runtime.console import announce
 from pipeline.teacher.teacher_hashes import teacher_made_from
 
@@ -37,8 +37,8 @@ def write_inputs(params: Params) -> list[str]:
     )
     before = {name: read_json_object(folder / name) for name in (TEACHER, TEXT)}
     now = {
-        TEACHER: teacher_made_from(params.teacher, before[TEACHER], folder / f".{TEACHER}{SEEN}"),
-        TEXT: text_made_from(params.corpus, before[TEXT], folder / f".{TEXT}{SEEN}"),
+        TEACHER: teacher_made_from(params.teacher, before[TEACHER], folder / SEEN_TEACHER),
+        TEXT: text_made_from(params.corpus, before[TEXT], folder / SEEN_TEXT),
     }
     changed = [name for name in now if now[name] != before[name]]
     for name in changed:

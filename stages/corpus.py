@@ -32,11 +32,12 @@ def main(params: Params, overwrite: bool) -> None:
         read_made_from,
         write_made_from,
     )
+    from pipeline.io.hashes import SEEN_TEXT
     from pipeline.model.folder import teacher_folder
     from pipeline.runtime.console import announce
 
     teacher, address = teacher_folder(params.paths.teacher), params.paths.corpus
-    source = made_from(params.corpus, teacher, address)
+    source = made_from(params.corpus, teacher, address, params.paths.inputs / SEEN_TEXT)
     if not overwrite and read_made_from(address) == source and is_there(address):
         announce("corpus", f"has nothing to do: {address} was made from the same text")
         return

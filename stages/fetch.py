@@ -20,10 +20,12 @@ def main(params: Params) -> None:
     A folder, and what the hub's library keeps, are used where they lie. The only stage that touches
     the network. Reads teacher.*; writes paths.teacher.
     """
+    from pipeline.io.hashes import SEEN_TEACHER
     from pipeline.model.config_json import describe
     from pipeline.teacher.fetch import fetch_teacher
 
-    model = fetch_teacher(params.teacher, params.paths.teacher)
+    seen = params.paths.inputs / SEEN_TEACHER
+    model = fetch_teacher(params.teacher, params.paths.teacher, seen)
     verb = "holds" if model == params.paths.teacher else f"points to {model},"
     click.echo(f"fetch: {params.paths.teacher} {verb} {printable(describe(model))}")
 

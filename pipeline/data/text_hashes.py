@@ -19,18 +19,23 @@ from pipeline.data.sources import find_files, matching_files, stdlib_files
 from pipeline.errors import DecantError
 from pipeline.io.hashes import hash_changed, hash_file
 from pipeline.io.hub import commit_of
-from pipeline.io.object_store import Address, open_folder, seen_file
+from pipeline.io.object_store import Address, open_folder
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
 
 _HERE = Path(__file__).parent
 _CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
 
 
-def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str, Any]:
+def made_from(
+    params: CorpusParams, teacher: Path, address: Address, seen: Path | None = None
+) -> dict[str, Any]:
     """Describe what the corpus at `address` would be made from now.
 
     Text that no longer exists is assumed to be unchanged: on a machine that only has the corpus,
     none of the text can have changed.
+
+    Args:
+        seen: see `hash_changed`.
 
     Raises:
         DecantError: the text does not exist, and no corpus was made from it.
@@ -40,7 +45,7 @@ def made_from(params: CorpusParams, teacher: Path, address: Address) -> dict[str
     code = b"".join(file.read_bytes() for file in sorted(_CODE))
     return {
         "corpus": _read_values(params),
-        "text": text_made_from(params, _object(before.get("text")), seen_file(address)),
+        "text": text_made_from(params, _object(before.get("text")), seen),
         "tokenizer": [[Path(name).name, h] for name, h in hash_changed(tokenizer, None).items()],
         "code_sha256": hashlib.sha256(code).hexdigest(),
     }

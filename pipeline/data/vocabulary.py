@@ -28,7 +28,8 @@ import numpy as np
 
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
-from pipeline.model.folder import hash_tokenizer, require_regular_files
+from pipeline.io.files import require_regular_files
+from pipeline.model.folder import hash_tokenizer
 
 _ROWS_AT_ONCE = 1024
 

@@ -26,7 +26,7 @@ import torch
 
 from pipeline.errors import DecantError, ParamsError
 from pipeline.generation.sampling import GenerationSettings, decode_steps, generate_ids
-from pipeline.model.folder import require_regular_files
+from pipeline.io.files import require_regular_files
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student
 from pipeline.runtime.console import progress

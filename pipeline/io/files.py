@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -65,20 +65,34 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, default=asdict) + "\n")
 
 
-def open_file(file: Path) -> BinaryIO:
-    """Open a file for reading bytes; refuse a pipe or a device, as reading it may never end.
+def require_regular_files(files: Iterable[Path]) -> None:
+    """Refuse pipes and devices: opening a pipe waits for ever, a device never ends.
+
+    Absent files and folders are reported where they are opened.
 
     Raises:
-        DecantError: the path is not a regular file.
+        DecantError: it names the first such file.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        os.close(descriptor)
-        if is_folder:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-        raise DecantError(f"{file} is no file but a pipe or a device: remove it")
-    return os.fdopen(descriptor, "rb")
+    for file in files:
+        try:
+            mode = file.stat().st_mode
+        except OSError:
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise DecantError(
+                f"{file} is not a regular file but a pipe or a device: put the file itself there, "
+                "or remove it"
+            )
+
+
+def open_file(file: Path) -> BinaryIO:
+    """Open a file for reading bytes.
+
+    Raises:
+        DecantError: see `require_regular_files`.
+    """
+    require_regular_files([file])
+    return file.open("rb")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

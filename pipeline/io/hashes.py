@@ -10,10 +10,10 @@ from typing import Any
 from pipeline.errors import DecantError
 from pipeline.io.files import read_json_object, write_json
 
-SEEN = ".seen.json"
-"""File beside an output that records its sources' sizes, modification times and hashes.
+SEEN_TEACHER, SEEN_TEXT = ".seen-teacher.json", ".seen-text.json"
+"""Files in paths.inputs that record the sources' sizes, modification times and hashes.
 
-DVC ignores it.
+`inputs` shares them with `fetch` and `corpus`, so that under DVC each file is hashed once.
 """
 
 

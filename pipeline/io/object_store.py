@@ -25,7 +25,6 @@ import xxhash
 
 from pipeline.errors import DecantError, MismatchError, accident, is_full, place_of, reason_of
 from pipeline.io.files import create_bytes, fsync, open_file, write_bytes
-from pipeline.io.hashes import SEEN
 from pipeline.io.locks import lock_folder
 from pipeline.runtime.optional import require
 
@@ -205,13 +204,6 @@ def _sum(file: Path) -> list[Any]:
             digest.update(block)
             length += len(block)
     return [length, digest.hexdigest()]
-
-
-def seen_file(address: Address) -> Path | None:
-    """Return the file that remembers hashes of sources; None unless in a marked folder on disk."""
-    if isinstance(address, Url) or not (address / MARK).exists():
-        return None
-    return address / SEEN
 
 
 def _read_mark(folder: Folder) -> str | None:

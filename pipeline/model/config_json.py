@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import DecantError, reason_of
-from pipeline.model.folder import require_regular_files
+from pipeline.io.files import require_regular_files
 from pipeline.runtime.optional import import_transformers
 
 _LARGEST_FILE = 2**24  # bytes; config.json files usually have some thousands

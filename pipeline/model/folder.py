@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
+from pipeline.io.files import require_regular_files
 from pipeline.io.hashes import hash_file
 
 TOKENIZER_FILES = (
@@ -34,24 +34,6 @@ _OPENED = (".json", ".safetensors", ".jinja", ".txt", ".model")
 """Suffixes of the files that transformers opens in a folder."""
 
 
-def require_regular_files(files: Iterable[Path]) -> None:
-    """Refuse anything but regular files: opening a pipe waits for ever, a device never ends.
-
-    Raises:
-        DecantError: it names the first such file.
-    """
-    for file in files:
-        try:
-            mode = file.stat().st_mode
-        except OSError:  # absent files are reported where they are needed
-            continue
-        if not stat.S_ISREG(mode):
-            raise DecantError(
-                f"{file} is not a regular file, as the files of a model are: put the file itself "
-                "there"
-            )
-
-
 def require_regular_folder(folder: Path) -> None:
     """Apply `require_regular_files` to every file that a library may open in a model folder.
 
@@ -59,8 +41,7 @@ def require_regular_folder(folder: Path) -> None:
         DecantError: see `require_regular_files`.
     """
     if folder.is_dir():
-        files = (file for file in sorted(folder.iterdir()) if file.suffix in _OPENED)
-        require_regular_files(file for file in files if not file.is_dir())
+        require_regular_files(f for f in sorted(folder.iterdir()) if f.suffix in _OPENED)
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*")

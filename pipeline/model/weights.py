@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DecantError
+from pipeline.io.files import require_regular_files
 from pipeline.io.object_store import atomic_folder
 from pipeline.model.config_json import read_config_json, stored_weights
 from pipeline.model.decoder import ModelConfig, StudentModel
-from pipeline.model.folder import require_regular_files
 from pipeline.model.huggingface import HuggingFaceStudent, require_layers
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import Student

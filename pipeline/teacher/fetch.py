@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.config.params import TeacherParams, WheelTeacher
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.io.files import write_json
-from pipeline.io.object_store import atomic_folder, find_damage, require_ours, seen_file
+from pipeline.io.object_store import atomic_folder, find_damage, require_ours
 from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import (
     MODEL_FILES,
@@ -46,8 +46,11 @@ _WORK = {
 }
 
 
-def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
+def fetch_teacher(params: TeacherParams, folder: Path, seen: Path | None = None) -> Path:
     """Make `folder` the teacher's folder or a pointer to it, or leave it if it is up to date.
+
+    Args:
+        seen: see `hash_changed`.
 
     Returns:
         The Hugging Face folder that later stages will read.
@@ -63,7 +66,7 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
             f"teacher.folder.path={source} lies in paths.teacher={folder}, which would "
             "be replaced by a pointer to it: set paths.teacher to another place"
         )
-    made_from = _made_from(params, folder)
+    made_from = _made_from(params, folder, seen)
     # A source folder that is unchanged, or that no longer exists, is not opened again.
     done = params.source == "folder" or _is_whole(teacher_folder(folder))
     if done and read_pointer(folder) == made_from and not find_damage(folder):
@@ -96,12 +99,12 @@ def fetch_teacher(params: TeacherParams, folder: Path) -> Path:
     return teacher_folder(folder)
 
 
-def _made_from(params: TeacherParams, folder: Path) -> dict[str, Any]:
+def _made_from(params: TeacherParams, folder: Path, seen: Path | None) -> dict[str, Any]:
     """Return what `source.json` is to say; of a GGUF file, also by which code it is converted."""
-    found = teacher_made_from(params, read_pointer(folder), seen_file(folder))
+    found = teacher_made_from(params, read_pointer(folder), seen)
     if params.source in ("folder", "hub"):
         return found
-    code = Path(__file__).with_name("gguf.py").read_bytes()
+    code = Path(__file__).with_name("from_gguf.py").read_bytes()
     return found | {"code_sha256": hashlib.sha256(code).hexdigest()}
 
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DecantError, reason_of
+from pipeline.io.files import require_regular_files
 from pipeline.io.hashes import hash_file, require_sha256
 from pipeline.model.config_json import StoredWeights, require_sizes
-from pipeline.model.folder import require_regular_files
 from pipeline.model.rope import Llama3Scaling, inverse_frequencies
 from pipeline.runtime.console import say
 from pipeline.runtime.optional import import_transformers, require

@@ -10,11 +10,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pipeline.config.params import Params
-from pipeline.data import made_from as module
+from pipeline.config.params import Params, load_params
+from pipeline.data import text_hashes as module
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.text_hashes import made_from, read_made_from, text_made_from
 from pipeline.errors import DecantError
+from pipeline.inputs import write_inputs
+from pipeline.io import hashes
+from pipeline.io.hashes import SEEN_TEXT
 from stages.corpus import main
 from tests.conftest import change
 
@@ -31,6 +34,7 @@ class Stage:
         values["corpus"]["files"]["paths"] = [str(self.text.parent / "*.jsonl")]
         self._params.write_text(yaml.safe_dump(values))
         self.corpus = Path(values["paths"]["corpus"])
+        self.seen = Path(values["paths"]["inputs"]) / SEEN_TEXT
 
     def made(self, *words: str) -> bool:
         done = CliRunner().invoke(main, ["--params", str(self._params), *words])
@@ -100,9 +104,19 @@ def test_brackets_that_stand_for_themselves_are_found_here_too(stage: Stage) -> 
     assert stage.made("--set", files)
 
 
+def test_stages_share_one_memory_of_hashes(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under DVC `inputs` runs first; what it has hashed, `corpus` need not read again."""
+    stage.text.write_text(stage.text.read_text().replace("Note", "Page"))
+    write_inputs(load_params(stage._params))
+    hashed: list[Path] = []
+    monkeypatch.setattr(hashes, "hash_file", lambda file: hashed.append(file) or "ab" * 32)
+    assert stage.made()
+    assert stage.text not in hashed
+
+
 def test_a_damaged_memory_of_hashes_is_not_believed(stage: Stage) -> None:
     stage.text.write_text(stage.text.read_text().replace("Note", "Page"))
-    (stage.corpus / ".seen.json").write_text("{")
+    stage.seen.write_text("{")
     assert stage.made()
 
 
