@@ -37,7 +37,7 @@ def main(
     paths.evaluate; writes paths.export/NAME and paths.export/check.json. Leaves with status 1 when
     a path that must agree does not; then nothing is pushed.
     """
-    from pipeline.export.card import unknown_fields
+    from pipeline.export.card import run_facts
     from pipeline.export.export import check_model, export_model
     from pipeline.export.push import files_of, push, require_repo_id
     from pipeline.export.source import find_model
@@ -50,7 +50,7 @@ def main(
     folder = export_model(params, found)
     check = check_model(params, found)
     _say_check(check)
-    if found.run and (unknown := unknown_fields(params, found.run)):
+    if found.run and (unknown := run_facts(params, found.run).unknown):
         click.echo(
             "  the model card leaves out what the teacher's own card does not say: name it by "
             f"{' and '.join(unknown)}"

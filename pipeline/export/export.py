@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.params import Params
-from pipeline.export.card import card_license, folder_card, run_card, run_license
+from pipeline.export.card import card_license, folder_card, run_card, run_facts
 from pipeline.export.check import check_export
 from pipeline.export.check_result import ExportCheck
 from pipeline.export.source import Exported, text_to_check_by
@@ -42,7 +42,7 @@ def export_model(params: Params, model: Exported) -> Path:
         f"{params.export.prompts} prompts of {params.export.max_new_tokens} new tokens",
     )
     files = gguf_files(params, model)
-    license_id = run_license(params) if model.run else card_license(model.folder)
+    license_id = run_facts(params, model.run).license if model.run else card_license(model.folder)
     with atomic_folder(folder, "export", key="paths.export") as partial:
         write_hugging_face(model.folder, partial, DTYPES[params.export.dtype])
         for kind, file in files.items():

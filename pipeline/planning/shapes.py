@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.names import start_name, teacher_name
 from pipeline.config.params import LoraParams, Params, StudentParams, TeacherParams
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DecantError, ParamsError
@@ -129,12 +130,7 @@ def teacher_shape(params: TeacherParams, folder: Path) -> tuple[str, Shape]:
     Raises:
         ParamsError: the shape cannot be found.
     """
-    name = {
-        "wheel": Path(params.wheel.member).name,
-        "gguf": params.gguf.path.name,
-        "folder": str(params.folder.path),
-        "hub": params.hub.id,
-    }[params.source]
+    name = teacher_name(params)
     folders = [folder, params.folder.path] if params.source == "folder" else [folder]
     found = _at_hand(name, *folders)
     if found is None and params.source == "hub":
@@ -154,25 +150,24 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
         ParamsError: the checkpoint is neither local nor in the table, or the teacher has fewer
             layers.
     """
+    name = start_name(params.model_dump())
     if params.init == "layers":
         if outside := [i for i in params.layers if not 0 <= i < teacher.num_layers]:
             raise ParamsError(
                 f"student.layers names layer {outside[0]}, and the teacher's are 0 to "
                 f"{teacher.num_layers - 1}: choose among these"
             )
-        return f"{len(params.layers)} layers of the teacher", replace(
-            teacher, num_layers=len(params.layers)
-        )
+        return name, replace(teacher, num_layers=len(params.layers))
     if params.init == "random":
         assert params.vocab_size != "auto"  # pipeline/config/resolved.py has made it a number
-        return "at random", _from_config(params.model_dump())
+        return name, _from_config(params.model_dump())
     found = params.checkpoint and _at_hand(str(params.checkpoint), params.checkpoint)
     if not found:
         raise ParamsError(
             f"the shape of student.checkpoint={params.checkpoint} is not known here: download the "
             "folder, so that its config.json can be read"
         )
-    return str(params.checkpoint), found
+    return name, found
 
 
 def tokenizer_ids(params: Params, folder: Path, teacher: Shape) -> tuple[int, str]:

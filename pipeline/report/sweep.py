@@ -22,6 +22,7 @@ from pipeline.config.params import Paths
 from pipeline.errors import DecantError
 from pipeline.io.files import read_json_object
 from pipeline.runtime.figures import SERIES, draw_svg
+from pipeline.runtime.markdown import markdown_table
 
 _SECTIONS = ("seed", "student", "train")
 OF_A_TEACHER = (  # without effect if train.targets=none
@@ -134,9 +135,7 @@ def sweep_rows(runs: Sequence[SweepRun]) -> list[dict[str, str]]:
 
 def sweep_markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Format the table as Markdown."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1)]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows], numbers=True)
 
 
 def sweep_figures(runs: Sequence[SweepRun]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.params import Params
 from pipeline.errors import DecantError
-from pipeline.export.card import card_license, folder_card, run_card, unknown_fields
+from pipeline.export.card import card_license, folder_card, run_card, run_facts
 from pipeline.export.to_huggingface import write_hugging_face
 from pipeline.model.weights import load_student, save_student
 from tests.conftest import change
@@ -153,7 +153,7 @@ METRICS = {
 }
 RUN = {
     "train": {"targets": "cached", "steps": 48, "temperature": 1.0},
-    "cache": {"teacher_sha256": "19f1f3", "k": 16},
+    "cache": {"teacher_sha256": "19f1f3", "k": 16, "num_sampled": 4},
 }
 
 
@@ -186,6 +186,8 @@ def test_card_of_a_run(params_of_run: Params, tmp_path: Path) -> None:
     }
     for row in (
         "| cache: teacher_sha256 | 19f1f3 |",
+        "| cache: num_sampled | 4 |",
+        "| train.targets | cached |",
         "| train.steps | 48 |",
         "|  | teacher | student |",
         "| validation loss | 2.5000 | 3.1250 |",
@@ -202,7 +204,7 @@ def test_card_of_a_run(params_of_run: Params, tmp_path: Path) -> None:
     [
         ("online", {"init": "random"}, "distilled from its live teacher by", "offline"),
         ("none", {"init": "random"}, "A causal language model, trained by", "SmolLM2"),
-        ("none", {"init": "layers", "layers": [0, 2]}, "| start | layers 0, 2 of the", "distil"),
+        ("none", {"init": "layers", "layers": [0, 2]}, "| start | 2 layers of the", "distil"),
         ("cached", {"init": "checkpoint", "checkpoint": "a/start"}, "| start | start |", "a/start"),
         (None, {}, "A causal language model, trained by", "distil"),  # nothing is known of it
     ],
@@ -210,7 +212,7 @@ def test_card_of_a_run(params_of_run: Params, tmp_path: Path) -> None:
 def test_card_says_what_the_run_did(
     teacher: str | None, student: dict[str, Any], said: str, silent: str, params_of_run: Params
 ) -> None:
-    run = {"train": {"teacher": teacher} if teacher else {}, "student": student}
+    run = {"train": {"targets": teacher} if teacher else {}, "student": student}
     (params_of_run.paths.runs / "student" / "run.json").write_text(json.dumps(run))
     params = change(params_of_run, export={"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"})
     text = run_card(params, "student", [])
@@ -218,6 +220,7 @@ def test_card_says_what_the_run_did(
     assert silent not in text
     has_teacher = teacher in ("cached", "online") or student.get("init") == "layers"
     assert ("base_model" in front(text)) is has_teacher
+    assert ("| student.layers | 0, 2 |" in text) is ("layers" in student)
     assert ("\n| teacher |" in text) is has_teacher
 
 
@@ -267,7 +270,7 @@ def test_card_takes_what_the_teachers_own_card_says(
     for key in ("library_name", "pipeline_tag", "tags"):
         del content[key]
     assert content == expected
-    assert unknown_fields(params, "student") == unknown
+    assert run_facts(params, "student").unknown == unknown
 
 
 def test_card_says_which_steps_weights_were_kept(params_of_run: Params) -> None:

@@ -166,9 +166,9 @@ def test_rows_of_a_random_student_are_guessed_aloud(tiny_params: Params, tmp_pat
     assert words in guessed.student
     assert "assumed" not in make_plan(big(tiny_params, tmp_path)).student  # layers of the teacher
     given = make_plan(big(tiny_params, tmp_path, student=student | {"vocab_size": 1000}))
-    assert given.student == "at random"
+    assert given.student == "random weights"
     counted = make_plan(change(tiny_params, student=student))
-    assert (counted.student, counted.student_shape.vocab_size) == ("at random", 320)
+    assert (counted.student, counted.student_shape.vocab_size) == ("random weights", 320)
 
 
 def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> None:

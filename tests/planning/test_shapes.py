@@ -128,7 +128,7 @@ def test_a_folder_at_hand_comes_before_the_table(teacher_folder: Path) -> None:
 def test_a_shape_that_is_not_to_be_had_is_one_sentence(
     tmp_path: Path, tiny_params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ParamsError, match=r"models/absent is not known .*stages/fetch\.py"):
+    with pytest.raises(ParamsError, match=r"teacher absent is not known .*stages/fetch\.py"):
         teacher_shape(of_teacher(source="folder"), tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
     hub = {"id": "nobody/nothing", "revision": "main"}

