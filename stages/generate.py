@@ -55,7 +55,7 @@ def main(
     """
     from pipeline.generation.sampling import GenerationSettings
     from pipeline.generation.text_generator import TextGenerator
-    from pipeline.model.named_models import require_model, run_model
+    from pipeline.model.named_models import model_folder
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
 
     if prompt is not None and prompts is not None:
@@ -63,7 +63,7 @@ def main(
     if output is not None and prompts is None:
         raise ParamsError("--output needs --prompts: a single text is printed")
     texts = None if prompts is None else read_prompts(prompts)
-    folder = require_model(model) if model else run_model(params.paths.runs, "student")
+    folder = model_folder(params.paths.runs, "student", model)
     device = pick_device(params.device)
     dtype = inference_dtype(params.generate.dtype, device, key="generate.dtype")
     generator = TextGenerator(folder, device=device, dtype=dtype)

@@ -31,7 +31,7 @@ from pipeline.logit_cache.layout import load_layout, remove_cache
 from pipeline.logit_cache.writer import CacheWriter, create_cache, has_cache
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import hash_weights, teacher_folder
-from pipeline.model.named_models import require_model
+from pipeline.model.named_models import teacher_model
 from pipeline.runtime.console import announce, progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
@@ -244,11 +244,7 @@ def open_captures(
     Raises:
         DecantError: see fingerprint_of, HuggingFaceTeacher and open_capture.
     """
-    require_model(
-        teacher_folder(params.paths.teacher),
-        "run stages/fetch.py first",
-        "run stages/fetch.py again",
-    )
+    teacher_model(params.paths.teacher)  # refuses before anything is deleted
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)

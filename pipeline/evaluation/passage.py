@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers.pre_tokenizers import ByteLevel
 
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
@@ -110,25 +109,14 @@ def _choice_text(decoder: PieceDecoder, tokenizer: Any, token: int) -> str:
     text = decoder.peek(token).lstrip("\ufffd")  # missing bytes of the passage's own character
     if text and not text.endswith("\ufffd"):
         return text
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     name = str(tokenizer.convert_ids_to_tokens(token))
-    if not name.isascii() and set(name) <= _BYTES.keys():
-        return "".join(f"<0x{_BYTES[letter]:02X}>" for letter in name)
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    if not name.isascii() and set(name) <= bytes_of.keys():
+        return "".join(f"<0x{bytes_of[letter]:02X}>" for letter in name)
     return name
 
 
 def _rounded(values: list[float]) -> list[float]:
     return [round(value, _DIGITS) for value in values]
-
-
-def _byte_letters() -> dict[str, int]:
-    """Return the byte that each letter stands for in names of byte-level tokens (GPT-2's).
-
-    Printable bytes stand for themselves; the others, in order, are the letters from 256 on.
-    """
-    alphabet = sorted(ByteLevel.alphabet())
-    own = {letter: ord(letter) for letter in alphabet if ord(letter) < 256}
-    rest = sorted(set(range(256)) - set(own.values()))
-    return own | dict(zip(alphabet[len(own) :], rest, strict=True))
-
-
-_BYTES = _byte_letters()

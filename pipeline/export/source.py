@@ -11,7 +11,7 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.model.folder import hash_tokenizer, teacher_folder
-from pipeline.model.named_models import require_model, run_model
+from pipeline.model.named_models import model_folder
 from pipeline.model.tokenizer import load_tokenizer
 
 _ROWS_AT_ONCE = 256
@@ -34,9 +34,9 @@ def find_model(params: Params, run: str, model: Path | None) -> Exported:
         DecantError: there is no such model.
         ParamsError: the run's name is not valid, or the export would overwrite its own source.
     """
+    folder = model_folder(params.paths.runs, run, model)
     if model is None:
-        return Exported(run, run_model(params.paths.runs, run), run)
-    folder = require_model(model)
+        return Exported(run, folder, run)
     name = folder.resolve().name
     if name == "model":  # the model of a run elsewhere
         name = folder.resolve().parent.name

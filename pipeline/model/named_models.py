@@ -26,15 +26,29 @@ def run_folder(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def run_model(runs: Path, name: str) -> Path:
-    """Return the model folder of a run.
+def model_folder(runs: Path, run: str, model: Path | None = None) -> Path:
+    """Return the folder that --model gives, or else the model of a run.
 
     Raises:
         ParamsError: see run_folder.
-        DecantError: the run has no model.
+        DecantError: there is no model, or it is damaged.
     """
-    command = f"run stages/train.py --run {name}"
-    return require_model(run_folder(runs, name) / "model", f"{command} first", f"{command} again")
+    if model is not None:
+        return _require_model(
+            model, "name a model folder by --model", "make it again by the stage that wrote it"
+        )
+    command = f"run stages/train.py --run {run}"
+    return _require_model(run_folder(runs, run) / "model", f"{command} first", f"{command} again")
+
+
+def teacher_model(folder: Path) -> Path:
+    """Return the folder of the teacher at paths.teacher.
+
+    Raises:
+        DecantError: there is no teacher, or it is damaged.
+    """
+    command = "run stages/fetch.py"
+    return _require_model(teacher_folder(folder), f"{command} first", f"{command} again")
 
 
 def is_of_run(runs: Path, name: str, model_sha256: object) -> bool:
@@ -48,11 +62,7 @@ def is_of_run(runs: Path, name: str, model_sha256: object) -> bool:
     return not is_run or hash_weights(model) == model_sha256
 
 
-def require_model(
-    folder: Path,
-    remedy: str = "name a model folder by --model",
-    repair: str = "make it again by the stage that wrote it",
-) -> Path:
+def _require_model(folder: Path, remedy: str, repair: str) -> Path:
     """Return the folder, after checking that its files are as the stage that wrote them left them.
 
     Args:
@@ -92,13 +102,9 @@ def name_models(
     for name in names:
         if names.count(name) > 1:
             raise ParamsError(f"two models are called {name}: give each a name of its own")
-    found = {}
-    if teacher:
-        found[teacher] = require_model(
-            teacher_folder(paths.teacher), "run stages/fetch.py first", "run stages/fetch.py again"
-        )
-    found |= {name: run_model(paths.runs, name) for name in runs}
-    return found | {name: require_model(folder) for name, folder in given}
+    found = {teacher: teacher_model(paths.teacher)} if teacher else {}
+    found |= {name: model_folder(paths.runs, name) for name in runs}
+    return found | {name: model_folder(paths.runs, name, folder) for name, folder in given}
 
 
 def _parse(text: str) -> tuple[str, Path]:

@@ -11,7 +11,7 @@ import torch
 from pipeline.config.params import Params
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.io.object_store import lock, open_folder
-from pipeline.model.named_models import require_model, run_model
+from pipeline.model.named_models import model_folder
 from pipeline.training.run import run_training
 from tests.conftest import change, make_teacher, make_tokenizer
 from tests.helpers import SMALL, capture_all, weights
@@ -121,12 +121,12 @@ def test_a_damaged_model_is_refused_and_trained_again(
     file.write_bytes(data)
     runs = tiny_cache.paths.runs
     with pytest.raises(DecantError, match=r"model\.safetensors, .* --run student again"):
-        run_model(runs, "student")
+        model_folder(runs, "student")
     with pytest.raises(DecantError, match="does not match its checksum"):
-        require_model(model)
+        model_folder(runs, "student", model)
     assert run_training(tiny_cache, "student").state is not None
     assert "is damaged (model.safetensors" in capsys.readouterr().out
-    again = weights(run_model(runs, "student").parent)
+    again = weights(model_folder(runs, "student").parent)
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
