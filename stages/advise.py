@@ -76,7 +76,7 @@ def _look(params: Params) -> None:
     except DecantError as error:
         click.echo(f"  the plot is left out: {error}")
     click.echo(
-        f"advise: {advice.rows} of {advice.corpus_rows:,} rows looked at, {recommendation(advice)}"
+        f"advise: {advice.rows} of {advice.corpus_rows:,} rows examined, {recommendation(advice)}"
     )
 
 

@@ -70,7 +70,9 @@ def capture_on_ray(
     ray = import_ray()
     with lock_cache(params), _cluster(ray), _errors_unwrapped(ray):
         handles = _start_actors(ray, params, actors)
-        todo: list[Outstanding] = ray.get(handles[0].open.remote(overwrite=overwrite, repair=repair))
+        todo: list[Outstanding] = ray.get(
+            handles[0].open.remote(overwrite=overwrite, repair=repair)
+        )
         for split in todo:
             say_repaired(split.split, split.repaired)
         shards, tokens = sum(len(s.missing) for s in todo), sum(s.tokens for s in todo)
@@ -229,7 +231,7 @@ def _errors_unwrapped(ray: Any) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         reason = reason_of(error)
         raise DecantError(
-            f"Ray lost the capture for good ({reason}): see to it that an actor has the "
-            "memory it needs (capture.batch_rows, prepare.shard_rows) and run the same command to "
+            f"Ray lost the capture ({reason}): make sure that each actor has "
+            "enough memory (capture.batch_rows, prepare.shard_rows) and run the same command to "
             "continue"
         ) from error

@@ -1,4 +1,4 @@
-"""Softmax statistics and gradients of a chunk of logits as Triton kernels: one read, then one read and one write.
+"""Softmax statistics and gradients of a chunk of logits, as Triton kernels.
 
 This is the twin of `pipeline.losses.kernels_torch` for a GPU. It computes the same numbers by the
 same formulas, so everything that depends on the divergence stays in the small tensors of

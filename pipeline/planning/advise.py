@@ -149,7 +149,7 @@ def advise(
     ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
     blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
     looked_at = f"{sum(map(len, blocks))} of {len(corpus):,} rows"
-    announce("advise", f"looks at {looked_at} by {teacher.describe()}")
+    announce("advise", f"examines {looked_at} with {teacher.describe()}")
     costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
     kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length

@@ -180,7 +180,7 @@ def _settled(params: Params, num_ids: int) -> Params:
 def _train_rows(params: Params) -> int:
     if params.corpus.train_tokens is None:
         raise ParamsError(
-            "corpus.train_tokens=null takes all there is, which a plan can not know: set a number, "
+            "corpus.train_tokens=null takes all there is, which a plan cannot know: set a number, "
             "for the plan alone by --set"
         )
     return math.ceil(params.corpus.train_tokens / params.corpus.row_length)

@@ -54,7 +54,7 @@ def _subject(plan: Plan, params: Params) -> list[str]:
 
 def _stage_table(plan: Plan) -> list[str]:
     return [
-        f"{'stage':<10}{'writes':>10}{'takes':>11}{'memory of a device':>21}",
+        f"{'stage':<10}{'writes':>10}{'takes':>11}{'memory per device':>21}",
         *(_stage_line(stage) for stage in plan.stages),
         f"{'all':<10}{'':>10}{readable_seconds(plan.seconds):>11}",
     ]
@@ -93,7 +93,7 @@ def _fits(plan: Plan, params: Params) -> list[str]:
     remedies = {
         "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device",
         "train": "set run.activation_checkpointing, halve train.batch_rows and double "
-        "train.gradient_accumulation_steps, or share it by run.parallel=fsdp",
+        "train.gradient_accumulation_steps, or shard it with run.parallel=fsdp",
     }
     lines = []
     for name, remedy in remedies.items():
@@ -142,8 +142,8 @@ def _cache_or_online(plan: Plan, params: Params) -> list[str]:
     runs = f"{number:,} run" + ("" if number == 1 else "s")
     return [
         *lines,
-        f"caching pays from {_epochs(plan.break_even)} on, {runs} of train.*; for fewer, or where "
-        f"{readable_bytes(plan.cache.total)} have no place, set train.targets=online",
+        f"caching pays from {_epochs(plan.break_even)} on, {runs} of train.*; for fewer, or without "
+        f"room for {readable_bytes(plan.cache.total)}, set train.targets=online",
     ]
 
 

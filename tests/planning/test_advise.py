@@ -236,7 +236,7 @@ def test_stage(tiny_corpus: Params, tmp_path: Path, run_python: RunPython) -> No
     assert "left out, beyond the 300 ids: K=512" in done.stdout
     assert "caching " in done.stdout
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("advise: 16 of 94 rows looked at, ")
+    assert last.startswith("advise: 16 of 94 rows examined, ")
     metrics = json.loads((tiny_corpus.paths.advise / "metrics.json").read_text())
     assert [kept["k"] for kept in metrics["kept"]] == [4, 16, 64]
     assert metrics["left_out"] == [512]
