@@ -142,8 +142,8 @@ def _cache_or_online(plan: Plan, params: Params) -> list[str]:
     runs = f"{number:,} run" + ("" if number == 1 else "s")
     return [
         *lines,
-        f"caching pays from {_epochs(plan.break_even)} on, {runs} of train.*; for fewer, or without "
-        f"room for {readable_bytes(plan.cache.total)}, set train.targets=online",
+        f"caching pays from {_epochs(plan.break_even)} on, {runs} of train.*; for fewer, or "
+        f"without room for {readable_bytes(plan.cache.total)}, set train.targets=online",
     ]
 
 
