@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--actors",
     type=click.IntRange(min=1),
-    show_default="one a GPU, or 1",
+    show_default="one per GPU, or 1",
     help="With --engine ray: how many processes capture.",
 )
 def main(
@@ -60,8 +60,8 @@ def main(
         )
     if repair and parts > 1:
         raise ParamsError(
-            f"--repair with --shards {part} would take back what the other processes write "
-            "meanwhile: repair with one process, then go on with several"
+            f"--repair with --shards {part} would undo what the other processes are "
+            "writing: repair with one process, then go on with several"
         )
     if engine == "ray":
         if parts > 1:
@@ -88,10 +88,12 @@ def main(
     readers = [CacheReader(params.paths.logits, corpus) for corpus in corpora]
     num_bytes = sum(reader.num_bytes() for reader in readers)
     positions = sum(corpus.info.num_rows * corpus.info.row_length for corpus in corpora)
-    draws = f" + {params.prepare.draws} draws" if params.prepare.draws else ""
+    num_sampled = (
+        f" + {params.prepare.num_sampled} sampled ids" if params.prepare.num_sampled else ""
+    )
     click.echo(
         f"{summary}; {params.paths.logits} holds {positions:,} positions x top {params.prepare.k}"
-        f"{draws}, {num_bytes / positions:.1f} bytes per token, from a teacher in "
+        f"{num_sampled}, {num_bytes / positions:.1f} bytes per token, from a teacher in "
         f"{readers[0].fingerprint.dtype}"
     )
 

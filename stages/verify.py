@@ -56,10 +56,10 @@ def _run_gate(params: Params) -> None:
     for corpus, reader in splits:
         stored = reader.fingerprint
         # The cache may have other values of these parameters; only its inputs must match.
-        names = ("k", "draws", "temperatures", "attention")
+        names = ("k", "num_sampled", "temperatures", "document_mask")
         kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)
-        seed = stored.draw_seed if stored.draws else params.seed
+        seed = stored.sampling_seed if stored.num_sampled else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})
         stored.require_equal(
             fingerprint_of(as_stored, corpus, dtype),
@@ -94,7 +94,7 @@ def _check_structure(params: Params) -> None:
             click.echo(f"  {split}: {result.missing} of {result.shards} shards are not captured")
         whole = whole and not result.damages and not result.missing
         shards += result.committed
-    verdict = "all whole" if whole else "NOT whole; run stages/prepare.py --repair"
+    verdict = "all whole" if whole else "NOT intact; run stages/prepare.py --repair"
     click.echo(f"verify: {shards} committed shards read, {verdict}")
     sys.exit(0 if whole else 1)
 

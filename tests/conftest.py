@@ -217,9 +217,9 @@ TINY: dict[str, dict[str, Any]] = {
         "eval_rows": 8,
     },
     "run": {"head_chunk": 50, "checkpoint_every": 2, "min_retained_mass": 0.0},
-    "evaluate": {"dtype": "float32", "prompts": ["the cat"], "new_tokens": 3},
+    "evaluate": {"dtype": "float32", "prompts": ["the cat"], "max_new_tokens": 3},
     "humaneval": {"dtype": "float32", "max_new_tokens": 12, "batch_rows": 2, "workers": 2},
-    "export": {"prompts": 4, "prompt_tokens": 8, "new_tokens": 4, "lines": 12},
+    "export": {"prompts": 4, "prompt_tokens": 8, "max_new_tokens": 4, "lines": 12},
 }
 
 

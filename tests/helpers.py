@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.capture.local import Capture, CaptureResult, fingerprint_of
+from pipeline.capture.local import Capture, CaptureResult, fingerprint_of, open_capture
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.compare import Comparison, compare
@@ -63,14 +63,14 @@ def judge(params: Params, folders: dict[str, Path]) -> Comparison:
     models = open_models(
         folders, corpus, params.paths.teacher, dtype=teacher.dtype, device=teacher.device
     )
-    return compare(teacher, models, corpus, params.evaluate, params.prepare.attention)
+    return compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
 
 
 def make_capture(params: Params, split: str, *, repair: bool = False) -> Capture:
     """The capture of one split as stages/prepare.py makes it."""
     corpus = CorpusSplit(params.paths.corpus, split)
     fingerprint = fingerprint_of(params, corpus, DTYPES[params.prepare.dtype])
-    return Capture(live_teacher(params), corpus, fingerprint, params, repair=repair)
+    return open_capture(live_teacher(params), corpus, fingerprint, params, repair=repair)
 
 
 def capture_all(params: Params, *, repair: bool = False) -> list[CaptureResult]:

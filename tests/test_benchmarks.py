@@ -16,7 +16,7 @@ from pipeline.training.run import run_training
 FOLDER = Path(__file__).parent / "benchmarks"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "measure")
 TINY_RUNS = {  # options, and what it must print
-    "attention_cost": ("--rows 2 --rounds 1", "teacher's validation loss: packed "),
+    "attention_cost": ("--rows 2 --rounds 1", "teacher's validation loss: row "),
     "cache_memory": ("--rows 32", "corpus x16  read "),
     "cache_speed": ("--rounds 1 --batches 2", "share of a training step: median "),
     "capture_cost": ("--rows 2 --rounds 1 --peak 1", "of the peak FLOP/s"),

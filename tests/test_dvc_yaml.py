@@ -236,4 +236,4 @@ def test_every_section_belongs_to_a_stage() -> None:
 def test_the_baseline_depends_on_all_of_train_but_the_teacher() -> None:
     """A sweep over what a student is taught by must not repeat it."""
     named = {name for name in STAGES["baseline"]["params"] if name.startswith("train.")}
-    assert named == {f"train.{key}" for key in keys_of("train")} - {"train.teacher", *OF_A_TEACHER}
+    assert named == {f"train.{key}" for key in keys_of("train")} - {"train.targets", *OF_A_TEACHER}

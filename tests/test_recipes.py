@@ -103,7 +103,7 @@ def test_the_table_of_scale_is_what_the_plan_computes() -> None:
     assert f"here they take {ours / 1e9:.0f} GB" in page.read_text()
     assert small.extent.tokens == pytest.approx(1.6e9, rel=1e-2)
     assert large.extent.tokens == pytest.approx(1e12, rel=1e-2)
-    assert all(plan.extent.passes_a_run == pytest.approx(1, abs=0.05) for plan in (small, large))
+    assert all(plan.extent.epochs_per_run == pytest.approx(1, abs=0.05) for plan in (small, large))
 
 
 def test_the_recipe_for_a_t4_fits_into_its_memory_and_six_hours() -> None:
@@ -121,7 +121,7 @@ def test_the_recipe_for_a_t4_trains_by_its_specification() -> None:
     train = load_params(FOLDER / "wikipedia-zh-t4.yaml").train
     assert (train.temperature, train.alpha, train.divergence) == (2.0, 0.5, "forward_kl")
     assert (train.learning_rate, train.weight_decay, train.warmup_steps) == (3e-4, 0.01, 500)
-    assert (train.epochs, train.batch_rows, train.accumulation) == (3, 8, 1)
+    assert (train.epochs, train.batch_rows, train.gradient_accumulation_steps) == (3, 8, 1)
     assert train.keep_best
 
 
@@ -137,7 +137,11 @@ def test_recipes_say_when_they_are_accepted() -> None:
 def test_the_long_recipe_is_what_was_asked_for() -> None:
     params = load_params(FOLDER / "coder-7b.yaml")
     assert params.corpus.train_tokens == 1_600_000_000
-    a_step = params.train.batch_rows * params.train.accumulation * params.corpus.row_length
+    a_step = (
+        params.train.batch_rows
+        * params.train.gradient_accumulation_steps
+        * params.corpus.row_length
+    )
     assert (a_step, params.train.steps, params.prepare.k) == (8192, 50_000, 64)
     smoke = load_params(FOLDER / "coder-7b-smoke.yaml")
     assert smoke.train.steps == 500
@@ -188,7 +192,7 @@ def tiny(teacher: Path, text: Path, start: Path, work: Path) -> list[str]:
         "train.learning_rate": 0.003,
         "train.eval_every": 10,
         "run.checkpoint_every": 10,
-        "evaluate.new_tokens": 3,
+        "evaluate.max_new_tokens": 3,
     }
     for name in Params.model_fields["paths"].annotation.model_fields:  # type: ignore[union-attr]
         if name != "checkpoints":

@@ -2,7 +2,7 @@
 
 A capture is a set of shards that are not committed yet. Any number of processes or machines may
 each take a part of them (`part_of`, or the Ray engine in pipeline/capture/ray.py), because the
-fingerprint, the cache's rank table and the shard's number determine the contents of a shard on
+fingerprint, the cache's id order and the shard's number determine the contents of a shard on
 machines that round alike.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.io.object_store import Address, lock, open_folder, require_ours
 from pipeline.io.zarr_shards import DamagedError
-from pipeline.logit_cache.codec import RankTable
+from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
 from pipeline.logit_cache.integrity import Damage, repair_cache
 from pipeline.logit_cache.layout import load_layout, remove_cache
-from pipeline.logit_cache.writer import CacheWriter
+from pipeline.logit_cache.writer import CacheWriter, create_cache, has_cache
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.model.named_models import require_model
@@ -37,7 +38,7 @@ from pipeline.targets.reduce import row_uniforms
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
 
-COUNTED_ROWS = 8  # rows whose kept ids make the rank table; 32 would save 0.6 more bytes per token
+COUNTED_ROWS = 8  # rows whose kept ids make the id order; 32 would save 0.6 more bytes per token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +71,10 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
         tokenizer_sha256=info.tokenizer_sha256,
         corpus_sha256=info.sha256,
         dtype=dtype_name(dtype),
-        attention=wanted.attention,
+        document_mask=wanted.document_mask,
         k=wanted.k,
-        draws=wanted.draws,
-        draw_seed=params.seed if wanted.draws else 0,
+        num_sampled=wanted.num_sampled,
+        sampling_seed=params.seed if wanted.num_sampled else 0,
         temperatures=wanted.temperatures,
         vocab_size=info.vocab_size,
         num_rows=info.num_rows,
@@ -86,11 +87,9 @@ class Capture:
 
     Args:
         teacher: in the fingerprint's number format.
-        fingerprint: describes what the cache is made from; an existing cache must have the same.
-        repair: first check every committed shard and uncommit the damaged ones (`repaired`).
-
-    Raises:
-        MismatchError: the cache was made from something else; the message names it.
+        fingerprint: describes what the cache is made from.
+        batch_rows: rows per forward of the teacher.
+        repaired: damages that were repaired before the capture.
     """
 
     def __init__(
@@ -98,25 +97,17 @@ class Capture:
         teacher: HuggingFaceTeacher,
         corpus: CorpusSplit,
         fingerprint: Fingerprint,
-        params: Params,
+        writer: CacheWriter,
         *,
-        repair: bool = False,
+        batch_rows: int,
+        repaired: tuple[Damage, ...] = (),
     ) -> None:
         self.teacher = teacher
         self.corpus = corpus
         self.fingerprint = fingerprint
-        self._batch_rows = params.capture.batch_rows
-        address, cut = params.paths.logits, params.prepare
-        sizes = {"chunk_rows": cut.chunk_rows, "shard_rows": cut.shard_rows}
-        self.repaired: tuple[Damage, ...] = ()
-        with disk_errors(str(address / corpus.split)):
-            if repair:
-                self.repaired = repair_cache(
-                    address, corpus, fingerprint, count=self.count_ranks, **sizes
-                )
-            self.writer = CacheWriter(
-                address, corpus.split, fingerprint, count=self.count_ranks, **sizes
-            )
+        self.writer = writer
+        self.repaired = repaired
+        self._batch_rows = batch_rows
 
     def run(self, shards: list[int]) -> CaptureResult:
         """Capture the given shards, all of which must be missing.
@@ -170,23 +161,74 @@ class Capture:
         seconds = seconds_of(lambda: self._top_k(batch, 0), self.teacher.device)
         return seconds / batch.tokens.size
 
-    def count_ranks(self) -> RankTable:
-        """Make the rank table of a new cache from the teacher's ids on a few evenly spaced rows."""
-        number = min(COUNTED_ROWS, len(self.corpus))
-        places = np.arange(number) * len(self.corpus) // number
-        ids = []
-        for place in places.tolist():
-            topk = self._top_k(self.corpus.rows(place, place + 1), place)
-            ids += [topk.ids.cpu().numpy().ravel(), topk.draw_ids.cpu().numpy().ravel()]
-        return RankTable.counted(np.concatenate(ids), self.fingerprint.vocab_size)
-
     def _top_k(self, rows: Rows, first_row: int) -> TopK:
-        made_from = self.fingerprint
-        numbers = range(first_row, first_row + len(rows))
-        uniforms = row_uniforms(numbers, made_from.row_length, made_from.draws, made_from.draw_seed)
-        tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-        apart = documents_apart(doc_ids, made_from.attention)
-        return self.teacher.top_k(tokens, made_from.k, made_from.temperatures, uniforms, apart)
+        return top_k_of(self.teacher, self.fingerprint, rows, first_row)
+
+
+def top_k_of(
+    teacher: HuggingFaceTeacher, fingerprint: Fingerprint, rows: Rows, first_row: int
+) -> TopK:
+    """Return what a cache with this fingerprint stores for corpus rows first_row, first_row + 1,
+    ...
+
+    Returns:
+        TopK [len(rows), L, ...] on the teacher's device.
+    """
+    numbers = range(first_row, first_row + len(rows))
+    uniforms = row_uniforms(
+        numbers, fingerprint.row_length, fingerprint.num_sampled, fingerprint.sampling_seed
+    )
+    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+    apart = documents_apart(doc_ids, fingerprint.document_mask)
+    return teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
+
+
+def make_id_order(
+    teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint
+) -> IdOrder:
+    """Make the id order of a new cache from the teacher's ids on a few evenly spaced rows."""
+    number = min(COUNTED_ROWS, len(corpus))
+    ids = []
+    for row in (np.arange(number) * len(corpus) // number).tolist():
+        topk = top_k_of(teacher, fingerprint, corpus.rows(row, row + 1), row)
+        ids += [topk.ids.cpu().numpy().ravel(), topk.sampled_ids.cpu().numpy().ravel()]
+    return IdOrder.by_frequency(np.concatenate(ids), fingerprint.vocab_size)
+
+
+def open_capture(
+    teacher: HuggingFaceTeacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    params: Params,
+    *,
+    repair: bool = False,
+) -> Capture:
+    """Create the cache of one split, or open it to be continued.
+
+    Args:
+        repair: first check every committed shard and uncommit the damaged ones.
+
+    Raises:
+        MismatchError: the cache was made from something else; the message names it.
+    """
+    address, sizes = params.paths.logits, params.prepare
+    shape = {"chunk_rows": sizes.chunk_rows, "shard_rows": sizes.shard_rows}
+    id_order = partial(make_id_order, teacher, corpus, fingerprint)
+    repaired: tuple[Damage, ...] = ()
+    with disk_errors(str(address / corpus.split)):
+        if repair:
+            repaired = repair_cache(address, corpus, fingerprint, make_id_order=id_order, **shape)
+        if not has_cache(address, corpus.split):
+            create_cache(address, corpus.split, fingerprint, id_order=id_order(), **shape)
+        writer = CacheWriter(address, corpus.split, fingerprint)
+    return Capture(
+        teacher,
+        corpus,
+        fingerprint,
+        writer,
+        batch_rows=params.capture.batch_rows,
+        repaired=repaired,
+    )
 
 
 def open_captures(
@@ -197,10 +239,10 @@ def open_captures(
     Args:
         overwrite: first delete the cache at paths.logits if it was made from something else;
             running the same command again continues what the first one began.
-        repair: see Capture.
+        repair: see open_capture.
 
     Raises:
-        DecantError: see fingerprint_of, HuggingFaceTeacher and Capture.
+        DecantError: see fingerprint_of, HuggingFaceTeacher and open_capture.
     """
     require_model(
         teacher_folder(params.paths.teacher),
@@ -216,11 +258,11 @@ def open_captures(
         for split, wanted in zip(SPLITS, fingerprints, strict=True):
             address = params.paths.logits / split
             if other := _something_else(address, wanted):
-                say(f"prepare: {other}, and gives way to a new cache")
+                say(f"prepare: {other}, and is replaced by a new cache")
                 remove_cache(open_folder(address))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     return [
-        Capture(teacher, corpus, fingerprint, params, repair=repair)
+        open_capture(teacher, corpus, fingerprint, params, repair=repair)
         for corpus, fingerprint in zip(corpora, fingerprints, strict=True)
     ]
 
@@ -238,7 +280,7 @@ def _something_else(address: Address, wanted: Fingerprint) -> str:
         return str(error).partition(": ")[0]
     except DamagedError as error:
         raise DecantError(
-            f"{address} is damaged ({error}), so that what it was made from cannot be told: remove "
+            f"{address} is damaged ({error}), so nothing says what it was made from: remove "
             "it to capture it again"
         ) from None
     difference = layout and layout.fingerprint.difference(wanted)
@@ -289,7 +331,9 @@ def _announce(captures: list[Capture], todo: list[list[int]]) -> None:
         capture.tokens_of(numbers) for capture, numbers in zip(captures, todo, strict=True)
     )
     teacher, made_from = captures[0].teacher, captures[0].fingerprint
-    kept = f"top {made_from.k}" + (f" + {made_from.draws} draws" if made_from.draws else "")
+    kept = f"top {made_from.k}" + (
+        f" + {made_from.num_sampled} sampled ids" if made_from.num_sampled else ""
+    )
     announce(
         "prepare",
         f"captures the {kept} of {tokens:,} tokens in {shards} shards from {teacher.describe()}",

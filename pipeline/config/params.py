@@ -179,7 +179,7 @@ class CorpusParams(Section):
         description="share of documents set aside, chosen by a hash of their text"
     )
     row_length: Annotated[int, Field(ge=2)] = Field(description="L, tokens a row")
-    packing: Literal["cut", "fit"] = Field(
+    packing: Literal["concat", "best_fit"] = Field(
         description="documents run on and are cut at row ends, or lie whole in rows, padded"
     )
     loss_on: Literal["all", "completions"] = Field(
@@ -205,7 +205,7 @@ class AdviseParams(Section):
     )
     device: DeviceName = Field(description="what the plan is made for, whatever is here")
     devices: Count = Field(description="this many of them share each stage of the plan")
-    utilisation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+    mfu: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         description="share of a device's peak that the plan counts on, in capture and training"
     )
 
@@ -214,14 +214,14 @@ class PrepareParams(Section):
     """The capture of the teacher's top-K."""
 
     k: Annotated[int, Field(ge=0)] = Field(description="K, most probable ids kept a position")
-    draws: Annotated[int, Field(ge=0)] = Field(
-        description="M, ids drawn from the teacher's distribution outside the K; 0 for none"
+    num_sampled: Annotated[int, Field(ge=0)] = Field(
+        description="M, ids sampled from the teacher's distribution outside the K; 0 for none"
     )
     temperatures: tuple[Temperature, ...] = Field(description="whose normalisers are stored")
     dtype: Dtype = Field(description=f"the teacher's format; {_AUTO}")
-    attention: Literal["documents", "packed"] = Field(
-        description="whether documents in a row are kept apart, by teacher and student; a run on a "
-        "cache attends as the cache's teacher did, anything else as is said here"
+    document_mask: bool = Field(
+        description="whether the documents of a row are kept apart, by teacher and student; a run "
+        "on a cache uses the cache's value, anything else this one"
     )
     chunk_rows: Count = Field(description="rows a zarr chunk, the unit of reading")
     shard_rows: Count = Field(description="rows a shard, the unit of writing and of resuming")
@@ -232,8 +232,8 @@ class PrepareParams(Section):
             raise ValueError(
                 f"shard_rows={self.shard_rows} must be a multiple of chunk_rows={self.chunk_rows}"
             )
-        if not self.k + self.draws:
-            raise ValueError("k=0 and draws=0 keep nothing: set one of them")
+        if not self.k + self.num_sampled:
+            raise ValueError("k=0 and num_sampled=0 keep nothing: set one of them")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} repeat")
         return self
@@ -318,7 +318,7 @@ class StudentParams(Section):
 class TrainParams(Section):
     """Optimisation of the student: everything that decides weights, curves and a run's identity."""
 
-    teacher: Literal["cached", "online", "none"]
+    targets: Literal["cached", "online", "none"]
     alpha: Fraction = Field(description="weight of the divergence against cross-entropy")
     alpha_end: Fraction | None = Field(
         description="alpha moves to this, linearly over the steps; null keeps it constant"
@@ -334,20 +334,20 @@ class TrainParams(Section):
         "rounded up"
     )
     batch_rows: Count = Field(description="rows a forward pass, of all ranks together")
-    accumulation: Count = Field(description="forward passes an optimizer step")
+    gradient_accumulation_steps: Count = Field(description="forward passes an optimizer step")
     learning_rate: Positive
     schedule: Literal["cosine", "wsd"] = Field(
         description="of the learning rate, after warm-up; wsd: constant, then a short decay"
     )
     warmup_steps: Annotated[int, Field(ge=0)]
-    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         description="wsd: share of the steps, the last ones, over which the rate decays"
     )
     decay_shape: Literal["linear", "one_minus_sqrt"] = Field(description="wsd: of that decay")
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(description="at the last step")
     weight_decay: Annotated[float, Field(ge=0.0)]
     betas: tuple[Beta, Beta]
-    clip_norm: Positive
+    max_grad_norm: Positive
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         description="autocast's format; auto: bfloat16 where the hardware has units for it, else "
         "float32"
@@ -385,10 +385,10 @@ class TrainParams(Section):
             )
         if self.steps is None:  # checked again once the epochs' steps are known
             return self
-        decay = round(self.decay_share * self.steps)
+        decay = round(self.decay_fraction * self.steps)
         if self.schedule == "wsd" and self.warmup_steps + decay > self.steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} and decay_share={self.decay_share:g} of "
+                f"warmup_steps={self.warmup_steps} and decay_fraction={self.decay_fraction:g} of "
                 f"steps={self.steps}, {decay}, overlap: lower one of them"
             )
         return self
@@ -422,7 +422,7 @@ class EvaluateParams(Section):
     dtype: Dtype = Field(description=f"of teacher and models; {_AUTO}")
     calibration_bins: Count
     prompts: tuple[str, ...]
-    new_tokens: Count
+    max_new_tokens: Count
     passage_tokens: Annotated[int, Field(ge=2)] = Field(
         description="tokens of a validation document that are shown one by one"
     )
@@ -490,7 +490,7 @@ class ExportParams(Section):
     )
     prompts: Count = Field(description="cut from the text, continued on each path")
     prompt_tokens: Count = Field(description="at most this many per prompt")
-    new_tokens: Count = Field(description="greedy tokens a prompt")
+    max_new_tokens: Count = Field(description="greedy tokens a prompt")
     lines: Count = Field(description="of the text, tokenized on each path, or all there are")
     min_agreement: Fraction = Field(
         description="share of equal tokens that a path needs; beside them f32 and f16 may have "
@@ -523,7 +523,7 @@ class StudyParams(Section):
         description=f"in which speed is measured (comparisons are in float32); {_AUTO}"
     )
     prompt: Annotated[str, Field(min_length=1)] = Field(description="run through the model")
-    new_tokens: Count = Field(description="tokens generated after the prompt")
+    max_new_tokens: Count = Field(description="tokens generated after the prompt")
     temperature: Temperature = Field(description="of the sampled golden reference")
     batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
         description="whose speed and memory are measured"

@@ -45,7 +45,9 @@ def _in_steps(train: TrainParams, train_rows: int) -> TrainParams:
     if train.steps is not None:
         return train
     assert train.epochs is not None
-    steps = math.ceil(train.epochs * train_rows / (train.batch_rows * train.accumulation))
+    steps = math.ceil(
+        train.epochs * train_rows / (train.batch_rows * train.gradient_accumulation_steps)
+    )
     try:
         return TrainParams.model_validate(train.model_dump() | {"steps": steps, "epochs": None})
     except ValidationError as error:

@@ -35,7 +35,10 @@ from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
 
 _DOCUMENTS_AT_ONCE = 32
 _CHARACTERS_AT_ONCE = 2**20  # limit for documents that are tokenized together
-_ROWS_AT_ONCE = {"cut": 256, "fit": 1024}  # in memory; the larger the buffer, the better the fit
+_ROWS_AT_ONCE = {
+    "concat": 256,
+    "best_fit": 1024,
+}  # in memory; the larger the buffer, the better the fit
 _BAD_SHOWN = 20
 
 
@@ -409,7 +412,7 @@ def _chosen(
         try:
             digest = _digest(content if isinstance(content, str) else _canonical(content))
         except UnicodeEncodeError:
-            bad.add(source.place, "it holds half of a surrogate pair, which is no character")
+            bad.add(source.place, "it holds half of a surrogate pair, which is not a character")
             continue
         is_validation = int.from_bytes(digest[:8]) < params.validation_fraction * 2**64
         if is_validation != (split == "validation"):

@@ -1,11 +1,11 @@
 """Pack documents into rows of L tokens, keeping document boundaries and the tokens in the loss.
 
-There are two ways. `cut` concatenates all documents and cuts at row ends: only the end of the last
-row is padded, and a document that crosses a row's end continues in the next row without its
-beginning. `fit` keeps every document of up to L tokens whole, by best-fit-decreasing bin packing
-(Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3): the room left in a
-row is padding, which costs the teacher's time and bytes in the cache. Use `cut` for long plain
-text, and `fit` for conversations, where an answer means little without its question.
+There are two ways. `concat` concatenates all documents and cuts at row ends: only the end of the
+last row is padded, and a document that crosses a row's end continues in the next row without its
+beginning. `best_fit` keeps every document of up to L tokens whole, by best-fit-decreasing bin
+packing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3): the room left
+in a row is padding, which costs the teacher's time and bytes in the cache. Use `concat` for long
+plain text, and `best_fit` for conversations, where an answer means little without its question.
 
 Shapes: n rows, B batch, L row length.
 """
@@ -77,7 +77,7 @@ class _Piece:
         return len(self.part)
 
 
-def cut(
+def concat(
     documents: Iterable[Document], row_length: int, pad_id: int, rows_at_once: int
 ) -> Iterator[Rows]:
     """Concatenate documents and cut them into rows, `rows_at_once` at a time.
@@ -101,7 +101,7 @@ def cut(
         yield _rows(_in_a_line(waiting, row_length), row_length, pad_id)
 
 
-def fit(
+def best_fit(
     documents: Iterable[Document], row_length: int, pad_id: int, rows_at_once: int
 ) -> Iterator[Rows]:
     """Put whole documents into rows, best fit first, from a buffer of `rows_at_once` rows' tokens.
@@ -109,7 +109,7 @@ def fit(
     A document longer than a row is cut into pieces of a row's length and a remainder. The longest
     piece in the buffer is placed first, in the row with the least room that can hold it. Rows are
     yielded in the order of their last document, so the remainder of a long document comes after its
-    other pieces. Within a row documents are in order, numbered as in `cut`.
+    other pieces. Within a row documents are in order, numbered as in `concat`.
     """
     waiting: list[_Piece] = []
     waits = 0
@@ -127,8 +127,8 @@ def fit(
 
 
 PACKERS: dict[str, Callable[[Iterable[Document], int, int, int], Iterator[Rows]]] = {
-    "cut": cut,
-    "fit": fit,
+    "concat": concat,
+    "best_fit": best_fit,
 }
 
 

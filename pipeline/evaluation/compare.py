@@ -22,7 +22,7 @@ from pipeline.errors import DecantError
 from pipeline.evaluation.bootstrap import Interval, intervals
 from pipeline.evaluation.metrics import PositionScores, Scores
 from pipeline.evaluation.models import JudgedModel
-from pipeline.model.attention_mask import Attention, documents_apart
+from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
 from pipeline.teacher.transformers import HuggingFaceTeacher
@@ -47,7 +47,7 @@ def compare(
     models: Mapping[str, JudgedModel],
     corpus: CorpusSplit,
     params: EvaluateParams,
-    attention: Attention,
+    document_mask: bool,
 ) -> Comparison:
     """Score the teacher and each model on all rows of a split; logits are float32.
 
@@ -56,12 +56,12 @@ def compare(
     """
     names = (TEACHER, *models)
     found = {name: PositionScores(params.calibration_bins, name) for name in names}
-    _announce(teacher, models, corpus, params, attention)
+    _announce(teacher, models, corpus, params, document_mask)
     documents, row_numbers = [], []
     for first in progress(range(0, len(corpus), params.batch_rows), what="evaluate", unit="batch"):
         rows = corpus.rows(first, min(first + params.batch_rows, len(corpus)))
         labels = _labels(rows)
-        _judge(teacher, models, rows, labels, attention, found)
+        _judge(teacher, models, rows, labels, document_mask, found)
         place = (labels != IGNORE).numpy()
         documents.append(rows.doc_ids[place])
         row_numbers.append(first + place.nonzero()[0])
@@ -94,7 +94,7 @@ def _announce(
     models: Mapping[str, JudgedModel],
     corpus: CorpusSplit,
     params: EvaluateParams,
-    attention: Attention,
+    document_mask: bool,
 ) -> None:
     at_once = params.batch_rows if teacher.device.type == "cuda" else 1
     rows = corpus.rows(0, min(at_once, len(corpus)))
@@ -103,7 +103,7 @@ def _announce(
         unused = {
             name: PositionScores(params.calibration_bins, name) for name in (TEACHER, *models)
         }
-        _judge(teacher, models, rows, _labels(rows), attention, unused)
+        _judge(teacher, models, rows, _labels(rows), document_mask, unused)
 
     announce(
         "evaluate",
@@ -117,12 +117,12 @@ def _judge(
     models: Mapping[str, JudgedModel],
     rows: Rows,
     labels: Tensor,
-    attention: Attention,
+    document_mask: bool,
     found: Mapping[str, PositionScores],
 ) -> None:
     """Add the scores of teacher and models on the positions of these rows that have a label."""
     tokens = torch.from_numpy(rows.tokens).to(teacher.device)
-    apart = documents_apart(torch.from_numpy(rows.doc_ids), attention)
+    apart = documents_apart(torch.from_numpy(rows.doc_ids), document_mask)
     if apart is not None:
         apart = apart.to(teacher.device)
     targets = labels.flatten().to(teacher.device)

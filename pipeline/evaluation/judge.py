@@ -40,13 +40,13 @@ def judge(
     teacher = HuggingFaceTeacher(
         folders[TEACHER], vocab_size=corpus.info.vocab_size, dtype=dtype, device=device
     )
-    comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.attention)
+    comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
     tokenizer = load_tokenizer(folders[TEACHER])
     length = params.evaluate.passage_tokens
     passage = view_passage(teacher, models, corpus, tokenizer, length)
     del teacher, models  # sampling loads its own models and may need the memory
     continuations = {
-        name: sample(folder, params.evaluate.prompts, params.evaluate.new_tokens)
+        name: sample(folder, params.evaluate.prompts, params.evaluate.max_new_tokens)
         for name, folder in folders.items()
     }
     metrics = {

@@ -24,7 +24,7 @@ _FROM_CACHE = (
     "tokenizer_sha256",
     "corpus_sha256",
     "dtype",
-    "attention",
+    "document_mask",
     "k",
     "draws",
     "num_rows",
@@ -44,7 +44,7 @@ _HOW = {
     "cached": "distilled offline from a cache of its teacher's logits",
     "online": "distilled from its live teacher",
 }
-"""train.teacher -> how the model was trained, in words."""
+"""train.targets -> how the model was trained, in words."""
 
 
 def run_card(params: Params, run: str, files: Sequence[str]) -> str:

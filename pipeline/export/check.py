@@ -153,7 +153,7 @@ def check_export(
     original, auto = load_tokenizer(source), load_auto_tokenizer(folder)
     tokenizers = [compare_lines("transformers", [encode(auto, t) for t in lines], original, lines)]
     left_out = [WITHOUT_LLAMA_CPP] if files and not has_llama_cpp() else []
-    context = params.prompt_tokens + params.new_tokens
+    context = params.prompt_tokens + params.max_new_tokens
     for kind, file in progress(
         [] if left_out else list(files.items()), what="llama.cpp", unit="file"
     ):
@@ -166,7 +166,7 @@ def check_export(
         paths.append(judge(f"llama.cpp, {kind}", chosen, reference, NEAR_TIE.get(kind), params))
     model_sha256 = hash_weights(source)
     return ExportCheck(
-        name, model_sha256, reference, params.new_tokens, paths, tokenizers, left_out
+        name, model_sha256, reference, params.max_new_tokens, paths, tokenizers, left_out
     )
 
 
@@ -216,18 +216,18 @@ def make_reference(
             settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0)
             return generate_ids(student, prompts, settings)
 
-    longest = max(map(len, prompts)) + params.new_tokens
+    longest = max(map(len, prompts)) + params.max_new_tokens
     if limit is not None and longest > limit:
         raise ParamsError(
-            f"export.prompt_tokens={params.prompt_tokens} and export.new_tokens="
-            f"{params.new_tokens} exceed the model's context of {limit}: lower one of them"
+            f"export.prompt_tokens={params.prompt_tokens} and export.max_new_tokens="
+            f"{params.max_new_tokens} exceed the model's context of {limit}: lower one of them"
         )
 
     @torch.inference_mode()
     def logits(ids: Sequence[int]) -> Tensor:
         return run(torch.tensor([list(ids)]))[0, -1]
 
-    return Reference(name, prompts, generate(prompts, params.new_tokens), logits)
+    return Reference(name, prompts, generate(prompts, params.max_new_tokens), logits)
 
 
 def transformers_generate(model: Any) -> Generate:

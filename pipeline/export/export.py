@@ -38,7 +38,7 @@ def export_model(params: Params, model: Exported) -> Path:
     announce(
         "export",
         f"writes {model.name}, {readable_bytes(size)} of weights, as {kinds}, then checks each by "
-        f"{params.export.prompts} prompts of {params.export.new_tokens} new tokens",
+        f"{params.export.prompts} prompts of {params.export.max_new_tokens} new tokens",
     )
     files = gguf_files(params, model)
     license_id = run_license(params) if model.run else card_license(model.folder)

@@ -1,4 +1,4 @@
-"""Exact transforms between TopK tensors and the arrays of the cache (see store/schema.py).
+"""Exact transforms between TopK tensors and the arrays of the cache (see format.py).
 
 The only lossy step of the whole cache is here, and it is deliberate: log-probabilities are rounded
 to float16. Rounding the log-probability costs 2e-7 nats of KL; rounding the raw logit would cost
@@ -20,67 +20,67 @@ from pipeline.targets.topk import TopK
 Arrays = dict[str, NDArray[Any]]
 
 
-class RankTable:
-    """The permutation between token ids and ranks.
+class IdOrder:
+    """The ids in order of frequency, so that frequent ids have small indices.
 
     Args:
-        rank_to_id: [V], the id at each rank.
+        ids: [V], a permutation of 0..V-1: the id at each index.
     """
 
-    def __init__(self, rank_to_id: NDArray[Any]) -> None:
-        self.rank_to_id = rank_to_id.astype(np.int64)  # the type that losses index with
-        dtype = np.uint16 if len(rank_to_id) <= 65_536 else np.uint32
-        self.id_to_rank = np.empty(len(rank_to_id), dtype)
-        self.id_to_rank[self.rank_to_id] = np.arange(len(rank_to_id), dtype=dtype)
+    def __init__(self, ids: NDArray[Any]) -> None:
+        self.ids = ids.astype(np.int64)  # the type that losses index with
+        dtype = np.uint16 if len(ids) <= 65_536 else np.uint32
+        self.index_of = np.empty(len(ids), dtype)  # [V], the index of each id
+        self.index_of[self.ids] = np.arange(len(ids), dtype=dtype)
 
     def to_bytes(self) -> bytes:
-        """Return rank_to_id as little-endian uint32; the table is named by the crc32c of this."""
-        return self.rank_to_id.astype("<u4").tobytes()
+        """Return the ids as little-endian uint32; the array is named by the crc32c of this."""
+        return self.ids.astype("<u4").tobytes()
 
     @staticmethod
-    def counted(ids: NDArray[Any], vocab_size: int) -> RankTable:
-        """Rank ids by how often they appear, most frequent first; ties by the smaller id."""
+    def by_frequency(ids: NDArray[Any], vocab_size: int) -> IdOrder:
+        """Order all V ids by how often they appear in `ids`; ties by the smaller id."""
         counts = np.bincount(ids.ravel(), minlength=vocab_size)
-        return RankTable(np.argsort(-counts, kind="stable"))
+        return IdOrder(np.argsort(-counts, kind="stable"))
 
 
-def encode(topk: TopK, table: RankTable) -> Arrays:
+def encode(topk: TopK, id_order: IdOrder) -> Arrays:
     """Convert a TopK of any leading shape to arrays by name, in the dtypes of the format."""
     arrays = {
-        "id_ranks": table.id_to_rank[topk.ids.cpu().numpy()],
-        "logprob_steps": to_steps(topk.logprobs.cpu().numpy().astype(np.float16).view(np.uint16)),
+        "id_indices": id_order.index_of[topk.ids.cpu().numpy()],
+        "logprob_deltas": to_deltas(topk.logprobs.cpu().numpy().astype(np.float16).view(np.uint16)),
         "lse": topk.lse.cpu().numpy().astype(np.float32),
         "lse_tau": topk.lse_tau.cpu().numpy().astype(np.float32),
         "entropy": topk.entropy.cpu().numpy().astype(np.float16),
     }
-    if topk.draws:
-        ranks = table.id_to_rank[topk.draw_ids.cpu().numpy()]
-        order = np.argsort(ranks, axis=-1, kind="stable")
-        logprobs = topk.draw_logprobs.cpu().numpy().astype(np.float16)
-        arrays["draw_rank_steps"] = to_steps(np.take_along_axis(ranks, order, -1))
-        arrays["draw_logprobs"] = np.take_along_axis(logprobs, order, -1)
+    if topk.num_sampled:
+        indices = id_order.index_of[topk.sampled_ids.cpu().numpy()]
+        order = np.argsort(indices, axis=-1, kind="stable")
+        logprobs = topk.sampled_logprobs.cpu().numpy().astype(np.float16)
+        arrays["sampled_index_deltas"] = to_deltas(np.take_along_axis(indices, order, -1))
+        arrays["sampled_logprobs"] = np.take_along_axis(logprobs, order, -1)
     return {name: values for name, values in arrays.items() if values.shape[-1]}
 
 
 def restore(name: str, chunks: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Join the chunks of one stored array to [rows, ...] in the same type, and undo the steps.
+    """Join the chunks of one stored array to [rows, ...] in the same type, and undo the deltas.
 
     Args:
         chunks: as returned by `pipeline.io.zarr_shards.decode_shard`.
 
     Returns:
-        Ranks for "id_ranks" and "draw_rank_steps", float16 for "logprob_steps", otherwise the
-        values as stored.
+        Indices for "id_indices" and "sampled_index_deltas", float16 for "logprob_deltas", otherwise
+        the values as stored.
     """
-    if name == "logprob_steps":  # rank by rank, as stored: one vector addition for each
+    if name == "logprob_deltas":  # k by k, as stored: one vector addition for each
         return np.concatenate(
-            [np.moveaxis(from_steps(chunk, axis=0).view(np.float16), 0, -1) for chunk in chunks]
+            [np.moveaxis(from_deltas(chunk, axis=0).view(np.float16), 0, -1) for chunk in chunks]
         )
     values = np.concatenate(chunks)
-    return from_steps(values) if name == "draw_rank_steps" else values
+    return from_deltas(values) if name == "sampled_index_deltas" else values
 
 
-def to_topk(arrays: Arrays, table: RankTable, fingerprint: Fingerprint) -> TopK:
+def to_topk(arrays: Arrays, id_order: IdOrder, fingerprint: Fingerprint) -> TopK:
     """Convert arrays from `restore`, by name, to a TopK on the CPU, in the dtypes of the losses."""
     leading = arrays["lse"].shape
 
@@ -89,39 +89,39 @@ def to_topk(arrays: Arrays, table: RankTable, fingerprint: Fingerprint) -> TopK:
         return torch.zeros(*leading, 0) if values is None else torch.from_numpy(values).float()
 
     def ids(name: str) -> torch.Tensor:
-        ranks = arrays.get(name)
-        if ranks is None:
+        indices = arrays.get(name)
+        if indices is None:
             return torch.zeros(*leading, 0, dtype=torch.int64)
-        return torch.from_numpy(np.take(table.rank_to_id, ranks))
+        return torch.from_numpy(np.take(id_order.ids, indices))
 
     return TopK(
-        ids=ids("id_ranks"),
-        logprobs=tensor("logprob_steps"),
+        ids=ids("id_indices"),
+        logprobs=tensor("logprob_deltas"),
         lse=tensor("lse"),
         lse_tau=tensor("lse_tau"),
         entropy=tensor("entropy"),
-        draw_ids=ids("draw_rank_steps"),
-        draw_logprobs=tensor("draw_logprobs"),
+        sampled_ids=ids("sampled_index_deltas"),
+        sampled_logprobs=tensor("sampled_logprobs"),
         temperatures=fingerprint.temperatures,
         vocab_size=fingerprint.vocab_size,
     )
 
 
-def to_steps(values: NDArray[Any]) -> NDArray[Any]:
+def to_deltas(values: NDArray[Any]) -> NDArray[Any]:
     """Replace unsigned integers [..., K] by the first, then differences of neighbours, modulo 2^n.
 
     n is the number of bits of the type.
     """
-    steps = values.copy()
-    np.subtract(values[..., 1:], values[..., :-1], out=steps[..., 1:])
-    return steps
+    deltas = values.copy()
+    np.subtract(values[..., 1:], values[..., :-1], out=deltas[..., 1:])
+    return deltas
 
 
-def from_steps(steps: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-    """Invert `to_steps` bit for bit, along any axis."""
+def from_deltas(deltas: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+    """Invert `to_deltas` bit for bit, along any axis."""
     if axis != 0:
-        return np.cumsum(steps, axis=axis, dtype=steps.dtype)
-    values = steps.copy()
+        return np.cumsum(deltas, axis=axis, dtype=deltas.dtype)
+    values = deltas.copy()
     for k in range(1, len(values)):  # NumPy's cumsum along the first axis is six times slower
         values[k] += values[k - 1]
     return values

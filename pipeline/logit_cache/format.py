@@ -2,47 +2,50 @@
 
 A cache has one Zarr v3 group per split (`logits.zarr/train`, `logits.zarr/validation`), in a folder
 or under a prefix of an object store. It holds N rows of L tokens in corpus order. For each position
-K ids are kept exactly and M ids are drawn from the rest; there are J temperatures and V valid
+K ids are kept exactly and M ids are sampled from the rest; there are J temperatures and V valid
 vocabulary ids. Ids >= V (rows of the head to which no tokenizer id points) are left out of every
 sum.
 
-    rank_to_id       [V]        uint32   the token id at each rank (below)
-    id_ranks         [N, L, K]  uintX    ranks of the K most probable ids, by descending logit
-    logprob_steps    [N, L, K]  uint16   their float16 log-probabilities at temperature 1, as steps
-    lse              [N, L]     float32  logsumexp of the position's V logits: logit = logprob + lse
-    lse_tau          [N, L, J]  float32  log sum_v exp(logprob_v / tau_j) over all V ids
-    entropy          [N, L]     float16  entropy at temperature 1, nats
-    draw_rank_steps  [N, L, M]  uintX    ranks of M draws, ascending, as steps
-    draw_logprobs    [N, L, M]  float16  log-probabilities of the drawn ids at temperature 1
+    id_order              [V]        uint32   the ids in order of frequency (below)
+    id_indices            [N, L, K]  uintX    indices into id_order of the K most probable ids,
+                                              by descending logit
+    logprob_deltas        [N, L, K]  uint16   their float16 log-probabilities at temperature 1
+    lse                   [N, L]     float32  logsumexp of the position's V logits:
+                                              logit = logprob + lse
+    lse_tau               [N, L, J]  float32  log sum_v exp(logprob_v / tau_j) over all V ids
+    entropy               [N, L]     float16  entropy at temperature 1, nats
+    sampled_index_deltas  [N, L, M]  uintX    indices into id_order of M sampled ids, ascending
+    sampled_logprobs      [N, L, M]  float16  log-probabilities of the sampled ids at temperature 1
 
 uintX is uint16 if V <= 65,536, else uint32. Arrays with K = 0 or M = 0 are left out. Positions of
 padding tokens are stored like any others.
 
-Ranks. Only few ids appear among the top K, and some far more often than others, but a tokenizer
+Id order. Only few ids appear among the top K, and some far more often than others, but a tokenizer
 numbers ids in an order of its own. Numbered by how often they appear, they compress to 95 bytes per
-token instead of 109 (K = 64, SmolLM2). rank_to_id is counted once, on the first rows that the
-teacher sees, and is a permutation of 0..V-1: id = rank_to_id[rank].
+token instead of 109 (K = 64, SmolLM2). id_order is counted once, on the first rows that the teacher
+sees, and is a permutation of 0..V-1: id = id_order[index].
 
-Steps. Let b_k be the k-th value (for log-probabilities: the float16's bits read as uint16). Then
+Deltas. Let b_k be the k-th value (for log-probabilities: the float16's bits read as uint16). Then
 stored[0] = b_0 and stored[k] = b_k - b_(k-1), modulo 2^16 (or 2^32); decode by a cumulative sum
-with the same modulus. The bits of descending negative float16 values ascend, so the steps are
-small; the transform is exact for any bits. logprob_steps is stored with its last axis first (the
-transpose codec), because steps of the same rank resemble each other.
+with the same modulus. The bits of descending negative float16 values ascend, so the deltas are
+small; the transform is exact for any bits. logprob_deltas is stored with its last axis first (the
+transpose codec), because deltas at the same k resemble each other.
 
-Draws. M ids are drawn with replacement from the teacher's distribution at temperature 1,
+Sampled ids. M ids are sampled with replacement from the teacher's distribution at temperature 1,
 conditioned on not being among the K. Let p_t be the mass outside the K ids. Putting p_t / M on each
 draw gives a target whose expectation is the teacher's full distribution (Anshumann et al. 2025,
-"Sparse Logit Sampling"). With K = 0 the draws come from the whole distribution. The draws of corpus
-row r depend only on (seed, r) and the probabilities, so every writer draws the same ids.
+"Sparse Logit Sampling"). With K = 0 the sampled ids come from the whole distribution. The sampled
+ids of corpus row r depend only on (seed, r) and the probabilities, so every writer samples the same
+ids.
 
 Shards. Every array with N rows is cut into shards of shard_rows rows, one object each,
 `<array>/c/<shard>/0/0`, which contain chunks of chunk_rows rows; pipeline/io/zarr_shards.py
 describes their bytes. Any Zarr v3 reader can open them. Each chunk ends with its crc32c, and so
-does the shard's index. rank_to_id is one chunk.
+does the shard's index. id_order is one chunk.
 
-Group attributes: {"decant": {...Fingerprint, "chunk_rows", "shard_rows", "rank_table"},
-"arrays": {array: crc32c of its zarr.json}, "crc32c"}. rank_table is the name of the array
-rank_to_id: `rank_to_id_` followed by the crc32c of its little-endian bytes in hexadecimal. "crc32c"
+Group attributes: {"decant": {...Fingerprint, "chunk_rows", "shard_rows", "id_order"},
+"arrays": {array: crc32c of its zarr.json}, "crc32c"}. id_order is the name of the array
+id_order: `id_order_` followed by the crc32c of its little-endian bytes in hexadecimal. "crc32c"
 is the crc32c of the JSON text of the other attributes, keys sorted, with "," and ":" as separators.
 
 Commit markers: `commits/<shard, six digits>.json` in the group,
@@ -71,13 +74,12 @@ from pydantic import Field
 
 from pipeline.errors import MismatchError, shortened
 from pipeline.io.zarr_shards import Crc, Entry, Length, Number, Sha256, Size, parse
-from pipeline.model.attention_mask import Attention
 
 Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FORMAT_VERSION = 1
 COMMITS = "commits"
-RANK_TABLE = "rank_to_id_"
-"""Prefix of a rank table's name; the crc32c of its bytes follows."""
+ID_ORDER = "id_order_"
+"""Prefix of an id order's name; the crc32c of its bytes follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,10 @@ class Fingerprint:
     tokenizer_sha256: str
     corpus_sha256: str  # of the split
     dtype: str  # the teacher's number format
-    attention: Attention  # the teacher's, over a row (pipeline/model/attention_mask.py)
+    document_mask: bool  # the teacher's, over a row (pipeline/model/attention_mask.py)
     k: Number
-    draws: Number  # M
-    draw_seed: Number  # 0 without draws
+    num_sampled: Number  # M
+    sampling_seed: Number  # 0 without sampled ids
     temperatures: tuple[Temperature, ...]
     vocab_size: Length  # V
     num_rows: Size  # N

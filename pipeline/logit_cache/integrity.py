@@ -2,7 +2,7 @@
 
 The damaged parts are named, and only they need to be captured again: a damaged shard loses its
 commit marker, and damaged metadata is rewritten from the fingerprint. Nothing here runs the
-teacher, so a check runs at the speed of the disk. The gate (pipeline/fidelity) checks whether the
+teacher, so a check runs at the speed of the disk. The gate (pipeline/verify) checks whether the
 cache agrees with the teacher.
 """
 
@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.io.object_store import Address, Folder, open_folder
 from pipeline.io.zarr_shards import DamagedError, encode_shard, find_damaged_metadata, write_group
-from pipeline.logit_cache.codec import RankTable
-from pipeline.logit_cache.format import COMMITS, RANK_TABLE, Fingerprint, marker_key
+from pipeline.logit_cache.codec import IdOrder
+from pipeline.logit_cache.format import COMMITS, ID_ORDER, Fingerprint, marker_key
 from pipeline.logit_cache.layout import (
     CacheLayout,
     committed_shards,
+    id_order_name,
+    load_id_order,
     load_layout,
-    load_table,
-    rank_table_name,
     shards_with_marker,
 )
 from pipeline.logit_cache.reader import read_shard_arrays, require_corpus
@@ -83,7 +83,7 @@ def repair_cache(
     *,
     chunk_rows: int,
     shard_rows: int,
-    count: Callable[[], RankTable],
+    make_id_order: Callable[[], IdOrder],
 ) -> tuple[Damage, ...]:
     """Repair metadata, and uncommit damaged shards, which are then missing.
 
@@ -91,8 +91,8 @@ def repair_cache(
         fingerprint: describes what the cache should hold; a cache made from anything else is
             refused.
         chunk_rows, shard_rows: used only if the cache's own values are lost.
-        count: makes the rank table again if it is lost. If the new table differs (on another kind
-            of machine), no shard can be decoded, and all shards are uncommitted.
+        make_id_order: called if the id order is lost. If the new one differs (on another kind of
+            machine), no shard can be decoded, and all shards are uncommitted.
 
     Returns:
         The damages found.
@@ -108,10 +108,10 @@ def repair_cache(
     except DamagedError as error:
         damages.append(Damage(None, str(error)))
         layout = CacheLayout(
-            fingerprint=fingerprint, chunk_rows=chunk_rows, shard_rows=shard_rows, rank_table=""
+            fingerprint=fingerprint, chunk_rows=chunk_rows, shard_rows=shard_rows, id_order=""
         )
-        table = _surviving_table(folder, layout) or rank_table_name(count())
-        layout = replace(layout, rank_table=table)
+        id_order = _surviving_id_order(folder, layout) or id_order_name(make_id_order())
+        layout = replace(layout, id_order=id_order)
     if layout is None:
         return ()
     layout.fingerprint.require_equal(
@@ -120,7 +120,7 @@ def repair_cache(
     if not damages:
         damages += [Damage(None, what) for what in _metadata_damages(folder, layout)]
     if damages:
-        layout = _rewrite(folder, layout, count)
+        layout = _rewrite(folder, layout, make_id_order)
     committed = shards_with_marker(folder, layout)
     in_shards = _shard_damages(folder, layout, corpus, committed)
     for damage in in_shards:
@@ -130,11 +130,11 @@ def repair_cache(
 
 
 def _metadata_damages(folder: Folder, layout: CacheLayout) -> list[str]:
-    found = find_damaged_metadata(folder, [*layout.specs.values(), layout.rank_spec])
+    found = find_damaged_metadata(folder, [*layout.specs.values(), layout.id_order_spec])
     try:
-        load_table(folder, layout)
+        load_id_order(folder, layout)
     except DamagedError as error:
-        found.append(f"{layout.rank_table}: {error}")
+        found.append(f"{layout.id_order}: {error}")
     return found
 
 
@@ -155,33 +155,35 @@ def _shard_damages(
         return [damage for damage in found if damage is not None]
 
 
-def _surviving_table(folder: Folder, lost: CacheLayout) -> str | None:
-    """Return the name of a rank table in the folder that has the contents its name promises.
+def _surviving_id_order(folder: Folder, lost: CacheLayout) -> str | None:
+    """Return the name of an id order in the folder that has the contents its name promises.
 
     There may be several, if processes created the cache at the same time or another cache was
-    there before. The table to which most markers refer belongs to the cache.
+    there before. The order to which most markers refer belongs to the cache.
     """
     names = {key.partition("/")[0] for key in folder.sizes()}
     whole = []
-    for name in sorted(n for n in names if n.startswith(RANK_TABLE)):
-        layout = replace(lost, rank_table=name)
+    for name in sorted(n for n in names if n.startswith(ID_ORDER)):
+        layout = replace(lost, id_order=name)
         with suppress(DamagedError):
-            load_table(folder, layout)
+            load_id_order(folder, layout)
             whole.append((len(committed_shards(folder, layout)), name))
     return max(whole)[1] if whole else None
 
 
-def _rewrite(folder: Folder, layout: CacheLayout, count: Callable[[], RankTable]) -> CacheLayout:
-    """Rewrite all metadata; shards survive only if the rank table does."""
+def _rewrite(
+    folder: Folder, layout: CacheLayout, make_id_order: Callable[[], IdOrder]
+) -> CacheLayout:
+    """Rewrite all metadata; shards survive only if the id order does."""
     try:
-        table = load_table(folder, layout)
+        id_order = load_id_order(folder, layout)
     except DamagedError:
-        table = count()
-        if rank_table_name(table) != layout.rank_table:
+        id_order = make_id_order()
+        if id_order_name(id_order) != layout.id_order:
             folder.remove(COMMITS)
-        layout = replace(layout, rank_table=rank_table_name(table))
-        spec = layout.rank_spec
-        folder.write(spec.key_of(0), encode_shard(spec, table.rank_to_id))
-    specs = [*layout.specs.values(), layout.rank_spec]
+        layout = replace(layout, id_order=id_order_name(id_order))
+        spec = layout.id_order_spec
+        folder.write(spec.key_of(0), encode_shard(spec, id_order.ids))
+    specs = [*layout.specs.values(), layout.id_order_spec]
     write_group(folder, specs, layout.about(), replace=True)
     return layout

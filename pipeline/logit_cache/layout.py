@@ -26,24 +26,24 @@ from pipeline.io.zarr_shards import (
     read_group,
     read_shard,
 )
-from pipeline.logit_cache.codec import RankTable
+from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import (
     COMMITS,
     FORMAT_VERSION,
-    RANK_TABLE,
+    ID_ORDER,
     Fingerprint,
     Marker,
     marker_key,
 )
 
 _ARRAYS = (
-    "id_ranks",
-    "logprob_steps",
+    "id_indices",
+    "logprob_deltas",
     "lse",
     "lse_tau",
     "entropy",
-    "draw_rank_steps",
-    "draw_logprobs",
+    "sampled_index_deltas",
+    "sampled_logprobs",
 )
 _MARKERS_AT_ONCE = 16  # requests to an object store
 _MAX_CHUNK = 2**31 - 1  # bytes that blosc compresses at once
@@ -56,22 +56,22 @@ class CacheLayout:
     fingerprint: Fingerprint
     chunk_rows: Size
     shard_rows: Size
-    rank_table: Annotated[str, Field(pattern=f"^{RANK_TABLE}[0-9a-f]{{8}}$")]  # rank_to_id's name
+    id_order: Annotated[str, Field(pattern=f"^{ID_ORDER}[0-9a-f]{{8}}$")]  # id_order's name
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
         """The arrays with N rows, by name."""
         made_from = self.fingerprint
         rows = (made_from.num_rows, made_from.row_length)
-        rank_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
+        index_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
         arrays: dict[str, tuple[int | None, str]] = {
-            "id_ranks": (made_from.k, rank_dtype),
-            "logprob_steps": (made_from.k, "uint16"),
+            "id_indices": (made_from.k, index_dtype),
+            "logprob_deltas": (made_from.k, "uint16"),
             "lse": (None, "float32"),
             "lse_tau": (len(made_from.temperatures), "float32"),
             "entropy": (None, "float16"),
-            "draw_rank_steps": (made_from.draws, rank_dtype),
-            "draw_logprobs": (made_from.draws, "float16"),
+            "sampled_index_deltas": (made_from.num_sampled, index_dtype),
+            "sampled_logprobs": (made_from.num_sampled, "float16"),
         }
         return {
             name: ArraySpec(
@@ -80,18 +80,18 @@ class CacheLayout:
                 dtype=dtype,
                 chunk_rows=self.chunk_rows,
                 shard_rows=self.shard_rows,
-                last_axis_first=name == "logprob_steps",
+                last_axis_first=name == "logprob_deltas",
             )
             for name, (last, dtype) in arrays.items()
             if last != 0
         }
 
     @property
-    def rank_spec(self) -> ArraySpec:
-        """The array rank_to_id."""
+    def id_order_spec(self) -> ArraySpec:
+        """The array id_order."""
         size = self.fingerprint.vocab_size
         return ArraySpec(
-            name=self.rank_table, shape=(size,), dtype="uint32", chunk_rows=size, shard_rows=size
+            name=self.id_order, shape=(size,), dtype="uint32", chunk_rows=size, shard_rows=size
         )
 
     @property
@@ -108,7 +108,7 @@ class CacheLayout:
         return asdict(self.fingerprint) | {
             "chunk_rows": self.chunk_rows,
             "shard_rows": self.shard_rows,
-            "rank_table": self.rank_table,
+            "id_order": self.id_order,
         }
 
     def checksum(self) -> int:
@@ -128,7 +128,7 @@ def load_layout(folder: Folder, where: str) -> CacheLayout | None:
         return None
     try:
         fingerprint = Fingerprint.from_json(about)
-        names = ("chunk_rows", "shard_rows", "rank_table")
+        names = ("chunk_rows", "shard_rows", "id_order")
         values = {name: about[name] for name in names} | {"fingerprint": asdict(fingerprint)}
         layout = parse(CacheLayout, values, "its zarr.json")
     except KeyError as error:
@@ -149,26 +149,26 @@ def _require_possible(layout: CacheLayout) -> None:
         raise DamagedError(
             f"its zarr.json has shards of {layout.shard_rows} rows in chunks of {layout.chunk_rows}"
         )
-    for spec in (*layout.specs.values(), layout.rank_spec):
+    for spec in (*layout.specs.values(), layout.id_order_spec):
         if spec.chunk_bytes > _MAX_CHUNK:
             raise DamagedError(
                 f"its zarr.json has chunks of {spec.chunk_bytes} bytes in {spec.name}"
             )
 
 
-def load_table(folder: Folder, layout: CacheLayout) -> RankTable:
-    """Read the rank table of a cache.
+def load_id_order(folder: Folder, layout: CacheLayout) -> IdOrder:
+    """Read the id order of a cache.
 
     Raises:
-        DamagedError: the table is missing, or its contents do not match its name.
+        DamagedError: it is missing, or its contents do not match its name.
     """
-    ids = read_shard(folder, layout.rank_spec, 0)
+    ids = read_shard(folder, layout.id_order_spec, 0)
     if not np.array_equal(np.sort(ids), np.arange(len(ids))):
-        raise DamagedError(f"{layout.rank_table} is no permutation of the ids")
-    table = RankTable(ids)
-    if rank_table_name(table) != layout.rank_table:
-        raise DamagedError(f"{layout.rank_table} holds another table")
-    return table
+        raise DamagedError(f"{layout.id_order} is not a permutation of the ids")
+    id_order = IdOrder(ids)
+    if id_order_name(id_order) != layout.id_order:
+        raise DamagedError(f"{layout.id_order} holds other ids")
+    return id_order
 
 
 def remove_cache(folder: Folder) -> None:
@@ -179,7 +179,7 @@ def remove_cache(folder: Folder) -> None:
     folder.remove(COMMITS)
     folder.remove("zarr.json")
     for name in {key.partition("/")[0] for key in folder.sizes()}:
-        if name in _ARRAYS or name.startswith(RANK_TABLE):
+        if name in _ARRAYS or name.startswith(ID_ORDER):
             folder.remove(name)
 
 
@@ -194,9 +194,9 @@ def damage_as_sentence(what: str) -> Iterator[None]:
         ) from None
 
 
-def rank_table_name(table: RankTable) -> str:
-    """Return the array's name: `rank_to_id_` and the crc32c of the table's bytes."""
-    return f"{RANK_TABLE}{crc32c(table.to_bytes()):08x}"
+def id_order_name(id_order: IdOrder) -> str:
+    """Return the array's name: `id_order_` and the crc32c of the ids' bytes."""
+    return f"{ID_ORDER}{crc32c(id_order.to_bytes()):08x}"
 
 
 def read_marker(folder: Folder, shard: int) -> Marker:

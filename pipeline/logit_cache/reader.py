@@ -1,4 +1,4 @@
-"""Read a cache: whole shards, checked and decoded, and the shuffled order in which training reads.
+"""Read a cache: whole shards, checked and decoded.
 
 Opening a cache checks its fingerprint against the corpus, and that every shard is committed.
 Reading a shard checks each object against its size and hash in the marker, every chunk against its
@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
 from pipeline.data.packing import Rows
+from pipeline.data.row_order import Shard
 from pipeline.errors import MismatchError
 from pipeline.io.object_store import Address, Folder, open_folder
 from pipeline.io.zarr_shards import DamagedError, decode_shard, read_object
@@ -28,8 +28,8 @@ from pipeline.logit_cache.format import Fingerprint
 from pipeline.logit_cache.layout import (
     CacheLayout,
     damage_as_sentence,
+    load_id_order,
     load_layout,
-    load_table,
     read_marker,
     shards_with_marker,
 )
@@ -37,15 +37,10 @@ from pipeline.targets.topk import TopK
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One shard in memory: the corpus rows from `first` on, and the teacher's arrays for them.
+class CacheShard(Shard):
+    """A shard with the teacher's arrays for its rows; at K = 64 it takes 270 bytes per token."""
 
-    `arrays` is None if only tokens were requested. At K = 64 a shard takes 270 bytes per token.
-    """
-
-    first: int
-    rows: Rows
-    arrays: Arrays | None
+    arrays: Arrays
 
 
 class CacheReader:
@@ -79,18 +74,18 @@ class CacheReader:
                 "run stages/prepare.py to capture what is missing"
             )
         with damage_as_sentence(str(self.address)):
-            self.table = load_table(self._folder, layout)
+            self.id_order = load_id_order(self._folder, layout)
         self._k = k
-        self._kept: OrderedDict[int, Shard] = OrderedDict()
+        self._kept: OrderedDict[int, CacheShard] = OrderedDict()
         if k is not None and k > self.fingerprint.k:
             raise MismatchError(
                 f"k={k} ids are wanted, {self.address} stores {self.fingerprint.k}: lower train.k, "
                 "or capture with a larger prepare.k"
             )
-        if k is not None and k < self.fingerprint.k and self.fingerprint.draws:
+        if k is not None and k < self.fingerprint.k and self.fingerprint.num_sampled:
             raise MismatchError(
-                f"k={k} ids are wanted, but the draws of {self.address} were taken outside its "
-                f"{self.fingerprint.k}: set train.k to null"
+                f"k={k} ids are wanted, but the sampled ids of {self.address} were taken outside "
+                f"its {self.fingerprint.k}: set train.k to null"
             )
 
     @property
@@ -107,7 +102,7 @@ class CacheReader:
             total += sum(size for size, _ in marker.objects.values())
         return total
 
-    def shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> CacheShard:
         """Read, check and decode one shard. Safe to call from several threads.
 
         Raises:
@@ -116,34 +111,31 @@ class CacheReader:
         layout = self.layout
         with self._checked(number):
             rows, arrays = read_shard_arrays(self._folder, layout, self.corpus, number)
-        for name in ("id_ranks", "logprob_steps"):  # keep the first k of the K ids
+        for name in ("id_indices", "logprob_deltas"):  # keep the first k of the K ids
             if name in arrays and self._k is not None:
                 arrays[name] = np.ascontiguousarray(arrays[name][..., : self._k])
-        return Shard(first=layout.rows_of(number)[0], rows=rows, arrays=arrays)
+        return CacheShard(first=layout.rows_of(number)[0], rows=rows, arrays=arrays)
 
     def top_k(self, rows: NDArray[np.int64]) -> TopK:
         """Return the TopK [n, L, K] of any rows; the last two shards read stay in memory."""
         shards = [self._keep(int(row) // self.layout.shard_rows) for row in rows]
         return self.gather([(shard, int(row)) for shard, row in zip(shards, rows, strict=True)])
 
-    def gather(self, places: list[tuple[Shard, int]]) -> TopK:
+    def gather(self, places: list[tuple[CacheShard, int]]) -> TopK:
         """Return the TopK [n, L, K] of corpus rows from shards that are in memory."""
         arrays: Arrays = {}
         for name in self.layout.specs:
-            parts = []
-            for shard, row in places:
-                assert shard.arrays is not None
-                parts.append(shard.arrays[name][row - shard.first])
+            parts = [shard.arrays[name][row - shard.first] for shard, row in places]
             arrays[name] = np.stack(parts)
         try:
-            return to_topk(arrays, self.table, self.fingerprint)
+            return to_topk(arrays, self.id_order, self.fingerprint)
         except IndexError:
             raise MismatchError(
-                f"{self.address} holds ranks beyond its {self.fingerprint.vocab_size} ids: capture "
-                "it again with stages/prepare.py --overwrite"
+                f"{self.address} holds indices beyond its {self.fingerprint.vocab_size} ids: "
+                "capture it again with stages/prepare.py --overwrite"
             ) from None
 
-    def _keep(self, number: int) -> Shard:
+    def _keep(self, number: int) -> CacheShard:
         if number not in self._kept:
             self._kept[number] = self.shard(number)
             while len(self._kept) > 2:
@@ -205,58 +197,3 @@ def read_shard_arrays(
         except DamagedError as error:
             raise DamagedError(f"{key}: {error}") from None
     return rows, arrays
-
-
-class ShuffledRows:
-    """The endless order in which training visits rows, a function of (seed, place) alone.
-
-    Every row occurs once per epoch. Shards are shuffled, then the rows of each window of
-    `window_shards` shards are shuffled, so a reader needs only that window in memory and reads each
-    shard once per epoch. Any place can be computed directly, since the random numbers for a window
-    depend only on (seed, epoch, window).
-    """
-
-    def __init__(self, num_rows: int, *, shard_rows: int, window_shards: int, seed: int) -> None:
-        self._num_rows = num_rows
-        self._shard_rows = shard_rows
-        self._window_shards = window_shards
-        self._seed = seed
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._window = lru_cache(maxsize=4)(self._make_window)
-
-    def at(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the rows at places first..first+count, int64 [count]; places run across epochs."""
-        parts = []
-        while count:
-            epoch, place = divmod(first, self._num_rows)
-            _, ends = self._epoch(epoch)
-            window = int(np.searchsorted(ends, place, side="right"))
-            rows = self._window(epoch, window)
-            begin = place - (int(ends[window]) - len(rows))
-            part = rows[begin : begin + count]
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
-        return np.concatenate(parts)
-
-    def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shards in the epoch's order, and the place at which each window ends."""
-        shards = np.arange(-(-self._num_rows // self._shard_rows))
-        np.random.default_rng([self._seed, epoch]).shuffle(shards)
-        first = shards * self._shard_rows
-        sizes = np.minimum(first + self._shard_rows, self._num_rows) - first
-        ends = np.cumsum(np.add.reduceat(sizes, np.arange(0, len(shards), self._window_shards)))
-        return shards, ends
-
-    def _make_window(self, epoch: int, window: int) -> NDArray[np.int64]:
-        shards, _ = self._epoch(epoch)
-        start = window * self._window_shards
-        rows = np.concatenate(
-            [
-                np.arange(
-                    shard * self._shard_rows, min((shard + 1) * self._shard_rows, self._num_rows)
-                )
-                for shard in shards[start : start + self._window_shards]
-            ]
-        )
-        np.random.default_rng([self._seed, epoch, window]).shuffle(rows)
-        return rows

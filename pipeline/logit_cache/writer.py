@@ -9,85 +9,93 @@ the same shard.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 
+from pipeline.errors import MismatchError
 from pipeline.io.object_store import Address, claim, open_folder
 from pipeline.io.zarr_shards import encode_shard, object_hash, seal, write_group
-from pipeline.logit_cache.codec import RankTable, encode
+from pipeline.logit_cache.codec import IdOrder, encode
 from pipeline.logit_cache.format import Fingerprint, Marker, marker_key
 from pipeline.logit_cache.layout import (
     CacheLayout,
     committed_shards,
     damage_as_sentence,
+    id_order_name,
     is_committed,
+    load_id_order,
     load_layout,
-    load_table,
-    rank_table_name,
 )
 from pipeline.targets.topk import TopK
 
 
+def has_cache(address: Address, split: str) -> bool:
+    """Return whether there is a cache of the split, complete or not.
+
+    Raises:
+        MismatchError: what is there is damaged, or not a logit cache.
+    """
+    where = address / split
+    with damage_as_sentence(str(where)):
+        return load_layout(open_folder(where), str(where)) is not None
+
+
+def create_cache(
+    address: Address,
+    split: str,
+    fingerprint: Fingerprint,
+    *,
+    chunk_rows: int,
+    shard_rows: int,
+    id_order: IdOrder,
+) -> None:
+    """Create the cache of a split, without shards.
+
+    Processes may create the same cache at once, even with different id orders: the array of an
+    order is named by its content, and the last process to write the group decides which one holds.
+
+    Args:
+        address: the cache, for example cache/logits.zarr, which will contain the split's group.
+        chunk_rows: unit of compression.
+        shard_rows: unit of writing and reading.
+    """
+    claim(address, "logits", key="paths.logits")
+    layout = CacheLayout(
+        fingerprint=fingerprint,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+        id_order=id_order_name(id_order),
+    )
+    folder, spec = open_folder(address / split), layout.id_order_spec
+    folder.write(spec.key_of(0), encode_shard(spec, id_order.ids))
+    write_group(open_folder(address), [], {})
+    write_group(folder, [*layout.specs.values(), spec], layout.about())
+
+
 class CacheWriter:
-    """The cache of one split; it is created if missing, or continued if its fingerprint is equal.
+    """The existing cache of one split, to be filled shard by shard.
 
     Args:
         address: the cache, for example cache/logits.zarr, which contains the split's group.
-        chunk_rows: unit of compression. An existing cache keeps its own.
-        shard_rows: unit of writing and reading. An existing cache keeps its own.
-        count: makes the rank table of a new cache.
 
     Raises:
-        MismatchError: the cache at `address` was made from something else; the message names it.
+        MismatchError: the cache is missing or was made from something else; the message names it.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        split: str,
-        fingerprint: Fingerprint,
-        *,
-        chunk_rows: int,
-        shard_rows: int,
-        count: Callable[[], RankTable],
-    ) -> None:
+    def __init__(self, address: Address, split: str, fingerprint: Fingerprint) -> None:
         self.address = address / split
-        self._folder = open_folder(self.address)
-        with damage_as_sentence(str(self.address)):
-            self.layout, self._table = self._open_or_create(
-                address, fingerprint, chunk_rows, shard_rows, count
-            )
-
-    def _open_or_create(
-        self,
-        address: Address,
-        fingerprint: Fingerprint,
-        chunk_rows: int,
-        shard_rows: int,
-        count: Callable[[], RankTable],
-    ) -> tuple[CacheLayout, RankTable]:
         where = str(self.address)
-        if load_layout(self._folder, where) is None:
-            claim(address, "logits", key="paths.logits")
-            table = count()
-            layout = CacheLayout(
-                fingerprint=fingerprint,
-                chunk_rows=chunk_rows,
-                shard_rows=shard_rows,
-                rank_table=rank_table_name(table),
+        self._folder = open_folder(self.address)
+        with damage_as_sentence(where):
+            layout = load_layout(self._folder, where)
+            if layout is None:
+                raise MismatchError(f"{where} does not exist: run stages/prepare.py")
+            layout.fingerprint.require_equal(
+                fingerprint,
+                where,
+                "remove it, or run stages/prepare.py --overwrite to capture again",
             )
-            # Named by its content, so that processes creating the cache at once do not mix tables.
-            spec = layout.rank_spec
-            self._folder.write(spec.key_of(0), encode_shard(spec, table.rank_to_id))
-            specs = [*layout.specs.values(), spec]
-            write_group(open_folder(address), [], {})
-            write_group(self._folder, specs, layout.about())
-        found = load_layout(self._folder, where)
-        assert found is not None
-        found.fingerprint.require_equal(
-            fingerprint, where, "remove it, or run stages/prepare.py --overwrite to capture again"
-        )
-        return found, load_table(self._folder, found)
+            self._id_order = load_id_order(self._folder, layout)
+        self.layout = layout
 
     def missing(self) -> list[int]:
         """List the shards that have no marker of this cache yet, in order."""
@@ -104,7 +112,7 @@ class CacheWriter:
         Safe to call from a thread, but not twice for the same shard at the same time.
         """
         start, stop = self.layout.rows_of(shard)
-        arrays = encode(topk, self._table)
+        arrays = encode(topk, self._id_order)
         objects = {}
         for name, spec in self.layout.specs.items():
             assert len(arrays[name]) == stop - start

@@ -79,7 +79,7 @@ def distillation_loss_sums(
         chunk: rows per chunk; the memory used is chunk x V x 4 bytes.
 
     Raises:
-        MismatchError: the temperature was not stored, or draws cannot express the divergence.
+        MismatchError: the temperature was not stored, or sampled ids cannot express the divergence.
     """
     if topk is None:
         alpha, temperature = 0.0, 1.0
@@ -169,7 +169,7 @@ def _loss_and_grad(
     tau = objective.temperature
     columns = _columns(labels, topk)
     picked = logits.gather(-1, columns)
-    if topk is not None and not topk.draws:
+    if topk is not None and not topk.num_sampled:
         logits.scatter_(-1, topk.ids, -torch.inf)  # the remaining ids form the bucket
     kernels = kernels_for(logits.device)
     sums = kernels.softmax_stats(logits, tau)
@@ -186,7 +186,7 @@ def _loss_and_grad(
         of_tau = off[0] / tau / sums.at_tau.clamp_min(1.0)
         of_one = None if tau == 1.0 else off[1] / sums.at_one.clamp_min(1.0)
         kernels.softmax_grad_(logits, sums, tau, of_tau, of_one)
-        # By now the columns of T hold 0; with draws they hold q's share.
+        # By now the columns of T hold 0; with sampled ids they hold q's share.
         logits.scatter_add_(-1, columns, on)
     return divergence.detach(), ce.detach()
 
@@ -195,7 +195,7 @@ def _columns(labels: Tensor, topk: TopK | None) -> Tensor:
     """Return ids of the logits that the loss needs: kept, drawn, last the label; int64 [n, ...]."""
     if topk is None:
         return labels[:, None]
-    return torch.cat((topk.ids, topk.draw_ids, labels[:, None]), -1)
+    return torch.cat((topk.ids, topk.sampled_ids, labels[:, None]), -1)
 
 
 def _losses(
@@ -210,14 +210,14 @@ def _losses(
     Args:
         picked: [n, K + 1], logits of the kept (and drawn) ids and of the label.
         rest: [n, 1], log sum exp(z / tau) over the ids outside T, the kept ids; over all ids if
-            topk has draws or is None.
+            topk has sampled ids or is None.
         rest_at_one: the same at tau = 1.
     """
     kept, label = picked[:, :-1], picked[:, -1:]
     tau = objective.temperature
     if topk is None:
         return rest.new_zeros(()), (rest_at_one - label).sum()
-    if topk.draws:
+    if topk.num_sampled:
         _, target, log_p = sampled_target(topk, tau)
         divergence = target * (log_p - (kept / tau - rest))
         return divergence.sum(), (rest_at_one - label).sum()

@@ -17,7 +17,7 @@ merged divergence is a LOWER BOUND of the one over the whole vocabulary, and EXA
 student spread the tail in the same way, for example if K = V. All of `DIVERGENCES` except
 `renormalised_kl` are f-divergences.
 
-Shapes: n positions, K kept ids, M drawn ids, V student vocabulary rows.
+Shapes: n positions, K kept ids, M sampled ids, V student vocabulary rows.
 """
 
 from __future__ import annotations
@@ -132,17 +132,17 @@ DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
 def require_expressible(divergence: Divergence, topk: TopK) -> None:
     """Check that the target can express the divergence.
 
-    Draws estimate expectations under the teacher, and forward KL is the only divergence that is
-    such an expectation.
+    Sampled ids estimate expectations under the teacher, and forward KL is the only divergence that
+    is such an expectation.
 
     Raises:
-        MismatchError: the target has draws and the divergence is not forward KL.
+        MismatchError: the target has sampled ids and the divergence is not forward KL.
     """
-    if topk.draws and divergence != "forward_kl":
+    if topk.num_sampled and divergence != "forward_kl":
         raise MismatchError(
             f"divergence={divergence} cannot be estimated from a teacher kept with "
-            f"{topk.draws} draws a position: set train.divergence to forward_kl, or capture with "
-            "prepare.draws=0"
+            f"{topk.num_sampled} sampled ids per position: set train.divergence to forward_kl, or "
+            "capture with prepare.num_sampled=0"
         )
 
 
@@ -155,6 +155,6 @@ def bucketed_target(topk: TopK, temperature: float) -> Tensor:
 def sampled_target(topk: TopK, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the teacher's side of `sampled_kl`: ids, their target mass, log p; all [n, K + M]."""
     log_p, _ = topk.target(temperature)
-    draw_log_p, weight = topk.draw_target(temperature)
-    ids = torch.cat((topk.ids, topk.draw_ids), -1)
-    return ids, torch.cat((log_p.exp(), weight), -1), torch.cat((log_p, draw_log_p), -1)
+    sampled_log_p, weight = topk.sampled_target(temperature)
+    ids = torch.cat((topk.ids, topk.sampled_ids), -1)
+    return ids, torch.cat((log_p.exp(), weight), -1), torch.cat((log_p, sampled_log_p), -1)

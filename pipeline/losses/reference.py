@@ -3,7 +3,7 @@
 These are the twins that the fast forms (pipeline/losses/chunked.py) are tested against. They take
 the whole vocabulary; `pipeline/losses/divergences.py` defines the divergences and the notation.
 
-Shapes: n positions, K kept ids, M drawn ids, V student vocabulary rows.
+Shapes: n positions, K kept ids, M sampled ids, V student vocabulary rows.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ def tail_bucket_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
 
 
 def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
-    """Estimate the full KL(p || q) without bias from the kept ids and the draws outside them.
+    """Estimate the full KL(p || q) without bias from the kept ids and the sampled ids outside them.
 
     L = sum_T p (log p - log q) + sum_draws w (log p - log q)
 
-    With w from `TopK.draw_target`, E[sum of w f(v) over draws] = sum of p(v) f(v) outside T for any
-    f, so the expectations of value and gradient are those of the full divergence (Anshumann et al.
-    2025, section 3, for K = 0). The gradient for z / tau is m q - target, where the target is p on
-    T and w on the draws, and m is its sum: 1 at temperature 1, and 1 in expectation at other
-    temperatures. Unlike the bucket's value, the estimate may be negative.
+    With w from `TopK.sampled_target`, E[sum of w f(v) over sampled ids] = sum of p(v) f(v) outside
+    T for any f, so the expectations of value and gradient are those of the full divergence
+    (Anshumann et al. 2025, section 3, for K = 0). The gradient for z / tau is m q - target, where
+    the target is p on T and w on the sampled ids, and m is its sum: 1 at temperature 1, and 1 in
+    expectation at other temperatures. Unlike the bucket's value, the estimate may be negative.
 
     Args:
         logits: [n, V].
-        topk: the teacher, with draws; leading axis n.
+        topk: the teacher, with sampled ids; leading axis n.
         temperature: 1 or one of topk.temperatures.
     """
     ids, target, log_p = sampled_target(topk, temperature)
@@ -99,7 +99,7 @@ def distillation_loss(
     if topk is None:
         return ce
     require_expressible(divergence, topk)
-    if topk.draws:
+    if topk.num_sampled:
         value = sampled_kl(logits, topk, temperature)
     else:
         value = DIVERGENCES[divergence](*bucketed(logits, topk, temperature))

@@ -1,10 +1,9 @@
 """Attention between the tokens of a packed row, determined by the row's document ids.
 
-    documents   block-diagonal causal attention: each document attends only to itself, with its
-                positions counted from 0, as if it had the row to itself (Krell et al. 2021,
-                "Efficient Sequence Packing without Cross-contamination", section 3.2)
-    packed      plain causal attention over the whole row: a document also attends to the unrelated
-                documents packed before it
+With a document mask, attention is block-diagonal and causal: each document attends only to itself,
+with its positions counted from 0, as if it had the row to itself (Krell et al. 2021, "Efficient
+Sequence Packing without Cross-contamination", section 3.2). Without one, attention is causal over
+the whole row, so a document also attends to the unrelated documents packed before it.
 
 Padding continues the document before it. No real token attends to padding, because padding comes
 last, and no row of the mask is empty, so there is no NaN. The output for a document does not depend
@@ -15,26 +14,22 @@ Shapes: B batch, L length.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Attention = Literal["documents", "packed"]
 
-
-def documents_apart(doc_ids: Tensor, attention: str) -> Tensor | None:
+def documents_apart(doc_ids: Tensor, document_mask: bool) -> Tensor | None:
     """Return the document ids that models must keep apart, or None if causal attention suffices.
 
-    Plain causal attention suffices under `packed`, and if each row holds one document, with or
-    without padding; then no mask is made and the fastest kernels apply. Call this on the CPU: on a
-    GPU, reading the ids would force a synchronisation.
+    Plain causal attention suffices without a document mask, and if each row holds one document,
+    with or without padding; then no mask is made and the fastest kernels apply. Call this on the
+    CPU: on a GPU, reading the ids would force a synchronisation.
 
     Args:
         doc_ids: integer [B, L], negative for padding.
-        attention: `documents` or `packed`, see the module.
+        document_mask: whether documents are to be kept apart, see the module.
     """
-    if attention == "packed" or not bool(_starts(doc_ids).any()):
+    if not document_mask or not bool(_starts(doc_ids).any()):
         return None
     return doc_ids
 

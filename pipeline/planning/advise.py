@@ -6,14 +6,14 @@ smaller K are prefixes of it. Three quantities are measured for each K:
     retained mass    sum of the K kept probabilities at each temperature, mean over positions
     nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
                      (`nats_lost`); a student cannot learn it from the cache
-    bytes per token  size of the data that the store would write, without draws and without the
-                     corpus's own tokens
+    bytes per token  size of the data that a cache would hold, without sampled ids and without
+                     the corpus's own tokens
 
-They are measured, not modelled: the sample is encoded by the store's own codec in chunks of
+They are measured, not modelled: the sample is encoded by the cache's own codec in chunks of
 prepare.chunk_rows. If it is smaller than a chunk, the chunk is filled with zeros, as in a cache's
 last shard; they compress to almost nothing.
 
-The duration of a capture, and the number of passes from which it is cheaper than an online teacher,
+The duration of a capture, and the number of epochs from which it is cheaper than an online teacher,
 are estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample
 (`PassCosts`).
 
@@ -40,9 +40,9 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import ParamsError
 from pipeline.io.zarr_shards import decode_shard, encode_shard
-from pipeline.logit_cache.codec import RankTable, encode, restore, to_topk
+from pipeline.logit_cache.codec import IdOrder, encode, restore, to_topk
 from pipeline.logit_cache.format import Fingerprint
-from pipeline.logit_cache.layout import CacheLayout, rank_table_name
+from pipeline.logit_cache.layout import CacheLayout, id_order_name
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import (
     announce,
@@ -73,7 +73,7 @@ class KeptAtK:
 
 @dataclass(frozen=True, kw_only=True)
 class PassCosts:
-    """Seconds of one pass over the training split at prepare.k, estimated from the sample."""
+    """Seconds of one epoch over the training split at prepare.k, estimated from the sample."""
 
     forward: float  # teacher and head alone; the logits are discarded
     top_k: float  # with the reduction to TopK: the cost of an online teacher
@@ -98,9 +98,9 @@ class Advice:
     left_out: tuple[int, ...]  # K beyond the vocabulary
     costs: PassCosts
     prepare_k: int  # the K at which the costs were measured
-    passes_a_run: float  # passes over the training split in a run of train.*
+    epochs_per_run: float  # epochs over the training split in a run of train.*
     temperature: float  # of the recommendation: train.temperature if it is stored, else 1
-    break_even_passes: int | None  # None: an online teacher is never more expensive
+    break_even_epochs: int | None  # None: an online teacher is never more expensive
 
     @property
     def recommended(self) -> KeptAtK | None:
@@ -111,9 +111,9 @@ class Advice:
     @property
     def break_even_runs(self) -> int | None:
         """Number of training runs of train.* after which the cache has paid for itself."""
-        if self.break_even_passes is None:
+        if self.break_even_epochs is None:
             return None
-        return math.ceil(self.break_even_passes / self.passes_a_run)
+        return math.ceil(self.break_even_epochs / self.epochs_per_run)
 
     def metrics(self) -> dict[str, Any]:
         """Return the contents of metrics.json."""
@@ -129,7 +129,7 @@ class Advice:
             "kept": by_k,
             "left_out": self.left_out,
             "pass_seconds": asdict(self.costs) | {"capture": self.costs.capture},
-            "break_even_passes": self.break_even_passes,
+            "break_even_epochs": self.break_even_epochs,
             "break_even_runs": self.break_even_runs,
             "recommended_k": None if best is None else best.k,
         }
@@ -149,7 +149,7 @@ def advise(
     ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
     blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
     looked_at = f"{sum(map(len, blocks))} of {len(corpus):,} rows"
-    announce("advise", f"looks at {looked_at} by {teacher.describe()}")
+    announce("advise", f"examines {looked_at} with {teacher.describe()}")
     costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
     kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length
@@ -165,9 +165,12 @@ def advise(
         left_out=left_out,
         costs=costs,
         prepare_k=fingerprint.k,
-        passes_a_run=wanted.num_steps * wanted.batch_rows * wanted.accumulation / len(corpus),
+        epochs_per_run=wanted.num_steps
+        * wanted.batch_rows
+        * wanted.gradient_accumulation_steps
+        / len(corpus),
         temperature=wanted.temperature if wanted.temperature in stored else 1.0,
-        break_even_passes=break_even_passes(costs.capture, costs.top_k, costs.decode),
+        break_even_epochs=break_even_epochs(costs.capture, costs.top_k, costs.decode),
     )
 
 
@@ -190,7 +193,7 @@ def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[
     """Choose evenly spread rows to examine, in blocks of up to one shard, which limit the memory.
 
     The first block is itself spread evenly over the split, since only this block is used for rates
-    and rank tables; the other blocks are in corpus order.
+    and id orders; the other blocks are in corpus order.
     """
     number = min(num_rows, max(params.min_rows, math.ceil(params.sample * num_rows)))
     places = np.arange(number) * num_rows // number
@@ -223,8 +226,8 @@ def nats_lost(topk: TopK) -> Tensor:
     return (topk.entropy.double() - merged).clamp_min(0.0)
 
 
-def break_even_passes(capture: float, online: float, read: float) -> int | None:
-    """Return the number of passes over the corpus (runs x epochs) from which on a cache pays.
+def break_even_epochs(capture: float, online: float, read: float) -> int | None:
+    """Return the number of epochs, counted across all runs, from which on a cache pays.
 
     This is the smallest integer R with capture + R read <= R online. The student's own steps cost
     the same either way and cancel out. It is None if reading takes as long as the teacher, since
@@ -232,8 +235,8 @@ def break_even_passes(capture: float, online: float, read: float) -> int | None:
 
     Args:
         capture: seconds to make the cache once.
-        online: seconds per pass of the online teacher.
-        read: seconds per pass of reading the cache.
+        online: seconds per epoch of the online teacher.
+        read: seconds per epoch of reading the cache.
     """
     if read >= online:
         return None
@@ -241,15 +244,15 @@ def break_even_passes(capture: float, online: float, read: float) -> int | None:
 
 
 class _Meter:
-    """Sums for one K over the sample's blocks; the first block gives the rank table."""
+    """Sums for one K over the sample's blocks; the first block gives the id order."""
 
     def __init__(self, k: int, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
-        self._made_from = replace(fingerprint, k=k, draws=0)
+        self._made_from = replace(fingerprint, k=k, num_sampled=0)
         self._prepare = prepare
         self._mass = dict.fromkeys(sorted({1.0, *fingerprint.temperatures}), 0.0)
         self._nats = 0.0
         self._real = self._stored = self._bytes = 0
-        self._table: RankTable | None = None
+        self._id_order: IdOrder | None = None
 
     def add(self, topk: TopK, real: Tensor) -> None:
         """Add a block.
@@ -259,10 +262,10 @@ class _Meter:
             real: bool [B, L], False at padding.
         """
         kept = topk.prefix(self._made_from.k)
-        if self._table is None:
-            self._table = _count_ranks(kept)
-        layout = _layout_of(self._made_from, self._prepare, self._table, rows=len(real))
-        self._bytes += sum(map(len, _to_objects(kept, self._table, layout).values()))
+        if self._id_order is None:
+            self._id_order = _id_order_of(kept)
+        layout = _layout_of(self._made_from, self._prepare, self._id_order, rows=len(real))
+        self._bytes += sum(map(len, _to_objects(kept, self._id_order, layout).values()))
         self._stored += real.numel()
         counted = kept[real]
         self._real += len(counted.lse)
@@ -291,7 +294,7 @@ def _measure_kept(
     blocks: list[list[int]],
     ks: list[int],
 ) -> tuple[KeptAtK, ...]:
-    """Run one teacher pass over all blocks at the largest K, the last of `ks`; one result per K."""
+    """Run the teacher once over all blocks at the largest K, the last of `ks`; one result per K."""
     meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:
@@ -317,8 +320,8 @@ def _measure_costs(
 ) -> PassCosts:
     """Time a capture, and reading it back, on the rows of a block."""
     rows = _rows_at(corpus, block)
-    length, draws = fingerprint.row_length, fingerprint.draws
-    uniforms = row_uniforms(block, length, draws, fingerprint.draw_seed)
+    length, num_sampled = fingerprint.row_length, fingerprint.num_sampled
+    uniforms = row_uniforms(block, length, num_sampled, fingerprint.sampling_seed)
     chances = torch.split(uniforms, params.capture.batch_rows)
 
     def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
@@ -338,16 +341,16 @@ def _measure_costs(
         reduced += seconds
         parts.append(part)
     topk = TopK.cat(parts)
-    table = _count_ranks(topk)
-    layout = _layout_of(fingerprint, params.prepare, table, rows=len(block))
-    encoded, objects = _timed(lambda: _to_objects(topk, table, layout))
-    decoded, _ = _timed(lambda: _from_objects(objects, table, layout))
-    passes = len(corpus) / len(block)
+    id_order = _id_order_of(topk)
+    layout = _layout_of(fingerprint, params.prepare, id_order, rows=len(block))
+    encoded, objects = _timed(lambda: _to_objects(topk, id_order, layout))
+    decoded, _ = _timed(lambda: _from_objects(objects, id_order, layout))
+    blocks = len(corpus) / len(block)
     return PassCosts(
-        forward=forward * passes,
-        top_k=reduced * passes,
-        encode=encoded * passes,
-        decode=decoded * passes,
+        forward=forward * blocks,
+        top_k=reduced * blocks,
+        encode=encoded * blocks,
+        decode=decoded * blocks,
     )
 
 
@@ -373,25 +376,25 @@ def _batches(
     """Return each batch's tokens, int64 [up to batch_rows, L], and documents to be kept apart."""
     tokens = torch.split(torch.from_numpy(rows.tokens), batch_rows)
     doc_ids = torch.split(torch.from_numpy(rows.doc_ids), batch_rows)
-    apart = [documents_apart(ids, fingerprint.attention) for ids in doc_ids]
+    apart = [documents_apart(ids, fingerprint.document_mask) for ids in doc_ids]
     return list(zip(tokens, apart, strict=True))
 
 
-def _count_ranks(topk: TopK) -> RankTable:
-    """Make the rank table of a block [B, L, ...] from a few evenly spaced rows.
+def _id_order_of(topk: TopK) -> IdOrder:
+    """Make the id order of a block [B, L, ...] from a few evenly spaced rows.
 
-    A table from all rows would fit the sample better than a capture's table fits a corpus: it gave
-    150.4 bytes per token, where the cache then took 153.7; a table from as many rows as a capture
+    An order of all rows would fit the sample better than a capture's fits a corpus: it gave
+    150.4 bytes per token, where the cache then took 153.7; an order of as many rows as a capture
     counts gave 152.5 (SmolLM2, K = 64, 16 of 782 rows).
     """
     number = min(COUNTED_ROWS, len(topk.ids))
     counted = topk[torch.arange(number) * len(topk.ids) // number]
-    ids = torch.cat((counted.ids.flatten(), counted.draw_ids.flatten()))
-    return RankTable.counted(ids.numpy(), topk.vocab_size)
+    ids = torch.cat((counted.ids.flatten(), counted.sampled_ids.flatten()))
+    return IdOrder.by_frequency(ids.numpy(), topk.vocab_size)
 
 
 def _layout_of(
-    fingerprint: Fingerprint, prepare: PrepareParams, table: RankTable, *, rows: int
+    fingerprint: Fingerprint, prepare: PrepareParams, id_order: IdOrder, *, rows: int
 ) -> CacheLayout:
     """Return the layout of a one-shard cache for a block of rows, with the chunks of `prepare`."""
     whole_chunks = -(-rows // prepare.chunk_rows) * prepare.chunk_rows
@@ -399,23 +402,23 @@ def _layout_of(
         fingerprint=replace(fingerprint, num_rows=rows),
         chunk_rows=prepare.chunk_rows,
         shard_rows=whole_chunks,
-        rank_table=rank_table_name(table),
+        id_order=id_order_name(id_order),
     )
 
 
-def _to_objects(topk: TopK, table: RankTable, layout: CacheLayout) -> dict[str, bytes]:
-    """Encode a block as the store writes it, by array."""
-    arrays = encode(topk, table)
+def _to_objects(topk: TopK, id_order: IdOrder, layout: CacheLayout) -> dict[str, bytes]:
+    """Encode a block as the cache stores it, by array."""
+    arrays = encode(topk, id_order)
     return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
 
 
-def _from_objects(objects: dict[str, bytes], table: RankTable, layout: CacheLayout) -> TopK:
+def _from_objects(objects: dict[str, bytes], id_order: IdOrder, layout: CacheLayout) -> TopK:
     """Decode a block as a training run does."""
     arrays = {
         name: restore(name, decode_shard(spec, objects[name], 0))
         for name, spec in layout.specs.items()
     }
-    return to_topk(arrays, table, layout.fingerprint)
+    return to_topk(arrays, id_order, layout.fingerprint)
 
 
 def table_lines(advice: Advice) -> list[str]:
@@ -441,15 +444,15 @@ def cost_lines(advice: Advice) -> list[str]:
         f"({positions / costs.top_k:,.0f} tokens/s to the top K, "
         f"{positions / costs.forward:,.0f} for the teacher's logits alone)"
     ]
-    online = f"{readable_seconds(costs.top_k)} a pass with an online teacher"
-    decode = f"{readable_seconds(costs.decode)} a pass to decode the cache"
-    if advice.break_even_passes is None:
+    online = f"{readable_seconds(costs.top_k)} per epoch with an online teacher"
+    decode = f"{readable_seconds(costs.decode)} per epoch to decode the cache"
+    if advice.break_even_epochs is None:
         return [*lines, f"caching does not pay: {decode}, {online}"]
     return [
         *lines,
-        f"caching pays from pass {advice.break_even_passes:,} over the corpus on "
-        f"(training runs x epochs): {decode}, {online}",
-        f"runs of train.* that make that many passes, at {advice.passes_a_run:.2g} passes each: "
+        f"caching pays from epoch {advice.break_even_epochs:,} on, counted across all runs: "
+        f"{decode}, {online}",
+        f"runs of train.* that make that many epochs, at {advice.epochs_per_run:.2g} epochs each: "
         f"{advice.break_even_runs}",
     ]
 
@@ -462,7 +465,7 @@ def recommendation(advice: Advice) -> str:
         return (
             f"no K up to {last.k} keeps {ENOUGH_MASS:.0%} of the mass at {tau} (the largest keeps "
             f"{last.retained_mass[advice.temperature]:.1%}): lower the temperature or set "
-            "prepare.draws"
+            "prepare.num_sampled"
         )
     return (
         f"prepare.k={best.k} is the smallest of advise.ks that keeps {ENOUGH_MASS:.0%} of the mass "

@@ -2,8 +2,8 @@
 
 Bytes per token were measured on the demo's corpus and teacher (SmolLM2-135M on Python's library,
 three temperatures) by `stages/advise.py` and tests/benchmarks/targets.py. Ids of more than 16 bits,
-which that teacher does not have, were measured by storing its ranks as uint32. Another teacher and
-another text give other sizes: `stages/advise.py` measures yours on a sample.
+which that teacher does not have, were measured by storing its indices as uint32. Another teacher
+and another text give other sizes: `stages/advise.py` measures yours on a sample.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ _BYTES = (52.4, 87.2, 120.2, 152.5, 216.5, 280.4, 407.3, 533.3)
 _FIXED = _BYTES[0] - _KS[0] * (_BYTES[1] - _BYTES[0]) / (_KS[1] - _KS[0])
 """lse, lse_tau and entropy: the size at K = 0, extrapolated from the first two values of K."""
 _A_KEPT_ID_BEYOND = (_BYTES[-1] - _BYTES[-2]) / (_KS[-1] - _KS[-2])
-_A_DRAW_BESIDE = (130.8 - 86.1) / 16  # top 32 + 16 draws over top 32: mostly improbable ids
-_A_DRAW_ALONE = (72.2 - _FIXED) / 50  # 50 draws, many of which are the same probable ids
-_WIDE_ID = 0.09  # the same ranks as uint32: 103.7 bytes per token instead of 97.9 at K = 64
+_SAMPLED_BESIDE_TOP_K = (
+    130.8 - 86.1
+) / 16  # top 32 + 16 sampled ids over top 32: mostly improbable ids
+_SAMPLED_ALONE = (72.2 - _FIXED) / 50  # 50 sampled ids, many of which are the same probable ids
+_WIDE_ID = 0.09  # the same indices as uint32: 103.7 bytes per token instead of 97.9 at K = 64
 CORPUS_BYTES = 1.3  # bytes per token with document ids, of 1.4 M tokens; uint32 takes no more
 
 
@@ -34,21 +36,21 @@ class Mode:
     """The values kept for each position."""
 
     k: int
-    draws: int
+    num_sampled: int
 
     @property
     def name(self) -> str:
         """The name of this mode in a table."""
         parts = [f"top {self.k}"] if self.k else []
-        return " + ".join(parts + ([f"{self.draws} draws"] if self.draws else []))
+        return " + ".join(parts + ([f"{self.num_sampled} sampled ids"] if self.num_sampled else []))
 
 
 def bytes_a_token(mode: Mode, vocab_size: int) -> float:
     """Return the cache's bytes per token without the corpus, interpolated linearly."""
     size = float(np.interp(mode.k, (0, *_KS), (_FIXED, *_BYTES)))
     size += max(0, mode.k - _KS[-1]) * _A_KEPT_ID_BEYOND
-    size += mode.draws * (_A_DRAW_BESIDE if mode.k else _A_DRAW_ALONE)
-    return size + (_WIDE_ID * (mode.k + mode.draws) if vocab_size > 65_536 else 0.0)
+    size += mode.num_sampled * (_SAMPLED_BESIDE_TOP_K if mode.k else _SAMPLED_ALONE)
+    return size + (_WIDE_ID * (mode.k + mode.num_sampled) if vocab_size > 65_536 else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def cache_size(
         fingerprint=_fingerprint(mode, vocab_size, rows, row_length, prepare.temperatures),
         chunk_rows=prepare.chunk_rows,
         shard_rows=prepare.shard_rows,
-        rank_table="",
+        id_order="",
     )
     return CacheSize(
         mode=mode,
@@ -100,10 +102,10 @@ def _fingerprint(
         tokenizer_sha256="",
         corpus_sha256="",
         dtype="float16",
-        attention="documents",
+        document_mask=True,
         k=mode.k,
-        draws=mode.draws,
-        draw_seed=0,
+        num_sampled=mode.num_sampled,
+        sampling_seed=0,
         temperatures=temperatures,
         vocab_size=vocab_size,
         num_rows=rows,

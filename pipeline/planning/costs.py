@@ -51,7 +51,7 @@ def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
 
 def mask_bytes(params: Params) -> int:
     """Return the bytes per token of the mask that keeps documents apart: one per key of a row."""
-    return params.corpus.row_length if params.prepare.attention == "documents" else 0
+    return params.corpus.row_length if params.prepare.document_mask else 0
 
 
 def training_memory(student: Shape, params: Params) -> Memory:
@@ -109,7 +109,7 @@ def block_bytes(student: Shape, params: Params) -> float:
     size = _SIZES[params.train.dtype]
     d, a, f = student.hidden_size, student.query_size, student.intermediate_size
     copies, turned = (2, 0) if size == 4 else (5, 4 * student.head_size)
-    masked = params.prepare.attention == "documents"
+    masked = params.prepare.document_mask
     keys_and_values = 2 * (a if masked else student.kv_size)
     rounded = copies * d + 2 * a + keys_and_values + turned + 4 * f
     return 4.0 * (4 * d + student.num_heads) + size * rounded

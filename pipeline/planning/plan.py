@@ -1,6 +1,6 @@
 """Size, time and memory of each stage, from params and shapes, without teacher, corpus or GPU.
 
-A time is a number of operations divided by the device's peak times advise.utilisation, so it is
+A time is a number of operations divided by the device's peak times advise.mfu, so it is
 only as good as that share; a run's own train/tokens_per_second, and `advise` on a sample, measure
 it. Several devices are assumed to share work without loss. This package's constants hold the other
 assumptions, each with its measurement.
@@ -16,7 +16,7 @@ from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
-from pipeline.planning.advise import break_even_passes
+from pipeline.planning.advise import break_even_epochs
 from pipeline.planning.cache_size import CORPUS_BYTES, CacheSize, Mode, cache_size
 from pipeline.planning.costs import capture_memory, step_operations, training_memory
 from pipeline.planning.devices import DEVICES, Device
@@ -26,7 +26,12 @@ TOKENIZED = 2.1e5  # tokens per second on one processor, by `build_corpus` of Py
 READ = 6.1e6  # tokens per second read and decoded by two threads beside a device (cache_speed.py)
 WRITTEN = 1.6e6  # tokens per second encoded and committed by two threads (cache_speed.py)
 NOISE_COPIES = 3  # copies of a row in a forward of the noise floor (pipeline/verify/gate.py)
-MODES = (Mode(k=64, draws=0), Mode(k=32, draws=0), Mode(k=16, draws=0), Mode(k=0, draws=50))
+MODES = (
+    Mode(k=64, num_sampled=0),
+    Mode(k=32, num_sampled=0),
+    Mode(k=16, num_sampled=0),
+    Mode(k=0, num_sampled=50),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class Extent:
         return (self.train_rows + self.held_out_rows) * self.row_length
 
     @property
-    def passes_a_run(self) -> float:
+    def epochs_per_run(self) -> float:
         """SoftmaxKernels of a run over the training split."""
         return self.run_tokens / (self.train_rows * self.row_length)
 
@@ -88,7 +93,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     cache: CacheSize  # with prepare.*
     modes: tuple[CacheSize, ...]  # other choices for the same corpus
-    break_even: int | None  # passes from which a cache costs no more than an online teacher
+    break_even: int | None  # epochs from which a cache costs no more than an online teacher
 
     @property
     def seconds(self) -> float:
@@ -101,7 +106,7 @@ class Plan:
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of plan.json."""
-        extent = {"tokens": self.extent.tokens, "passes_a_run": self.extent.passes_a_run}
+        extent = {"tokens": self.extent.tokens, "epochs_per_run": self.extent.epochs_per_run}
         return asdict(self) | extent | {"seconds": self.seconds}
 
 
@@ -127,7 +132,7 @@ def make_plan(params: Params) -> Plan:
     dtype = _inference_dtype(params.prepare.dtype, device)
     extent = _extent(params)
     rates = _rates(params, teacher, student, dtype)
-    kept = Mode(k=params.prepare.k, draws=params.prepare.draws)
+    kept = Mode(k=params.prepare.k, num_sampled=params.prepare.num_sampled)
     rows = (extent.train_rows, extent.held_out_rows)
     cache, *modes = (
         cache_size(mode, teacher.vocab_size, rows, extent.row_length, params.prepare)
@@ -148,7 +153,7 @@ def make_plan(params: Params) -> Plan:
         stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
         cache=cache,
         modes=tuple(modes),
-        break_even=break_even_passes(live + 1.0 / WRITTEN, live, 1.0 / READ),
+        break_even=break_even_epochs(live + 1.0 / WRITTEN, live, 1.0 / READ),
     )
 
 
@@ -175,7 +180,7 @@ def _settled(params: Params, num_ids: int) -> Params:
 def _train_rows(params: Params) -> int:
     if params.corpus.train_tokens is None:
         raise ParamsError(
-            "corpus.train_tokens=null takes all there is, which a plan can not know: set a number, "
+            "corpus.train_tokens=null takes all there is, which a plan cannot know: set a number, "
             "for the plan alone by --set"
         )
     return math.ceil(params.corpus.train_tokens / params.corpus.row_length)
@@ -189,14 +194,17 @@ def _extent(params: Params) -> Extent:
         row_length=corpus.row_length,
         train_rows=_train_rows(params),
         held_out_rows=held_out,
-        run_tokens=train.num_steps * train.batch_rows * train.accumulation * corpus.row_length,
+        run_tokens=train.num_steps
+        * train.batch_rows
+        * train.gradient_accumulation_steps
+        * corpus.row_length,
         validated_tokens=validations * min(train.eval_rows, held_out) * corpus.row_length,
     )
 
 
 def _rates(params: Params, teacher: Shape, student: Shape, dtype: str) -> Rates:
     device, length = DEVICES[params.advise.device], params.corpus.row_length
-    share = params.advise.utilisation * params.advise.devices
+    share = params.advise.mfu * params.advise.devices
     judged = share * device.peak(_inference_dtype(params.evaluate.dtype, device))
     return Rates(
         teacher=share * device.peak(dtype) / teacher.forward_operations(length),
@@ -223,11 +231,11 @@ def _stages(
     alone = params.advise.devices  # verify and evaluate run on one device
     run = extent.run_tokens / rates.train + extent.validated_tokens / rates.student
     live = (extent.run_tokens + extent.validated_tokens) / rates.teacher
-    distilled = run + (live if params.train.teacher == "online" else 0.0)
+    distilled = run + (live if params.train.targets == "online" else 0.0)
     judged = 1.0 / rates.judged_teacher + 2.0 / rates.judged_student  # seconds per token
     capture = capture_memory(teacher, params, dtype).total
     training = training_memory(student, params).total
-    beside = capture if params.train.teacher == "online" else 0.0  # the teacher's own memory
+    beside = capture if params.train.targets == "online" else 0.0  # the teacher's own memory
     saved = 4.0 * student.parameters
     return (
         StagePlan("fetch", folder, None, None),

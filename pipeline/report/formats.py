@@ -82,7 +82,7 @@ class GateSummary(_Record):
     lse_error: float  # nats
     lse_tau_error: float  # nats
     entropy_error: float  # nats
-    draw_agreement: float
+    sampled_agreement: float
 
 
 class GateLevels(_Record):
@@ -130,7 +130,7 @@ class Gate(_Record):
     negative_control: GateSummary
     limits: GateLimits
     found: GateFound
-    draw_tests: dict[str, GateTest]
+    sampling_tests: dict[str, GateTest]
 
 
 class GateBar(_Point):

@@ -87,7 +87,7 @@ def write_report(params: Params, sweep: Sequence[SweepRun] = ()) -> Path:
         **_of_tasks(inputs),
         **_of_sweep(sweep),
         "inputs": inputs,
-        "how": params.train.teacher if student is None or student in inputs.curves else "elsewhere",
+        "how": params.train.targets if student is None or student in inputs.curves else "elsewhere",
         "unlike": differences(params.paths, student, BASELINE),
         "script": _script(),
     }

@@ -24,7 +24,7 @@ from pipeline.io.files import read_json_object
 from pipeline.runtime.figures import SERIES, draw_svg
 
 _SECTIONS = ("seed", "student", "train")
-OF_A_TEACHER = (  # without effect if train.teacher=none
+OF_A_TEACHER = (  # without effect if train.targets=none
     "train.alpha",
     "train.alpha_end",
     "train.divergence",
@@ -222,7 +222,7 @@ def _run(
     is_of = judged.get("model_sha256")
     if is_of is None or is_of != metrics.get("model_sha256"):
         judged = {}  # the evaluation is from before the run was trained again
-    if params.get("train.teacher") == "none":
+    if params.get("train.targets") == "none":
         params = {key: value for key, value in params.items() if key not in OF_A_TEACHER}
     return SweepRun(
         name=name,

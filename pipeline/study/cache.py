@@ -17,7 +17,7 @@ from pipeline.study.subject import Subject
 @torch.no_grad()
 def cache(subject: Subject) -> Section:
     """Prefill and decode by hand with both caches, and compare with Hugging Face's `generate`."""
-    prompt, steps = subject.prompt, subject.params.new_tokens
+    prompt, steps = subject.prompt, subject.params.max_new_tokens
     golden = subject.theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False
     )[0, prompt.shape[1] :].tolist()

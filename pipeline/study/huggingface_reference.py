@@ -22,7 +22,7 @@ _SETTINGS = {"greedy": False, "sampled": True}
 
 
 def reference(subject: Subject) -> Section:
-    """Generate `study.new_tokens` after `study.prompt` by the pipeline and by the explicit loop."""
+    """Generate study.max_new_tokens tokens by the pipeline and by the explicit loop."""
     models: dict[str, Callable[[Tensor], Tensor]] = {
         "Hugging Face's model": lambda tokens: subject.theirs(tokens, use_cache=False).logits
     }
@@ -46,8 +46,9 @@ def reference(subject: Subject) -> Section:
         "reference",
         "Golden reference",
         prose=[
-            f"{len(subject.prompt_ids)} tokens of prompt, then at most {subject.params.new_tokens} "
-            f"new ones: greedy, and sampled at temperature {subject.params.temperature:g} with "
+            f"{len(subject.prompt_ids)} tokens of prompt, then at most "
+            f"{subject.params.max_new_tokens} new ones: greedy, and sampled at temperature "
+            f"{subject.params.temperature:g} with "
             f"seed {subject.seed}. A difference counts ids that are not equal.",
             f"The closest call in the greedy loop: the best logit was {min(margins):.2g} above the "
             "second. Were it near 1e-5, rounding could decide it.",
@@ -69,7 +70,7 @@ def generate_plainly(
     """
     torch.manual_seed(subject.seed)
     tokens, margin = subject.prompt, float("inf")
-    for _ in range(subject.params.new_tokens):
+    for _ in range(subject.params.max_new_tokens):
         logits = forward(tokens)[:, -1].float()  # [1, V]
         best, second = logits[0].topk(2).values.tolist()
         margin = min(margin, best - second)
@@ -95,7 +96,7 @@ def _by_pipeline(subject: Subject, do_sample: bool) -> list[int]:
     torch.manual_seed(subject.seed)
     output = pipe(
         subject.params.prompt,
-        max_new_tokens=subject.params.new_tokens,
+        max_new_tokens=subject.params.max_new_tokens,
         do_sample=do_sample,
         return_tensors=True,
         **sampling,

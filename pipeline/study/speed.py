@@ -47,14 +47,16 @@ class Speed:
 def speed(subject: Subject) -> Section:
     """Measure tokens per second and peak memory by batch size."""
     params = subject.params
-    need, context = params.prompt_tokens + params.new_tokens, subject.our_config.max_seq_len
+    need, context = params.prompt_tokens + params.max_new_tokens, subject.our_config.max_seq_len
     if need > context:
         raise ParamsError(
-            f"study.prompt_tokens={params.prompt_tokens} and study.new_tokens={params.new_tokens} "
-            f"exceed the model's context of {context}: shorten them"
+            f"study.prompt_tokens={params.prompt_tokens} and study.max_new_tokens="
+            f"{params.max_new_tokens} exceed the model's context of {context}: shorten them"
         )
-    if params.new_tokens < 2:
-        raise ParamsError("study.new_tokens=1 leaves no decode step to time: set it to 2 or more")
+    if params.max_new_tokens < 2:
+        raise ParamsError(
+            "study.max_new_tokens=1 leaves no decode step to time: set it to 2 or more"
+        )
     dtype = subject.speed_dtype
     ours, theirs = (
         _in_format(model, dtype, subject.device) for model in (subject.ours, subject.theirs)
@@ -69,7 +71,7 @@ def speed(subject: Subject) -> Section:
             f"Ours decodes {ratio:.2f} times as fast as Hugging Face's generate at batch "
             f"{params.batch_sizes[0]}, on {subject.device.type} with {torch.get_num_threads()} "
             "threads. Measured, and noisy: nothing here passes or fails.",
-            f"Prompts of {params.prompt_tokens} tokens, {params.new_tokens} new ones, "
+            f"Prompts of {params.prompt_tokens} tokens, {params.max_new_tokens} new ones, "
             f"{dtype_name(dtype)}; medians of {params.repeats}. Memory is what generating takes "
             "beyond the model.",
         ],
@@ -124,8 +126,8 @@ def _measure(subject: Subject, ours: Any, theirs: Any, batch: int) -> dict[str, 
         generator=torch.Generator().manual_seed(subject.seed),
     )
     runs = {
-        "ours": partial(_ours, ours, params.new_tokens),
-        "Hugging Face": partial(_theirs, theirs, params.new_tokens),
+        "ours": partial(_ours, ours, params.max_new_tokens),
+        "Hugging Face": partial(_theirs, theirs, params.max_new_tokens),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     peaks: dict[str, float | None] = {}
@@ -138,7 +140,9 @@ def _measure(subject: Subject, ours: Any, theirs: Any, batch: int) -> dict[str, 
     return {
         name: Speed(
             prefill=prompts.numel() / statistics.median(first for first, _ in pairs),
-            decode=batch * (params.new_tokens - 1) / statistics.median(rest for _, rest in pairs),
+            decode=batch
+            * (params.max_new_tokens - 1)
+            / statistics.median(rest for _, rest in pairs),
             peak=peaks[name],
         )
         for name, pairs in times.items()

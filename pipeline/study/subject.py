@@ -76,11 +76,11 @@ class Subject:
         context = getattr(self.config, "max_position_embeddings", None)
         if not 0 <= layer < layers:
             raise ParamsError(f"--layer {layer} must lie within 0..{layers - 1} of {folder}")
-        need = len(self.prompt_ids) + params.new_tokens
+        need = len(self.prompt_ids) + params.max_new_tokens
         if context is not None and need > context:
             raise ParamsError(
-                f"study.prompt and study.new_tokens={params.new_tokens} take {need} positions, "
-                f"{folder} has {context}: shorten them"
+                f"study.prompt and study.max_new_tokens={params.max_new_tokens} take {need} "
+                f"positions, {folder} has {context}: shorten them"
             )
 
     @cached_property

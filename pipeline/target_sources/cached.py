@@ -1,17 +1,17 @@
-"""The cached teacher: targets come from the store, so the teacher itself is not needed."""
+"""Targets from the logit cache, so that the teacher itself is not needed."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.logit_cache.reader import CacheReader, Shard
-from pipeline.model.attention_mask import Attention
+from pipeline.logit_cache.reader import CacheReader, CacheShard
+from pipeline.target_sources.target_source import Place
 from pipeline.targets.topk import TopK
 
 
-class CachedTeacher:
-    """A `pipeline.target_sources.target_source.Teacher` that reads from a CacheReader."""
+class CachedTargets:
+    """A `TargetSource` that reads from a CacheReader."""
 
     in_background = True
 
@@ -27,12 +27,14 @@ class CachedTeacher:
         return self.reader.layout.shard_rows
 
     @property
-    def attention(self) -> Attention:
-        return self.reader.fingerprint.attention
+    def document_mask(self) -> bool:
+        return self.reader.fingerprint.document_mask
 
-    def shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> CacheShard:
         return self.reader.shard(number)
 
-    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
+    def targets(self, places: list[Place], tokens: Tensor) -> TopK:
         """Return stored targets; reading the shard has checked that they belong to its tokens."""
-        return self.reader.gather(places)
+        stored = [(shard, row) for shard, row in places if isinstance(shard, CacheShard)]
+        assert len(stored) == len(places)
+        return self.reader.gather(stored)

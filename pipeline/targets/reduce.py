@@ -3,7 +3,7 @@
 This happens in one place only, so that capture, the live teacher, the gate and every benchmark keep
 the same numbers.
 
-Shapes: n positions, K kept ids, M drawn ids, J stored temperatures, V valid vocabulary (the ids a
+Shapes: n positions, K kept ids, M sampled ids, J stored temperatures, V valid vocabulary (the ids a
 tokenizer can produce; rows of the head beyond it are padding and are left out of every sum).
 """
 
@@ -33,7 +33,7 @@ def top_k_from_logits(
         logits: float32 [n, V], valid ids only.
         k: ids to keep, 0..V.
         temperatures: the temperatures whose normalisers are kept.
-        uniforms: float [n, M] in [0, 1), which decide the M draws; None draws nothing.
+        uniforms: float [n, M] in [0, 1), which decide the M sampled ids; None samples nothing.
 
     The row's maximum is subtracted first, in float32, so that no exponential overflows; rounding
     a raw logit later would cost 30 times more than rounding a log-probability.
@@ -60,15 +60,15 @@ def top_k_from_logits(
     values, ids = block_top_k(logits, k, maxima)
     # sum_v exp(logprob_v / tau), with logprob_v = logit_v - peak - log_total; 0 at tau = 1
     lse_tau = [sums[tau].log() - log_total / tau for tau in temperatures]
-    draw_ids = _draw(logits, lse, ids, uniforms, work)
+    sampled_ids = _sample(logits, lse, ids, uniforms, work)
     return TopK(
         ids=ids,
         logprobs=values - peak - log_total[:, None],  # not `- lse`, which is already rounded
         lse=lse[:, 0],
         lse_tau=torch.stack(lse_tau, -1) if lse_tau else logits.new_empty(n, 0),
         entropy=(lse[:, 0] - weighted / sums[1.0]).clamp_min(0.0),
-        draw_ids=draw_ids,
-        draw_logprobs=logits.gather(-1, draw_ids) - peak - log_total[:, None],
+        sampled_ids=sampled_ids,
+        sampled_logprobs=logits.gather(-1, sampled_ids) - peak - log_total[:, None],
         temperatures=temperatures,
         vocab_size=vocab_size,
     )
@@ -117,23 +117,23 @@ def _reduce(
             last = 0.0  # `work` no longer holds exponentials
 
 
-def row_uniforms(rows: Iterable[int], length: int, draws: int, seed: int) -> Tensor:
-    """Return the uniforms that decide the draws: float32 [B, L, M] in [0, 1).
+def row_uniforms(rows: Iterable[int], length: int, num_sampled: int, seed: int) -> Tensor:
+    """Return the uniforms that decide the sampled ids: float32 [B, L, M] in [0, 1).
 
-    They depend on (seed, row) alone, so a shard holds the same draws whichever process captures
-    it, and an online teacher draws the same ids.
+    They depend on (seed, row) alone, so a shard holds the same sampled ids whichever process
+    captures it, and an online teacher samples the same ids.
     """
     return torch.from_numpy(
         np.stack(
             [
-                np.random.default_rng([seed, row]).random((length, draws), dtype=np.float32)
+                np.random.default_rng([seed, row]).random((length, num_sampled), dtype=np.float32)
                 for row in rows
             ]
         )
     )
 
 
-def _draw(
+def _sample(
     logits: Tensor, lse: Tensor, kept: Tensor, uniforms: Tensor | None, work: Tensor
 ) -> Tensor:
     """Draw ids in proportion to exp(logits) outside the kept ids, by inversion in two stages.
@@ -159,11 +159,11 @@ def _draw(
         *(torch.split(t, len(work)) for t in (logits, lse, kept, uniforms)), strict=True
     ):
         weights = torch.sub(rows, shift, out=work[: len(rows)]).exp_().scatter_(-1, ids, 0.0)
-        parts.append(draw_by_inversion(weights, chances))
+        parts.append(sample_by_inversion(weights, chances))
     return torch.cat(parts)
 
 
-def draw_by_inversion(weights: Tensor, uniforms: Tensor) -> Tensor:
+def sample_by_inversion(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw ids, int64 [r, M], in proportion to weights [r, V]; uniforms [r, M] decide them."""
     size = weights.shape[-1]
     whole = size // _BLOCK * _BLOCK

@@ -1,9 +1,9 @@
 """TopK: the part of a teacher's distribution that is kept, and the type all stages exchange.
 
-`prepare` makes it from logits, the store keeps it and the losses consume it. The online teacher
+`prepare` makes it from logits, the cache keeps it and the losses consume it. A live teacher
 makes exactly the same type, so cached and online training differ only in the source.
 
-Shapes: ... any leading axes, K kept ids, M drawn ids, J stored temperatures, V valid vocabulary
+Shapes: ... any leading axes, K kept ids, M sampled ids, J stored temperatures, V valid vocabulary
 (the ids a tokenizer can produce; rows of the head beyond it are padding and are left out of every
 sum).
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import MismatchError, ParamsError
 
-_TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy", "draw_ids", "draw_logprobs")
+_TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy", "sampled_ids", "sampled_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,10 @@ class TopK:
     lse: Tensor  # float32 [...], logsumexp of the full row's logits
     lse_tau: Tensor  # float32 [..., J], log sum_v exp(logprob_v / tau_j)
     entropy: Tensor  # float32 [...], nats, of the full row at temperature 1
-    draw_ids: Tensor  # int64 [..., M], drawn with replacement from p outside `ids`, temperature 1
-    draw_logprobs: Tensor  # float32 [..., M], for the drawn ids, at temperature 1
+    sampled_ids: (
+        Tensor  # int64 [..., M], sampled with replacement from p outside `ids`, temperature 1
+    )
+    sampled_logprobs: Tensor  # float32 [..., M], for the sampled ids, at temperature 1
     temperatures: tuple[float, ...]  # the J temperatures of lse_tau
     vocab_size: int  # V
 
@@ -42,9 +44,9 @@ class TopK:
         return self.ids.shape[-1]
 
     @property
-    def draws(self) -> int:
-        """M, the number of drawn ids."""
-        return self.draw_ids.shape[-1]
+    def num_sampled(self) -> int:
+        """M, the number of sampled ids."""
+        return self.sampled_ids.shape[-1]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """Apply a tensor function to every tensor field (move, index, reshape leading axes)."""
@@ -91,13 +93,14 @@ class TopK:
             return log_p, torch.zeros_like(self.lse)
         return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)
 
-    def draw_target(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of the draws at a temperature, and the mass each represents.
+    def sampled_target(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of the sampled ids at a temperature, and the mass each
+        represents.
 
-        A draw v represents the mass w_v = p_t / M times p_tau(v) / p(v), where p_t is the mass
-        outside the kept ids and p is the teacher at temperature 1, from which v was drawn. This is
-        importance sampling: E[sum of w_v over draws of v] = p_tau(v) for every v outside the kept
-        ids, at any temperature. At temperature 1 every weight is p_t / M.
+        A sampled id v represents the mass w_v = p_t / M times p_tau(v) / p(v), where p_t is the
+        mass outside the kept ids and p is the teacher at temperature 1, from which v was sampled.
+        This is importance sampling: E[sum of w_v over sampled ids of v] = p_tau(v) for every v
+        outside the kept ids, at any temperature. At temperature 1 every weight is p_t / M.
 
         Returns:
             log_p float32 [..., M] at the temperature, weight float32 [..., M].
@@ -106,11 +109,11 @@ class TopK:
             MismatchError: the normaliser of this temperature was not stored.
         """
         _, tail_mass = self.target(1.0)
-        share = (tail_mass / max(1, self.draws))[..., None].expand_as(self.draw_logprobs)
+        share = (tail_mass / max(1, self.num_sampled))[..., None].expand_as(self.sampled_logprobs)
         if temperature == 1.0:
-            return self.draw_logprobs, share
-        log_p = self.draw_logprobs / temperature - self._normaliser(temperature)
-        return log_p, share * (log_p - self.draw_logprobs).exp()
+            return self.sampled_logprobs, share
+        log_p = self.sampled_logprobs / temperature - self._normaliser(temperature)
+        return log_p, share * (log_p - self.sampled_logprobs).exp()
 
     def _normaliser(self, temperature: float) -> Tensor:
         """Return log sum_v exp(logprob_v / tau), [..., 1]."""

@@ -122,7 +122,7 @@ class HuggingFaceTeacher:
         if not self._keeps_apart:
             raise DecantError(
                 f"the teacher, a {self.model.config.model_type} model, does not keep documents "
-                "apart that are packed into one row: set prepare.attention=packed, or choose "
+                "apart that are packed into one row: set prepare.document_mask=false, or choose "
                 "another teacher"
             )
         positions = document_positions(doc_ids).to(self.device)
@@ -157,7 +157,7 @@ class HuggingFaceTeacher:
         """Map tokens, int64 [B, L], to TopK [B, L, ...] on the teacher's device.
 
         Args:
-            uniforms: [B, L, M] in [0, 1), which decide the M draws; None draws nothing.
+            uniforms: [B, L, M] in [0, 1), which decide the M sampled ids; None samples nothing.
             doc_ids: see `hidden_states`.
 
         Raises:

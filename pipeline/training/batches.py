@@ -1,9 +1,10 @@
 """The endless, seekable stream of training batches.
 
-The rows of batch i depend only on (seed, i). So a resumed run seeks in O(1), and cached, online and
-teacherless runs see the same rows in the same order on any number of ranks. Worker threads read and
-decode shards ahead of time. Another thread assembles the next batch while one is in use (unless the
-teacher must run in the consumer's thread), in pinned memory when training on a GPU.
+The rows of batch i depend only on (seed, i). So a resumed run seeks in O(1), and runs with
+cached, online and no targets see the same rows in the same order on any number of ranks. Worker
+threads read and decode shards ahead of time. Another thread assembles the next batch while one is
+in use (unless the targets must be computed in the consumer's thread), in pinned memory when
+training on a GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.packing import IGNORE, next_token_labels
-from pipeline.logit_cache.reader import Shard, ShuffledRows
+from pipeline.data.row_order import Shard, ShuffledRows
 from pipeline.model.attention_mask import documents_apart
-from pipeline.target_sources.target_source import Teacher, rows_at
+from pipeline.target_sources.target_source import Place, TargetSource, rows_at
 from pipeline.targets.topk import TopK
 
 _BATCHES_AHEAD = 16  # read the shards of this many batches in advance
@@ -32,12 +33,12 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: token ids, labels and, if there is a teacher, its top-K logits.
+    """One batch: token ids, labels and, unless training has none, the teacher's targets.
 
     Attributes:
         tokens: int64 [B, L].
         labels: int64 [B, L], IGNORE where a position is not in the loss.
-        topk: the teacher's TopK, or None without a teacher.
+        topk: the targets, or None if training has none.
         doc_ids: int32 [B, L], which documents the model must keep apart; None if plain causal
             attention over the rows gives the same result or is wanted
             (pipeline/model/attention_mask.py).
@@ -68,20 +69,20 @@ class Batch:
         )
 
 
-def make_batch(teacher: Teacher, places: list[tuple[Shard, int]]) -> Batch:
+def make_batch(source: TargetSource, places: list[Place]) -> Batch:
     """Return the batch of the given corpus rows, whose shards are already read."""
     rows = rows_at(places)
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
     return Batch(
         tokens=tokens,
         labels=next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss)),
-        topk=teacher.top_k(places, tokens),
-        doc_ids=documents_apart(doc_ids, teacher.attention),
+        topk=source.targets(places, tokens),
+        doc_ids=documents_apart(doc_ids, source.document_mask),
     )
 
 
 def first_rows(
-    teacher: Teacher, count: int, batch_rows: int, *, rank: int = 0, ranks: int = 1
+    source: TargetSource, count: int, batch_rows: int, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Yield batches of the first `count` rows in corpus order, with this rank's share of each.
 
@@ -89,17 +90,17 @@ def first_rows(
     none. If the last batch is too short to give this rank a row, the rank gets a row whose labels
     are all IGNORE.
     """
-    count = min(count, len(teacher.corpus))
+    count = min(count, len(source.corpus))
     shard: Shard | None = None
     for first in range(0, count, batch_rows):
         whole = np.arange(first, min(first + batch_rows, count))
-        share = np.array_split(whole, ranks)[rank]
-        places: list[tuple[Shard, int]] = []
+        share = np.array_split(whole, world_size)[rank]
+        places: list[Place] = []
         for row in share if len(share) else whole[:1]:
             if shard is None or row >= shard.first + len(shard.rows):
-                shard = teacher.shard(int(row) // teacher.shard_rows)
+                shard = source.shard(int(row) // source.shard_rows)
             places.append((shard, int(row)))
-        batch = make_batch(teacher, places)
+        batch = make_batch(source, places)
         yield (
             batch if len(share) else replace(batch, labels=torch.full_like(batch.labels, IGNORE))
         )
@@ -120,23 +121,23 @@ class BatchStream:
 
     def __init__(
         self,
-        teacher: Teacher,
+        source: TargetSource,
         *,
         batch_rows: int,
         window_shards: int,
         seed: int,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         pin: bool = False,
     ) -> None:
-        self.teacher = teacher
+        self.source = source
         self._batch_rows = batch_rows
         self._rank = rank
-        self._ranks = ranks
+        self._world_size = world_size
         self._pin = pin
         self._order = ShuffledRows(
-            len(teacher.corpus),
-            shard_rows=teacher.shard_rows,
+            len(source.corpus),
+            shard_rows=source.shard_rows,
             window_shards=window_shards,
             seed=seed,
         )
@@ -144,7 +145,7 @@ class BatchStream:
     def rows_of(self, number: int) -> NDArray[np.int64]:
         """Return this rank's corpus rows of batch `number` (from 0)."""
         rows = np.sort(self._order.at(number * self._batch_rows, self._batch_rows))
-        return np.array_split(rows, self._ranks)[self._rank]
+        return np.array_split(rows, self._world_size)[self._rank]
 
     def starting_at(self, number: int) -> Iterator[Batch]:
         """Yield batches number, number + 1, ... without end."""
@@ -155,7 +156,7 @@ class BatchStream:
             maker = ThreadPoolExecutor(1, "batches", *on_gpu)
             for pool in (readers, maker):  # leaving early must not wait for queued work
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            window = _ShardWindow(self.teacher, readers)
+            window = _ShardWindow(self.source, readers)
             coming: deque[NDArray[np.int64]] = deque()
             ready: Future[Batch] | None = None
             while True:
@@ -164,7 +165,7 @@ class BatchStream:
                     window.want(coming[-1])
                     number += 1
                 rows = coming.popleft()
-                if not self.teacher.in_background:
+                if not self.source.in_background:
                     yield self._make(window, rows)
                     continue
                 making = maker.submit(self._make, window, rows)
@@ -173,7 +174,7 @@ class BatchStream:
                 ready = making
 
     def _make(self, window: _ShardWindow, rows: NDArray[np.int64]) -> Batch:
-        batch = make_batch(self.teacher, window.places(rows))
+        batch = make_batch(self.source, window.places(rows))
         window.done(rows)
         return batch.pinned() if self._pin else batch
 
@@ -186,8 +187,8 @@ class _ShardWindow:
     read again.
     """
 
-    def __init__(self, teacher: Teacher, readers: ThreadPoolExecutor) -> None:
-        self._teacher = teacher
+    def __init__(self, source: TargetSource, readers: ThreadPoolExecutor) -> None:
+        self._source = source
         self._readers = readers
         self._lock = threading.Lock()
         self._uses: Counter[int] = Counter()
@@ -198,10 +199,10 @@ class _ShardWindow:
             for number in self._numbers(rows):
                 self._uses[number] += 1
                 if number not in self._shards:
-                    self._shards[number] = self._readers.submit(self._teacher.shard, number)
+                    self._shards[number] = self._readers.submit(self._source.shard, number)
 
-    def places(self, rows: NDArray[np.int64]) -> list[tuple[Shard, int]]:
-        size = self._teacher.shard_rows
+    def places(self, rows: NDArray[np.int64]) -> list[Place]:
+        size = self._source.shard_rows
         return [(self._shards[int(row) // size].result(), int(row)) for row in rows]
 
     def done(self, rows: NDArray[np.int64]) -> None:
@@ -212,4 +213,4 @@ class _ShardWindow:
                     del self._uses[number], self._shards[number]
 
     def _numbers(self, rows: NDArray[np.int64]) -> list[int]:
-        return [int(n) for n in np.unique(rows // self._teacher.shard_rows)]
+        return [int(n) for n in np.unique(rows // self._source.shard_rows)]

@@ -118,20 +118,20 @@ class Checkpoints:
                 if not damage:
                     read_tensors(folder, learner, self._ranks)
                     return self._state(folder)
-                say(f"checkpoint {self.address / name} is damaged ({damage}): it is passed over")
+                say(f"checkpoint {self.address / name} is damaged ({damage}): it is skipped")
         if (names := self._ranks.on_first(self.names)) and not self._start_again:
             raise DecantError(
-                f"none of the checkpoints {', '.join(names)} in {self.address} is whole: put back "
-                "a copy of one, or start again with --overwrite"
+                f"none of the checkpoints {', '.join(names)} in {self.address} is complete: "
+                "restore a copy of one, or start again with --overwrite"
             )
         return None
 
     def _state(self, folder: Path) -> TrainState:
         state = _read(folder / _STATE, _Saved)
-        if (before := state.ranks) != self._ranks.count:
+        if (before := state.ranks) != self._ranks.world_size:
             say(
-                f"{before} ranks saved what {self._ranks.count} continue: losses stay the same "
-                "within rounding where student.dropout is 0; dropped units follow the rank"
+                f"{before} ranks saved what {self._ranks.world_size} continue: losses stay the "
+                "same within rounding where student.dropout is 0; dropped units follow the rank"
             )
         return TrainState(
             **{field.name: getattr(state, field.name) for field in fields(TrainState)}
@@ -187,7 +187,7 @@ class Checkpoints:
     ) -> None:
         """On rank 0, after all tensors are written, write the other files and the final name."""
         rest = [folder / ".metadata", folder / _STATE]
-        rest[1].write_text(json.dumps(asdict(state) | {"ranks": self._ranks.count}))
+        rest[1].write_text(json.dumps(asdict(state) | {"ranks": self._ranks.world_size}))
         listed = {name: entry for part in sums for name, entry in part.items()}
         listed |= {file.name: _sum(file) for file in rest}
         self._require_shared(folder, listed)
@@ -231,7 +231,9 @@ class Checkpoints:
     def _damage(self, folder: Path) -> str:
         """Describe the damage, if any; on a shared disk each rank checks its share of the files."""
         shared = not isinstance(self.address, Url)
-        return _damage(folder, self._ranks.rank, self._ranks.count) if shared else _damage(folder)
+        return (
+            _damage(folder, self._ranks.rank, self._ranks.world_size) if shared else _damage(folder)
+        )
 
 
 def _make_empty(folder: Path) -> None:
@@ -281,7 +283,7 @@ def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
         entries = sorted(listed.items())
         unlisted = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.is_file()]
         if unlisted:  # a pipe, for example; reading it would never end
-            return f"{unlisted[0].name} is no file"
+            return f"{unlisted[0].name} is not a file"
         if lost := {".metadata", _STATE} - listed.keys():
             return f"{_COMPLETE} does not list {min(lost)}"
         _read(folder / _STATE, _Saved)

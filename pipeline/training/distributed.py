@@ -5,7 +5,7 @@
 `train.batch_rows` counts the rows of a batch on all ranks together. Each rank takes its share, and
 sums are divided once, by the tokens on all ranks, so a run gives the same losses, within rounding,
 on any number of ranks. Gradients are SUMS over ranks; because both engines take means, the loss is
-multiplied by the number of ranks before backward (`Ranks.count`).
+multiplied by the number of ranks before backward (`Ranks.world_size`).
 
 ddp keeps the whole student, its gradients and optimizer state on each rank. fsdp shards all three
 over the ranks and gathers one transformer block at a time (FSDP2: `fully_shard` per block, and once
@@ -52,7 +52,7 @@ class Ranks:
 
     device: torch.device
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     grouped: bool = False  # whether there is a process group (torchrun may start a single rank)
 
     def sum(self, *values: float) -> list[float]:
@@ -69,7 +69,7 @@ class Ranks:
 
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in rank order, on all ranks."""
-        values: list[Any] = [value] * self.count
+        values: list[Any] = [value] * self.world_size
         if self.grouped:
             dist.all_gather_object(values, value)
         return values
@@ -127,8 +127,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if not _lost_touch(error):
             raise
         raise DecantError(
-            "the connection to another rank broke, since it ended or its machine went away: see "
-            "what it printed, and run the same command to continue from the newest checkpoint"
+            "the connection to another rank broke, because it exited or its machine went down: "
+            "read its output, and run the same command to continue from the newest checkpoint"
         ) from None
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
@@ -194,7 +194,7 @@ def parallelise(step: nn.Module, ranks: Ranks, params: RunParams) -> nn.Module:
         return step
     if params.parallel == "ddp":
         return DistributedDataParallel(step, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*blocks, step):
         fully_shard(module, mesh=mesh)
     return step

@@ -37,14 +37,14 @@ def learning_rate(step: int, params: TrainParams) -> float:
 
     cosine: (1 + cos(pi x)) / 2, decaying from the end of warm-up (Loshchilov & Hutter 2017, eq. 5,
     without restarts).
-    wsd: 1 - x or 1 - sqrt(x), decaying over the last `decay_share` of the steps and constant before
-    (warm-up, stable, decay: Hu et al. 2024, MiniCPM; 1 - sqrt: Haegele et al. 2024).
+    wsd: 1 - x or 1 - sqrt(x), decaying over the last `decay_fraction` of the steps and constant
+    before (warm-up, stable, decay: Hu et al. 2024, MiniCPM; 1 - sqrt: Haegele et al. 2024).
     """
     if step < params.warmup_steps:
         return params.learning_rate * (step + 1) / params.warmup_steps
     cosine = params.schedule == "cosine"
     last = params.num_steps - 1
-    decay = last - params.warmup_steps if cosine else round(params.decay_share * (last + 1))
+    decay = last - params.warmup_steps if cosine else round(params.decay_fraction * (last + 1))
     decay = max(1, decay)
     done = min(1.0, max(0.0, (step - last + decay) / decay))
     if cosine:

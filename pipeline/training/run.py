@@ -33,9 +33,10 @@ from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.model.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
-from pipeline.target_sources.cached import CachedTeacher
-from pipeline.target_sources.live import OnlineTeacher
-from pipeline.target_sources.target_source import NoTeacher, Teacher
+from pipeline.target_sources.cached import CachedTargets
+from pipeline.target_sources.online import OnlineTargets
+from pipeline.target_sources.target_source import TargetSource
+from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.transformers import open_teacher, teacher_dtype
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
@@ -109,14 +110,14 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
     if ranks.rank:  # all ranks start from the same student, but each draws its own dropout
         seed_everything((params.seed + ranks.rank) % 2**32)
     trained = student.model.count_parameters(trained_only=True)
-    training, validation = _teachers(params, ranks.device, corpus, held_out)
+    training, validation = _target_sources(params, ranks.device, corpus, held_out)
     stream = BatchStream(
         training,
         batch_rows=params.train.batch_rows,
         window_shards=params.train.shuffle_shards,
         seed=params.seed,
         rank=ranks.rank,
-        ranks=ranks.count,
+        world_size=ranks.world_size,
         pin=ranks.device.type == "cuda",
     )
     _warn_of_lost_mass(training, params)
@@ -139,45 +140,46 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
 
 
 def _require_rows(params: Params, ranks: Ranks) -> None:
-    if params.train.batch_rows < ranks.count:
+    if params.train.batch_rows < ranks.world_size:
         raise ParamsError(
-            f"train.batch_rows={params.train.batch_rows} rows cannot be shared among {ranks.count} "
-            f"ranks: set it to a multiple of {ranks.count}, or start fewer processes"
+            f"train.batch_rows={params.train.batch_rows} rows cannot be shared among "
+            f"{ranks.world_size} ranks: set it to a multiple of {ranks.world_size}, "
+            "or start fewer processes"
         )
 
 
-def _teachers(
+def _target_sources(
     params: Params, device: torch.device, corpus: CorpusSplit, held_out: CorpusSplit
-) -> tuple[Teacher, Teacher]:
-    """Return the teachers for the training rows and for the validation rows."""
-    shard_rows, attention = params.prepare.shard_rows, params.prepare.attention
-    if params.train.teacher == "none":
+) -> tuple[TargetSource, TargetSource]:
+    """Return the target sources of the training rows and of the validation rows."""
+    shard_rows, document_mask = params.prepare.shard_rows, params.prepare.document_mask
+    if params.train.targets == "none":
         plain, held_out_plain = (
-            NoTeacher(split, shard_rows=shard_rows, attention=attention)
+            TokensOnly(split, shard_rows=shard_rows, document_mask=document_mask)
             for split in (corpus, held_out)
         )
         return plain, held_out_plain
-    if params.train.teacher == "cached":
+    if params.train.targets == "cached":
         readers = [
             CacheReader(params.paths.logits, split, k=params.train.k)
             for split in (corpus, held_out)
         ]
         for reader in readers:
             _require_same_teacher(reader, teacher_folder(params.paths.teacher))
-        return CachedTeacher(readers[0]), CachedTeacher(readers[1])
+        return CachedTargets(readers[0]), CachedTargets(readers[1])
     require_tokenizer(teacher_folder(params.paths.teacher), corpus)
     temperature = params.train.temperature
     live = open_teacher(params, corpus.info.vocab_size, teacher_dtype(params, device), device)
     training, validation = (
-        OnlineTeacher(
+        OnlineTargets(
             live,
             split,
             k=params.prepare.k if params.train.k is None else params.train.k,
-            draws=params.prepare.draws,
+            num_sampled=params.prepare.num_sampled,
             seed=params.seed,
             temperatures=() if temperature == 1.0 else (temperature,),
             shard_rows=shard_rows,
-            attention=attention,
+            document_mask=document_mask,
         )
         for split in (corpus, held_out)
     )
@@ -197,17 +199,17 @@ def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
         )
 
 
-def _warn_of_lost_mass(teacher: Teacher, params: Params) -> None:
+def _warn_of_lost_mass(source: TargetSource, params: Params) -> None:
     temperature = params.train.temperature
-    batch = next(first_rows(teacher, params.train.batch_rows, params.train.batch_rows))
+    batch = next(first_rows(source, params.train.batch_rows, params.train.batch_rows))
     if batch.topk is None:
         return
     require_expressible(params.train.divergence, batch.topk)
-    if batch.topk.draws and temperature != 1.0:
+    if batch.topk.num_sampled and temperature != 1.0:
         say(
-            f"warning: the cache's draws were taken at temperature 1; at temperature "
+            f"warning: the cache's sampled ids were taken at temperature 1; at temperature "
             f"{temperature:g} they stand for it on average, but their weights vary widely: set "
-            "train.temperature to 1, or capture with prepare.draws=0"
+            "train.temperature to 1, or capture with prepare.num_sampled=0"
         )
     mass = retained_mass(batch, temperature)
     if mass < params.run.min_retained_mass:
@@ -224,8 +226,8 @@ def _same_dtype(params: Params, ranks: Ranks) -> torch.dtype:
     found = sorted(set(ranks.gather(dtype_name(dtype))))
     if len(found) > 1:
         raise ParamsError(
-            f"train.dtype=auto comes to {' and '.join(found)} on the ranks' unlike hardware: set "
-            "train.dtype to one of them"
+            f"train.dtype=auto resolves to {' and '.join(found)} on the ranks' different hardware: "
+            "set train.dtype to one of them"
         )
     return dtype
 
@@ -239,14 +241,14 @@ def _identity(
     identity["train"]["dtype"] = dtype_name(dtype)
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # the order of shuffled rows depends on it
-    if params.train.teacher == "cached":
+    if params.train.targets == "cached":
         reader = CacheReader(params.paths.logits, corpus)
         identity["cache"] = reader.layout.about()
         identity["shard_rows"] = reader.layout.shard_rows
     else:
-        identity["attention"] = params.prepare.attention
-    if params.train.teacher == "online":
-        kept = params.prepare.model_dump(mode="json", include={"k", "draws"})
+        identity["document_mask"] = params.prepare.document_mask
+    if params.train.targets == "online":
+        kept = params.prepare.model_dump(mode="json", include={"k", "num_sampled"})
         kept["dtype"] = dtype_name(teacher_dtype(params, device))
         identity |= {"online": kept, "teacher_sha256": hash_weights(teacher)}
     if start := start_folder(params.student, teacher):
@@ -296,7 +298,7 @@ def _refusal(folder: Path, places: Sequence[Folder], identity: dict[str, Any]) -
     if found is None:
         return (
             "holds a run whose run.json is missing or damaged, so that nothing says what it was "
-            "made from (put back a copy of run.json to keep the run)"
+            "made from (restore a copy of run.json to keep the run)"
         )
     difference = _difference(found, identity)
     return f"holds a run with other parameters ({difference})" if difference else ""

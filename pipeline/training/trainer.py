@@ -60,7 +60,7 @@ def train(
     state = checkpoints.load_newest(learner) or TrainState()
     if state.step:
         say(f"continuing from step {state.step} of {recipe.num_steps}")
-    batches = stream.starting_at(state.step * recipe.accumulation)
+    batches = stream.starting_at(state.step * recipe.gradient_accumulation_steps)
     with Curves(folder / "dvclive", state) as curves, StopRequest() as stop:
         _announce(model, student, validation, params, state, ranks)
         if state.step == 0:
@@ -126,7 +126,9 @@ def _announce(
 
     def load() -> Batch:
         size = recipe.batch_rows
-        return next(first_rows(validation.teacher, size, size, rank=ranks.rank, ranks=ranks.count))
+        return next(
+            first_rows(validation.source, size, size, rank=ranks.rank, world_size=ranks.world_size)
+        )
 
     batch = load()
     with evaluating(model):
@@ -134,17 +136,20 @@ def _announce(
             lambda: model(batch, alpha=recipe.alpha, temperature=1.0, divergence="forward_kl"),
             ranks.device,
         )
-    loading = seconds_of(load, ranks.device) if recipe.teacher == "online" else 0.0
-    steps, size = recipe.num_steps - state.step, recipe.batch_rows * recipe.accumulation
+    loading = seconds_of(load, ranks.device) if recipe.targets == "online" else 0.0
+    steps, size = (
+        recipe.num_steps - state.step,
+        recipe.batch_rows * recipe.gradient_accumulation_steps,
+    )
     validations = steps // recipe.eval_every + 1
-    rows = min(validation.rows, len(validation.teacher.corpus))
+    rows = min(validation.rows, len(validation.source.corpus))
     checked = validations * math.ceil(rows / recipe.batch_rows)
     a_batch = forwards_a_batch(params) * forward + loading
     announce(
         "train",
         f"takes {steps:,} steps of {size:,} rows to teach {student.count_parameters() / 1e6:.1f} M "
-        f"parameters, train.teacher={recipe.teacher}",
-        steps * recipe.accumulation * a_batch + checked * (forward + loading),
+        f"parameters, train.targets={recipe.targets}",
+        steps * recipe.gradient_accumulation_steps * a_batch + checked * (forward + loading),
     )
 
 
@@ -167,12 +172,12 @@ def _train_step(
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Take one optimizer step over `accumulation` micro-batches; return the values to log."""
+    """Take one optimizer step over all its micro-batches; return the values to log."""
     started = time.perf_counter()
     rate = learning_rate(state.step, params)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    micro_batches = list(islice(batches, params.accumulation))
+    micro_batches = list(islice(batches, params.gradient_accumulation_steps))
     waited = time.perf_counter() - started
     num_labels, num_tokens = ranks.sum(
         sum(batch.num_labels for batch in micro_batches),
@@ -180,7 +185,7 @@ def _train_step(
     )
     alpha = alpha_at(state.step, params)
     means = _forward_backward(model, micro_batches, max(1.0, num_labels), alpha, params, ranks)
-    norm = clip_gradients(model, params.clip_norm)
+    norm = clip_gradients(model, params.max_grad_norm)
     if math.isfinite(means["train/loss"]) and math.isfinite(norm):
         optimizer.step()
     else:  # all ranks skip this step
@@ -214,11 +219,11 @@ def _forward_backward(
                 batch, alpha=alpha, temperature=params.temperature, divergence=params.divergence
             )
             # Both engines divide gradients by the number of ranks: see parallel.py.
-            (losses[0] * ranks.count / num_labels).backward()
+            (losses[0] * ranks.world_size / num_labels).backward()
         sums = [total + loss.detach() for total, loss in zip(sums, losses, strict=True)]
     total, ce, divergence = (value / num_labels for value in ranks.sum(*map(float, sums)))
     means = {"train/loss": total, "train/ce": ce}
-    return means | ({"train/divergence": divergence} if params.teacher != "none" else {})
+    return means | ({"train/divergence": divergence} if params.targets != "none" else {})
 
 
 def _require_few_skipped(state: TrainState, params: RunParams) -> None:

@@ -10,23 +10,23 @@ from torch import nn
 from pipeline.config.params import TrainParams
 from pipeline.data.packing import IGNORE
 from pipeline.errors import DecantError
-from pipeline.target_sources.target_source import Teacher
+from pipeline.target_sources.target_source import TargetSource
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.distributed import Ranks, evaluating
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The rows to validate on: a split and, for KL, the teacher's predictions for it."""
+    """The rows to validate on, with their targets for KL."""
 
-    teacher: Teacher
+    source: TargetSource
     rows: int  # number of rows to validate on, from the first
 
 
 def validate(
     model: nn.Module, validation: Validation, params: TrainParams, ranks: Ranks
 ) -> dict[str, float]:
-    """Return mean cross-entropy, its perplexity and, with a teacher, tail-bucket KL.
+    """Return mean cross-entropy, its perplexity and, with targets, tail-bucket KL.
 
     Values are in nats per token, at temperature 1; perplexity is exp of the cross-entropy, capped
     at exp(700). They do not depend on the training objective, so runs can be compared. Each rank
@@ -39,16 +39,16 @@ def validate(
         DecantError: the loss is not finite, which no later step can undo, or no position is in it.
     """
     ce, kl, count = 0.0, 0.0, 0
-    has_teacher = False
+    has_targets = False
     with evaluating(model):
         for batch in first_rows(
-            validation.teacher,
+            validation.source,
             validation.rows,
             params.batch_rows,
             rank=ranks.rank,
-            ranks=ranks.count,
+            world_size=ranks.world_size,
         ):
-            has_teacher = batch.topk is not None
+            has_targets = batch.topk is not None
             _, batch_ce, batch_kl = model(
                 batch, alpha=params.alpha, temperature=1.0, divergence="forward_kl"
             )
@@ -59,11 +59,11 @@ def validate(
     if not math.isfinite(ce):
         raise DecantError(
             f"the validation loss is {ce}, since weights or what they compute have overflowed: "
-            "lower train.learning_rate, or start from a sound model"
+            "lower train.learning_rate, or start from a model with finite weights"
         )
     loss = ce / total
     values = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
-    return values | ({"validation/kl": kl / total} if has_teacher else {})
+    return values | ({"validation/kl": kl / total} if has_targets else {})
 
 
 def retained_mass(batch: Batch, temperature: float) -> float:
@@ -71,7 +71,7 @@ def retained_mass(batch: Batch, temperature: float) -> float:
     assert batch.topk is not None
     wanted = batch.labels != IGNORE
     topk = batch.topk[wanted.to(batch.topk.lse.device)]
-    if topk.draws:  # draws represent the rest of the mass
+    if topk.num_sampled:  # sampled ids represent the rest of the mass
         return 1.0
     _, tail = topk.target(temperature)
     return 1.0 - float(tail.mean())

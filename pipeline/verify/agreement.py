@@ -4,10 +4,10 @@ The cosine of sorted top-K values would prove nothing: between unrelated positio
 0.9988, because all sorted tails look alike. Therefore both sides are scattered by id. The sums over
 the full row (lse, lse_tau, entropy) are compared too, since a wrong one would leave every
 probability at temperature 1 right, but make every target at another temperature wrong. The
-log-probabilities themselves are compared by bands of ranks, since those of the last ranks hardly
+log-probabilities themselves are compared by bands of k, since those of the last ids hardly
 affect a comparison of probabilities.
 
-Shapes: n positions, K kept ids, M draws, J stored temperatures.
+Shapes: n positions, K kept ids, M sampled ids, J stored temperatures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.targets.topk import TopK
-from pipeline.verify.draws import common_draws
+from pipeline.verify.sampled_ids import sampled_overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Agreement:
     kl: Tensor  # KL(live || said), nats, ids outside said's top K merged into one bucket
     top1: Tensor  # 1 where the most probable id is the same
     overlap: Tensor  # share of the K ids that both have
-    logprobs: Tensor  # mean |said - live| in the band of ranks where it is largest, nats
+    logprobs: Tensor  # mean |said - live| in the band of k where it is largest, nats
     lse: Tensor  # |said - live|, nats; a common offset of all logits, so noisier than lse_tau
     lse_tau: Tensor  # largest |said - live| among the temperatures, nats
     entropy: Tensor  # |said - live|, nats
-    draws: Tensor  # share of the draws that the live teacher draws as well
+    sampled: Tensor  # share of the sampled ids that the live teacher sampled ids as well
     signed: Tensor  # [n, len(signed_names)], said - live, nats
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Agreement:
@@ -52,22 +52,22 @@ class Agreement:
 def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
     """Compare two TopK of the same positions.
 
-    Without draws the cosine is over the union of both sets of ids. With draws, which leave out ids
-    by chance, it is over the ids in `said`. If only draws are stored, `top1` compares the most
-    probable of these, and `overlap`, which is undefined then, is 1.
+    Without sampled ids the cosine is over the union of both sets of ids. With sampled ids, which
+    leave out ids by chance, it is over the ids in `said`. If only sampled ids are stored, `top1`
+    compares the most probable of these, and `overlap`, which is undefined then, is 1.
 
     Args:
         said: the cache's values, leading axis n.
         live: the teacher's values now, leading axis n, with K + M ids or more, the same
-            temperatures and as many draws.
+            temperatures and as many sampled ids.
         live_logprobs: float32 [n, K + M], the teacher's log-probabilities at `said_ids`.
     """
     known = _first_of_each(said)
-    log_p = torch.cat((said.logprobs, said.draw_logprobs), -1)
+    log_p = torch.cat((said.logprobs, said.sampled_logprobs), -1)
     p = torch.where(known, log_p.exp(), 0.0)
     at_known = torch.where(known, live_logprobs.exp(), 0.0)
     same_id, q_at_said = _found_in(said.ids, live.prefix(max(1, said.k)))
-    if said.draws:
+    if said.num_sampled:
         dot, other_norm = (p * at_known).sum(-1), at_known.norm(dim=-1)
     else:
         dot, other_norm = (p * q_at_said).sum(-1), live.logprobs.exp().norm(dim=-1)
@@ -97,33 +97,36 @@ def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
         lse=lse.abs(),
         lse_tau=lse_tau.abs().amax(-1) if said.temperatures else torch.zeros_like(kl),
         entropy=entropy.abs(),
-        draws=common_draws(said.draw_ids, live.draw_ids) if said.draws else perfect,
+        sampled=sampled_overlap(said.sampled_ids, live.sampled_ids)
+        if said.num_sampled
+        else perfect,
         signed=torch.cat((*(band.mean(-1, keepdim=True) for band in bands), *sums), -1),
     )
 
 
 def said_ids(topk: TopK) -> Tensor:
-    """Return all ids with a stored probability, int64 [..., K + M]; draws may repeat."""
-    return torch.cat((topk.ids, topk.draw_ids), -1)
+    """Return all ids with a stored probability, int64 [..., K + M]; sampled ids may repeat."""
+    return torch.cat((topk.ids, topk.sampled_ids), -1)
 
 
 def signed_names(topk: TopK) -> list[str]:
     """Return the names of the columns of `Agreement.signed`."""
-    ranks = [
-        "draws" if first == topk.k else f"ranks {first + 1} to {end}" for first, end in _bands(topk)
+    bands = [
+        "sampled ids" if first == topk.k else f"k = {first + 1} to {end}"
+        for first, end in _bands(topk)
     ]
     taus = [f"lse_tau at temperature {tau:g}" for tau in topk.temperatures]
-    return [*(f"log-probabilities of {name}" for name in ranks), "lse", *taus, "entropy"]
+    return [*(f"log-probabilities of {name}" for name in bands), "lse", *taus, "entropy"]
 
 
 def _bands(topk: TopK) -> list[tuple[int, int]]:
-    """Return the bands of `said_ids`: ranks 0, 1, 2 to 3, 4 to 7 and so on, then the draws.
+    """Return the bands of `said_ids`: k = 0, 1, 2 to 3, 4 to 7 and so on, then the sampled ids.
 
     Each is (first, end).
     """
     edges = [0, *(2**i for i in range(topk.k.bit_length()) if 2**i < topk.k), topk.k]
     bands = [(a, b) for a, b in pairwise(edges) if a < b]
-    return [*bands, (topk.k, topk.k + topk.draws)] if topk.draws else bands
+    return [*bands, (topk.k, topk.k + topk.num_sampled)] if topk.num_sampled else bands
 
 
 def _found_in(ids: Tensor, live: TopK) -> tuple[Tensor, Tensor]:
@@ -136,8 +139,8 @@ def _found_in(ids: Tensor, live: TopK) -> tuple[Tensor, Tensor]:
 
 
 def _first_of_each(topk: TopK) -> Tensor:
-    """Return bool [n, K + M], False where a draw repeats an earlier one."""
-    by_id, order = topk.draw_ids.sort(stable=True, dim=-1)
+    """Return bool [n, K + M], False where a sampled id repeats an earlier one."""
+    by_id, order = topk.sampled_ids.sort(stable=True, dim=-1)
     repeats = torch.zeros_like(by_id, dtype=torch.bool)
     repeats[:, 1:] = by_id[:, 1:] == by_id[:, :-1]
     repeated = torch.empty_like(repeats).scatter_(-1, order, repeats)

@@ -12,13 +12,13 @@ Errors of probabilities, log-probabilities, ids and sums over the row are judged
 the worst row, and position by position. Their limits follow from the noise floor (limits.py): in
 float32 an error of 0.001 nats is detected, while the noise of half formats is tolerated.
 
-Draws must equal those that the recorded seed gives now, as far as the noise floor's draws do, and
-must be a sample of the live distribution (draws.py).
+Sampled ids must equal those that the recorded seed gives now, as far as the noise floor's sampled
+ids do, and must be a sample of the live distribution (sampled_ids.py).
 
 Rows are taken from every shard, as far as verify.batches allows. If they are too few (100 rows
 cover half of 200 shards), the result says which faults would have been detected (power.py).
 
-Shapes: n positions, B rows, L length, K kept ids, M draws, V valid vocabulary.
+Shapes: n positions, B rows, L length, K kept ids, M sampled ids, V valid vocabulary.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
-from pipeline.targets.reduce import draw_by_inversion, row_uniforms, top_k_from_logits
+from pipeline.targets.reduce import row_uniforms, sample_by_inversion, top_k_from_logits
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.agreement import Agreement, agreement, said_ids, signed_names
-from pipeline.verify.draws import DrawSums, FitTest, draw_sums, fit_tests
 from pipeline.verify.limits import (
     Compared,
     Levels,
@@ -54,6 +53,7 @@ from pipeline.verify.limits import (
     smallest_found,
 )
 from pipeline.verify.power import reach, spread
+from pipeline.verify.sampled_ids import FitTest, SampleSums, fit_tests, sample_sums
 
 Place = tuple[CacheReader, int]
 """A row of a split: the split's reader, and the number of the row."""
@@ -74,12 +74,12 @@ class GateSummary:
     lse_error: float  # nats
     lse_tau_error: float  # nats
     entropy_error: float  # nats
-    draw_agreement: float  # 1 without draws
+    sampled_agreement: float  # 1 without sampled ids
 
     def __str__(self) -> str:
         return (
             f"mean cosine {self.mean_cosine:.6f}, KL {self.mean_kl:.2e}, top-1 {self.top1:.4f}, "
-            f"overlap {self.overlap:.4f}, draws {self.draw_agreement:.4f}, off by "
+            f"overlap {self.overlap:.4f}, sampled ids {self.sampled_agreement:.4f}, off by "
             f"{self.logprob_error:.1e} in log-probabilities, {self.lse_error:.1e} in lse, "
             f"{self.lse_tau_error:.1e} in lse_tau, {self.entropy_error:.1e} in entropy"
         )
@@ -91,7 +91,7 @@ class Found:
 
     errors: dict[str, Levels]  # by quantity
     signed: dict[str, float]  # by name, nats
-    draws: dict[str, float]  # by test
+    sampled: dict[str, float]  # by test
     wrong_positions: float  # share, wherever they are
     wrong_shards: int
     shards: int
@@ -109,7 +109,7 @@ class Found:
         }
         more = [f"{what} {self.batches_for[what]:,}" for what in beyond if beyond[what]]
         return (
-            f"errors from {', '.join(errors)} nats on, {share}, "
+            f"errors of {', '.join(errors)} nats or more, {share}, "
             f"{self.wrong_shards} of {self.shards:,} shards wrong"
             + (f" (it takes verify.batches to find {', '.join(more)})" if more else "")
         )
@@ -123,7 +123,7 @@ class GateReport:
     noise: GateSummary
     control: GateSummary
     limits: Limits
-    draw_tests: list[FitTest]
+    sampling_tests: list[FitTest]
     found: Found
     failures: tuple[str, ...]  # sentences; empty when the gate passes
     histogram: list[dict[str, Any]]  # rows of series, log10_one_minus_cosine, share
@@ -144,11 +144,11 @@ class GateReport:
             "negative control": self.control,
         }
         lines = [f"{name:22} {summary}" for name, summary in said.items()]
-        if self.draw_tests:
+        if self.sampling_tests:
             tests = (
-                f"{t.name} {t.value:.3f} ({t.low:.3f} to {t.high:.3f})" for t in self.draw_tests
+                f"{t.name} {t.value:.3f} ({t.low:.3f} to {t.high:.3f})" for t in self.sampling_tests
             )
-            lines.append(f"{'draws':22} " + ", ".join(tests))
+            lines.append(f"{'sampled ids':22} " + ", ".join(tests))
         return [*lines, f"{'found at 95 %':22} {self.found}"]
 
     def metrics(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class GateReport:
             "noise_floor": asdict(self.noise),
             "negative_control": asdict(self.control),
             "limits": asdict(self.limits),
-            "draw_tests": {test.name: asdict(test) for test in self.draw_tests},
+            "sampling_tests": {test.name: asdict(test) for test in self.sampling_tests},
             "found": asdict(self.found),
         }
 
@@ -183,7 +183,7 @@ class _Part:
     """The positions of one batch, without padding."""
 
     agreement: Agreement
-    sums: DrawSums | None
+    sums: SampleSums | None
     rows: Tensor
     columns: Tensor
 
@@ -216,18 +216,23 @@ def run_gate(
     names = signed_names(inputs.stored)
     of_cache, of_noise, of_control = (_joined(s, names) for s in (cached, noise, control))
     made_from = readers[0].fingerprint
-    limits = limits_from(of_noise, len(of_cache), params, k=made_from.k, draws=made_from.draws)
+    limits = limits_from(
+        of_noise, len(of_cache), params, k=made_from.k, num_sampled=made_from.num_sampled
+    )
     calls = [f"row {row} of {reader.corpus.split}" for reader, row in places]
-    tests, failures = _judge_draws(cached, of_cache)
+    tests, failures = _judge_samples(cached, of_cache)
     failures = [*failures_of(of_cache, limits, calls), *failures]
     if not failures_of(of_control, limits, calls):
-        failures.append("the negative control, targets shifted by one, passed: the gate is blind")
+        failures.append(
+            "the negative control, targets shifted by one, passed, so the gate could not detect "
+            "a shift"
+        )
     return GateReport(
         cache=_summary(of_cache),
         noise=_summary(of_noise),
         control=_summary(of_control),
         limits=limits,
-        draw_tests=tests,
+        sampling_tests=tests,
         found=_found(
             of_noise,
             limits,
@@ -266,12 +271,12 @@ def _read(places: Sequence[Place]) -> _Batch:
     rows = Rows.cat([reader.corpus.rows(row, row + 1) for reader, row in places])
     doc_ids = torch.from_numpy(rows.doc_ids)
     made_from = places[0][0].fingerprint
-    length, draws, seed = made_from.row_length, made_from.draws, made_from.draw_seed
+    length, num_sampled, seed = made_from.row_length, made_from.num_sampled, made_from.sampling_seed
     return _Batch(
         tokens=torch.from_numpy(rows.tokens),
-        apart=documents_apart(doc_ids, made_from.attention),
+        apart=documents_apart(doc_ids, made_from.document_mask),
         real=doc_ids != PADDING,
-        uniforms=row_uniforms([row for _, row in places], length, draws, seed),
+        uniforms=row_uniforms([row for _, row in places], length, num_sampled, seed),
         stored=TopK.cat([reader.top_k(np.array([row])) for reader, row in places]),
     )
 
@@ -295,7 +300,7 @@ def _capture_again(teacher: HuggingFaceTeacher, batch: _Batch) -> TopK:
 
 def as_stored(topk: TopK) -> TopK:
     """Round a TopK as a cache does (pipeline/logit_cache/codec.py)."""
-    names = ("logprobs", "draw_logprobs", "entropy")
+    names = ("logprobs", "sampled_logprobs", "entropy")
     return replace(topk, **{name: getattr(topk, name).half().float() for name in names})
 
 
@@ -310,25 +315,25 @@ def _compare(
     flat = [topk.map(lambda t: t.flatten(0, 1).to(teacher.device)) for topk in said]
     uniforms = batch.uniforms.flatten(0, 1).to(teacher.device)
     found: list[list[Agreement]] = [[] for _ in said]
-    sums: list[DrawSums] = []
+    sums: list[SampleSums] = []
     for rows, logits in teacher.logits_by_chunk(batch.tokens, batch.apart):
-        k = min(max(1, said[0].k + said[0].draws), teacher.vocab_size)
+        k = min(max(1, said[0].k + said[0].num_sampled), teacher.vocab_size)
         live = top_k_from_logits(logits, k, said[0].temperatures)
         for topk, parts in zip(flat, found, strict=True):
             part = topk[rows]
             at_said = logits.gather(-1, said_ids(part)) - live.lse[:, None]
-            if part.draws:
+            if part.num_sampled:
                 weights = torch.sub(logits, live.lse[:, None]).exp_().scatter_(-1, part.ids, 0.0)
-                live = replace(live, draw_ids=draw_by_inversion(weights, uniforms[rows]))
+                live = replace(live, sampled_ids=sample_by_inversion(weights, uniforms[rows]))
                 if topk is flat[0]:
-                    sums.append(draw_sums(weights, part.draw_ids))
+                    sums.append(sample_sums(weights, part.sampled_ids))
             parts.append(agreement(part, live, at_said))
     row, column = torch.meshgrid(*(torch.arange(n) for n in batch.tokens.shape), indexing="ij")
     real = batch.real.flatten()
     return [
         _Part(
             agreement=Agreement.cat(parts).map(lambda t: t.cpu()[real]),
-            sums=DrawSums.cat(sums).map(lambda t: t.cpu()[real]) if sums else None,
+            sums=SampleSums.cat(sums).map(lambda t: t.cpu()[real]) if sums else None,
             rows=row.flatten()[real] + first,
             columns=column.flatten()[real],
         )
@@ -345,20 +350,22 @@ def _joined(parts: Sequence[_Part], names: list[str]) -> Compared:
     )
 
 
-def _judge_draws(parts: Sequence[_Part], cache: Compared) -> tuple[list[FitTest], list[str]]:
-    """Test whether the stored draws are a sample of the live distribution."""
+def _judge_samples(parts: Sequence[_Part], cache: Compared) -> tuple[list[FitTest], list[str]]:
+    """Test whether the stored sampled ids are a sample of the live distribution."""
     of_batches = [part.sums for part in parts if part.sums is not None]
     if not of_batches:
         return [], []
-    sums = DrawSums.cat(of_batches)
+    sums = SampleSums.cat(of_batches)
     tests = fit_tests(sums, cache.rows, cache.columns)
     failures = [
-        f"draws: {test.name} {test.value:.3f} is not within {test.low:.3f} to {test.high:.3f}"
+        f"sampled ids: {test.name} {test.value:.3f} is not within {test.low:.3f} to {test.high:.3f}"
         for test in tests
         if not test.passed
     ]
     if impossible := int(sums.impossible.sum()):
-        failures.append(f"{impossible:,} draws are among the kept ids, outside which they belong")
+        failures.append(
+            f"{impossible:,} sampled ids are among the kept ids, outside which they belong"
+        )
     return tests, failures
 
 
@@ -379,7 +386,7 @@ def _found(
     return Found(
         errors=errors,
         signed=signed,
-        draws={test.name: test.found for test in tests},
+        sampled={test.name: test.found for test in tests},
         wrong_positions=how_much.wrong_positions,
         wrong_shards=how_much.wrong_shards,
         shards=shards,
@@ -415,7 +422,7 @@ def _summary(series: Compared) -> GateSummary:
         lse_error=means["lse"],
         lse_tau_error=means["lse_tau"],
         entropy_error=means["entropy"],
-        draw_agreement=float(series.agreement.draws.double().mean()),
+        sampled_agreement=float(series.agreement.sampled.double().mean()),
     )
 
 

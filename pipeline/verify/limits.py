@@ -64,7 +64,7 @@ QUANTITIES = (
     Quantity("lse", "error of lse", NATS),
     Quantity("lse_tau", "error of lse_tau", NATS),
     Quantity("entropy", "error of entropy", NATS),
-    Quantity("draws", "agreement of draws", 1e-3, likeness=True),
+    Quantity("sampled", "agreement of sampled ids", 1e-3, likeness=True),
 )
 
 
@@ -107,11 +107,13 @@ class Limits:
     signed: dict[str, float]  # by name
 
 
-def limits_from(noise: Compared, size: int, params: VerifyParams, *, k: int, draws: int) -> Limits:
+def limits_from(
+    noise: Compared, size: int, params: VerifyParams, *, k: int, num_sampled: int
+) -> Limits:
     """Return the limits that a noise floor sets for a cache with `size` examined positions."""
     factor = params.noise_factor
     tails = max(1.0, sqrt(size / len(noise)))
-    unit = {"top1": 1.0, "overlap": 1.0 / max(1, k), "draws": 1.0 / max(1, draws)}
+    unit = {"top1": 1.0, "overlap": 1.0 / max(1, k), "sampled": 1.0 / max(1, num_sampled)}
     ceilings = _ceilings(params)
     limits = {}
     for quantity in QUANTITIES:

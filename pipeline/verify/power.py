@@ -55,7 +55,7 @@ def reach(*, shards: int, rows: int, positions: int, allowed: int) -> Reach:
 def spread(sizes: Sequence[int], wanted: int, seed: int) -> list[int]:
     """Choose rows to examine, in ascending order: first one per shard, then any other rows.
 
-    Both are drawn one from each of equal strata, so they are spread evenly over the cache.
+    Both are sampled one from each of equal strata, so they are spread evenly over the cache.
 
     Args:
         sizes: number of rows in each shard, in order.

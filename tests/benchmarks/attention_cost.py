@@ -1,4 +1,4 @@
-"""What keeping documents apart costs and changes: prepare.attention=documents against packed.
+"""What keeping documents apart costs and changes: prepare.document_mask=true against false.
 
     python tests/benchmarks/attention_cost.py [--rows 64] [--rounds 5] [--set KEY=VALUE]
 
@@ -23,30 +23,31 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.device import pick_device, training_dtype
-from pipeline.target_sources.target_source import NoTeacher
+from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.training.batches import make_batch
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.students import build_student
 
-WAYS = ("packed", "documents")
+WAYS = {"row": False, "documents": True}
+"""Attention over the whole row, and within its documents: values of prepare.document_mask."""
 
 
 def ratio_of(call: Callable[[str], None], rounds: int) -> tuple[float, float]:
-    """Median over rounds of the seconds under documents over those under packed, and of packed."""
+    """Median over rounds of the seconds with the document mask over those without, and of these."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     ratios, plain = [], []
     for turn in range(rounds + 1):
         spent = {}
-        for way in WAYS if turn % 2 else WAYS[::-1]:
+        for way in WAYS if turn % 2 else reversed(WAYS):
             started = clock()
             call(way)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             spent[way] = clock() - started
         if turn:
-            ratios.append(spent["documents"] / spent["packed"])
-            plain.append(spent["packed"])
+            ratios.append(spent["documents"] / spent["row"])
+            plain.append(spent["row"])
     return statistics.median(ratios), statistics.median(plain)
 
 
@@ -57,7 +58,7 @@ def capture(
     wanted, batch_rows = params.prepare, params.capture.batch_rows
     for first in range(0, rows, batch_rows):
         batch = corpus.rows(first, min(first + batch_rows, rows))
-        apart = documents_apart(torch.from_numpy(batch.doc_ids), way)
+        apart = documents_apart(torch.from_numpy(batch.doc_ids), WAYS[way])
         tokens = torch.from_numpy(batch.tokens)
         teacher.top_k(tokens, wanted.k, wanted.temperatures, doc_ids=apart)
 
@@ -70,7 +71,7 @@ def teacher_loss(teacher: HuggingFaceTeacher, corpus: CorpusSplit, way: str) -> 
         tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
         labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss)).flatten()
         labels = labels.to(teacher.device)
-        for place, logits in teacher.logits_by_chunk(tokens, documents_apart(doc_ids, way)):
+        for place, logits in teacher.logits_by_chunk(tokens, documents_apart(doc_ids, WAYS[way])):
             wanted = labels[place] != IGNORE
             log_p = logits[wanted].log_softmax(-1)
             total -= float(log_p.gather(-1, labels[place][wanted][:, None]).sum())
@@ -97,7 +98,7 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     several = sum(len(set(ids.tolist())) > 1 for ids in corpus.rows(0, rows).doc_ids)
     print(f"{several} of the first {rows} rows hold several documents")
     ratio, seconds = ratio_of(lambda way: capture(teacher, corpus, params, rows, way), rounds)
-    print(f"capture: documents {ratio:.3f} x packed ({seconds:.1f} s)")
+    print(f"capture: documents {ratio:.3f} x row ({seconds:.1f} s)")
     student = build_student(params.student, params.paths.teacher).to(device)
     distillation = DistillationStep(
         student,
@@ -106,7 +107,7 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     )
 
     def step(way: str) -> None:
-        source = NoTeacher(corpus, shard_rows=rows, attention=way)  # type: ignore[arg-type]
+        source = TokensOnly(corpus, shard_rows=rows, document_mask=WAYS[way])
         shard = source.shard(0)
         places = [(shard, row) for row in range(min(rows, params.train.batch_rows))]
         batch = make_batch(source, places)
@@ -115,7 +116,7 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
         student.zero_grad(set_to_none=True)
 
     ratio, seconds = ratio_of(step, rounds)
-    print(f"training step: documents {ratio:.3f} x packed ({seconds:.1f} s)")
+    print(f"training step: documents {ratio:.3f} x row ({seconds:.1f} s)")
     held_out = CorpusSplit(params.paths.corpus, "validation")
     losses = {way: teacher_loss(teacher, held_out, way) for way in WAYS}
     print("teacher's validation loss: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))

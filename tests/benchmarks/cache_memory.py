@@ -19,14 +19,14 @@ import numpy as np
 import yaml
 from measure import forget_peak, in_child, peak_mib
 
-from pipeline.capture.local import Capture, fingerprint_of
+from pipeline.capture.local import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
 from pipeline.data.packing import Rows
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.folder import hash_tokenizer
 from pipeline.runtime.device import DTYPES, pick_device
-from pipeline.target_sources.cached import CachedTeacher
+from pipeline.target_sources.cached import CachedTargets
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.batches import BatchStream
 
@@ -57,7 +57,7 @@ def capture(params: Params) -> float:
     )
     fingerprint = fingerprint_of(params, corpus, teacher.dtype)
     before = forget_peak()
-    work = Capture(teacher, corpus, fingerprint, params)
+    work = open_capture(teacher, corpus, fingerprint, params)
     work.run(work.writer.missing())
     return peak_mib() - before
 
@@ -67,7 +67,7 @@ def read(params: Params) -> float:
     reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
     before = forget_peak()
     stream = BatchStream(
-        CachedTeacher(reader), batch_rows=32, window_shards=params.train.shuffle_shards, seed=0
+        CachedTargets(reader), batch_rows=32, window_shards=params.train.shuffle_shards, seed=0
     )
     batches = stream.starting_at(0)
     for _ in range(len(reader.corpus) // 32):

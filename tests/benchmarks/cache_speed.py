@@ -23,10 +23,9 @@ import zarr
 
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
-from pipeline.logit_cache.codec import RankTable
 from pipeline.logit_cache.reader import CacheReader, read_marker
-from pipeline.logit_cache.writer import CacheWriter
-from pipeline.target_sources.cached import CachedTeacher
+from pipeline.logit_cache.writer import CacheWriter, create_cache
+from pipeline.target_sources.cached import CachedTargets
 from pipeline.training.batches import BatchStream
 
 THREADS = 2
@@ -118,7 +117,7 @@ def print_reading(reader: CacheReader, params: Params, rounds: int, steps: int) 
     length = reader.fingerprint.row_length
     rows = min(max(1, 8192 // length), reader.fingerprint.num_rows)
     stream = BatchStream(
-        CachedTeacher(reader),
+        CachedTargets(reader),
         batch_rows=rows,
         window_shards=params.train.shuffle_shards,
         seed=0,
@@ -151,14 +150,15 @@ def print_writing(reader: CacheReader, rounds: int) -> None:
     spent = []
     for _ in range(rounds):
         folder = Path(tempfile.mkdtemp())
-        writer = CacheWriter(
+        create_cache(
             folder,
             "train",
             reader.fingerprint,
             chunk_rows=layout.chunk_rows,
             shard_rows=layout.shard_rows,
-            count=lambda: RankTable(reader.table.rank_to_id),
+            id_order=reader.id_order,
         )
+        writer = CacheWriter(folder, "train", reader.fingerprint)
 
         def write() -> None:
             with ThreadPoolExecutor(THREADS) as pool:

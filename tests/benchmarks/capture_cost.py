@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.capture.local import Capture, fingerprint_of
+from pipeline.capture.local import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.model.attention_mask import documents_apart
@@ -31,7 +31,7 @@ def bare(teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, params: 
     batch_rows = params.capture.batch_rows
     for first in range(rows.start, rows.stop, batch_rows):
         batch = corpus.rows(first, min(first + batch_rows, rows.stop))
-        doc_ids = documents_apart(torch.from_numpy(batch.doc_ids), params.prepare.attention)
+        doc_ids = documents_apart(torch.from_numpy(batch.doc_ids), params.prepare.document_mask)
         for _ in teacher.logits_by_chunk(torch.from_numpy(batch.tokens), doc_ids):
             pass
     if teacher.device.type == "cuda":
@@ -48,7 +48,9 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             paths = params.paths.model_copy(update={"logits": Path(folder)})
             here = params.model_copy(update={"paths": paths})
-            capture = Capture(teacher, corpus, fingerprint_of(here, corpus, teacher.dtype), here)
+            capture = open_capture(
+                teacher, corpus, fingerprint_of(here, corpus, teacher.dtype), here
+            )
             rows = range(capture.writer.layout.rows_of(shards[-1])[1])
             started = time.perf_counter()
             bare(teacher, corpus, rows, params)

@@ -79,8 +79,8 @@ def made_up_targets(tokens: int, vocabulary: int, k: int, device: str = "cpu") -
         lse=torch.zeros(tokens, device=device),
         lse_tau=torch.cat((torch.zeros_like(normaliser), normaliser), -1),
         entropy=torch.ones(tokens, device=device),
-        draw_ids=ids[:, :0],
-        draw_logprobs=logprobs[:, :0],
+        sampled_ids=ids[:, :0],
+        sampled_logprobs=logprobs[:, :0],
         temperatures=(1.0, 2.0),
         vocab_size=vocabulary,
     )

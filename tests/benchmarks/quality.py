@@ -29,7 +29,7 @@ from pipeline.evaluation.compare import compare
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.models import open_models
 from pipeline.logit_cache.reader import CacheReader
-from pipeline.targets import topk
+from pipeline.targets import reduce
 from pipeline.targets.reduce import block_top_k
 from pipeline.teacher.transformers import HuggingFaceTeacher, teacher_dtype
 from pipeline.training.run import run_training
@@ -40,19 +40,19 @@ class Target:
     """What a student learns from."""
 
     name: str
-    teacher: str = "cached"
+    targets: str = "cached"
     k: int = 64
-    draws: int = 0
+    num_sampled: int = 0
     divergence: str = "forward_kl"
 
     def overrides(self, work: Path, steps: int) -> list[str]:
         """For `load_params`."""
         return [
-            f"paths.logits={work}/logits-{self.k}-{self.draws}",
+            f"paths.logits={work}/logits-{self.k}-{self.num_sampled}",
             f"paths.runs={work}/runs",
             f"prepare.k={self.k}",
-            f"prepare.draws={self.draws}",
-            f"train.teacher={self.teacher}",
+            f"prepare.num_sampled={self.num_sampled}",
+            f"train.targets={self.targets}",
             f"train.divergence={self.divergence}",
             f"train.steps={steps}",
             "train.temperature=1",
@@ -61,27 +61,27 @@ class Target:
 
     def run_name(self, seed: int) -> str:
         """The folder under runs."""
-        return f"{self.teacher}-{self.k}-{self.draws}-{self.divergence}-{seed}"
+        return f"{self.targets}-{self.k}-{self.num_sampled}-{self.divergence}-{seed}"
 
 
-CROSS_ENTROPY = Target("cross-entropy alone", teacher="none", k=1)
-DENSE = Target("dense, live teacher", teacher="online")
+CROSS_ENTROPY = Target("cross-entropy alone", targets="none", k=1)
+DENSE = Target("dense, live teacher", targets="online")
 TARGETS = (
     CROSS_ENTROPY,
     Target("top 64, renormalised", divergence="renormalised_kl"),
     Target("top 64, tail bucket"),
     Target("top 32, tail bucket", k=32),
-    Target("top 32 + 16 draws", k=32, draws=16),
-    Target("50 draws", k=0, draws=50),
+    Target("top 32 + 16 sampled ids", k=32, num_sampled=16),
+    Target("50 sampled ids", k=0, num_sampled=50),
     DENSE,
 )
 
 
 def bytes_a_token(params: Params, target: Target) -> float:
     """Of the targets alone; dense ones as float16, plain."""
-    if target.teacher == "none":
+    if target.targets == "none":
         return 0.0
-    if target.teacher == "online":
+    if target.targets == "online":
         return 2.0 * target.k
     reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
     return reader.num_bytes() / (reader.fingerprint.num_rows * reader.fingerprint.row_length)
@@ -97,9 +97,9 @@ def keep_all_unsorted(
 
 
 def train_one(target: Target, work: Path, seed: int, steps: int) -> None:
-    """Capture if need be, and train; with draws, those of seed 0 serve all runs."""
+    """Capture if need be, and train; with sampled ids, those of seed 0 serve all runs."""
     params = load_params(Path("params.yaml"), target.overrides(work, steps))
-    if target.teacher == "cached":
+    if target.targets == "cached":
         capture_locally(params)
     run_training(params.model_copy(update={"seed": seed}), target.run_name(seed), overwrite=True)
 
@@ -126,7 +126,7 @@ def way(scores: dict[str, list[Scores]], name: str, field: str) -> str:
 @click.option("--steps", default=48)
 def main(work: Path, seeds: int, steps: int) -> None:
     """Train, evaluate, print the README's table."""
-    with patch.object(topk, "block_top_k", keep_all_unsorted):
+    with patch.object(reduce, "block_top_k", keep_all_unsorted):
         compare_targets(work, seeds, steps)
 
 
@@ -153,7 +153,9 @@ def compare_targets(work: Path, seeds: int, steps: int) -> None:
         models = open_models(
             folders, corpus, params.paths.teacher, dtype=teacher.dtype, device=device
         )
-        found = compare(teacher, models, corpus, params.evaluate, params.prepare.attention).scores
+        found = compare(
+            teacher, models, corpus, params.evaluate, params.prepare.document_mask
+        ).scores
         scores[target.name] = [found[name] for name in names]
     print("| | bytes | loss | KL to teacher | agreement | ECE | way: loss | way: KL |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")

@@ -43,17 +43,19 @@ def main(runs: int, steps: int) -> None:
         for number in range(runs):
             for teacher in ("cached", "online"):
                 rate = 0.0005 * 1.2**number
-                changes = [f"train.teacher={teacher}", f"train.learning_rate={rate}"]
+                changes = [f"train.targets={teacher}", f"train.learning_rate={rate}"]
                 name = f"{teacher}-{number}"
                 started = time.perf_counter()
                 run_training(load_params(Path("params.yaml"), common + changes), name)
                 seconds[teacher] += time.perf_counter() - started
                 shutil.rmtree(Path(folder) / "runs" / name)
     rows = len(CorpusSplit(params.paths.corpus, "train"))
-    passes = runs * steps * params.train.batch_rows * params.train.accumulation / rows
+    epochs = (
+        runs * steps * params.train.batch_rows * params.train.gradient_accumulation_steps / rows
+    )
     cached = seconds["capture"] + seconds["cached"]
     print(
-        f"{runs} runs of {steps} steps, {passes:.1f} passes over the corpus in all\n"
+        f"{runs} runs of {steps} steps, {epochs:.1f} epochs in all\n"
         f"capture {seconds['capture']:.0f} s, cached runs {seconds['cached']:.0f} s, online runs "
         f"{seconds['online']:.0f} s\n"
         f"online over cached, capture included: {seconds['online'] / cached:.2f}; a run alone: "

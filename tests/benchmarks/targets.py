@@ -27,7 +27,7 @@ from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows
 from pipeline.io.zarr_shards import ArraySpec, encode_shard
-from pipeline.logit_cache.codec import RankTable, encode
+from pipeline.logit_cache.codec import IdOrder, encode
 from pipeline.logit_cache.layout import CacheLayout
 from pipeline.losses.divergences import renormalised_kl
 from pipeline.losses.reference import bucketed, full_kl, sampled_kl, tail_bucket_kl
@@ -56,9 +56,9 @@ MODES: dict[str, tuple[int, int, Loss]] = {
     "top 64, tail bucket": (64, 0, tail_bucket_kl),
     "top 32, tail bucket": (32, 0, tail_bucket_kl),
     "top 16, tail bucket": (16, 0, tail_bucket_kl),
-    "top 32 + 16 draws": (32, 16, sampled_kl),
-    "top 16 + 16 draws": (16, 16, sampled_kl),
-    "50 draws": (0, 50, sampled_kl),
+    "top 32 + 16 sampled ids": (32, 16, sampled_kl),
+    "top 16 + 16 sampled ids": (16, 16, sampled_kl),
+    "50 sampled ids": (0, 50, sampled_kl),
 }
 
 
@@ -70,19 +70,21 @@ def degrees(one: Tensor, two: Tensor) -> float:
 
 def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -> float:
     """Bytes of the encoded shard and of the corpus's arrays."""
-    made_from = replace(fingerprint_of(params, corpus, torch.float32), k=topk.k, draws=topk.draws)
-    ids = np.concatenate([topk.ids.numpy().ravel(), topk.draw_ids.numpy().ravel()])
-    table = RankTable.counted(
-        ids[: 8 * rows.tokens.shape[1] * (topk.k + topk.draws)], topk.vocab_size
+    made_from = replace(
+        fingerprint_of(params, corpus, torch.float32), k=topk.k, num_sampled=topk.num_sampled
+    )
+    ids = np.concatenate([topk.ids.numpy().ravel(), topk.sampled_ids.numpy().ravel()])
+    id_order = IdOrder.by_frequency(
+        ids[: 8 * rows.tokens.shape[1] * (topk.k + topk.num_sampled)], topk.vocab_size
     )
     count = len(rows)
     layout = CacheLayout(
         fingerprint=replace(made_from, num_rows=count, temperatures=topk.temperatures),
         chunk_rows=min(count, params.prepare.chunk_rows),
         shard_rows=count,
-        rank_table="",
+        id_order="",
     )
-    arrays = encode(topk, table)
+    arrays = encode(topk, id_order)
     total = sum(len(encode_shard(spec, arrays[name])) for name, spec in layout.specs.items())
     for name, dtype in (("tokens", "uint16"), ("doc_ids", "int32"), ("in_loss", "uint8")):
         spec = ArraySpec(
@@ -125,12 +127,12 @@ def main() -> None:
     )
     count = params.prepare.chunk_rows
     rows = corpus.rows(0, count)
-    doc_ids = documents_apart(torch.from_numpy(rows.doc_ids), params.prepare.attention)
+    doc_ids = documents_apart(torch.from_numpy(rows.doc_ids), params.prepare.document_mask)
     inputs = torch.from_numpy(rows.tokens), doc_ids
     length = corpus.info.row_length
     chances = {
-        draws: row_uniforms(range(count), length, draws, 0).flatten(0, 1)
-        for _, draws, _ in MODES.values()
+        num_sampled: row_uniforms(range(count), length, num_sampled, 0).flatten(0, 1)
+        for _, num_sampled, _ in MODES.values()
     }
     places = torch.randperm(count * length)[:BATCH].sort().values
     parts: dict[tuple[int, int], list[TopK]] = {mode[:2]: [] for mode in MODES.values()}
@@ -138,8 +140,8 @@ def main() -> None:
     for place, logits in teacher.logits_by_chunk(*inputs):
         chosen = places[(places >= place.start) & (places < place.stop)] - place.start
         compared.append(logits[chosen].clone())
-        for (k, draws), found in parts.items():
-            found.append(top_k_from_logits(logits.clone(), k, TAUS, chances[draws][place]))
+        for (k, num_sampled), found in parts.items():
+            found.append(top_k_from_logits(logits.clone(), k, TAUS, chances[num_sampled][place]))
     teacher_logits = torch.cat(compared)
     whole = {mode: TopK.cat(found) for mode, found in parts.items()}
     trained = params.paths.runs / "student" / "model"
@@ -159,8 +161,8 @@ def main() -> None:
         for name, student in students.items()
         for tau in TAUS
     }
-    for mode, (k, draws, loss) in MODES.items():
-        topk = whole[k, draws]
+    for mode, (k, num_sampled, loss) in MODES.items():
+        topk = whole[k, num_sampled]
         size = bytes_a_token(
             topk.map(lambda t: t.view(count, length, *t.shape[1:])), rows, params, corpus
         )

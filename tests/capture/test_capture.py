@@ -67,7 +67,7 @@ def test_killed_capture_resumes_to_the_same_store(tiny_corpus: Params, tmp_path:
         ({"k": 8}, "k=16"),
         ({"temperatures": [1.0]}, "temperatures="),
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"attention": "packed"}, "attention=documents"),
+        ({"document_mask": False}, "document_mask=True"),
     ],
 )
 def test_other_parameters_are_refused_by_name(
@@ -168,7 +168,7 @@ def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -
         (errno.EROFS, "the file system is read-only"),
         (errno.EACCES, "permission is denied"),
         (errno.EIO, "the disk reports an input/output error"),
-        (errno.ESTALE, "the network file system lost sight of it"),
+        (errno.ESTALE, "the network file system lost track of the file"),
     ],
 )
 def test_write_failure_says_what_is_safe(
@@ -203,15 +203,15 @@ def test_each_document_is_captured_as_if_alone(tiny_corpus: Params) -> None:
     first = rows.doc_ids[row] == rows.doc_ids[row, 0]
     second = rows.doc_ids[row] == rows.doc_ids[row, first.sum()]
     teacher = live_teacher(tiny_corpus)
-    for attention in ("documents", "packed"):
+    for document_mask in (True, False):
         params = change(
             tiny_corpus,
-            prepare={"attention": attention},
-            paths={"logits": f"{tiny_corpus.paths.logits}_{attention}"},
+            prepare={"document_mask": document_mask},
+            paths={"logits": f"{tiny_corpus.paths.logits}_{document_mask}"},
         )
         capture_all(params)
         stored = open_cache(params).top_k(np.array([row]))
-        for place, as_if_alone in ((first, True), (second, attention == "documents")):
+        for place, as_if_alone in ((first, True), (second, document_mask)):
             tokens = torch.from_numpy(rows.tokens[row][place])[None]
             alone = teacher.top_k(tokens, 16, (1.0, 2.0, 4.0))
             same = torch.allclose(stored[:, place].lse_tau, alone.lse_tau, atol=1e-5)

@@ -59,10 +59,10 @@ def test_unknown_key_is_named_with_its_neighbour(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("train.alpha=1.5", r"train\.alpha=1\.5 is refused: .* less than or equal to 1"),
-        ("train.teacher=offline", r"train\.teacher='offline' is refused: .*'cached'"),
+        ("train.targets=offline", r"train\.targets='offline' is refused: .*'cached'"),
         ("prepare.shard_rows=40", "shard_rows=40 must be a multiple of chunk_rows=32"),
         ("prepare.temperatures=[1,1]", "repeat"),
-        ("prepare.k=0", "k=0 and draws=0 keep nothing"),
+        ("prepare.k=0", "k=0 and num_sampled=0 keep nothing"),
         ("prepare.k=-1", r"prepare\.k=-1 is refused"),
         ("paths.logits=ftp://host/x", "scheme ftp:// is not known"),
         ("paths.logits=s3://", "s3:// names no bucket"),

@@ -17,7 +17,7 @@ def epochs(params: Params, count: float, **train: object) -> Params:
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_rows", "accumulation", "steps"),
+    ("count", "batch_rows", "gradient_accumulation_steps", "steps"),
     [
         (1, 10, 1, 10),
         (3, 10, 1, 30),
@@ -28,10 +28,10 @@ def epochs(params: Params, count: float, **train: object) -> Params:
     ],
 )
 def test_epochs_come_to_steps(
-    count: float, batch_rows: int, accumulation: int, steps: int, tiny_params: Params
+    count: float, batch_rows: int, gradient_accumulation_steps: int, steps: int, tiny_params: Params
 ) -> None:
     """Worked by hand for 100 rows."""
-    shape = {"batch_rows": batch_rows, "accumulation": accumulation}
+    shape = {"batch_rows": batch_rows, "gradient_accumulation_steps": gradient_accumulation_steps}
     resolved = resolve(epochs(tiny_params, count, **shape), train_rows=100, num_ids=300)
     assert (resolved.train.num_steps, resolved.train.epochs) == (steps, None)
     assert resolve(resolved, train_rows=100, num_ids=300) == resolved
@@ -50,7 +50,7 @@ def test_one_of_the_two_says_how_long(given: str) -> None:
 
 
 def test_a_schedule_that_does_not_fit_the_epochs_is_refused(tiny_params: Params) -> None:
-    wsd = {"schedule": "wsd", "warmup_steps": 9, "decay_share": 0.2, "batch_rows": 10}
+    wsd = {"schedule": "wsd", "warmup_steps": 9, "decay_fraction": 0.2, "batch_rows": 10}
     params = epochs(tiny_params, 1, **wsd)
     with pytest.raises(ParamsError, match=r"train\.epochs=1 over 100 rows .*steps=10, 2, overlap"):
         resolve(params, train_rows=100, num_ids=300)

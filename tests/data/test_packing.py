@@ -32,12 +32,12 @@ def document(tokens: Sequence[int]) -> Document:
 def packed(way: str, documents: list[list[int]], length: int, at_once: int) -> Rows:
     blocks = list(PACKERS[way](map(document, documents), length, 0, at_once))
     assert all(len(block) and block.tokens.shape[1] == length for block in blocks)
-    if way == "cut":
+    if way == "concat":
         assert all(len(block) == at_once for block in blocks[:-1])
     return Rows.cat(blocks or [Rows(*np.zeros((3, 0, length), dtype=np.int64))])
 
 
-@pytest.mark.parametrize("way", ["cut", "fit"])
+@pytest.mark.parametrize("way", ["concat", "best_fit"])
 @given(documents=DOCUMENTS, length=st.integers(2, 9), at_once=st.integers(1, 4))
 def test_each_token_appears_once_and_in_order(
     way: str, documents: list[list[int]], length: int, at_once: int
@@ -56,7 +56,7 @@ def test_each_token_appears_once_and_in_order(
 
 @given(documents=DOCUMENTS, length=st.integers(2, 9), at_once=st.integers(1, 4))
 def test_cut_pads_the_last_row_alone(documents: list[list[int]], length: int, at_once: int) -> None:
-    rows = packed("cut", documents, length, at_once)
+    rows = packed("concat", documents, length, at_once)
     tokens, doc_ids = rows.tokens.flatten(), rows.doc_ids.flatten()
     count = sum(map(len, documents))
     assert tokens[:count].tolist() == [token for tokens in documents for token in tokens]
@@ -66,7 +66,7 @@ def test_cut_pads_the_last_row_alone(documents: list[list[int]], length: int, at
 
 @given(documents=DOCUMENTS, length=st.integers(2, 9), at_once=st.integers(1, 4))
 def test_fit_keeps_documents_whole(documents: list[list[int]], length: int, at_once: int) -> None:
-    rows = packed("fit", documents, length, at_once)
+    rows = packed("best_fit", documents, length, at_once)
     for number, tokens in enumerate(d for d in documents if d):
         where = np.argwhere(rows.doc_ids == number)
         assert len(set(where[:, 0].tolist())) == -(-len(tokens) // length)
@@ -75,13 +75,13 @@ def test_fit_keeps_documents_whole(documents: list[list[int]], length: int, at_o
     for row in rows.doc_ids:
         real = row[row != PADDING].tolist()
         assert real == sorted(real)
-    again = packed("fit", documents, length, at_once)
+    again = packed("best_fit", documents, length, at_once)
     assert np.array_equal(rows.tokens, again.tokens)
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=40))
 def test_no_two_rows_of_fit_would_fit_into_one(lengths: list[int]) -> None:
-    rows = packed("fit", [[1] * n for n in lengths], 12, at_once=100)
+    rows = packed("best_fit", [[1] * n for n in lengths], 12, at_once=100)
     filled = sorted((rows.doc_ids != PADDING).sum(1).tolist())
     assert all(a + b > 12 for a, b in pairwise(filled))
 
@@ -106,7 +106,7 @@ def test_fit_of_many_short_documents_pads_the_last_row_alone() -> None:
     """Blocks hand what does not fill a row to the next, so nothing is lost at their ends."""
     texts = [[1]] * 1000
     for at_once in (1, 3, 50):
-        rows = packed("fit", texts, 7, at_once)
+        rows = packed("best_fit", texts, 7, at_once)
         assert len(rows) == -(-1000 // 7)
 
 

@@ -210,9 +210,9 @@ def test_a_model_that_mixes_documents_is_refused(tiny_corpus: Params, tmp_path: 
     whole = WholeModel(folder, torch.float32, torch.device("cpu"))
     tokens = torch.arange(8)[None]
     assert whole.logits(whole.states(tokens, None)).shape == (8, VOCABULARY_ROWS)
-    with pytest.raises(DecantError, match=r"'bloom' model attends .* prepare\.attention=packed"):
+    with pytest.raises(DecantError, match=r"'bloom' model attends .* prepare\.document_mask=false"):
         whole.states(tokens, torch.tensor([[0] * 4 + [1] * 4]))
-    packed = change(tiny_corpus, prepare={"attention": "packed"})
+    packed = change(tiny_corpus, prepare={"document_mask": False})
     assert judge(packed, {"it": folder}).scores["it"].loss > 0.0
 
 
@@ -231,5 +231,5 @@ def test_damaged_folders_are_one_sentence(
 ) -> None:
     folder = make_model(tmp_path / "it", "phi", tiny_corpus.paths.teacher)
     damage(folder)
-    with pytest.raises(DecantError, match="is no usable student"):
+    with pytest.raises(DecantError, match="is not a usable student"):
         judge(tiny_corpus, {"it": folder})

@@ -71,7 +71,7 @@ def export_params(**changes: Any) -> ExportParams:
         "text": None,
         "prompts": 5,
         "prompt_tokens": 9,
-        "new_tokens": 8,
+        "max_new_tokens": 8,
         "lines": 40,
         "min_agreement": 0.5,
     }

@@ -90,7 +90,7 @@ def test_a_random_student_of_auto_rows_goes_the_whole_way(
 ) -> None:
     """300 ids, 320 rows: trained, exported with GGUF, checked on all paths, and evaluated."""
     student = {"init": "random"} | SMALL | {"vocab_size": "auto", "attention_bias": False}
-    train = {"steps": 2, "teacher": "none"}
+    train = {"steps": 2, "targets": "none"}
     params = change(tiny_corpus, student=student, train=train, export={"gguf": ["f16", "q8_0"]})
     model = run_training(params, "student").folder / "model"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
@@ -197,7 +197,9 @@ def test_an_export_that_fails_leaves_the_older_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.export.export.write_gguf", full_disk)
-    with pytest.raises(DecantError, match=r"student is not written, .* the disk is full .* free"):
+    with pytest.raises(
+        DecantError, match=r"student could not be written: .* the disk is full .* free"
+    ):
         export_model(tiny_run, model)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [entry.name for entry in tiny_run.paths.export.iterdir()] == ["student"]

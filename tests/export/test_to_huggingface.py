@@ -152,7 +152,7 @@ METRICS = {
     "student": {"loss": 3.125, "perplexity": 22.76, "tokens": 600},
 }
 RUN = {
-    "train": {"teacher": "cached", "steps": 48, "temperature": 1.0},
+    "train": {"targets": "cached", "steps": 48, "temperature": 1.0},
     "cache": {"teacher_sha256": "19f1f3", "k": 16},
 }
 

@@ -36,7 +36,7 @@ def test_fifty_kills(
 ) -> None:
     params = change(
         tiny_corpus,
-        prepare={"shard_rows": 1, "chunk_rows": 1, "k": 8, "draws": 4},
+        prepare={"shard_rows": 1, "chunk_rows": 1, "k": 8, "num_sampled": 4},
         capture={"batch_rows": 1},
         paths={"logits": str(tmp_path / "killed.zarr")},
     )

@@ -18,10 +18,10 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.io.object_store import LocalFolder
 from pipeline.io.zarr_shards import encode_shard, seal
-from pipeline.logit_cache.codec import RankTable
+from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import CheckResult, check_cache
-from pipeline.logit_cache.layout import rank_table_name
+from pipeline.logit_cache.layout import id_order_name
 from tests.conftest import change, make_teacher
 from tests.helpers import capture_all, make_capture, open_cache, reseal_corpus
 
@@ -41,7 +41,7 @@ def all_arrays(params: Params) -> dict[str, np.ndarray]:
 def pristine(
     teacher_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Params:
-    """A cache of 24 shards with kept ids and draws, shared by all cases of this file."""
+    """A cache of 24 shards with kept ids and sampled ids, shared by all cases of this file."""
     import yaml
 
     from pipeline.config.params import load_params
@@ -51,7 +51,7 @@ def pristine(
     folder = tmp_path_factory.mktemp("pristine")
     values = tiny_values(teacher_folder, text_folder, folder / "cache")
     values["paths"]["teacher"] = str(teacher_folder)
-    values["prepare"] |= {"shard_rows": 4, "k": 8, "draws": 4}
+    values["prepare"] |= {"shard_rows": 4, "k": 8, "num_sampled": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     params = load_params(folder / "params.yaml")
     build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
@@ -78,7 +78,7 @@ def shard_objects(params: Params) -> list[Path]:
     """Every object that belongs to one shard: the arrays' and the markers."""
     folder = params.paths.logits / "train"
     found = [*folder.glob("*/c/**/*"), *folder.glob("commits/*.json")]
-    return sorted(f for f in found if f.is_file() and not f.match("rank_to_id_*/c/0"))
+    return sorted(f for f in found if f.is_file() and not f.match("id_order_*/c/0"))
 
 
 def shard_number(file: Path) -> int:
@@ -263,9 +263,9 @@ def say_another_k(file: Path, generator: np.random.Generator) -> None:
     [
         ("zarr.json", say_another_k),
         ("zarr.json", truncate),
-        ("id_ranks/zarr.json", flip_a_bit),
+        ("id_indices/zarr.json", flip_a_bit),
         ("lse/zarr.json", truncate),
-        ("logprob_steps/zarr.json", delete),
+        ("logprob_deltas/zarr.json", delete),
         ("table", flip_a_bit),
         ("table", empty),
         ("table", delete),
@@ -276,7 +276,7 @@ def test_repair_of_metadata_keeps_the_shards(
 ) -> None:
     before = all_arrays(cache)
     folder = cache.paths.logits / "train"
-    file = next(folder.glob("rank_to_id_*/c/0")) if name == "table" else folder / name
+    file = next(folder.glob("id_order_*/c/0")) if name == "table" else folder / name
     damage(file, np.random.default_rng(5))
     assert check(cache).damages
     if name in ("table", "zarr.json"):  # the others are for foreign readers
@@ -327,9 +327,9 @@ def test_repair_finds_the_rank_table_of_the_cache_among_others(seed: int, cache:
     """Processes that create a cache at once leave a table each."""
     folder = LocalFolder(cache.paths.logits / "train")
     layout = open_cache(cache).layout
-    other = RankTable(np.random.default_rng(seed).permutation(300))
-    spec = replace(layout.rank_spec, name=rank_table_name(other))
-    folder.write(spec.key_of(0), encode_shard(spec, other.rank_to_id))
+    other = IdOrder(np.random.default_rng(seed).permutation(300))
+    spec = replace(layout.id_order_spec, name=id_order_name(other))
+    folder.write(spec.key_of(0), encode_shard(spec, other.ids))
     truncate(cache.paths.logits / "train" / "zarr.json", np.random.default_rng(5))
     assert capture_all(cache, repair=True)[0].shards_done == 0
     assert check(cache).damages == ()

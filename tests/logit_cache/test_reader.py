@@ -17,8 +17,8 @@ from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows
+from pipeline.data.row_order import ShuffledRows
 from pipeline.errors import MismatchError
-from pipeline.logit_cache.reader import ShuffledRows
 from tests.conftest import change
 from tests.helpers import capture_all, live_teacher, open_cache
 
@@ -42,12 +42,12 @@ def test_rows_in_any_order_are_what_the_teacher_said(tiny_cache: Params) -> None
 def test_a_foreign_reader_needs_only_the_specification(tiny_cache: Params) -> None:
     """Plain zarr and three lines from store/schema.py: a running sum, an addition, a table."""
     group = zarr.open_group(tiny_cache.paths.logits, path="train", mode="r")
-    steps = np.asarray(group["logprob_steps"][3:5])
+    steps = np.asarray(group["logprob_deltas"][3:5])
     logprobs = np.cumsum(steps, axis=-1, dtype=np.uint16).view(np.float16).astype(np.float32)
-    table = np.asarray(group[group.attrs["decant"]["rank_table"]][:])
+    table = np.asarray(group[group.attrs["decant"]["id_order"]][:])
     ours = open_cache(tiny_cache).top_k(np.array([3, 4]))
     assert np.array_equal(logprobs, ours.logprobs.numpy())
-    assert np.array_equal(table[np.asarray(group["id_ranks"][3:5])], ours.ids.numpy())
+    assert np.array_equal(table[np.asarray(group["id_indices"][3:5])], ours.ids.numpy())
     assert np.array_equal(np.asarray(group["lse"][3:5]), ours.lse.numpy())
 
 
@@ -129,8 +129,8 @@ def test_a_window_needs_only_its_shards() -> None:
 
 
 def test_prefix_of_k_is_refused_beside_draws(tiny_corpus: Params) -> None:
-    params = change(tiny_corpus, prepare={"k": 8, "draws": 4})
+    params = change(tiny_corpus, prepare={"k": 8, "num_sampled": 4})
     capture_all(params)
-    assert open_cache(params, k=8).top_k(np.array([0])).draws == 4
-    with pytest.raises(MismatchError, match=r"draws of .* were taken outside its 8"):
+    assert open_cache(params, k=8).top_k(np.array([0])).num_sampled == 4
+    with pytest.raises(MismatchError, match=r"sampled ids of .* were taken outside its 8"):
         open_cache(params, k=4)

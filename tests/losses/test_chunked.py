@@ -40,7 +40,7 @@ def assert_equals_plain(
     if topk is not None:
         value = (
             sampled_kl(logits, topk, tau)
-            if topk.draws
+            if topk.num_sampled
             else DIVERGENCES[divergence](*bucketed(logits, topk, tau))
         )
         torch.testing.assert_close(sums.divergence, value.sum(), atol=1e-4, rtol=2e-6)
@@ -53,15 +53,15 @@ def assert_equals_plain(
 
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize(
-    ("vocabulary", "k", "draws"),
+    ("vocabulary", "k", "num_sampled"),
     [(130, 7, 0), (40, 40, 0), (40, 1, 0), (130, 7, 9), (130, 0, 20)],
 )
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
 def test_equals_the_plain_form(
-    tau: float, vocabulary: int, k: int, draws: int, alpha: float
+    tau: float, vocabulary: int, k: int, num_sampled: int, alpha: float
 ) -> None:
     n, size = 23, 12
-    topk = top_k_from_logits(torch.randn(n, vocabulary) * 3, k, TAUS, torch.rand(n, draws))
+    topk = top_k_from_logits(torch.randn(n, vocabulary) * 3, k, TAUS, torch.rand(n, num_sampled))
     hidden = torch.randn(n, size, requires_grad=True)
     weight = torch.randn(vocabulary + 5, size, requires_grad=True)  # more rows than valid ids
     labels = torch.randint(0, vocabulary, (n,))
@@ -258,7 +258,7 @@ def test_validation_costs_the_logits_alone(products: list[object]) -> None:
 
 def test_draws_serve_forward_kl_alone() -> None:
     topk = top_k_from_logits(torch.randn(2, 12), 4, TAUS, torch.rand(2, 6))
-    with pytest.raises(MismatchError, match=r"divergence=skew_kl .* 6 draws"):
+    with pytest.raises(MismatchError, match=r"divergence=skew_kl .* 6 sampled ids"):
         distillation_loss_sums(
             torch.randn(2, 3),
             torch.randn(12, 3),

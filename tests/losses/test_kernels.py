@@ -45,7 +45,7 @@ def check_passes(fused: SoftmaxKernels, device: str) -> None:
 
 
 def check_losses(fused: SoftmaxKernels, device: str) -> None:
-    """The whole loss by either, value and gradient, for every divergence and draws."""
+    """The whole loss by either, value and gradient, for every divergence and sampled ids."""
     hidden = torch.randn(9, 8, device=device, requires_grad=True)
     weight = torch.randn(305, 8, device=device, requires_grad=True)
     labels = torch.randint(0, 300, (9,), device=device)

@@ -129,11 +129,11 @@ def test_sampled_loss_and_gradient_are_unbiased(tau: float, k: int) -> None:
     outside = [v for v in range(40) if v not in topk.ids[0].tolist()]
     log_p = teacher.log_softmax(-1)
     chances = (log_p[0, outside] - log_p[0, outside].logsumexp(0)).exp()
-    draws = torch.tensor(outside)[:, None]  # one position for each possible draw
+    num_sampled = torch.tensor(outside)[:, None]  # one position for each possible draw
     every = replace(
         topk.map(lambda t: t.expand(len(outside), *t.shape[1:])),
-        draw_ids=draws,
-        draw_logprobs=log_p.expand(len(outside), -1).gather(-1, draws),
+        sampled_ids=num_sampled,
+        sampled_logprobs=log_p.expand(len(outside), -1).gather(-1, num_sampled),
     )
     student = torch.randn(1, 40)
     ours = student.expand(len(outside), -1).clone().requires_grad_()
@@ -297,7 +297,7 @@ def test_an_empty_bucket_on_both_sides_leaves_the_full_divergence(name: Divergen
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "forward_kl"])
 def test_draws_serve_forward_kl_alone(name: Divergence) -> None:
     topk = top_k_from_logits(torch.randn(2, 12), 4, TAUS, torch.rand(2, 6))
-    with pytest.raises(MismatchError, match=rf"divergence={name} .* 6 draws .* forward_kl"):
+    with pytest.raises(MismatchError, match=rf"divergence={name} .* 6 sampled ids .* forward_kl"):
         distillation_loss(
             torch.randn(2, 12),
             torch.tensor([3, 7]),

@@ -57,9 +57,9 @@ def test_mask_is_causal_within_documents_and_never_empty(lengths: list[list[int]
 def test_no_mask_where_plain_causal_attention_does_the_same() -> None:
     alone = torch.tensor([[3, 3, 3, 3], [4, 4, PADDING, PADDING]])
     several = torch.tensor([[3, 3, 3, 3], [4, 4, 5, PADDING]])
-    assert documents_apart(alone, "documents") is None
-    assert documents_apart(several, "documents") is several
-    assert documents_apart(several, "packed") is None
+    assert documents_apart(alone, True) is None
+    assert documents_apart(several, True) is several
+    assert documents_apart(several, False) is None
 
 
 def test_the_masked_path_of_one_document_is_the_plain_one() -> None:

@@ -19,7 +19,7 @@ from pipeline.planning.costs import (
 )
 from pipeline.planning.shapes import KNOWN
 from pipeline.runtime.device import DTYPES
-from pipeline.target_sources.target_source import NoTeacher
+from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.distributed import ALONE, parallelise
@@ -30,9 +30,11 @@ ROWS = 8
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 4}
 
 
-def batch_of(params: Params, attention: str) -> Batch:
+def batch_of(params: Params, document_mask: bool) -> Batch:
     corpus = CorpusSplit(params.paths.corpus, "train")
-    return next(first_rows(NoTeacher(corpus, shard_rows=16, attention=attention), ROWS, ROWS))
+    return next(
+        first_rows(TokensOnly(corpus, shard_rows=16, document_mask=document_mask), ROWS, ROWS)
+    )
 
 
 def kept_bytes(params: Params, batch: Batch) -> float:
@@ -57,15 +59,15 @@ def kept_bytes(params: Params, batch: Batch) -> float:
     return total / batch.tokens.numel()
 
 
-@pytest.mark.parametrize("attention", ["documents", "packed"])
+@pytest.mark.parametrize("document_mask", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_are_what_autograd_keeps(
-    attention: str, dtype: str, tiny_corpus: Params
+    document_mask: bool, dtype: str, tiny_corpus: Params
 ) -> None:
     """Rounded weights, which it keeps too, are counted apart."""
-    params = change(tiny_corpus, prepare={"attention": attention}, train={"dtype": dtype})
-    batch = batch_of(params, attention)
-    assert (batch.doc_ids is None) == (attention == "packed")
+    params = change(tiny_corpus, prepare={"document_mask": document_mask}, train={"dtype": dtype})
+    batch = batch_of(params, document_mask)
+    assert (batch.doc_ids is None) == (not document_mask)
     shape, _ = small_shape(**WIDE)
     weights = 0 if dtype == "float32" else 2 * shape.body_matrices
     found = kept_bytes(params, batch) - weights / batch.tokens.numel()
@@ -84,14 +86,14 @@ def test_a_step_makes_the_operations_that_pytorch_counts(
 ) -> None:
     params = change(
         tiny_corpus,
-        prepare={"attention": "packed"},
+        prepare={"document_mask": False},
         run={"activation_checkpointing": checkpointing},
     )
     shape, student = small_shape(**WIDE)
     model = parallelise(
         DistillationStep(student, dtype=torch.float32, head_chunk=64), ALONE, params.run
     )
-    batch = batch_of(params, "packed")
+    batch = batch_of(params, False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, alpha=0.0, temperature=1.0, divergence="forward_kl")[0].backward()
     labels, tokens = batch.num_labels, batch.tokens.numel()

@@ -24,7 +24,7 @@ from tests.helpers import live_teacher, open_cache
 
 BIG = {
     "corpus": {"train_tokens": 10_000_000, "validation_tokens": 100_000, "row_length": 1000},
-    "advise": {"device": "t4", "utilisation": 0.5},
+    "advise": {"device": "t4", "mfu": 0.5},
     "prepare": {"k": 64, "dtype": "float16", "chunk_rows": 8, "shard_rows": 800},
     "train": {"steps": 500, "batch_rows": 10, "eval_every": 100, "eval_rows": 50},
 }
@@ -47,7 +47,7 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
     assert plan.rates.teacher == pytest.approx(0.5 * 65e12 / teacher)
     assert plan.rates.train == pytest.approx(0.5 * 8.1e12 / (3 * student))
     assert plan.extent.tokens == 10_100_000
-    assert plan.extent.passes_a_run == 0.5
+    assert plan.extent.epochs_per_run == 0.5
     assert plan.stage("prepare").seconds == pytest.approx(10.1e6 * teacher / (0.5 * 65e12))
     validated = 6 * 50 * 1000  # at step 0 and five times after
     run = (5e6 * 3 * student + validated * student) / (0.5 * 8.1e12)
@@ -59,7 +59,7 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
             tiny_params,
             tmp_path,
             student={"init": "layers", "layers": [0, 1, 2]},
-            train={"teacher": "online"},
+            train={"targets": "online"},
         )
     )
     more = (online.stage("train").seconds or 0) - (plan.stage("train").seconds or 0)
@@ -184,12 +184,12 @@ def test_more_devices_share_the_work(tiny_params: Params, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("mode", "size"),
     [
-        (Mode(k=64, draws=0), 152.5),
-        (Mode(k=16, draws=0), 52.4),
-        (Mode(k=256, draws=0), 533.3),
-        (Mode(k=0, draws=50), 72.2),
-        (Mode(k=32, draws=16), 130.8),
-        (Mode(k=16, draws=16), 95.1),
+        (Mode(k=64, num_sampled=0), 152.5),
+        (Mode(k=16, num_sampled=0), 52.4),
+        (Mode(k=256, num_sampled=0), 533.3),
+        (Mode(k=0, num_sampled=50), 72.2),
+        (Mode(k=32, num_sampled=16), 130.8),
+        (Mode(k=16, num_sampled=16), 95.1),
     ],
 )
 def test_sizes_come_to_what_was_measured(mode: Mode, size: float) -> None:
@@ -199,7 +199,7 @@ def test_sizes_come_to_what_was_measured(mode: Mode, size: float) -> None:
 
 
 def test_sizes_rise_with_k() -> None:
-    sizes = [bytes_a_token(Mode(k=k, draws=0), 49_152) for k in (1, 8, 40, 64, 256, 300)]
+    sizes = [bytes_a_token(Mode(k=k, num_sampled=0), 49_152) for k in (1, 8, 40, 64, 256, 300)]
     assert sizes == sorted(sizes)
 
 
@@ -207,7 +207,7 @@ def test_shards_and_objects_are_those_of_a_real_cache(tiny_cache: Params) -> Non
     plan = make_plan(tiny_cache)
     files = [file for file in Path(str(tiny_cache.paths.logits)).rglob("*") if file.is_file()]
     cut = [file for file in files if "c" in file.parts or file.parent.name == "commits"]
-    cut = [file for file in cut if not any("rank_to_id" in part for part in file.parts)]
+    cut = [file for file in cut if not any("id_order" in part for part in file.parts)]
     assert plan.cache.shards == 8
     assert plan.cache.objects == len(cut)
 
@@ -240,12 +240,12 @@ def test_advice_says_how_much_is_read_and_when_to_go_online(
 ) -> None:
     text = sentences(tiny_params, tmp_path)
     assert "a run reads 5,000,000 of the training tokens" in text
-    assert "multiply train.accumulation by 2" in text
-    assert "caching pays from 2 passes over the corpus on, 4 runs of train.*" in text
+    assert "multiply train.gradient_accumulation_steps by 2" in text
+    assert "caching pays from 2 epochs on, 4 runs of train.*" in text
     text = sentences(tiny_params, tmp_path, train={"steps": 2000})
     assert "of the training tokens" not in text
     assert "on, 1 run of train" in text
-    fast = {"advise": {"device": "h100", "utilisation": 1.0}}
+    fast = {"advise": {"device": "h100", "mfu": 1.0}}
     monkeypatch.setattr("pipeline.planning.plan.READ", 1e6)
     assert "go online: this teacher makes" in sentences(tiny_params, tmp_path, **fast)
 

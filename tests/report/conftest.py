@@ -105,7 +105,7 @@ def write_inputs(params: Params) -> None:
         "lse_error": 0.09,
         "lse_tau_error": 0.02,
         "entropy_error": 0.03,
-        "draw_agreement": 0.9,
+        "sampled_agreement": 0.9,
     }
     levels = {"mean": 1e-3, "worst_row": 2e-3, "position": None}
     names = ("cosine", "kl", "top1", "overlap", "logprobs", "lse", "lse_tau", "entropy", "draws")
@@ -120,7 +120,7 @@ def write_inputs(params: Params) -> None:
             "noise_floor": agreement,
             "negative_control": agreement | {"mean_cosine": 0.08},
             "limits": {"errors": dict.fromkeys(names, levels)},
-            "draw_tests": {"inverse temperature": drawn},
+            "sampling_tests": {"inverse temperature": drawn},
             "found": {
                 "errors": dict.fromkeys(names, levels | {"mean": 2e-3}),
                 "wrong_positions": 0.0047,
@@ -155,7 +155,7 @@ def write_inputs(params: Params) -> None:
                 "samples_per_problem": 20,
                 "temperature": 0.8,
                 "tokens_per_second": 331.4,
-                "new_tokens": 256,
+                "max_new_tokens": 256,
                 "statuses": {"passed": 410, "failed": 2800, "timed out": 70},
                 "model_sha256": MODEL,
             }
@@ -167,7 +167,7 @@ def write_inputs(params: Params) -> None:
             "model": "student",
             "model_sha256": MODEL,
             "prompts": 20,
-            "new_tokens": 16,
+            "max_new_tokens": 16,
             "paths": [
                 {
                     "name": "llama.cpp, q8_0",

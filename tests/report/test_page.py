@@ -208,13 +208,13 @@ def test_the_summary_says_how_it_was_trained(own_run: Params, how: str, said: st
 
 def test_a_baseline_of_another_kind_is_no_equal(own_run: Params) -> None:
     """The sentence on a fair comparison stands where run.json of both bears it out."""
-    made_by(own_run, "student", train={"teacher": "cached", "alpha": 0.5, "steps": 8})
-    made_by(own_run, "baseline", train={"teacher": "none", "alpha": 0.0, "steps": 8})
+    made_by(own_run, "student", train={"targets": "cached", "alpha": 0.5, "steps": 8})
+    made_by(own_run, "baseline", train={"targets": "none", "alpha": 0.0, "steps": 8})
     shown = Reader(write_report(own_run).read_text())
     fair = "The baseline has the student's start, data and steps"
     assert fair in words_of(shown.whole)
     assert "Baseline: the same start" in shown.text["models"]
-    made_by(own_run, "baseline", train={"teacher": "none", "steps": 99})
+    made_by(own_run, "baseline", train={"targets": "none", "steps": 99})
     shown = Reader(write_report(own_run).read_text())
     assert "The baseline has no teacher and differs from student in train.steps too." in words_of(
         shown.whole

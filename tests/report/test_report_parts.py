@@ -75,7 +75,7 @@ def test_retained_mass_is_the_teachers(finished_run: Params) -> None:
     for number in numbers:
         rows = corpus.rows(number, number + 1)
         tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-        apart = documents_apart(doc_ids, cache.fingerprint.attention)
+        apart = documents_apart(doc_ids, cache.fingerprint.document_mask)
         logits = torch.cat([part for _, part in teacher.logits_by_chunk(tokens, apart)]).double()
         ids = cache.top_k(np.array([number])).ids[0]
         real = doc_ids[0] != PADDING

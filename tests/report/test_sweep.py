@@ -40,7 +40,7 @@ def made_up(name: str, loss: float, **params: Any) -> SweepRun:
 def test_runs_made_by_hand_are_found(tiny_cache: Params) -> None:
     run_training(tiny_cache, "student")
     run_training(change(tiny_cache, train={"temperature": 2.0}, run={"checkpoint_every": 4}), "t2")
-    run_training(change(tiny_cache, train={"teacher": "none", "alpha": 0.3}), "baseline")
+    run_training(change(tiny_cache, train={"targets": "none", "alpha": 0.3}), "baseline")
     unfinished = tiny_cache.paths.runs / "unfinished"
     write_json(unfinished / "run.json", {"seed": 0})
     t2 = read_json_object(tiny_cache.paths.runs / "t2/dvclive/metrics.json")["model_sha256"]
@@ -51,7 +51,7 @@ def test_runs_made_by_hand_are_found(tiny_cache: Params) -> None:
     )
     runs = folder_runs(tiny_cache.paths)
     assert [run.name for run in runs] == ["baseline", "student", "t2"]
-    assert varied_keys(runs) == ["train.teacher", "train.temperature"]  # alpha does nothing there
+    assert varied_keys(runs) == ["train.targets", "train.temperature"]  # alpha does nothing there
     rows = {row["run"]: row for row in sweep_rows(runs)}
     assert rows["t2"]["train.temperature"] == "2"
     assert (rows["t2"]["KL to teacher"], rows["t2"]["top-1 agreement"]) == ("0.5000", "0.7500")

@@ -101,7 +101,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study_params(**changes: Any) -> StudyParams:
     values: dict[str, Any] = {
         "prompt": "the cat sees a river",
-        "new_tokens": 5,
+        "max_new_tokens": 5,
         "temperature": 0.8,
         "batch_sizes": (1, 3),
         "prompt_tokens": 12,

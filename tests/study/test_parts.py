@@ -296,7 +296,10 @@ def test_peak_memory_is_what_was_taken() -> None:
     ("options", "message"),
     [
         ({"layer": 3}, r"--layer 3 must lie within 0\.\.2"),
-        ({"new_tokens": 64}, r"study\.prompt and study\.new_tokens=64 take \d+ positions, .* 64"),
+        (
+            {"max_new_tokens": 64},
+            r"study\.prompt and study\.max_new_tokens=64 take \d+ positions, .* 64",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(

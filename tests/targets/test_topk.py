@@ -106,10 +106,10 @@ def test_draws_invert_the_running_sum(size: int, k: int, seed: int) -> None:
     plain = torch.searchsorted(running, uniforms.double(), right=True).clamp_max(size - 1)
     near = (running.gather(-1, plain) - uniforms).abs() < 1e-5
     near |= (running.gather(-1, (plain - 1).clamp_min(0)) - uniforms).abs() < 1e-5
-    assert bool(((topk.draw_ids == plain) | near).all())
-    assert not bool((topk.draw_ids[:, :, None] == topk.ids[:, None, :]).any())
-    log_p = logits.log_softmax(-1).gather(-1, topk.draw_ids)
-    torch.testing.assert_close(topk.draw_logprobs, log_p, atol=2e-5, rtol=1e-5)
+    assert bool(((topk.sampled_ids == plain) | near).all())
+    assert not bool((topk.sampled_ids[:, :, None] == topk.ids[:, None, :]).any())
+    log_p = logits.log_softmax(-1).gather(-1, topk.sampled_ids)
+    torch.testing.assert_close(topk.sampled_logprobs, log_p, atol=2e-5, rtol=1e-5)
 
 
 def test_draws_never_take_what_cannot_be() -> None:
@@ -119,7 +119,7 @@ def test_draws_never_take_what_cannot_be() -> None:
     uniforms = torch.tensor([[0.0, 1e-8, 0.4999, 0.5001, 1 - 2**-24]])
     topk = top_k_from_logits(logits, 1, (), uniforms)
     assert topk.ids.tolist() == [[3]]
-    assert topk.draw_ids.tolist() == [[64, 64, 64, 130, 130]]
+    assert topk.sampled_ids.tolist() == [[64, 64, 64, 130, 130]]
 
 
 def test_draws_depend_on_seed_and_row_alone() -> None:
@@ -131,14 +131,14 @@ def test_draws_depend_on_seed_and_row_alone() -> None:
 
 
 def test_weights_of_draws_at_a_temperature() -> None:
-    """w = p_t / M * p_tau / p: by hand, with p = (1/2, 1/4, 1/8, 1/8), T = {0}, two draws."""
+    """w = p_t / M * p_tau / p: by hand, with p = (1/2, 1/4, 1/8, 1/8), T = {0}, two sampled ids."""
     probabilities = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
     topk = top_k_from_logits(probabilities.log(), 1, (1.0, 2.0), torch.tensor([[0.1, 0.9]]))
-    assert topk.draw_ids.tolist() == [[1, 3]]
-    _, weight = topk.draw_target(1.0)
+    assert topk.sampled_ids.tolist() == [[1, 3]]
+    _, weight = topk.sampled_target(1.0)
     torch.testing.assert_close(weight, torch.tensor([[0.25, 0.25]]))
     root = probabilities.sqrt()
-    log_p, weight = topk.draw_target(2.0)
+    log_p, weight = topk.sampled_target(2.0)
     p_tau = (root / root.sum())[:, [1, 3]]
     torch.testing.assert_close(log_p.exp(), p_tau)
     torch.testing.assert_close(weight, 0.25 * p_tau / probabilities[:, [1, 3]])

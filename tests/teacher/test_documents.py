@@ -102,7 +102,7 @@ def test_architectures_that_mix_documents_are_refused(config: Any, tmp_path: Pat
     teacher = make_teacher(tmp_path, config)
     tokens, doc_ids = packed_row()
     assert bool(torch.isfinite(teacher.hidden_states(tokens)).all())
-    with pytest.raises(DecantError, match=r"does not keep documents.*prepare\.attention=packed"):
+    with pytest.raises(DecantError, match=r"does not keep documents.*prepare\.document_mask=false"):
         teacher.hidden_states(tokens, doc_ids)
 
 

@@ -11,9 +11,10 @@ import torch
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, PADDING
+from pipeline.data.row_order import read_rows
 from pipeline.logit_cache.reader import Shard
-from pipeline.target_sources.cached import CachedTeacher
-from pipeline.target_sources.target_source import NoTeacher, corpus_shard
+from pipeline.target_sources.cached import CachedTargets
+from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import BatchStream, first_rows, make_batch
 from tests.helpers import open_cache
 
@@ -21,9 +22,9 @@ from tests.helpers import open_cache
 def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> None:
     corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
     last = len(corpus) - 1
-    whole = corpus_shard(corpus, 0, len(corpus))
+    whole = read_rows(corpus, 0, len(corpus))
     batch = make_batch(
-        NoTeacher(corpus, shard_rows=len(corpus), attention="documents"),
+        TokensOnly(corpus, shard_rows=len(corpus), document_mask=True),
         [(whole, 0), (whole, 1), (whole, last)],
     )
     rows = [corpus.rows(row, row + 1) for row in (0, 1, last)]
@@ -41,22 +42,22 @@ def test_documents_ends_and_padding_are_out_of_the_loss(tiny_cache: Params) -> N
 
 def test_batches_name_documents_only_where_rows_hold_several(tiny_corpus: Params) -> None:
     corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
-    whole = corpus_shard(corpus, 0, len(corpus))
+    whole = read_rows(corpus, 0, len(corpus))
     several = [len(np.unique(row[row != PADDING])) > 1 for row in whole.rows.doc_ids]
     assert {True, False} == set(several)
-    for attention in ("documents", "packed"):
-        teacher = NoTeacher(corpus, shard_rows=len(corpus), attention=attention)  # type: ignore[arg-type]
+    for document_mask in (True, False):
+        teacher = TokensOnly(corpus, shard_rows=len(corpus), document_mask=document_mask)  # type: ignore[arg-type]
         for row, mixed in enumerate(several):
             batch = make_batch(teacher, [(whole, row)])
-            assert (batch.doc_ids is not None) == (mixed and attention == "documents")
+            assert (batch.doc_ids is not None) == (mixed and document_mask)
         batch = make_batch(teacher, [(whole, row) for row in range(len(corpus))])
-        if attention == "documents":
+        if document_mask:
             assert np.array_equal(batch.doc_ids, whole.rows.doc_ids)  # type: ignore[arg-type]
 
 
 def test_stream_sees_every_row_and_seeks(tiny_corpus: Params) -> None:
     corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
-    teacher = NoTeacher(corpus, shard_rows=16, attention="packed")
+    teacher = TokensOnly(corpus, shard_rows=16, document_mask=False)
     stream = BatchStream(teacher, batch_rows=5, window_shards=3, seed=7)
     counted = stream.starting_at(0)
     batches = [next(counted).tokens for _ in range(2 * len(corpus))]
@@ -71,11 +72,11 @@ def test_stream_sees_every_row_and_seeks(tiny_corpus: Params) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_ranks_share_the_same_batches(ranks: int, tiny_cache: Params) -> None:
-    teacher = CachedTeacher(open_cache(tiny_cache))
+    teacher = CachedTargets(open_cache(tiny_cache))
     options = {"batch_rows": 9, "window_shards": 2, "seed": 3}
     alone = BatchStream(teacher, **options).starting_at(4)
     together = [
-        BatchStream(teacher, rank=rank, ranks=ranks, **options).starting_at(4)
+        BatchStream(teacher, rank=rank, world_size=ranks, **options).starting_at(4)
         for rank in range(ranks)
     ]
     for _ in range(15):
@@ -89,7 +90,7 @@ def test_ranks_share_the_same_batches(ranks: int, tiny_cache: Params) -> None:
 def test_shards_are_read_once_an_epoch_and_dropped(tiny_cache: Params) -> None:
     read: list[int] = []
 
-    class Counting(CachedTeacher):
+    class Counting(CachedTargets):
         def shard(self, number: int) -> Shard:
             read.append(number)
             return super().shard(number)
@@ -109,9 +110,9 @@ def test_shards_are_read_once_an_epoch_and_dropped(tiny_cache: Params) -> None:
 
 def test_first_rows_are_shared_and_no_rank_goes_without(tiny_cache: Params) -> None:
     """11 rows in batches of 5: the last one, a single row, leaves two of three ranks empty."""
-    teacher = CachedTeacher(open_cache(tiny_cache))
+    teacher = CachedTargets(open_cache(tiny_cache))
     alone = list(first_rows(teacher, 11, 5))
-    ranks = [list(first_rows(teacher, 11, 5, rank=rank, ranks=3)) for rank in range(3)]
+    ranks = [list(first_rows(teacher, 11, 5, rank=rank, world_size=3)) for rank in range(3)]
     assert [len(batch.tokens) for batch in alone] == [5, 5, 1]
     assert [[len(batch.tokens) for batch in part] for part in ranks] == [[2, 2, 1]] * 2 + [[1] * 3]
     for number, whole in enumerate(alone):

@@ -23,7 +23,7 @@ from pipeline.data.packing import IGNORE
 from pipeline.errors import ParamsError
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.decoder import ModelConfig, StudentModel
-from pipeline.target_sources.cached import CachedTeacher
+from pipeline.target_sources.cached import CachedTargets
 from pipeline.training import run as run_module
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.checkpoint import Checkpoints
@@ -59,21 +59,30 @@ def assert_same_losses(one: Path, two: Path, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 def test_losses_are_those_of_one_rank(
-    parallel: str, accumulation: int, forkserver: ForkServerContext, tiny_cache: Params
+    parallel: str,
+    gradient_accumulation_steps: int,
+    forkserver: ForkServerContext,
+    tiny_cache: Params,
 ) -> None:
     """Shares of 3 and 2 rows; of the last validation batch, one rank has nothing.
 
     The largest seed there is: each rank's own goes round.
     """
-    train = {"batch_rows": 5, "eval_rows": 6, "accumulation": accumulation}
-    moving = {"alpha_end": 0.1} if accumulation == 1 else {}
+    train = {
+        "batch_rows": 5,
+        "eval_rows": 6,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    moving = {"alpha_end": 0.1} if gradient_accumulation_steps == 1 else {}
     params = change(tiny_cache, train=train | moving, run={"parallel": parallel}).model_copy(
         update={"seed": 2**32 - 1}
     )
     run_training(params, "one")
-    checkpointing = change(params, run={"activation_checkpointing": accumulation == 2})
+    checkpointing = change(
+        params, run={"activation_checkpointing": gradient_accumulation_steps == 2}
+    )
     run_ranks(forkserver, 2, train_run, checkpointing, "two")
     one, two = params.paths.runs / "one", params.paths.runs / "two"
     assert_same_losses(one, two)
@@ -146,11 +155,11 @@ def backward(step: Any, batch: Batch, ranks: int, labels: int) -> float:
 def compare_gradients(params: Params) -> None:
     """On each rank: gradients and norm of two engines against those of the whole batch alone."""
     corpus = CorpusSplit(params.paths.corpus, "train")
-    teacher = CachedTeacher(CacheReader(params.paths.logits, corpus))
+    teacher = CachedTargets(CacheReader(params.paths.logits, corpus))
     with join_ranks("cpu") as ranks:
         whole = next(first_rows(teacher, 4, 4))
         whole.labels[2:] = IGNORE  # the second rank has nothing in the loss
-        part = next(first_rows(teacher, 4, 4, rank=ranks.rank, ranks=2))
+        part = next(first_rows(teacher, 4, 4, rank=ranks.rank, world_size=2))
         part.labels[:] = whole.labels[2 * ranks.rank : 2 * ranks.rank + 2]
         for tied in (True, False):
             alone = make_step(tied)
@@ -174,8 +183,8 @@ def accumulate(params: Params) -> None:
     """On each rank: a micro-batch that is not the last is reduced by fsdp alone."""
     corpus = CorpusSplit(params.paths.corpus, "train")
     with join_ranks("cpu") as ranks:
-        teacher = CachedTeacher(CacheReader(params.paths.logits, corpus))
-        part = next(first_rows(teacher, 4, 4, rank=ranks.rank, ranks=2))
+        teacher = CachedTargets(CacheReader(params.paths.logits, corpus))
+        part = next(first_rows(teacher, 4, 4, rank=ranks.rank, world_size=2))
         for engine, apart in (("ddp", True), ("fsdp", False)):
             step = make_step(tied=True)
             model = parallelise(step, ranks, params.run.model_copy(update={"parallel": engine}))
@@ -306,14 +315,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
 
 
 def broken_teacher(log: Path, *words: str) -> None:
-    original = CachedTeacher.top_k
+    original = CachedTargets.targets
 
     def fails(self, places, tokens):  # type: ignore[no-untyped-def]
         if os.environ["RANK"] == "1" and torch.is_grad_enabled():
             raise ParamsError("the disk of this machine has melted")
         return original(self, places, tokens)
 
-    CachedTeacher.top_k = fails  # type: ignore[method-assign]
+    CachedTargets.targets = fails  # type: ignore[method-assign]
     train_stage(log, *words)
 
 

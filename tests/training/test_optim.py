@@ -34,7 +34,7 @@ def test_learning_rate_rises_then_falls(tiny_params: Params) -> None:
 )
 def test_wsd_by_hand(shape: str, expected: list[float], tiny_params: Params) -> None:
     """10 steps, 2 of warm-up to 10, the last 4 of decay to 1: shares 1/4, 1/2, 3/4, 1 of it."""
-    schedule = {"schedule": "wsd", "decay_share": 0.4, "decay_shape": shape}
+    schedule = {"schedule": "wsd", "decay_fraction": 0.4, "decay_shape": shape}
     rate = {"steps": 10, "warmup_steps": 2, "learning_rate": 10.0, "min_learning_rate": 1.0}
     params = change(tiny_params, train=schedule | rate).train
     assert [learning_rate(step, params) for step in range(10)] == pytest.approx(expected)
@@ -42,9 +42,9 @@ def test_wsd_by_hand(shape: str, expected: list[float], tiny_params: Params) -> 
 
 def test_warm_up_and_decay_must_not_overlap() -> None:
     overrides = ["train.schedule=wsd", "train.steps=10", "train.warmup_steps=7"]
-    with pytest.raises(ParamsError, match=r"warmup_steps=7 and decay_share=0\.4 of steps=10,"):
-        load_params(ROOT / "params.yaml", [*overrides, "train.decay_share=0.4"])
-    load_params(ROOT / "params.yaml", [*overrides, "train.decay_share=0.3"])
+    with pytest.raises(ParamsError, match=r"warmup_steps=7 and decay_fraction=0\.4 of steps=10,"):
+        load_params(ROOT / "params.yaml", [*overrides, "train.decay_fraction=0.4"])
+    load_params(ROOT / "params.yaml", [*overrides, "train.decay_fraction=0.3"])
 
 
 def test_alpha_moves_linearly(tiny_params: Params) -> None:

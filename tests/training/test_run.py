@@ -76,12 +76,12 @@ def test_a_students_own_tokenizer_goes_with_it_where_the_teachers_is_another(
         tiny_corpus,
         paths={"teacher": str(other)},
         student={"init": "checkpoint", "checkpoint": str(start)},
-        train={"teacher": "none", "steps": 1},
+        train={"targets": "none", "steps": 1},
     )
     model = run_training(params, "student").folder / "model"
     assert (model / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     with pytest.raises(MismatchError, match="was tokenized with"):
-        run_training(change(params, train={"teacher": "online"}), "online")
+        run_training(change(params, train={"targets": "online"}), "online")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/"])
@@ -95,7 +95,7 @@ def test_a_run_is_one_folder(name: str, tiny_params: Params) -> None:
 def test_a_damaged_record_of_a_run_is_told_from_another_run(text: str, tiny_cache: Params) -> None:
     folder = run_training(tiny_cache, "student").folder
     (folder / "run.json").write_text(text)
-    message = r"run\.json is missing or damaged.*put back a copy .*--overwrite.* --run"
+    message = r"run\.json is missing or damaged.*restore a copy .*--overwrite.* --run"
     with pytest.raises(MismatchError, match=message):
         run_training(tiny_cache, "student")
 

@@ -91,7 +91,7 @@ def test_a_student_of_transformers_learns_and_is_judged(
 
 
 def test_layers_of_a_teacher_that_transformers_runs(tiny_corpus: Params, qwen3: Path) -> None:
-    params = change(tiny_corpus, paths={"teacher": str(qwen3)}, train={"teacher": "none"})
+    params = change(tiny_corpus, paths={"teacher": str(qwen3)}, train={"targets": "none"})
     params = change(params, student={"init": "layers", "layers": [2, 0]})
     result = run_training(params, "student")
     assert (
@@ -280,7 +280,7 @@ def test_a_teacher_with_another_tokenizer_is_no_start(tiny_cache: Params, tmp_pa
     """init=layers takes the teacher's embedding, so the corpus must be of its tokenizer."""
     other = make_qwen3(tmp_path / "other")
     make_tokenizer(other, vocab_size=290)
-    params = change(tiny_cache, paths={"teacher": str(other)}, train={"teacher": "none"})
+    params = change(tiny_cache, paths={"teacher": str(other)}, train={"targets": "none"})
     with pytest.raises(MismatchError, match="does not hold for a comparison"):
         run_training(change(params, student={"layers": [0]}), "student")
 

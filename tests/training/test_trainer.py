@@ -18,7 +18,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.model.decoder import ModelConfig, StudentModel
-from pipeline.target_sources.target_source import NoTeacher
+from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationStep
@@ -82,7 +82,10 @@ def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
     """4 rows at once, and 2 + 2: the loss is divided once, by all tokens of the step."""
     whole = run_training(tiny_cache, "whole").state
     parts = run_training(
-        change(tiny_cache, train={"batch_rows": 2, "accumulation": 2, "eval_rows": 8}), "parts"
+        change(
+            tiny_cache, train={"batch_rows": 2, "gradient_accumulation_steps": 2, "eval_rows": 8}
+        ),
+        "parts",
     ).state
     assert whole is not None
     assert parts is not None
@@ -91,17 +94,17 @@ def test_accumulation_changes_nothing_but_memory(tiny_cache: Params) -> None:
             assert one[key] == pytest.approx(two[key], abs=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["documents", "packed"])
+@pytest.mark.parametrize("document_mask", [True, False])
 def test_online_and_cached_teacher_give_the_same_losses(
-    attention: str, tiny_corpus: Params
+    document_mask: bool, tiny_corpus: Params
 ) -> None:
-    params = change(tiny_corpus, prepare={"attention": attention})
+    params = change(tiny_corpus, prepare={"document_mask": document_mask})
     capture_all(params)
     for temperature in (1.0, 2.0):
         train = {"temperature": temperature, "k": 8}
         cached = run_training(change(params, train=train), f"cached{temperature}").state
         online = run_training(
-            change(params, train=train | {"teacher": "online"}), f"online{temperature}"
+            change(params, train=train | {"targets": "online"}), f"online{temperature}"
         ).state
         assert cached is not None
         assert online is not None
@@ -111,16 +114,16 @@ def test_online_and_cached_teacher_give_the_same_losses(
 
 
 def test_a_cached_run_attends_as_its_cache_did(tiny_corpus: Params) -> None:
-    """Whatever prepare.attention says now; a run without a cache does as it says."""
-    packed = change(tiny_corpus, prepare={"attention": "packed"}, train={"steps": 2})
+    """Whatever prepare.document_mask says now; a run without a cache does as it says."""
+    packed = change(tiny_corpus, prepare={"document_mask": False}, train={"steps": 2})
     capture_all(packed)
-    now_apart = change(packed, prepare={"attention": "documents"})
+    now_apart = change(packed, prepare={"document_mask": True})
     states = [
         run_training(params, name, overwrite=True).state
         for name, params in (("one", packed), ("two", now_apart))
     ]
     assert losses(packed.paths.runs / "one") == losses(packed.paths.runs / "two")
-    alone = {"train": {"steps": 2, "teacher": "none"}}
+    alone = {"train": {"steps": 2, "targets": "none"}}
     other = [
         run_training(change(p, **alone), "alone", overwrite=True).state for p in (packed, now_apart)
     ]
@@ -203,7 +206,7 @@ def test_time_left_counts_what_a_batch_computes(
 
 
 def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:
-    state = run_training(change(tiny_corpus, train={"teacher": "none"}), "plain").state
+    state = run_training(change(tiny_corpus, train={"targets": "none"}), "plain").state
     assert state is not None
     assert "train/divergence" not in state.history[-1]
     assert state.history[-1]["train/loss"] == pytest.approx(state.history[-1]["train/ce"])
@@ -239,15 +242,15 @@ def test_a_student_that_overflowed_is_not_saved(tiny_cache: Params) -> None:
     assert not (tiny_cache.paths.runs / "student" / "model").exists()
 
 
-@pytest.mark.parametrize(("k", "draws"), [(8, 8), (0, 30)])
+@pytest.mark.parametrize(("k", "num_sampled"), [(8, 8), (0, 30)])
 def test_training_on_draws(
-    k: int, draws: int, tiny_corpus: Params, capsys: pytest.CaptureFixture[str]
+    k: int, num_sampled: int, tiny_corpus: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cached and online teachers draw the same ids, so they train the same."""
-    params = change(tiny_corpus, prepare={"k": k, "draws": draws}, train={"steps": 4})
+    params = change(tiny_corpus, prepare={"k": k, "num_sampled": num_sampled}, train={"steps": 4})
     capture_all(params)
     cached = run_training(params, "cached").state
-    online = run_training(change(params, train={"teacher": "online"}), "online").state
+    online = run_training(change(params, train={"targets": "online"}), "online").state
     assert cached is not None
     assert online is not None
     for one, two in zip(cached.history, online.history, strict=True):
@@ -256,7 +259,7 @@ def test_training_on_draws(
                 assert one[name] == pytest.approx(two[name], abs=5e-3)
     assert "warning" not in capsys.readouterr().out
     run_training(change(params, train={"temperature": 2.0, "steps": 1}), "warm")
-    assert "draws were taken at temperature 1" in capsys.readouterr().out
+    assert "sampled ids were taken at temperature 1" in capsys.readouterr().out
 
 
 def test_the_divergence_is_what_is_trained_and_kl_what_is_validated(tiny_cache: Params) -> None:
@@ -278,9 +281,11 @@ def test_the_divergence_is_what_is_trained_and_kl_what_is_validated(tiny_cache: 
 def test_draws_with_another_divergence_are_refused_before_the_first_step(
     tiny_corpus: Params,
 ) -> None:
-    params = change(tiny_corpus, prepare={"k": 8, "draws": 8}, train={"divergence": "skew_kl"})
+    params = change(
+        tiny_corpus, prepare={"k": 8, "num_sampled": 8}, train={"divergence": "skew_kl"}
+    )
     capture_all(params)
-    with pytest.raises(MismatchError, match=r"divergence=skew_kl .* prepare\.draws=0"):
+    with pytest.raises(MismatchError, match=r"divergence=skew_kl .* prepare\.num_sampled=0"):
         run_training(params, "student")
     assert not (params.paths.runs / "student" / "dvclive").exists()
 
@@ -318,7 +323,7 @@ def test_compiled_and_recomputed_blocks_change_nothing(
 def test_recomputing_keeps_less(tiny_cache: Params) -> None:
     """Bytes that autograd holds until backward, but for the weights and each block's input."""
     corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
-    batch = next(first_rows(NoTeacher(corpus, shard_rows=16, attention="packed"), 4, 4))
+    batch = next(first_rows(TokensOnly(corpus, shard_rows=16, document_mask=False), 4, 4))
     kept = []
     for checkpointing in (False, True):
         student = StudentModel(ModelConfig(**SMALL, max_seq_len=32))

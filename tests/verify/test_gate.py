@@ -22,7 +22,7 @@ from pipeline.verify import GateReport, agreement, run_gate
 from pipeline.verify.gate import as_stored
 from tests.conftest import change, make_teacher
 from tests.helpers import capture_all, live_teacher, make_capture, open_cache
-from tests.verify.faults import DRAW_FAULTS
+from tests.verify.faults import SAMPLING_FAULTS
 
 
 def gate(params: Params, teacher: HuggingFaceTeacher | None = None, *, seed: int = 0) -> GateReport:
@@ -101,7 +101,7 @@ def test_limits_follow_the_noise_floor_and_are_said(tiny_cache: Params) -> None:
 def test_the_noise_floor_is_rounded_as_the_cache_is(tiny_cache: Params) -> None:
     reader, teacher = open_cache(tiny_cache), live_teacher(tiny_cache)
     rows = reader.corpus.rows(0, 4)
-    apart = documents_apart(torch.from_numpy(rows.doc_ids), "documents")
+    apart = documents_apart(torch.from_numpy(rows.doc_ids), True)
     said = teacher.top_k(
         torch.from_numpy(rows.tokens), 16, tiny_cache.prepare.temperatures, None, apart
     )
@@ -153,26 +153,26 @@ def test_a_wrong_sum_over_the_row_is_caught(
     assert offset.startswith(f"mean offset of {field}")
 
 
-def last_ranks_permuted(topk: TopK) -> TopK:
+def last_ids_permuted(topk: TopK) -> TopK:
     ids = topk.ids.clone()
     ids[..., 32:] = ids[..., 32:][..., torch.randperm(32)]
     return replace(topk, ids=ids)
 
 
-def last_ranks_off(topk: TopK) -> TopK:
+def last_ids_off(topk: TopK) -> TopK:
     logprobs = topk.logprobs.clone()
     logprobs[..., 16:] += 0.1
     return replace(topk, logprobs=logprobs)
 
 
 RANK_FAULTS = [
-    (last_ranks_permuted, "error of log-probabilities"),
-    (last_ranks_off, "mean offset of log-probabilities of ranks"),
+    (last_ids_permuted, "error of log-probabilities"),
+    (last_ids_off, "mean offset of log-probabilities of k ="),
 ]
 
 
 @pytest.mark.parametrize(("fault", "failure"), RANK_FAULTS)
-def test_wrong_last_ranks_are_caught(
+def test_wrong_last_ids_are_caught(
     fault: Callable[[TopK], TopK], failure: str, tiny_corpus: Params
 ) -> None:
     params = change(tiny_corpus, prepare={"k": 64})
@@ -183,7 +183,7 @@ def test_wrong_last_ranks_are_caught(
 
 @pytest.mark.usefixtures("half_noise")
 @pytest.mark.parametrize(("fault", "failure"), RANK_FAULTS)
-def test_wrong_last_ranks_are_caught_under_noise(
+def test_wrong_last_ids_are_caught_under_noise(
     fault: Callable[[TopK], TopK], failure: str, tiny_corpus: Params
 ) -> None:
     params = change(tiny_corpus, prepare={"k": 64}, verify=NOISY_TEACHER)
@@ -238,7 +238,8 @@ def test_a_blind_gate_is_a_failure(tiny_corpus: Params, monkeypatch: pytest.Monk
     monkeypatch.setattr(HuggingFaceTeacher, "hidden_states", same)
     capture_all(tiny_corpus)
     assert gate(tiny_corpus).failures == (
-        "the negative control, targets shifted by one, passed: the gate is blind",
+        "the negative control, targets shifted by one, passed, so the gate could not detect "
+        "a shift",
     )
 
 
@@ -251,9 +252,9 @@ def test_bfloat16_cache_passes_with_its_own_noise(tiny_corpus: Params) -> None:
 def test_the_gate_attends_as_the_cache_did(tiny_cache: Params) -> None:
     """And catches a cache of packed rows that claims to be one of documents kept apart."""
     elsewhere = {"logits": f"{tiny_cache.paths.logits}_packed"}
-    packed = change(tiny_cache, prepare={"attention": "packed"}, paths=elsewhere)
+    packed = change(tiny_cache, prepare={"document_mask": False}, paths=elsewhere)
     capture_all(packed)
-    assert gate(change(packed, prepare={"attention": "documents"})).passed
+    assert gate(change(packed, prepare={"document_mask": True})).passed
     reader = open_cache(packed)
     said = reader.top_k(np.arange(len(reader.corpus)))
     writer = make_capture(tiny_cache, "train").writer
@@ -266,18 +267,18 @@ def test_the_gate_attends_as_the_cache_did(tiny_cache: Params) -> None:
 DRAWN = [(0, 50), (32, 16)]
 
 
-@pytest.mark.parametrize(("k", "draws"), [*DRAWN, (1, 20)])
+@pytest.mark.parametrize(("k", "num_sampled"), [*DRAWN, (1, 20)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_caches_with_draws_pass_and_fail_as_others_do(
-    k: int, draws: int, seed: int, tiny_corpus: Params
+    k: int, num_sampled: int, seed: int, tiny_corpus: Params
 ) -> None:
-    params = change(tiny_corpus, prepare={"k": k, "draws": draws})
+    params = change(tiny_corpus, prepare={"k": k, "num_sampled": num_sampled})
     params = params.model_copy(update={"seed": seed})
     capture_all(params)
     report = gate(params, seed=seed)
     assert report.passed, report.failures
-    assert report.cache.draw_agreement == 1.0
-    assert [test.name for test in report.draw_tests] == [
+    assert report.cache.sampled_agreement == 1.0
+    assert [test.name for test in report.sampling_tests] == [
         "inverse temperature",
         "equal pairs",
         "spread over rows",
@@ -288,55 +289,57 @@ def test_caches_with_draws_pass_and_fail_as_others_do(
 
 
 def rewrite_draws(params: Params, fault: str) -> None:
-    """Other ids in place of the draws, with their true log-probabilities."""
+    """Other ids in place of the sampled ids, with their true log-probabilities."""
 
     def change_draws(topk: TopK) -> TopK:
         reader = open_cache(params)
         rows = reader.corpus.rows(0, len(reader.corpus))
         doc_ids = torch.from_numpy(rows.doc_ids)
         chunks = live_teacher(params).logits_by_chunk(
-            torch.from_numpy(rows.tokens), documents_apart(doc_ids, params.prepare.attention)
+            torch.from_numpy(rows.tokens), documents_apart(doc_ids, params.prepare.document_mask)
         )
         log_p = torch.cat([logits.clone() for _, logits in chunks]).log_softmax(-1)
         weights = log_p.exp().scatter(-1, topk.ids.flatten(0, 1), 0.0)
-        uniforms = row_uniforms(range(len(topk.lse)), topk.lse.shape[1], topk.draws, params.seed)
-        ids = DRAW_FAULTS[fault](weights, uniforms)
-        shape = topk.draw_ids.shape
+        uniforms = row_uniforms(
+            range(len(topk.lse)), topk.lse.shape[1], topk.num_sampled, params.seed
+        )
+        ids = SAMPLING_FAULTS[fault](weights, uniforms)
+        shape = topk.sampled_ids.shape
         log_p = log_p.gather(-1, ids).view(shape)
-        return replace(topk, draw_ids=ids.view(shape), draw_logprobs=log_p)
+        return replace(topk, sampled_ids=ids.view(shape), sampled_logprobs=log_p)
 
     rewrite(params, change_draws)
 
 
-@pytest.mark.parametrize(("k", "draws"), DRAWN)
-@pytest.mark.parametrize("fault", DRAW_FAULTS)
+@pytest.mark.parametrize(("k", "num_sampled"), DRAWN)
+@pytest.mark.parametrize("fault", SAMPLING_FAULTS)
 def test_ids_that_are_no_draws_are_caught(
-    fault: str, k: int, draws: int, tiny_corpus: Params
+    fault: str, k: int, num_sampled: int, tiny_corpus: Params
 ) -> None:
-    params = change(tiny_corpus, prepare={"k": k, "draws": draws})
+    params = change(tiny_corpus, prepare={"k": k, "num_sampled": num_sampled})
     capture_all(params)
     rewrite_draws(params, fault)
     failures = gate(params).failures
-    assert "mean agreement of draws" in failures[0]
-    among_kept = "draws are among the kept ids"
-    assert any(f.startswith("draws: ") or among_kept in f for f in failures)
+    assert "mean agreement of sampled ids" in failures[0]
+    among_kept = "sampled ids are among the kept ids"
+    assert any(f.startswith("sampled ids: ") or among_kept in f for f in failures)
 
 
 @pytest.mark.usefixtures("half_noise")
 @pytest.mark.parametrize("fault", ["uniform", "temperature 0.5", "temperature 2"])
 def test_ids_that_are_no_draws_are_caught_under_noise(fault: str, tiny_corpus: Params) -> None:
-    params = change(tiny_corpus, prepare={"k": 0, "draws": 50}, verify=NOISY_TEACHER)
+    params = change(tiny_corpus, prepare={"k": 0, "num_sampled": 50}, verify=NOISY_TEACHER)
     capture_all(params)
     report = gate(params)
     assert report.passed, report.failures
-    assert 0.5 < report.noise.draw_agreement < 0.99
+    assert 0.5 < report.noise.sampled_agreement < 0.99
     rewrite_draws(params, fault)
     assert not gate(params).passed
 
 
 def test_draws_of_another_seed_are_caught(tiny_corpus: Params) -> None:
     """A good sample, but not the one that the fingerprint promises."""
-    params = change(tiny_corpus, prepare={"k": 0, "draws": 50})
+    params = change(tiny_corpus, prepare={"k": 0, "num_sampled": 50})
     capture_all(params)
     other = change(params, paths={"logits": f"{params.paths.logits}_other"})
     other = other.model_copy(update={"seed": 1})
@@ -344,8 +347,8 @@ def test_draws_of_another_seed_are_caught(tiny_corpus: Params) -> None:
     said = open_cache(other).top_k(np.arange(len(open_cache(other).corpus)))
     rewrite(params, lambda _: said)
     report = gate(params)
-    assert all(test.passed for test in report.draw_tests)
-    assert any("mean agreement of draws" in failure for failure in report.failures)
+    assert all(test.passed for test in report.sampling_tests)
+    assert any("mean agreement of sampled ids" in failure for failure in report.failures)
 
 
 def test_agreement_worked_by_hand() -> None:
@@ -364,7 +367,7 @@ def test_agreement_worked_by_hand() -> None:
 
 def test_keeping_the_whole_vocabulary_passes(tiny_corpus: Params) -> None:
     """K + M beyond the vocabulary: the live side keeps all there is."""
-    params = change(tiny_corpus, prepare={"k": 290, "draws": 20})
+    params = change(tiny_corpus, prepare={"k": 290, "num_sampled": 20})
     capture_all(params)
     report = gate(params)
     assert report.passed, report.failures

@@ -26,7 +26,7 @@ def test_a_row_of_each_shard_comes_first(sizes: list[int], wanted: int, seed: in
 
 
 def test_one_wrong_shard_of_200_is_said_to_escape_100_rows() -> None:
-    """And it does, in half of all draws; 5 wrong ones are found in 97 of 100."""
+    """And it does, in half of all sampled ids; 5 wrong ones are found in 97 of 100."""
     found = reach(shards=200, rows=100, positions=25_600, allowed=2)
     assert (found.shards_seen, found.wrong_shards) == (100, 5)
     assert found.rows_for["one shard"] == 190

@@ -1,32 +1,32 @@
-"""Test whether drawn ids are a sample of the teacher's distribution, without comparing ids.
+"""Test whether sampled ids are a sample of the teacher's distribution, without comparing ids.
 
-If two passes of a teacher agree to 1e-6, the draws can be repeated and compared id by id. In half
-formats the cumulative sums from which draws are read differ by 1e-3, so that ids in the tail differ
-too; in that case this test decides. It sums three quantities over all checked positions. Their
-means and variances under the live distribution p are exact.
+If two passes of a teacher agree to 1e-6, the sampled ids can be repeated and compared id by id. In
+half formats the cumulative sums from which sampled ids are read differ by 1e-3, so that ids in the
+tail differ too; in that case this test decides. It sums three quantities over all checked
+positions. Their means and variances under the live distribution p are exact.
 
-    surprise   sum_j log p(v_j) over the draws of a position. A sample of p^b has mean
+    surprise   sum_j log p(v_j) over the sampled ids of a position. A sample of p^b has mean
                E log p + (b - 1) Var log p to first order, and the sum is the sufficient statistic
                of b. This is the score test of b = 1 (Rao 1948), the most powerful one against ids
                drawn at another temperature 1 / b. Uniform ids, the most probable ids and the ids
                of another position also have another b.
-    pairs      the number of equal pairs among the M draws of a position, with mean
-               M (M - 1) / 2 sum_v p_v^2. If the next most probable ids replace the draws, there
-               are none; if one draw is repeated, there are all M (M - 1) / 2.
+    pairs      the number of equal pairs among the M sampled ids of a position, with mean
+               M (M - 1) / 2 sum_v p_v^2. If the next most probable ids replace the sampled ids,
+               there are none; if one draw is repeated, there are all M (M - 1) / 2.
     place      sum_j F(v_j) - p(v_j) / 2 - 1/2, with F the cumulative sum of p by id: the mid-PIT,
                the probability integral transform of a discrete variable (Czado, Gneiting & Held
                2009, "Predictive Model Assessment for Count Data"), which has mean 0 under any p. If
-               draws of different positions are independent, the variance of its sum over a group of
-               positions is the sum of the variances. If every position of a row uses the same
-               random numbers, the squared sum over a row grows by a factor equal to the number of
-               its positions; likewise the squared sum over all rows at one place, if every row uses
-               the same numbers.
+               sampled ids of different positions are independent, the variance of its sum over a
+               group of positions is the sum of the variances. If every position of a row uses the
+               same random numbers, the squared sum over a row grows by a factor equal to the number
+               of its positions; likewise the squared sum over all rows at one place, if every row
+               uses the same numbers.
 
 Pairs and squares are compared with a gamma variable of the same mean and variance, following
 Satterthwaite 1946. The limits of each of the four tests are set at FALSE_ALARM, with an allowance
 for the teacher's noise (NOISE_*).
 
-Shapes: n positions, M draws, V valid vocabulary.
+Shapes: n positions, M sampled ids, V valid vocabulary.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ NOISE_RATIO = 1.25  # factor that it may have on the ratios of pairs and of squa
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawSums:
-    """Sums over the draws of each position, with their moments under p; float64 [n]."""
+class SampleSums:
+    """Sums over the sampled ids of each position, with their moments under p; float64 [n]."""
 
     surprise: Tensor  # minus its mean
     surprise_variance: Tensor
@@ -58,34 +58,34 @@ class DrawSums:
     place: Tensor
     place_variance: Tensor
     place_cumulant: Tensor  # the fourth cumulant
-    impossible: Tensor  # draws of probability 0, which are among the kept ids
+    impossible: Tensor  # sampled ids of probability 0, which are among the kept ids
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> DrawSums:
+    def map(self, function: Callable[[Tensor], Tensor]) -> SampleSums:
         """Apply a tensor function to every field."""
-        return DrawSums(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        return SampleSums(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
     @staticmethod
-    def cat(parts: list[DrawSums]) -> DrawSums:
+    def cat(parts: list[SampleSums]) -> SampleSums:
         """Join along positions."""
-        names = [field.name for field in fields(DrawSums)]
-        return DrawSums(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
+        names = [field.name for field in fields(SampleSums)]
+        return SampleSums(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
-def draw_sums(weights: Tensor, draw_ids: Tensor) -> DrawSums:
+def sample_sums(weights: Tensor, sampled_ids: Tensor) -> SampleSums:
     """Compute the sums and moments of each position.
 
     Args:
         weights: float32 [n, V], proportional to p, 0 at ids that cannot be drawn. A position where
             all are 0 has nothing to draw from, and its sums are 0.
-        draw_ids: int64 [n, M].
+        sampled_ids: int64 [n, M].
     """
     values = 2**19 if weights.device.type == "cpu" else 2**24  # on a CPU, as many as fit its cache
     at_once = max(1, values // weights.shape[-1])
-    pieces = zip(torch.split(weights, at_once), torch.split(draw_ids, at_once), strict=True)
-    return DrawSums.cat([_draw_sums(rows, ids) for rows, ids in pieces])
+    pieces = zip(torch.split(weights, at_once), torch.split(sampled_ids, at_once), strict=True)
+    return SampleSums.cat([_sample_sums(rows, ids) for rows, ids in pieces])
 
 
-def _draw_sums(weights: Tensor, draw_ids: Tensor) -> DrawSums:
+def _sample_sums(weights: Tensor, sampled_ids: Tensor) -> SampleSums:
     total = weights.sum(-1, keepdim=True)
     some = total[:, 0] > 0
     p = weights / total.clamp_min(torch.finfo(torch.float32).tiny)
@@ -100,26 +100,26 @@ def _draw_sums(weights: Tensor, draw_ids: Tensor) -> DrawSums:
     torch.mul(place, place, out=work)
     second = (p * work).sum(-1).double()
     fourth = (p * work.square_()).sum(-1).double()
-    draws = draw_ids.shape[-1]
-    by_id = draw_ids.sort(-1).values
+    num_sampled = sampled_ids.shape[-1]
+    by_id = sampled_ids.sort(-1).values
     nth = _nth_of_equals(by_id)  # 0, 1, 2 for three equal ids, which form 0 + 1 + 2 pairs
-    pairs = draws * (draws - 1) / 2
-    sums = DrawSums(
-        surprise=(log_p.gather(-1, draw_ids) - mean[:, None]).double().sum(-1),
-        surprise_variance=draws * variance.double(),
+    pairs = num_sampled * (num_sampled - 1) / 2
+    sums = SampleSums(
+        surprise=(log_p.gather(-1, sampled_ids) - mean[:, None]).double().sum(-1),
+        surprise_variance=num_sampled * variance.double(),
         pairs=nth.double().sum(-1),
         pairs_mean=pairs * s2,
-        pairs_variance=pairs * (s2 - s2.square() + 2 * (draws - 2) * (s3 - s2.square())),
-        place=place.gather(-1, draw_ids).double().sum(-1),
-        place_variance=draws * second,
-        place_cumulant=draws * (fourth - 3.0 * second.square()),
-        impossible=(p.gather(-1, draw_ids) == 0).double().sum(-1),
+        pairs_variance=pairs * (s2 - s2.square() + 2 * (num_sampled - 2) * (s3 - s2.square())),
+        place=place.gather(-1, sampled_ids).double().sum(-1),
+        place_variance=num_sampled * second,
+        place_cumulant=num_sampled * (fourth - 3.0 * second.square()),
+        impossible=(p.gather(-1, sampled_ids) == 0).double().sum(-1),
     )
     return sums.map(lambda values: torch.where(some, values, 0.0))
 
 
-def common_draws(one: Tensor, other: Tensor) -> Tensor:
-    """Return the share of draws that two sets [n, M] have in common in any order, float32 [n]."""
+def sampled_overlap(one: Tensor, other: Tensor) -> Tensor:
+    """Return the share of ids that two samples [n, M] have in common in any order, float32 [n]."""
     keys = [_numbered(ids) for ids in (one, other)]
     place = torch.searchsorted(keys[1], keys[0]).clamp_max(one.shape[-1] - 1)
     return (keys[1].gather(-1, place) == keys[0]).float().mean(-1)
@@ -139,7 +139,7 @@ def _nth_of_equals(by_id: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FitTest:
-    """A statistic of the draws, and the interval in which it must lie."""
+    """A statistic of the sampled ids, and the interval in which it must lie."""
 
     name: str
     value: float
@@ -153,7 +153,7 @@ class FitTest:
         return self.low <= self.value <= self.high
 
 
-def fit_tests(sums: DrawSums, rows: Tensor, columns: Tensor) -> list[FitTest]:
+def fit_tests(sums: SampleSums, rows: Tensor, columns: Tensor) -> list[FitTest]:
     """Run the tests over all positions; none if every position has only one id to draw.
 
     Args:
@@ -177,8 +177,8 @@ def fit_tests(sums: DrawSums, rows: Tensor, columns: Tensor) -> list[FitTest]:
     return [tilt, *pairs, *by_row, *_squares("spread over places", sums, columns)]
 
 
-def _squares(name: str, sums: DrawSums, group: Tensor) -> list[FitTest]:
-    """Test whether sums over groups of positions vary as they do for independent draws."""
+def _squares(name: str, sums: SampleSums, group: Tensor) -> list[FitTest]:
+    """Test whether sums over groups of positions vary as they do for independent sampled ids."""
 
     def of_groups(values: Tensor) -> Tensor:
         return values.new_zeros(int(group.max()) + 1).index_add_(0, group, values)

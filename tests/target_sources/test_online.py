@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.logit_cache.reader import Shard
-from pipeline.target_sources.live import OnlineTeacher
+from pipeline.target_sources.online import OnlineTargets
+from pipeline.target_sources.target_source import Place
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.batches import BatchStream
@@ -22,21 +22,21 @@ def test_on_a_cpu_it_keeps_to_the_consumers_thread(tiny_corpus: Params) -> None:
     """Its matrix products set a precision for the whole process, the student's included."""
     threads = set()
 
-    class Watched(OnlineTeacher):
-        def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
+    class Watched(OnlineTargets):
+        def targets(self, places: list[Place], tokens: Tensor) -> TopK:
             threads.add(threading.current_thread())
-            return super().top_k(places, tokens)
+            return super().targets(places, tokens)
 
     split = CorpusSplit(tiny_corpus.paths.corpus, "train")
     teacher = Watched(
         live_teacher(tiny_corpus),
         split,
         k=4,
-        draws=0,
+        num_sampled=0,
         seed=0,
         temperatures=(),
         shard_rows=16,
-        attention="documents",
+        document_mask=True,
     )
     batches = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0).starting_at(0)
     for _ in range(3):
@@ -54,15 +54,15 @@ def test_on_a_gpu_a_stream_of_its_own_gives_the_same(tiny_corpus: Params) -> Non
         dtype=torch.float32,
         device=torch.device("cuda"),
     )
-    teacher = OnlineTeacher(
+    teacher = OnlineTargets(
         live,
         split,
         k=4,
-        draws=0,
+        num_sampled=0,
         seed=0,
         temperatures=(2.0,),
         shard_rows=16,
-        attention="packed",
+        document_mask=False,
     )
     assert teacher.in_background
     stream = BatchStream(teacher, batch_rows=4, window_shards=2, seed=0)

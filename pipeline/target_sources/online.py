@@ -1,4 +1,4 @@
-"""The online teacher: the live model computes the same TopK that `prepare` would have stored.
+"""Targets from the live teacher, which computes the same TopK that `prepare` would have stored.
 
 On a GPU it works one batch ahead, in the thread that makes batches and on its own CUDA stream, so
 that its kernels use the resources that the student's kernels leave idle.
@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.logit_cache.reader import Shard
-from pipeline.model.attention_mask import Attention, documents_apart
-from pipeline.target_sources.target_source import corpus_shard, rows_at
+from pipeline.data.row_order import Shard, read_rows
+from pipeline.model.attention_mask import documents_apart
+from pipeline.target_sources.target_source import Place, rows_at
 from pipeline.targets.reduce import row_uniforms
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
 
 
-class OnlineTeacher:
-    """A `pipeline.target_sources.target_source.Teacher` that runs a live model.
+class OnlineTargets:
+    """A `TargetSource` that runs the teacher.
 
     Args:
         k: number of ids kept per position.
-        draws, seed: number of ids drawn in addition, and the seed of the draws, as in prepare.
+        num_sampled, seed: number of ids sampled in addition, and their seed, as in prepare.
+        prepare.
         temperatures: temperatures that training needs.
-        attention: how the teacher, and therefore its student, attends within a row.
+        document_mask: whether teacher and student attend within documents only.
         shard_rows: rows per shard, so that rows come in the same order as from a cache.
     """
 
@@ -37,20 +38,20 @@ class OnlineTeacher:
         corpus: CorpusSplit,
         *,
         k: int,
-        draws: int,
+        num_sampled: int,
         seed: int,
         temperatures: tuple[float, ...],
         shard_rows: int,
-        attention: Attention,
+        document_mask: bool,
     ) -> None:
         self.teacher = teacher
         self.corpus = corpus
         self.k = k
-        self.draws = draws
+        self.num_sampled = num_sampled
         self.seed = seed
         self.temperatures = temperatures
         self.shard_rows = shard_rows
-        self.attention = attention
+        self.document_mask = document_mask
         self._stream: Any = None
         if teacher.device.type == "cuda":
             self._stream = torch.cuda.Stream(teacher.device)  # type: ignore[no-untyped-call]
@@ -65,12 +66,14 @@ class OnlineTeacher:
         return self.teacher.device.type != "cpu"
 
     def shard(self, number: int) -> Shard:
-        return corpus_shard(self.corpus, number, self.shard_rows)
+        return read_rows(self.corpus, number, self.shard_rows)
 
-    def top_k(self, places: list[tuple[Shard, int]], tokens: Tensor) -> TopK:
+    def targets(self, places: list[Place], tokens: Tensor) -> TopK:
         """Run one teacher forward over `tokens`; the result is complete, for use on any stream."""
-        uniforms = row_uniforms((row for _, row in places), tokens.shape[1], self.draws, self.seed)
-        doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.attention)
+        uniforms = row_uniforms(
+            (row for _, row in places), tokens.shape[1], self.num_sampled, self.seed
+        )
+        doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.document_mask)
         with torch.cuda.stream(self._stream):  # this thread's stream; None changes nothing
             topk = self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)
         if self._stream is not None:

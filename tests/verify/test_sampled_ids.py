@@ -1,4 +1,4 @@
-"""Drawn ids as a sample: honest draws pass, and each known fault fails, without equal ids."""
+"""Drawn ids as a sample: honest sampled ids pass, and each known fault fails, without equal ids."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.targets.reduce import draw_by_inversion
-from pipeline.verify.draws import common_draws, draw_sums, fit_tests
-from tests.verify.faults import DRAW_FAULTS
+from pipeline.targets.reduce import sample_by_inversion
+from pipeline.verify.sampled_ids import fit_tests, sample_sums, sampled_overlap
+from tests.verify.faults import SAMPLING_FAULTS
 
 ROWS, LENGTH, VOCABULARY = 20, 32, 300
 HALF = 0.1  # noise of log-probabilities, nats; bfloat16's on SmolLM2 is 0.05
@@ -26,33 +26,33 @@ def weights_of(seed: int, kept: int, vocabulary: int = VOCABULARY) -> Tensor:
     return p.scatter(-1, p.topk(kept).indices, 0.0)
 
 
-def verdicts(live: Tensor, draws: Tensor) -> dict[str, bool]:
+def verdicts(live: Tensor, num_sampled: Tensor) -> dict[str, bool]:
     place = torch.arange(len(live))
-    tests = fit_tests(draw_sums(live, draws), place // LENGTH, place % LENGTH)
+    tests = fit_tests(sample_sums(live, num_sampled), place // LENGTH, place % LENGTH)
     return {test.name: test.passed for test in tests}
 
 
 @pytest.mark.parametrize("kept", [0, 32])
-@pytest.mark.parametrize("draws", [1, 16, 50])
-def test_honest_draws_pass(draws: int, kept: int) -> None:
+@pytest.mark.parametrize("num_sampled", [1, 16, 50])
+def test_honest_draws_pass(num_sampled: int, kept: int) -> None:
     """20 caches each; by design 4 in a million fail."""
     for seed in range(20):
         weights = weights_of(seed, kept, vocabulary=80)
-        ids = draw_by_inversion(weights, torch.rand(len(weights), draws))
+        ids = sample_by_inversion(weights, torch.rand(len(weights), num_sampled))
         assert all(verdicts(weights, ids).values()), seed
 
 
 @pytest.mark.parametrize("noise", [0.0, HALF])
 @pytest.mark.parametrize("kept", [0, 32])
-@pytest.mark.parametrize("draws", [16, 50])
-@pytest.mark.parametrize("fault", [None, *DRAW_FAULTS])
+@pytest.mark.parametrize("num_sampled", [16, 50])
+@pytest.mark.parametrize("fault", [None, *SAMPLING_FAULTS])
 def test_faults_fail_by_their_distribution(
-    fault: str | None, draws: int, kept: int, noise: float
+    fault: str | None, num_sampled: int, kept: int, noise: float
 ) -> None:
     weights = weights_of(0, kept)
-    uniforms = torch.rand(ROWS, LENGTH, draws)
-    draw: Callable[[Tensor, Tensor], Tensor] = DRAW_FAULTS.get(
-        fault or "", lambda w, u: draw_by_inversion(w, u.flatten(0, 1))
+    uniforms = torch.rand(ROWS, LENGTH, num_sampled)
+    draw: Callable[[Tensor, Tensor], Tensor] = SAMPLING_FAULTS.get(
+        fault or "", lambda w, u: sample_by_inversion(w, u.flatten(0, 1))
     )
     ids = draw(weights, uniforms)
     live = weights * (noise * torch.randn_like(weights)).exp()
@@ -64,7 +64,7 @@ def test_moments_are_those_of_the_distribution() -> None:
     weights = torch.tensor([0.4, 0.3, 0.2, 0.1])
     samples = torch.cartesian_prod(*(torch.arange(4),) * 3)
     chance = weights[samples].prod(-1).double()
-    sums = draw_sums(weights.expand(len(samples), -1) * 7.0, samples)
+    sums = sample_sums(weights.expand(len(samples), -1) * 7.0, samples)
     for name in ("surprise", "pairs", "place"):
         values = getattr(sums, name)
         mean = (chance * values).sum()
@@ -83,11 +83,11 @@ def test_moments_are_those_of_the_distribution() -> None:
 
 def test_draws_among_the_kept_ids_are_impossible() -> None:
     weights = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 0.0]])
-    sums = draw_sums(weights, torch.tensor([[0, 1, 0], [0, 1, 2]]))
+    sums = sample_sums(weights, torch.tensor([[0, 1, 0], [0, 1, 2]]))
     assert sums.impossible.tolist() == [2, 0]  # where nothing can be drawn, anything may stand
 
 
 def test_common_draws_count_repeats_and_no_order() -> None:
     one = torch.tensor([[5, 5, 7, 9], [1, 2, 3, 4]])
     other = torch.tensor([[9, 5, 8, 8], [4, 3, 2, 1]])
-    assert common_draws(one, other).tolist() == [0.5, 1.0]
+    assert sampled_overlap(one, other).tolist() == [0.5, 1.0]
