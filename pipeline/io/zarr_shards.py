@@ -8,15 +8,15 @@ uint64 little-endian, and the crc32c of that table. A chunk consists of the arra
 last axis moved to the front if the spec says `last_axis_first`), little-endian, compressed by blosc
 (zstd level 1, byte shuffle, blocks of 262,144 bytes), then the crc32c of the compressed bytes.
 
-The bytes are those that zarr writes (tests/io/test_zarr_shards.py). This module makes them instead
-of zarr for two reasons. docs/benchmarks.md has the measurements of zarr 3.4.2.
+zarr writes the same bytes (tests/io/test_zarr_shards.py). This module encodes and decodes them
+instead, for two reasons; docs/benchmarks.md has the measurements.
 
-- Speed. A shard is the unit of writing, resuming, reading and checking, and zarr spends about 3 ms
-  per array on any shard. Its fastest pipeline, which is experimental and needs Python 3.12, reads
-  0.3 times as fast at most as this module from shards of 65,536 tokens.
-- Untrusted bytes. zarr decompresses a chunk before it compares the size with the array's, so that
-  140 kB take 1 GiB of memory. It also reads a chunk that the index calls missing as zeros, and does
-  not say which chunk is damaged.
+- Speed. zarr spends 1 to 2 ms on a small array of a shard, this module 0.1 ms. With five arrays and
+  8,192 tokens per shard, zarr 3.1.6 decodes at 0.13 times this module's speed. zarr 3.4.2 with its
+  FusedCodecPipeline, which is experimental and needs Python 3.12, decodes at 0.10 times.
+- Untrusted bytes. zarr decompresses a chunk before it compares its size with the array's, so a
+  shard of 140 kB can take 1 GiB of memory. It reads a chunk as zeros if the index calls it missing,
+  and its errors do not name the chunk.
 """
 
 from __future__ import annotations
