@@ -136,7 +136,7 @@ class SplitWriter:
         """Number of tokens so far, without padding."""
         return self._num_tokens
 
-    def add_checksum(
+    def commit(
         self, *, num_text_bytes: int, tokenizer_sha256: str, num_dropped: int = 0
     ) -> SplitInfo:
         """Write the pending rows, and the metadata that makes the split exist.
