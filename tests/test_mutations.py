@@ -99,7 +99,8 @@ def test_a_test_fails(name: str, tmp_path: Path) -> None:
     mutation = MUTATIONS[name]
     for folder in ("pipeline", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in ("pyproject.toml", "params.yaml"):
+        shutil.copy(ROOT / file, tmp_path)
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{mutation.test}"]
