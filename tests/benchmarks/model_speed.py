@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline.generation.decode import product
 from pipeline.generation.sampling import GenerationSettings, generate_ids
-from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.model.decoder import Linear, ModelConfig, StudentModel
 from pipeline.model.weights import load_student, save_student
 
 SMOLLM2 = ModelConfig(
@@ -82,25 +81,20 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - started
 
 
+@torch.inference_mode()
 def products(rounds: int, inner: int, outer: int) -> None:
-    """The products of pipeline/generation/decode.py: x W^T by its own choice, W from memory."""
+    """nn.Linear beside the decoder's own for a few rows: 64 weights, which come from memory."""
     for name, dtype in DTYPES.items():
         for rows in (1, 8, 32):
-            x = torch.randn(rows, inner).to(dtype)
-            weights = [torch.randn(outer, inner).to(dtype) for _ in range(64)]
-            given = x[0] if rows == 1 else x
-
-            @torch.inference_mode()
-            def plain(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
-                for weight in weights:
-                    F.linear(x, weight)
-
-            @torch.inference_mode()
-            def chosen(x: torch.Tensor = given, weights: list[torch.Tensor] = weights) -> None:
-                for weight in weights:
-                    product(x, weight)
-
-            ratio, _, _ = ratio_by_turns(partial(seconds, plain), partial(seconds, chosen), rounds)
+            x = torch.randn(rows, 1, inner).to(dtype)
+            layers = [Linear(inner, outer, bias=False).to(dtype) for _ in range(64)]
+            plain = lambda x, layers: [F.linear(x, layer.weight) for layer in layers]  # noqa: E731
+            chosen = lambda x, layers: [layer(x) for layer in layers]  # noqa: E731
+            ratio, _, _ = ratio_by_turns(
+                partial(seconds, partial(plain, x, layers)),
+                partial(seconds, partial(chosen, x, layers)),
+                rounds,
+            )
             print(f"  product, {rows:2} rows     {name:18} {ratio:5.2f}", flush=True)
 
 
