@@ -196,7 +196,7 @@ def decode_steps(
 
 @torch.inference_mode()
 def _next_logits(student: StudentModel, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Read the prompts or the tokens just chosen [B, L]; return the logits [B, V] of the next token.
+    """Read prompts or newly chosen tokens [B, L]; return the logits [B, V] of the next token.
 
     The head is applied to the last position only: the logits of a whole prompt would be L x V
     numbers, of which only one row is needed.
