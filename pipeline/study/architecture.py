@@ -6,7 +6,6 @@ values are compared bit for bit.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,7 +57,6 @@ def architecture(subject: Subject) -> Part:
                     if hasattr(subject.config, key)
                 ),
             ],
-            "Modules by class": [("class", "count", "parameters"), *_by_class(model)],
         },
     )
     if not subject.unsupported:
@@ -78,15 +76,6 @@ def module_tree(model: nn.Module, name: str = "", depth: int = 0) -> str:
         children = list(model.named_children())
     lines += [module_tree(child, label, depth + 1) for label, child in children]
     return "\n".join(lines)
-
-
-def _by_class(model: nn.Module) -> list[tuple[object, ...]]:
-    """Return class, number of modules, own parameters (a tied matrix at its first owner)."""
-    counts = Counter(type(module).__name__ for module in model.modules())
-    sizes: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():  # each once
-        sizes[_owner(model, name)] += parameter.numel()
-    return [(kind, count, f"{sizes[kind]:,}") for kind, count in counts.items()]
 
 
 def tensors(subject: Subject) -> Part:

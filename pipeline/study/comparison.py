@@ -20,11 +20,13 @@ class Comparison:
     Attributes:
         measured: largest absolute difference, or the number of things that differ.
         limit: largest accepted value; 0 if the two must be equal.
+        shape: of the tensors compared; empty for other things.
     """
 
     name: str
     measured: float
     limit: float
+    shape: tuple[int, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -58,13 +60,13 @@ def compare(name: str, ours: Tensor, theirs: Tensor, atol: float = ATOL) -> Comp
     nearest to its limit. Tensors of different shapes differ by infinity.
     """
     if ours.shape != theirs.shape:
-        return Comparison(name, float("inf"), atol)
+        return Comparison(name, float("inf"), atol, tuple(ours.shape))
     ours, theirs = (tensor.detach().to("cpu", torch.float64) for tensor in (ours, theirs))
     apart = (ours - theirs).abs().amax(-1).flatten()
     limits = atol * theirs.abs().amax(-1).flatten().clamp(min=1.0)
     equal = bool((apart == 0).all())
     worst = int(limits.argmin() if equal else (apart / limits).argmax())  # the first NaN, if any
-    return Comparison(name, float(apart[worst]), float(limits[worst]))
+    return Comparison(name, float(apart[worst]), float(limits[worst]), tuple(ours.shape))
 
 
 def compare_sequences(name: str, ours: Sequence[int], theirs: Sequence[int]) -> Comparison:

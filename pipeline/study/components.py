@@ -173,7 +173,6 @@ def gqa(subject: Subject) -> Part:
     attention = subject.our_block.self_attn
     x, cos, sin = found["input_layernorm.output"], found["cos"][:, None], found["sin"][:, None]
     steps = attention_steps(attention, x, cos, sin)
-    theirs = {name: _visible(name, found[traced]) for name, (traced, _) in _STEPS.items()}
     heads, groups = subject.our_config.num_heads, subject.our_config.num_kv_heads
     shared = heads // groups
     query, key, value = steps["query"], steps["key"], steps["value"]
@@ -189,8 +188,8 @@ def gqa(subject: Subject) -> Part:
         ],
         comparisons=[
             *(
-                compare(title, _visible(name, steps[name]), theirs[name])
-                for name, (_, title) in _STEPS.items()
+                compare(title, _visible(name, steps[name]), _visible(name, found[traced]))
+                for name, (traced, title) in _STEPS.items()
             ),
             compare(
                 "output of the fused kernel",
@@ -203,22 +202,6 @@ def gqa(subject: Subject) -> Part:
                 attend(query, *repeated, None, dropout=0.0),
             ),
         ],
-        tables={
-            "Steps": [
-                ("step", "shape", "largest |value|"),
-                *(
-                    (title, shape_of(theirs[name]), largest(theirs[name]))
-                    for name, (_, title) in _STEPS.items()
-                ),
-            ],
-            "How key/value heads are shared": [
-                ("key/value head", "query heads"),
-                *(
-                    (g, ", ".join(map(str, range(g * shared, (g + 1) * shared))))
-                    for g in range(groups)
-                ),
-            ],
-        },
     )
 
 
@@ -290,10 +273,4 @@ def swiglu(subject: Subject) -> Part:
         title=f"SwiGLU, layer {subject.layer}",
         notes=[f"down(silu(gate(x)) * up(x)); {negative:.0%} of the gates are negative here."],
         comparisons=[compare(name, ours, theirs) for name, (ours, theirs) in steps.items()],
-        tables={
-            "Steps": [
-                ("step", "shape", "largest |value|"),
-                *((name, shape_of(theirs), largest(theirs)) for name, (_, theirs) in steps.items()),
-            ]
-        },
     )

@@ -66,11 +66,21 @@ def _blocks(part: Part) -> Iterator[str]:
     yield f"## {part.title}"
     yield from map(_cell, part.notes)
     if part.comparisons:
-        rows = [
-            (c.name, shown(c.measured), shown(c.limit), "pass" if c.passed else "FAIL")
-            for c in part.comparisons
-        ]
-        yield _table([("comparison", "largest difference", "limit", ""), *rows])
+        yield _table(
+            [
+                ("comparison", "shape", "largest difference", "limit", ""),
+                *(
+                    (
+                        c.name,
+                        " x ".join(map(str, c.shape)),
+                        shown(c.measured),
+                        shown(c.limit),
+                        "pass" if c.passed else "FAIL",
+                    )
+                    for c in part.comparisons
+                ),
+            ]
+        )
     for title, text in part.texts.items():
         yield f"### {title}"
         yield _fenced(text)

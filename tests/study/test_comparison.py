@@ -28,7 +28,9 @@ def test_large_vectors_do_not_cover_small_ones() -> None:
     found = compare("", ours, theirs)
     assert not found.passed
     assert (found.measured, found.limit) == pytest.approx((1e-3, 1e-5), rel=1e-3)
-    assert compare("", theirs, theirs) == Comparison("", 0.0, 1e-5)  # the strictest, when equal
+    assert compare("", theirs, theirs) == Comparison(
+        "", 0.0, 1e-5, (1, 5, 8)
+    )  # the strictest, when equal
 
 
 def test_nan_and_other_shapes_never_pass() -> None:

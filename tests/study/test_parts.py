@@ -251,20 +251,19 @@ def test_module_tree_tells_equal_layers_once(qwen_folder: Path) -> None:
     assert any(line.strip().startswith("k_proj: Linear(in_features=48") for line in lines)
 
 
-def test_scores_above_the_diagonal_are_not_told(
+def test_scores_above_the_diagonal_are_not_compared(
     qwen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = make_subject(qwen_folder)
     found = components.trace_layer(subject)
     found["scores"] = found["scores"].tril() + 1e6 * torch.ones_like(found["scores"]).triu(1)
     monkeypatch.setattr(components, "trace_layer", lambda _: found)
-    steps = {row[0]: row[2] for row in run_one(subject, "gqa").tables["Steps"][1:]}
-    assert float(str(steps["scores Q K^T / sqrt(E), causal part"])) < 1e5
+    assert not failed(run_one(subject, "gqa"))
 
 
 def test_who_shares_a_key_value_head(qwen_folder: Path) -> None:
-    sharing = run_one(make_subject(qwen_folder), "gqa").tables["How key/value heads are shared"]
-    assert sharing[1:] == [(0, "0, 1, 2"), (1, "3, 4, 5")]
+    note = run_one(make_subject(qwen_folder), "gqa").notes[1]
+    assert "the key/value head is 0 0 0 1 1 1." in note
 
 
 def test_cache_shapes_at_prefill_and_decode(qwen_folder: Path) -> None:

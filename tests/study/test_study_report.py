@@ -27,7 +27,7 @@ def made_up() -> Part:
         notes=["Some <b>prose</b>."],
         texts={"A text": "``` <script>\nsecond line\n"},
         tables={"A table": [("a|b", "c"), ("x|y", "<i>_z_"), (1, 2.5)]},
-        comparisons=[Comparison("good", 0.0, 0.0), Comparison("bad", 2e-3, 1e-5)],
+        comparisons=[Comparison("good", 0.0, 0.0), Comparison("bad", 2e-3, 1e-5, (2, 3))],
         files={"some.bin": b"123"},
     )
 
@@ -37,9 +37,14 @@ def test_markdown_and_json_say_the_same(tmp_path: Path) -> None:
     text, values = report.read_text(), json.loads((tmp_path / "study.json").read_text())
     assert "a model, on a device. 1 of 2 comparisons pass." in text
     assert (values["model"], values["passed"], values["total"]) == ("a model", 1, 2)
-    assert "| bad | 2.0e-03 | 1.0e-05 | FAIL |" in text
-    expected = {"name": "bad", "measured": 2e-3, "limit": 1e-5, "passed": False}
-    assert values["parts"][0]["comparisons"][1] == expected
+    assert "| bad | 2 x 3 | 2.0e-03 | 1.0e-05 | FAIL |" in text
+    assert values["parts"][0]["comparisons"][1] == {
+        "name": "bad",
+        "measured": 2e-3,
+        "limit": 1e-5,
+        "shape": [2, 3],
+        "passed": False,
+    }
     assert (tmp_path / "some.bin").read_bytes() == b"123"
 
 
