@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ParamsError
+from pipeline.generation.decode import DecodeStep
 from pipeline.model.decoder import StudentModel
 from pipeline.model.kv_cache import KVCache
 
@@ -173,7 +174,8 @@ def decode_steps(
     eos = torch.tensor(settings.eos_ids or (), dtype=torch.int64, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
     rows = torch.arange(num_rows)  # the rows still in the batch
-    logits = _next_logits(student, tokens, cache)
+    logits = _prefill(student, tokens, cache)
+    read = DecodeStep(student, cache)
     for end in range(prompt_len, prompt_len + most):
         chosen = choose(logits, ids[:, :end], settings, draws)
         step = torch.full((num_rows,), ENDED)
@@ -191,12 +193,12 @@ def decode_steps(
             rows, chosen, ids, ended = rows[left.cpu()], chosen[left], ids[left], ended[left]
         if end + 1 < prompt_len + most:
             ids[:, end] = chosen
-            logits = _next_logits(student, chosen[:, None], cache)
+            logits = read(chosen)
 
 
 @torch.inference_mode()
-def _next_logits(student: StudentModel, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Read prompts or newly chosen tokens [B, L]; return the logits [B, V] of the next token.
+def _prefill(student: StudentModel, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Read the prompts [B, L]; return the logits [B, V] of the next token.
 
     The head is applied to the last position only: the logits of a whole prompt would be L x V
     numbers, of which only one row is needed.

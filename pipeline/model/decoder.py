@@ -138,30 +138,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos.to(x.dtype), turned, sin.to(x.dtype))
 
 
-class Linear(nn.Linear):
-    """`nn.Linear`, with another product for the few tokens of a decoding step on a CPU.
-
-    In bfloat16, x W^T reads W at half the memory's speed there, and W x^T at all of it
-    (tests/benchmarks/model_speed.py prints the ratio; it needs AMX). Float32 has no such gap.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        few = x.dtype == torch.bfloat16 and x.is_cpu and rows <= _FEW
-        if not few or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        columns = x.reshape(rows, -1).t()
-        if rows == 1:
-            columns = columns[:, 0]
-        out = self.weight @ columns  # [out] or [out, rows]
-        out = out.t() if self.bias is None else out.t() + self.bias
-        return out.reshape(*x.shape[:-1], -1)
-
-
-_FEW = 32
-"""Rows up to which W x^T beats x W^T in bfloat16 on a CPU."""
-
-
 class GQAAttention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads.
 
@@ -176,10 +152,10 @@ class GQAAttention(nn.Module):
         self.dropout = config.dropout
         kv_size = config.num_kv_heads * config.head_size
         bias = config.attention_bias
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=bias)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -214,26 +190,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
     Without a mask, a single query sees all keys, and several queries see the keys up to their own
     position (then S = L). With a mask, which must include causality, key/value heads are repeated
-    first, because no fused CUDA kernel takes both a mask and grouped heads. When decoding, with
-    L = 1, the query heads of a group are passed as the queries of its key/value head instead, which
-    copies nothing.
+    first, because no fused CUDA kernel takes both a mask and grouped heads.
     """
-    shape = q.shape
-    if shape[2] == 1:
-        q = q.reshape(*k.shape[:2], -1, shape[3])
     if mask is not None and k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    mixed = F.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and shape[2] > 1,
+        is_causal=mask is None and q.shape[2] > 1,
         dropout_p=dropout,
         enable_gqa=k.shape[1] != q.shape[1],
     )
-    return mixed.reshape(shape)
 
 
 def attention_plain(
@@ -264,9 +234,9 @@ class SwiGLUFFN(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -342,7 +312,7 @@ class StudentModel(Student):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(_init_weights)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

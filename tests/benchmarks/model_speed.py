@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from pipeline.generation.decode import DecodeStep, product
 from pipeline.generation.sampling import GenerationSettings, generate_ids
-from pipeline.model.decoder import Linear, ModelConfig, StudentModel
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import load_student, save_student
 
 SMOLLM2 = ModelConfig(
@@ -81,20 +82,25 @@ def seconds(call: Callable[[], object]) -> float:
     return clock() - started
 
 
-@torch.inference_mode()
 def products(rounds: int, inner: int, outer: int) -> None:
-    """nn.Linear beside the decoder's own for a few rows: 64 weights, which come from memory."""
+    """The products of pipeline/generation/decode.py: x W^T by its own choice, W from memory."""
     for name, dtype in DTYPES.items():
         for rows in (1, 8, 32):
-            x = torch.randn(rows, 1, inner).to(dtype)
-            layers = [Linear(inner, outer, bias=False).to(dtype) for _ in range(64)]
-            plain = lambda x, layers: [F.linear(x, layer.weight) for layer in layers]  # noqa: E731
-            chosen = lambda x, layers: [layer(x) for layer in layers]  # noqa: E731
-            ratio, _, _ = ratio_by_turns(
-                partial(seconds, partial(plain, x, layers)),
-                partial(seconds, partial(chosen, x, layers)),
-                rounds,
-            )
+            x = torch.randn(rows, inner).to(dtype)
+            weights = [torch.randn(outer, inner).to(dtype) for _ in range(64)]
+            given = x[0] if rows == 1 else x
+
+            @torch.inference_mode()
+            def plain(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
+                for weight in weights:
+                    F.linear(x, weight)
+
+            @torch.inference_mode()
+            def chosen(x: torch.Tensor = given, weights: list[torch.Tensor] = weights) -> None:
+                for weight in weights:
+                    product(x, weight)
+
+            ratio, _, _ = ratio_by_turns(partial(seconds, plain), partial(seconds, chosen), rounds)
             print(f"  product, {rows:2} rows     {name:18} {ratio:5.2f}", flush=True)
 
 
@@ -124,6 +130,25 @@ def forwards(theirs: Any, ours: StudentModel, rows: int, length: int, rounds: in
                 rounds,
             )
             print(f"  {what:20} {name:18} {ratio:5.2f}  ({a:.2f} s, ours {b:.2f} s)", flush=True)
+
+
+@torch.inference_mode()
+def one_decoder(ours: StudentModel, rounds: int, prompt: int = 64) -> None:
+    """A token by the decoder's ordinary forward with its cache, over one by `DecodeStep`."""
+    for rows in (1, 8):
+        tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt))
+        plain, own = (ours.new_cache(rows, prompt + rounds + 1) for _ in range(2))
+        for cache in (plain, own):
+            ours.hidden_states(tokens, cache=cache)
+        new = tokens[:, :1]
+        ordinary = partial(ours, new, cache=plain)
+        step = partial(DecodeStep(ours, own), new[:, 0])
+        ratio, a, b = ratio_by_turns(partial(seconds, ordinary), partial(seconds, step), rounds)
+        print(
+            f"  ordinary, batch {rows}    float32            {ratio:5.2f}  "
+            f"({1e3 * a:.1f} ms, ours {1e3 * b:.1f} ms)",
+            flush=True,
+        )
 
 
 def decoding(theirs: Any, ours: StudentModel, rounds: int, new: int = 32, prompt: int = 64) -> None:
@@ -198,6 +223,7 @@ def main(
         if only != "decode":
             forwards(theirs, ours, rows, length, rounds)
         if only != "forward":
+            one_decoder(ours, rounds)
             decoding(theirs, ours, rounds)
     if teacher is not None and only != "forward":
         print(f"{teacher}")

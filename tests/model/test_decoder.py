@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.decoder import (
-    Linear,
     ModelConfig,
     RMSNorm,
     StudentModel,
@@ -37,17 +36,6 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
-}
-
-
-TINY = {
-    "hidden_size": 32,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 71,
-    "max_seq_len": 64,
 }
 
 
@@ -158,35 +146,6 @@ def test_fused_attention_equals_the_plain_softmax(queries: int, keys: int, maske
         strict=True,
     ):
         torch.testing.assert_close(one, two)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("bias", [False, True])
-@torch.no_grad()
-def test_product_of_a_decoding_step_in_bfloat16(rows: int, bias: bool) -> None:
-    layer = Linear(8, 6, bias=bias).to(torch.bfloat16)
-    x = torch.randn(rows, 1, 8).to(torch.bfloat16)
-    exact = torch.nn.functional.linear(
-        x.double(), layer.weight.double(), layer.bias.double() if bias else None
-    )
-    torch.testing.assert_close(layer(x).double(), exact, atol=0.02, rtol=0.02)
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-@torch.no_grad()
-def test_bfloat16_decoding_rounds_no_more_than_one_pass(rows: int) -> None:
-    half = StudentModel(ModelConfig(**TINY))
-    for parameter in half.parameters():  # else attention is nearly uniform, hiding mistakes
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    half.to(torch.bfloat16)
-    exact = StudentModel(ModelConfig(**TINY))
-    exact.load_state_dict(half.state_dict())
-    tokens = torch.randint(0, 71, (rows, 40))
-    cache = half.new_cache(rows, 40)
-    steps = torch.cat([half(part, cache=cache) for part in tokens.split([30] + [1] * 10, 1)], 1)
-    expected = exact(tokens)
-    decoded, at_once = steps.float() - expected, half(tokens).float() - expected
-    assert decoded.square().mean() < 1.5 * at_once.square().mean()
 
 
 def test_plain_attention_equals_hugging_face_step_by_step() -> None:
