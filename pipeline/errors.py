@@ -21,7 +21,7 @@ _ACCIDENTS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.EIO: "the disk reports an input/output error",
-    errno.ESTALE: "the network file system lost sight of it",
+    errno.ESTALE: "the network file system lost track of the file",
     errno.EMFILE: "too many files are open",
     errno.ENFILE: "too many files are open",
     errno.EISDIR: "a folder lies where a file should",
@@ -77,6 +77,14 @@ def _number(error: BaseException) -> int:
 def reason_of(error: BaseException, longest: int = 200) -> str:
     """Return another library's message on one line, shortened; its type if it has no message."""
     return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Return whether a library raised an error, as opposed to an interrupt or an exit.
+
+    A panic in a library written in Rust (pyo3's PanicException) is not an Exception.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def printable(text: str) -> str:

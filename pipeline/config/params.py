@@ -94,7 +94,7 @@ class Paths(Section):
     humaneval: Path = Field(description="HumanEval: a folder of samples a model, and metrics")
     export: Path = Field(description="one folder a published model, and how it was checked")
     report: Path = Field(description="the HTML page")
-    study: Path = Field(description="what a model is made of: pages, pictures, tensors")
+    study: Path = Field(description="what a model is made of: report, metrics, tensors")
 
 
 class WheelTeacher(Section):

@@ -96,7 +96,7 @@ def open_file(file: Path) -> BinaryIO:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no file, for callers that can do without.
+    """Read a JSON object; empty if there is not a file, for callers that can do without.
 
     Raises:
         DecantError: the file is damaged.
@@ -111,7 +111,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it is empty" if not file.stat().st_size else str(error)[:100]
         raise DecantError(
-            f"{file} is damaged ({reason}): put back a copy, or make it again by the stage that "
+            f"{file} is damaged ({reason}): restore a copy, or make it again by the stage that "
             "writes it"
         ) from None
     if not isinstance(content, dict):

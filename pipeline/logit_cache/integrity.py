@@ -2,7 +2,7 @@
 
 The damaged parts are named, and only they need to be captured again: a damaged shard loses its
 commit marker, and damaged metadata is rewritten from the fingerprint. Nothing here runs the
-teacher, so a check runs at the speed of the disk. The gate (pipeline/fidelity) checks whether the
+teacher, so a check runs at the speed of the disk. The gate (pipeline/verify) checks whether the
 cache agrees with the teacher.
 """
 
@@ -14,8 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.io.checked_json import DamagedError
 from pipeline.io.object_store import Address, Folder, open_folder
-from pipeline.io.zarr_shards import DamagedError, encode_shard, find_damaged_metadata, write_group
+from pipeline.io.zarr_groups import find_damaged_metadata, write_group
+from pipeline.io.zarr_shards import encode_shard
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import COMMITS, ID_ORDER, Fingerprint, marker_key
 from pipeline.logit_cache.layout import (

@@ -30,9 +30,9 @@ from typing import Any, TypeVar
 import google_crc32c
 
 from pipeline.errors import DecantError
+from pipeline.io.checked_json import DamagedError, Number, Size, parse
 from pipeline.io.files import fsync, open_file
 from pipeline.io.object_store import MARK, Address, Url, open_folder
-from pipeline.io.zarr_shards import DamagedError, Number, Size, parse
 from pipeline.runtime.console import say
 from pipeline.training.dist_checkpoint import Learner, read_tensors, write_tensors
 from pipeline.training.distributed import ALONE, Ranks
@@ -118,11 +118,11 @@ class Checkpoints:
                 if not damage:
                     read_tensors(folder, learner, self._ranks)
                     return self._state(folder)
-                say(f"checkpoint {self.address / name} is damaged ({damage}): it is passed over")
+                say(f"checkpoint {self.address / name} is damaged ({damage}): it is skipped")
         if (names := self._ranks.on_first(self.names)) and not self._start_again:
             raise DecantError(
-                f"none of the checkpoints {', '.join(names)} in {self.address} is whole: put back "
-                "a copy of one, or start again with --overwrite"
+                f"none of the checkpoints {', '.join(names)} in {self.address} is complete: "
+                "restore a copy of one, or start again with --overwrite"
             )
         return None
 
@@ -283,7 +283,7 @@ def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
         entries = sorted(listed.items())
         unlisted = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.is_file()]
         if unlisted:  # a pipe, for example; reading it would never end
-            return f"{unlisted[0].name} is no file"
+            return f"{unlisted[0].name} is not a file"
         if lost := {".metadata", _STATE} - listed.keys():
             return f"{_COMPLETE} does not list {min(lost)}"
         _read(folder / _STATE, _Saved)

@@ -120,7 +120,10 @@ def run_gate(
     tests, failures = _judge_samples(cached, of_cache)
     failures = [*failures_of(of_cache, limits, calls), *failures]
     if not failures_of(of_control, limits, calls):
-        failures.append("the negative control, targets shifted by one, passed: the gate is blind")
+        failures.append(
+            "the negative control, targets shifted by one, passed, so the gate could not detect "
+            "a shift"
+        )
     report = GateReport(
         batches=len(batches),
         rows=len(places),

@@ -94,7 +94,7 @@ class Found:
         }
         more = [f"{what} {self.batches_for[what]:,}" for what in beyond if beyond[what]]
         return (
-            f"errors from {', '.join(errors)} nats on, {share}, "
+            f"errors of {', '.join(errors)} nats or more, {share}, "
             f"{self.wrong_shards} of {self.shards:,} shards wrong"
             + (f" (it takes verify.batches to find {', '.join(more)})" if more else "")
         )
