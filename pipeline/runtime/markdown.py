@@ -1,7 +1,8 @@
-"""Tables in Markdown, for the terminal, the README and model cards."""
+"""Tables in Markdown, for the terminal, the README, model cards and the study."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -19,5 +20,5 @@ def markdown_table(
 
 
 def _cell(text: str) -> str:
-    """Escape what would end a cell."""
-    return text.replace("|", "&#124;").replace("\n", " ")
+    """Escape what would end a cell, unless it is escaped already."""
+    return re.sub(r"(?<!\\)\|", r"\|", text).replace("\n", " ")

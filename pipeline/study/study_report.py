@@ -14,6 +14,7 @@ import torch
 
 from pipeline.io.files import write_bytes, write_json, write_text
 from pipeline.runtime.console import readable_bytes
+from pipeline.runtime.markdown import markdown_table
 from pipeline.study.comparison import Part, shown
 
 
@@ -91,7 +92,7 @@ def _blocks(part: Part) -> Iterator[str]:
 
 def _table(table: Sequence[Sequence[object]]) -> str:
     head, *rows = ([_cell(value) for value in row] for row in table)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return markdown_table(head, rows)
 
 
 def _cell(value: object) -> str:
