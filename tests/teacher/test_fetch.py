@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.params import Params, TeacherParams
 from pipeline.errors import DecantError
-from pipeline.export.card import run_license
+from pipeline.export.card import run_facts
 from pipeline.io.hub import commit_of
 from pipeline.io.object_store import MARK
 from pipeline.model.config_json import describe
@@ -140,7 +140,7 @@ def test_a_folders_own_model_card_is_read(
     assert read_front_matter(fetch_teacher(params.teacher, params.paths.teacher)) == {
         "license": "mit"
     }
-    assert run_license(params) == "mit"  # through the pointer at paths.teacher
+    assert run_facts(params, "student").license == "mit"  # through the pointer at paths.teacher
 
 
 def test_a_gguf_that_says_nothing_gets_no_card(tmp_path: Path) -> None:
