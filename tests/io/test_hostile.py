@@ -358,7 +358,7 @@ def test_a_pipe_or_device_in_a_checkpoint_is_no_hang(
         os.mkfifo(file)
     else:
         file.symlink_to("/dev/zero")
-    with bounded(), pytest.raises(DecantError, match=r"none of the checkpoints .* is whole"):
+    with bounded(), pytest.raises(DecantError, match=r"none of the checkpoints .* is complete"):
         checkpoints.load_newest(make_learner())
 
 
