@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.params import ExportParams
+from pipeline.config.delivery_params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export import check as check_module
 from pipeline.export import gguf as gguf_module
