@@ -72,7 +72,7 @@ def stage(function: Callable[..., None]) -> click.Command:
             _stop("interrupted: run the same command to continue", _INTERRUPTED)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _has_no_reader():
-                _stop("nobody reads the output any more: run the same command to continue", 1)
+                _stop("the output was closed: run the same command to continue", 1)
             what = accident(error)
             if what is None:
                 raise

@@ -21,7 +21,7 @@ _ACCIDENTS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.EIO: "the disk reports an input/output error",
-    errno.ESTALE: "the network file system lost sight of it",
+    errno.ESTALE: "the network file system lost track of the file",
     errno.EMFILE: "too many files are open",
     errno.ENFILE: "too many files are open",
     errno.EISDIR: "a folder lies where a file should",

@@ -29,7 +29,7 @@ def main(params: Params, only_plan: bool) -> None:
     """Look at a sample of the corpus and say what each K would keep and cost.
 
     For each K: the mass it retains at each temperature, the nats it loses, bytes per token and size
-    of the cache; then how long a capture takes, and from how many passes over the corpus on it is
+    of the cache; then how long a capture takes, and from how many epochs on, over all runs, it is
     cheaper than an online teacher. Reads advise.*, prepare.*, capture.*, train.*, paths.teacher and
     paths.corpus; writes paths.advise/metrics.json and advice.svg.
 
@@ -76,7 +76,7 @@ def _look(params: Params) -> None:
     except DecantError as error:
         click.echo(f"  the plot is left out: {error}")
     click.echo(
-        f"advise: {advice.rows} of {advice.corpus_rows:,} rows looked at, {recommendation(advice)}"
+        f"advise: {advice.rows} of {advice.corpus_rows:,} rows examined, {recommendation(advice)}"
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @stage
 @writes("corpus")
-@click.option("--overwrite", is_flag=True, help="Make it again though nothing has changed.")
+@click.option("--overwrite", is_flag=True, help="Rebuild it even if nothing has changed.")
 def main(params: Params, overwrite: bool) -> None:
     """Tokenize, split and pack the corpus into rows.
 

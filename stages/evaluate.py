@@ -22,15 +22,15 @@ DEFAULT_RUNS = ("student", "baseline")
     "--run",
     "runs",
     multiple=True,
-    help="A run under paths.runs to judge; may be repeated.  [default: student and baseline, where "
-    "neither --run nor --model is given]",
+    help="A run under paths.runs to evaluate; may be repeated.  [default: student and baseline, "
+    "where neither --run nor --model is given]",
 )
 @click.option(
     "--model",
     "models",
     multiple=True,
     metavar="NAME=FOLDER",
-    help="Any Hugging Face folder to judge; may be repeated.",
+    help="Any Hugging Face folder to evaluate; may be repeated.",
 )
 @click.option(
     "--lm-eval",

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     help="Export this Hugging Face folder instead.",
 )
 @click.option("--push", "repo_id", metavar="ORG/NAME", help="Then publish it on the hub.")
-@click.option("--public", is_flag=True, help="With --push: for all to see; else private.")
-@click.option("--dry-run", is_flag=True, help="With --push: say what would go, and stop.")
+@click.option(
+    "--public", is_flag=True, help="With --push: make the repository public (default: private)."
+)
+@click.option("--dry-run", is_flag=True, help="With --push: list what would be sent, and stop.")
 def main(
     params: Params, run: str, model: Path | None, repo_id: str | None, public: bool, dry_run: bool
 ) -> None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="A run under paths.runs; may be repeated.  [default: teacher and the run student]",
 )
-@click.option("--overwrite", is_flag=True, help="Start again where other samples are in the way.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace samples that were made with other parameters."
+)
 @click.option(
     "--unsandboxed",
     is_flag=True,

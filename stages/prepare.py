@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--actors",
     type=click.IntRange(min=1),
-    show_default="one a GPU, or 1",
+    show_default="one per GPU, or 1",
     help="With --engine ray: how many processes capture.",
 )
 def main(
@@ -60,8 +60,8 @@ def main(
         )
     if repair and parts > 1:
         raise ParamsError(
-            f"--repair with --shards {part} would take back what the other processes write "
-            "meanwhile: repair with one process, then go on with several"
+            f"--repair with --shards {part} would undo what the other processes are "
+            "writing: repair with one process, then go on with several"
         )
     if engine == "ray":
         if parts > 1:

@@ -44,8 +44,8 @@ def main(params: Params, run: str, overwrite: bool) -> None:
         trained = f" ({result.trained_parameters / 1e6:.2f} M in merged adapters)"
     if state.best_loss is not None:
         say(
-            f"train.keep_best: kept is step {state.best_step}, whose validation loss of "
-            f"{state.best_loss:.4f} is the lowest"
+            f"train.keep_best: kept step {state.best_step}, which has the lowest validation loss, "
+            f"{state.best_loss:.4f}"
         )
     say(
         f"train: {result.folder / 'model'} holds {result.parameters / 1e6:.1f} M parameters"

@@ -94,7 +94,7 @@ def _check_structure(params: Params) -> None:
             click.echo(f"  {split}: {result.missing} of {result.shards} shards are not captured")
         whole = whole and not result.damages and not result.missing
         shards += result.committed
-    verdict = "all whole" if whole else "NOT whole; run stages/prepare.py --repair"
+    verdict = "all whole" if whole else "NOT intact; run stages/prepare.py --repair"
     click.echo(f"verify: {shards} committed shards read, {verdict}")
     sys.exit(0 if whole else 1)
 

@@ -43,7 +43,7 @@ def test_a_reader_that_leaves_is_no_traceback(lines: int) -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     said = done.stderr.decode()
-    assert said == "error: nobody reads the output any more: run the same command to continue\n"
+    assert said == "error: the output was closed: run the same command to continue\n"
     assert done.returncode == 1
 
 
@@ -139,7 +139,7 @@ def test_a_folder_that_does_not_fit_leaves_the_older_one(error: Exception, tmp_p
             (partial / "file").write_bytes(bytes(2_000_000))
             raise error
 
-    with pytest.raises(DecantError, match=r"is not written, .* full \(2 MB .*free more"):
+    with pytest.raises(DecantError, match=r"could not be written: .* full \(the 2 MB .*free more"):
         fail()
     assert {entry.name for entry in folder.iterdir()} == {"file", MARK}
     assert (folder / "file").read_text() == "old"
@@ -156,7 +156,7 @@ def test_damage_to_a_finished_folder_is_named(tmp_path: Path) -> None:
     (folder / "weights").unlink()
     assert find_damage(folder) == "weights is missing"
     os.mkfifo(folder / "weights")
-    assert find_damage(folder) == "weights is no file"
+    assert find_damage(folder) == "weights is not a file"
     for text in ("", "[]", '{"files": [1]}', "[" * 100_000):
         (folder / MARK).write_text(text)
         assert find_damage(folder) == f"{MARK} cannot be read"

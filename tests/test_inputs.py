@@ -84,5 +84,5 @@ def test_a_link_to_nothing_is_named(params: Params, tmp_path: Path) -> None:
     file = tmp_path / "model" / "generation_config.json"
     file.unlink(missing_ok=True)
     file.symlink_to("absent")
-    with pytest.raises(DecantError, match=r"generation_config\.json is a link to nothing"):
+    with pytest.raises(DecantError, match=r"generation_config\.json is a dangling link"):
         write_inputs(params)

@@ -106,7 +106,7 @@ def test_the_table_of_scale_is_what_the_plan_computes() -> None:
     assert f"here they take {ours / 1e9:.0f} GB" in page.read_text()
     assert small.extent.tokens == pytest.approx(1.6e9, rel=1e-2)
     assert large.extent.tokens == pytest.approx(1e12, rel=1e-2)
-    assert all(plan.extent.passes_a_run == pytest.approx(1, abs=0.05) for plan in (small, large))
+    assert all(plan.extent.epochs_per_run == pytest.approx(1, abs=0.05) for plan in (small, large))
 
 
 def test_the_recipe_for_a_t4_fits_into_its_memory_and_six_hours() -> None:

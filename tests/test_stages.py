@@ -137,7 +137,7 @@ def test_damage_is_named_and_repaired_by_hand(
     done = run("stages/verify.py", *params, "--structure")
     assert done.returncode == 1
     assert "train shard 3: lse/c/3/0 has" in done.stdout
-    assert "NOT whole; run stages/prepare.py --repair" in done.stdout
+    assert "NOT intact; run stages/prepare.py --repair" in done.stdout
     done = run("stages/prepare.py", *params, "--repair")
     assert done.returncode == 0
     assert "train shard 3: lse/c/3/0 has" in done.stdout

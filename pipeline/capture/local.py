@@ -258,7 +258,7 @@ def open_captures(
         for split, wanted in zip(SPLITS, fingerprints, strict=True):
             address = params.paths.logits / split
             if other := _something_else(address, wanted):
-                say(f"prepare: {other}, and gives way to a new cache")
+                say(f"prepare: {other}, and is replaced by a new cache")
                 remove_cache(open_folder(address))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
     return [
@@ -280,7 +280,7 @@ def _something_else(address: Address, wanted: Fingerprint) -> str:
         return str(error).partition(": ")[0]
     except DamagedError as error:
         raise DecantError(
-            f"{address} is damaged ({error}), so that what it was made from cannot be told: remove "
+            f"{address} is damaged ({error}), so nothing says what it was made from: remove "
             "it to capture it again"
         ) from None
     difference = layout and layout.fingerprint.difference(wanted)

@@ -2,7 +2,7 @@
 
 This uses Ray Core rather than Ray Data: the unit of work is a shard number, an actor writes its
 result to storage and not through Ray, and an actor receives only the parameters. Ray schedules the
-tasks, restarts a lost actor and repeats its task. The store makes that safe, since a shard exists
+tasks, restarts a lost actor and repeats its task. The cache makes that safe, since a shard exists
 once its marker is committed, and a repeated shard is only confirmed or written again with the same
 bytes.
 
@@ -69,13 +69,15 @@ def capture_on_ray(
     """
     ray = import_ray()
     with lock_cache(params), _cluster(ray), _errors_unwrapped(ray):
-        crew = _start_actors(ray, params, actors)
-        todo: list[Outstanding] = ray.get(crew[0].open.remote(overwrite=overwrite, repair=repair))
+        handles = _start_actors(ray, params, actors)
+        todo: list[Outstanding] = ray.get(
+            handles[0].open.remote(overwrite=overwrite, repair=repair)
+        )
         for split in todo:
             say_repaired(split.split, split.repaired)
         shards, tokens = sum(len(s.missing) for s in todo), sum(s.tokens for s in todo)
-        announce("prepare", f"{len(crew)} actors capture {tokens:,} tokens in {shards} shards")
-        _distribute(ray, crew, todo)
+        announce("prepare", f"{len(handles)} actors capture {tokens:,} tokens in {shards} shards")
+        _distribute(ray, handles, todo)
     return [
         CaptureResult(
             shards=split.num_shards,
@@ -153,12 +155,12 @@ def _outstanding(capture: Capture) -> Outstanding:
     )
 
 
-def _distribute(ray: Any, crew: list[Any], todo: list[Outstanding]) -> None:
+def _distribute(ray: Any, handles: list[Any], todo: list[Outstanding]) -> None:
     """Give every missing shard to whichever actor is free."""
     from ray.util import ActorPool
 
     shards = [(split.split, shard) for split in todo for shard in split.missing]
-    pool = ActorPool(crew * _TASKS_PER_ACTOR)
+    pool = ActorPool(handles * _TASKS_PER_ACTOR)
     done = pool.map_unordered(lambda actor, which: actor.capture_shard.remote(*which), shards)
     tokens = sum(split.tokens for split in todo)
     with progress_bar(what="prepare", total=tokens, unit="tok") as bar:
@@ -229,7 +231,7 @@ def _errors_unwrapped(ray: Any) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         reason = reason_of(error)
         raise DecantError(
-            f"Ray lost the capture for good ({reason}): see to it that an actor has the "
-            "memory it needs (capture.batch_rows, prepare.shard_rows) and run the same command to "
+            f"Ray lost the capture ({reason}): make sure that each actor has "
+            "enough memory (capture.batch_rows, prepare.shard_rows) and run the same command to "
             "continue"
         ) from error

@@ -211,7 +211,7 @@ class ChatTokenizer:
             if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
                 raise BadConversationError(
                     f"a message of {message['role']} has the tool calls {str(calls)[:60]!r}, which "
-                    "are no list of objects: correct or drop it"
+                    "are not a list of objects: correct or drop it"
                 )
             message["tool_calls"] = [self._formed_call(call) for call in calls]
         return message

@@ -412,7 +412,7 @@ def _chosen(
         try:
             digest = _digest(content if isinstance(content, str) else _canonical(content))
         except UnicodeEncodeError:
-            bad.add(source.place, "it holds half of a surrogate pair, which is no character")
+            bad.add(source.place, "it holds half of a surrogate pair, which is not a character")
             continue
         is_validation = int.from_bytes(digest[:8]) < params.validation_fraction * 2**64
         if is_validation != (split == "validation"):

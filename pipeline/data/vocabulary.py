@@ -59,7 +59,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             rule if isinstance(rule, str) else " ".join(rule) for rule in model.get("merges") or ()
         )
         if not all(type(number) is int for number in tokens):
-            raise TypeError("an id is no whole number")
+            raise TypeError("an id is not an integer")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DecantError(
             f"{file} cannot be read as a tokenizer ({type(error).__name__}: {str(error)[:200]}): "

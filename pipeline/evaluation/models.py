@@ -98,8 +98,8 @@ class WholeModel:
         if doc_ids is not None:
             if not self._keeps_apart:
                 raise DecantError(
-                    f"a {self._model.config.model_type!r} model attends across documents whatever "
-                    "it is told: set prepare.document_mask=packed, or leave it out"
+                    f"a {self._model.config.model_type!r} model always attends across "
+                    "documents: set prepare.document_mask=false, or leave it out"
                 )
             options["position_ids"] = document_positions(doc_ids)
         logits: Tensor = self._model(input_ids=tokens, use_cache=False, **options).logits

@@ -44,7 +44,7 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
         dtype: dtype that weights are rounded to.
 
     Raises:
-        DecantError: there is no usable model or tokenizer, weights are not finite in `dtype`, or
+        DecantError: there is not a usable model or tokenizer, weights are not finite in `dtype`, or
             transformers would not open that tokenizer with such a model.
     """
     model = load_causal_lm(source, dtype, what="model")

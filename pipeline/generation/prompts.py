@@ -23,7 +23,7 @@ def read_prompts(file: Path) -> list[str]:
         ) from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise ParamsError(f"{file} holds no prompts: write one a line")
+        raise ParamsError(f"{file} holds no prompts: write one per line")
     if file.suffix != ".jsonl":
         return [line for _, line in numbered]
     return [_prompt_of(line, f"{file} line {number}") for number, line in numbered]

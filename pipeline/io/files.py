@@ -76,12 +76,12 @@ def open_file(file: Path) -> BinaryIO:
         os.close(descriptor)
         if is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-        raise DecantError(f"{file} is no file but a pipe or a device: remove it")
+        raise DecantError(f"{file} is a pipe or a device, not a file: remove it")
     return os.fdopen(descriptor, "rb")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no file, for callers that can do without.
+    """Read a JSON object; empty if there is not a file, for callers that can do without.
 
     Raises:
         DecantError: the file is damaged.
@@ -96,7 +96,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it is empty" if not file.stat().st_size else str(error)[:100]
         raise DecantError(
-            f"{file} is damaged ({reason}): put back a copy, or make it again by the stage that "
+            f"{file} is damaged ({reason}): restore a copy, or make it again by the stage that "
             "writes it"
         ) from None
     if not isinstance(content, dict):

@@ -148,7 +148,7 @@ def require_ours(address: Address, kind: str, *, key: str) -> bool:
     if found is None or found == kind:
         return found == kind
     raise MismatchError(
-        f"{address} holds another thing of Decant's ({found or 'its mark is damaged'}) than "
+        f"{address} holds other output of Decant's ({found or 'its mark is damaged'}) than "
         f"{kind}: set {key} to another place, or remove it yourself"
     )
 
@@ -191,7 +191,7 @@ def find_damage(folder: Path) -> str:
         except FileNotFoundError:
             return f"{name} is missing"
         except DecantError:
-            return f"{name} is no file"
+            return f"{name} is not a file"
         if found != entry:
             return f"{name}, {found[0]:,} bytes, does not match its checksum"
     return ""
@@ -270,9 +270,9 @@ def atomic_folder(folder: Path, kind: str, *, key: str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             if is_full(error):
                 raise DecantError(
-                    f"{folder} is not written, since at {place_of(error) or partial} "
-                    f"{accident(error)} ({written / 1e6:,.0f} MB of it came there and are removed "
-                    "again): free more than that, then run the same command"
+                    f"{folder} could not be written: at {place_of(error) or partial}, "
+                    f"{accident(error)} (the {written / 1e6:,.0f} MB written are removed again): "
+                    "free more than that, then run the same command"
                 ) from error
             raise
 
@@ -394,7 +394,7 @@ class ObjectFolder:
                 if number == _TRIES or isinstance(error, refusals):
                     reason = reason_of(error)
                     raise DecantError(
-                        f"cannot {what} {self._url}/{key}, at try {number} ({reason}): check "
+                        f"cannot {what} {self._url}/{key}, on attempt {number} ({reason}): check "
                         "the connection, the endpoint and the credentials in the environment"
                     ) from error
                 time.sleep(_FIRST_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))

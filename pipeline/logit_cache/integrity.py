@@ -2,7 +2,7 @@
 
 The damaged parts are named, and only they need to be captured again: a damaged shard loses its
 commit marker, and damaged metadata is rewritten from the fingerprint. Nothing here runs the
-teacher, so a check runs at the speed of the disk. The gate (pipeline/fidelity) checks whether the
+teacher, so a check runs at the speed of the disk. The gate (pipeline/verify) checks whether the
 cache agrees with the teacher.
 """
 

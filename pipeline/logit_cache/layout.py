@@ -164,7 +164,7 @@ def load_id_order(folder: Folder, layout: CacheLayout) -> IdOrder:
     """
     ids = read_shard(folder, layout.id_order_spec, 0)
     if not np.array_equal(np.sort(ids), np.arange(len(ids))):
-        raise DamagedError(f"{layout.id_order} is no permutation of the ids")
+        raise DamagedError(f"{layout.id_order} is not a permutation of the ids")
     id_order = IdOrder(ids)
     if id_order_name(id_order) != layout.id_order:
         raise DamagedError(f"{layout.id_order} holds other ids")

@@ -1,4 +1,4 @@
-"""The passes over a chunk of logits that any softmax loss needs, written with PyTorch alone.
+"""Softmax statistics and gradients of a chunk of logits, written with PyTorch alone.
 
 `softmax_stats` computes the sums that make up the loss, and `softmax_grad_` turns the logits into
 their gradient; the contents of `logits` between the two calls are private to them.

@@ -1,10 +1,10 @@
-"""The passes over a chunk of logits as Triton kernels: one read, then one read and one write.
+"""Softmax statistics and gradients of a chunk of logits, as Triton kernels.
 
 This is the twin of `pipeline.losses.kernels_torch` for a GPU. It computes the same numbers by the
 same formulas, so everything that depends on the divergence stays in the small tensors of
 `pipeline.losses.chunked`, and one pair of kernels serves all divergences
-(tests/losses/test_kernels.py: under Triton's interpreter, and on a GPU). PyTorch's own passes read
-or write the chunk eight times, since each is a separate kernel.
+(tests/losses/test_kernels.py: under Triton's interpreter, and on a GPU). They read the chunk
+once, then read and write it once; PyTorch's separate kernels read or write it eight times.
 
 Maximum and sum are computed together; the sum is rescaled whenever the maximum rises (Milakov &
 Gimelshein 2018, algorithm 3). This module is imported only if Triton is installed: see

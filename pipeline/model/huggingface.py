@@ -74,8 +74,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
     except Exception as error:  # damage can raise errors of four libraries
         reason = reason_of(error)
         raise DecantError(
-            f"{folder} is no usable {what} ({reason}): run stages/fetch.py, or name a whole folder "
-            "with safetensors of an architecture that transformers knows"
+            f"{folder} is not a usable {what} ({reason}): run stages/fetch.py, or name a complete "
+            "folder with safetensors of an architecture that transformers knows"
         ) from error
     if missing := loading["missing_keys"]:  # transformers would initialise these at random
         raise DecantError(
@@ -92,7 +92,7 @@ def require_plain_head(folder: Path, config: Any) -> None:
         if value not in (None, 1, 1.0):
             raise LogitsError(
                 f"{folder} changes its logits after the head ({name}={value}), which Decant does "
-                "not follow: choose a model without that"
+                "not support: choose a model without that"
             )
 
 
@@ -140,7 +140,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
             raise LogitsError(
                 f"the logits of {folder} are not its hidden states times its head's matrix: a "
                 f"{model.config.model_type!r} model does more {where} the head, which Decant does "
-                "not follow: choose a model without that"
+                "not support: choose a model without that"
             )
 
 
@@ -218,7 +218,7 @@ class HuggingFaceStudent(Student):
         layers: decoder layers to keep, in order (0-based, may not repeat); None keeps all.
 
     Raises:
-        DecantError: there is no usable model in the folder.
+        DecantError: there is not a usable model in the folder.
         LogitsError: its logits are not hidden states times the head's matrix.
         ParamsError: `layers` names a layer that does not exist.
     """
@@ -233,7 +233,7 @@ class HuggingFaceStudent(Student):
         require_own_logits(folder, model)
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
             raise LogitsError(
-                f"{folder} has a bias in its head, which training does not follow: choose a model "
+                f"{folder} has a bias in its head, which training does not support: choose a model "
                 "without"
             )
         self._keeps_apart = keeps_documents_apart(model, self.vocab_size)
@@ -259,8 +259,8 @@ class HuggingFaceStudent(Student):
             return body_states(self.model, tokens)
         if not self._keeps_apart:
             raise DecantError(
-                f"a {self.model.config.model_type!r} student attends across documents whatever it "
-                "is told: train it without document masks, or choose another architecture"
+                f"a {self.model.config.model_type!r} student always attends across "
+                "documents: train it without document masks, or choose another architecture"
             )
         return body_states(self.model, tokens, position_ids=document_positions(doc_ids))
 

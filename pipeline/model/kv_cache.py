@@ -121,9 +121,10 @@ def _left_padding(attention_mask: Tensor, batch_size: int) -> Tensor | None:
     mask = attention_mask.bool()
     if mask.ndim != 2 or len(mask) != batch_size:
         raise ParamsError(
-            f"attention_mask has shape {tuple(mask.shape)}: give [{batch_size}, L], a row a prompt"
+            f"attention_mask has shape {tuple(mask.shape)}: give [{batch_size}, L], one row "
+            "per prompt"
         )
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
-        raise ParamsError("attention_mask has a 0 behind a 1, or no 1: pad prompts on the left")
+        raise ParamsError("attention_mask has a 0 after a 1, or no 1: pad prompts on the left")
     padding = (~mask).sum(1)
     return padding if bool(padding.any()) else None

@@ -159,7 +159,7 @@ def read_scaling(parameters: Mapping[str, Any], original_max_len: int) -> RopeSc
     if missing := required - given.keys():
         raise DecantError(f"no {min(missing)} for rope type={kind!r}, which needs it")
     if given.get("factor", 1.0) < 1.0:
-        raise DecantError(f"factor={given['factor']} for rope type={kind!r}: at least 1 is meant")
+        raise DecantError(f"factor={given['factor']} for rope type={kind!r}: it must be at least 1")
     return variants[kind](**given) if kind in variants else None
 
 

@@ -6,14 +6,14 @@ smaller K are prefixes of it. Three quantities are measured for each K:
     retained mass    sum of the K kept probabilities at each temperature, mean over positions
     nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
                      (`nats_lost`); a student cannot learn it from the cache
-    bytes per token  size of the data that the store would write, without sampled ids and without
+    bytes per token  size of the data that a cache would hold, without sampled ids and without
                      the corpus's own tokens
 
-They are measured, not modelled: the sample is encoded by the store's own codec in chunks of
+They are measured, not modelled: the sample is encoded by the cache's own codec in chunks of
 prepare.chunk_rows. If it is smaller than a chunk, the chunk is filled with zeros, as in a cache's
 last shard; they compress to almost nothing.
 
-The duration of a capture, and the number of passes from which it is cheaper than an online teacher,
+The duration of a capture, and the number of epochs from which it is cheaper than an online teacher,
 are estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample
 (`PassCosts`).
 
@@ -74,7 +74,7 @@ class KeptAtK:
 
 @dataclass(frozen=True, kw_only=True)
 class PassCosts:
-    """Seconds of one pass over the training split at prepare.k, estimated from the sample."""
+    """Seconds of one epoch over the training split at prepare.k, estimated from the sample."""
 
     forward: float  # teacher and head alone; the logits are discarded
     top_k: float  # with the reduction to TopK: the cost of an online teacher
@@ -99,9 +99,9 @@ class Advice:
     left_out: tuple[int, ...]  # K beyond the vocabulary
     costs: PassCosts
     prepare_k: int  # the K at which the costs were measured
-    passes_a_run: float  # passes over the training split in a run of train.*
+    epochs_per_run: float  # epochs over the training split in a run of train.*
     temperature: float  # of the recommendation: train.temperature if it is stored, else 1
-    break_even_passes: int | None  # None: an online teacher is never more expensive
+    break_even_epochs: int | None  # None: an online teacher is never more expensive
 
     @property
     def recommended(self) -> KeptAtK | None:
@@ -112,9 +112,9 @@ class Advice:
     @property
     def break_even_runs(self) -> int | None:
         """Number of training runs of train.* after which the cache has paid for itself."""
-        if self.break_even_passes is None:
+        if self.break_even_epochs is None:
             return None
-        return math.ceil(self.break_even_passes / self.passes_a_run)
+        return math.ceil(self.break_even_epochs / self.epochs_per_run)
 
     def metrics(self) -> dict[str, Any]:
         """Return the contents of metrics.json."""
@@ -130,7 +130,7 @@ class Advice:
             "kept": by_k,
             "left_out": self.left_out,
             "pass_seconds": asdict(self.costs) | {"capture": self.costs.capture},
-            "break_even_passes": self.break_even_passes,
+            "break_even_epochs": self.break_even_epochs,
             "break_even_runs": self.break_even_runs,
             "recommended_k": None if best is None else best.k,
         }
@@ -150,7 +150,7 @@ def advise(
     ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
     blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
     looked_at = f"{sum(map(len, blocks))} of {len(corpus):,} rows"
-    announce("advise", f"looks at {looked_at} by {teacher.describe()}")
+    announce("advise", f"examines {looked_at} with {teacher.describe()}")
     costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
     kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
     rows, length = sum(map(len, blocks)), fingerprint.row_length
@@ -166,12 +166,12 @@ def advise(
         left_out=left_out,
         costs=costs,
         prepare_k=fingerprint.k,
-        passes_a_run=wanted.num_steps
+        epochs_per_run=wanted.num_steps
         * wanted.batch_rows
         * wanted.gradient_accumulation_steps
         / len(corpus),
         temperature=wanted.temperature if wanted.temperature in stored else 1.0,
-        break_even_passes=break_even_passes(costs.capture, costs.top_k, costs.decode),
+        break_even_epochs=break_even_epochs(costs.capture, costs.top_k, costs.decode),
     )
 
 
@@ -227,8 +227,8 @@ def nats_lost(topk: TopK) -> Tensor:
     return (topk.entropy.double() - merged).clamp_min(0.0)
 
 
-def break_even_passes(capture: float, online: float, read: float) -> int | None:
-    """Return the number of passes over the corpus (runs x epochs) from which on a cache pays.
+def break_even_epochs(capture: float, online: float, read: float) -> int | None:
+    """Return the number of epochs, counted across all runs, from which on a cache pays.
 
     This is the smallest integer R with capture + R read <= R online. The student's own steps cost
     the same either way and cancel out. It is None if reading takes as long as the teacher, since
@@ -236,8 +236,8 @@ def break_even_passes(capture: float, online: float, read: float) -> int | None:
 
     Args:
         capture: seconds to make the cache once.
-        online: seconds per pass of the online teacher.
-        read: seconds per pass of reading the cache.
+        online: seconds per epoch of the online teacher.
+        read: seconds per epoch of reading the cache.
     """
     if read >= online:
         return None
@@ -295,7 +295,7 @@ def _measure_kept(
     blocks: list[list[int]],
     ks: list[int],
 ) -> tuple[KeptAtK, ...]:
-    """Run one teacher pass over all blocks at the largest K, the last of `ks`; one result per K."""
+    """Run the teacher once over all blocks at the largest K, the last of `ks`; one result per K."""
     meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:
@@ -346,12 +346,12 @@ def _measure_costs(
     layout = _layout_of(fingerprint, params.prepare, id_order, rows=len(block))
     encoded, objects = _timed(lambda: _to_objects(topk, id_order, layout))
     decoded, _ = _timed(lambda: _from_objects(objects, id_order, layout))
-    passes = len(corpus) / len(block)
+    blocks = len(corpus) / len(block)
     return PassCosts(
-        forward=forward * passes,
-        top_k=reduced * passes,
-        encode=encoded * passes,
-        decode=decoded * passes,
+        forward=forward * blocks,
+        top_k=reduced * blocks,
+        encode=encoded * blocks,
+        decode=decoded * blocks,
     )
 
 
@@ -408,7 +408,7 @@ def _layout_of(
 
 
 def _to_objects(topk: TopK, id_order: IdOrder, layout: CacheLayout) -> dict[str, bytes]:
-    """Encode a block as the store writes it, by array."""
+    """Encode a block as the cache stores it, by array."""
     arrays = encode(topk, id_order)
     return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
 
@@ -445,15 +445,15 @@ def cost_lines(advice: Advice) -> list[str]:
         f"({positions / costs.top_k:,.0f} tokens/s to the top K, "
         f"{positions / costs.forward:,.0f} for the teacher's logits alone)"
     ]
-    online = f"{readable_seconds(costs.top_k)} a pass with an online teacher"
-    decode = f"{readable_seconds(costs.decode)} a pass to decode the cache"
-    if advice.break_even_passes is None:
+    online = f"{readable_seconds(costs.top_k)} per epoch with an online teacher"
+    decode = f"{readable_seconds(costs.decode)} per epoch to decode the cache"
+    if advice.break_even_epochs is None:
         return [*lines, f"caching does not pay: {decode}, {online}"]
     return [
         *lines,
-        f"caching pays from pass {advice.break_even_passes:,} over the corpus on "
-        f"(training runs x epochs): {decode}, {online}",
-        f"runs of train.* that make that many passes, at {advice.passes_a_run:.2g} passes each: "
+        f"caching pays from epoch {advice.break_even_epochs:,} on, counted across all runs: "
+        f"{decode}, {online}",
+        f"runs of train.* that make that many epochs, at {advice.epochs_per_run:.2g} epochs each: "
         f"{advice.break_even_runs}",
     ]
 

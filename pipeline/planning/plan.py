@@ -16,7 +16,7 @@ from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
-from pipeline.planning.advise import break_even_passes
+from pipeline.planning.advise import break_even_epochs
 from pipeline.planning.cache_size import CORPUS_BYTES, CacheSize, Mode, cache_size
 from pipeline.planning.costs import capture_memory, step_operations, training_memory
 from pipeline.planning.devices import DEVICES, Device
@@ -50,7 +50,7 @@ class Extent:
         return (self.train_rows + self.held_out_rows) * self.row_length
 
     @property
-    def passes_a_run(self) -> float:
+    def epochs_per_run(self) -> float:
         """SoftmaxKernels of a run over the training split."""
         return self.run_tokens / (self.train_rows * self.row_length)
 
@@ -93,7 +93,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     cache: CacheSize  # with prepare.*
     modes: tuple[CacheSize, ...]  # other choices for the same corpus
-    break_even: int | None  # passes from which a cache costs no more than an online teacher
+    break_even: int | None  # epochs from which a cache costs no more than an online teacher
 
     @property
     def seconds(self) -> float:
@@ -106,7 +106,7 @@ class Plan:
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of plan.json."""
-        extent = {"tokens": self.extent.tokens, "passes_a_run": self.extent.passes_a_run}
+        extent = {"tokens": self.extent.tokens, "epochs_per_run": self.extent.epochs_per_run}
         return asdict(self) | extent | {"seconds": self.seconds}
 
 
@@ -153,7 +153,7 @@ def make_plan(params: Params) -> Plan:
         stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
         cache=cache,
         modes=tuple(modes),
-        break_even=break_even_passes(live + 1.0 / WRITTEN, live, 1.0 / READ),
+        break_even=break_even_epochs(live + 1.0 / WRITTEN, live, 1.0 / READ),
     )
 
 
@@ -180,7 +180,7 @@ def _settled(params: Params, num_ids: int) -> Params:
 def _train_rows(params: Params) -> int:
     if params.corpus.train_tokens is None:
         raise ParamsError(
-            "corpus.train_tokens=null takes all there is, which a plan can not know: set a number, "
+            "corpus.train_tokens=null takes all there is, which a plan cannot know: set a number, "
             "for the plan alone by --set"
         )
     return math.ceil(params.corpus.train_tokens / params.corpus.row_length)

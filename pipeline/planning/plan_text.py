@@ -46,7 +46,7 @@ def _subject(plan: Plan, params: Params) -> list[str]:
         f"{plan.student_dtype}",
         f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
         f"{plan.steps:,} steps of {extent.run_tokens // plan.steps:,} tokens "
-        f"passes over it {extent.passes_a_run:.3g} times",
+        f"is {_epochs(extent.epochs_per_run)}",
         f"device {advise.devices} x {advise.device} at {advise.mfu:.0%} of its peak: "
         f"capture {plan.rates.teacher:,.0f} tokens/s, training {plan.rates.train:,.0f} tokens/s",
     ]
@@ -54,7 +54,7 @@ def _subject(plan: Plan, params: Params) -> list[str]:
 
 def _stage_table(plan: Plan) -> list[str]:
     return [
-        f"{'stage':<10}{'writes':>10}{'takes':>11}{'memory of a device':>21}",
+        f"{'stage':<10}{'writes':>10}{'takes':>11}{'memory per device':>21}",
         *(_stage_line(stage) for stage in plan.stages),
         f"{'all':<10}{'':>10}{readable_seconds(plan.seconds):>11}",
     ]
@@ -93,7 +93,7 @@ def _fits(plan: Plan, params: Params) -> list[str]:
     remedies = {
         "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device",
         "train": "set run.activation_checkpointing, halve train.batch_rows and double "
-        "train.gradient_accumulation_steps, or share it by run.parallel=fsdp",
+        "train.gradient_accumulation_steps, or shard it with run.parallel=fsdp",
     }
     lines = []
     for name, remedy in remedies.items():
@@ -112,12 +112,12 @@ def _fits(plan: Plan, params: Params) -> list[str]:
 
 
 def _coverage(plan: Plan, params: Params) -> list[str]:
-    if plan.extent.passes_a_run >= 1.0:
+    if plan.extent.epochs_per_run >= 1.0:
         return []
     return [
         f"a run reads {plan.extent.run_tokens:,} of the training tokens: for one run alone set "
         "corpus.train_tokens to that; to read all in as many steps, multiply "
-        f"train.gradient_accumulation_steps by {math.ceil(1.0 / plan.extent.passes_a_run)}"
+        f"train.gradient_accumulation_steps by {math.ceil(1.0 / plan.extent.epochs_per_run)}"
     ]
 
 
@@ -138,11 +138,14 @@ def _cache_or_online(plan: Plan, params: Params) -> list[str]:
             f"go online: this teacher makes {plan.rates.teacher:,.0f} tokens/s, and two threads "
             f"read {READ:,.0f} from a cache",
         ]
-    passes = f"{plan.break_even} pass" + ("" if plan.break_even == 1 else "es")
-    number = math.ceil(plan.break_even / plan.extent.passes_a_run)
+    number = math.ceil(plan.break_even / plan.extent.epochs_per_run)
     runs = f"{number:,} run" + ("" if number == 1 else "s")
     return [
         *lines,
-        f"caching pays from {passes} over the corpus on, {runs} of train.*; for fewer, or where "
-        f"{readable_bytes(plan.cache.total)} have no place, set train.targets=online",
+        f"caching pays from {_epochs(plan.break_even)} on, {runs} of train.*; for fewer, or "
+        f"without room for {readable_bytes(plan.cache.total)}, set train.targets=online",
     ]
+
+
+def _epochs(number: float) -> str:
+    return "1 epoch" if f"{number:.3g}" == "1" else f"{number:.3g} epochs"

@@ -1,6 +1,6 @@
 """TopK: the part of a teacher's distribution that is kept, and the type all stages exchange.
 
-`prepare` makes it from logits, the store keeps it and the losses consume it. The online teacher
+`prepare` makes it from logits, the cache keeps it and the losses consume it. A live teacher
 makes exactly the same type, so cached and online training differ only in the source.
 
 Shapes: ... any leading axes, K kept ids, M sampled ids, J stored temperatures, V valid vocabulary

@@ -178,7 +178,7 @@ class _Walk:
             raise _damaged(self._file, "names no architecture")
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-            raise _damaged(self._file, f"aligns its weights at {alignment!r} bytes")
+            raise _damaged(self._file, f"aligns its weights to {alignment!r} bytes")
         start = -(-self._place // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in table:
@@ -239,7 +239,7 @@ class _Walk:
         if num_bytes > len(self._data) - self._place:
             raise _damaged(
                 self._file,
-                f"counts {num_bytes:,} bytes at {self._place:,}, beyond its {len(self._data):,}",
+                f"claims {num_bytes:,} bytes at {self._place:,}, beyond its {len(self._data):,}",
             )
 
 
@@ -296,8 +296,8 @@ def _split_as_said(tokenizer: Any, header: Header, file: Path) -> None:
     elif pre in _UNKNOWN_PRE:
         say(
             f"fetch: {file.name} does not say how its tokenizer splits text (tokenizer.ggml.pre); "
-            "GPT-2's pattern is taken, and numbers and code may become other tokens than the model "
-            f"was trained on: to be sure, {_INSTEAD}"
+            "GPT-2's pattern is assumed, so numbers and code may become other tokens than the "
+            f"model was trained on: to be sure, {_INSTEAD}"
         )
     elif pre not in _AS_GPT2 and isinstance(backend.pre_tokenizer, ByteLevel):
         raise DecantError(
@@ -411,4 +411,4 @@ def _require_finite(model: Any, file: Path) -> None:
 
 
 def _damaged(file: Path, what: str) -> DecantError:
-    return DecantError(f"{file} {what}, so that it is no whole GGUF file: download it again")
+    return DecantError(f"{file} {what}, so that it is not a complete GGUF file: download it again")

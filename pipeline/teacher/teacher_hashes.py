@@ -59,7 +59,7 @@ def _hash_folder(source: Path, known: Any, seen: Path | None) -> Any:
     for file in sorted(source.iterdir()):
         wanted = any(fnmatch(file.name, pattern) for pattern in patterns)
         if wanted and not file.exists():
-            raise DecantError(f"{file} is a link to nothing: download the folder's files again")
+            raise DecantError(f"{file} is a dangling link: download the folder's files again")
     hashes = hash_changed(files_to_copy(source, patterns), seen)  # refuses links to outside
     return {Path(name).name: sha256 for name, sha256 in hashes.items()}
 

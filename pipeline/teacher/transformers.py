@@ -122,7 +122,7 @@ class HuggingFaceTeacher:
         if not self._keeps_apart:
             raise DecantError(
                 f"the teacher, a {self.model.config.model_type} model, does not keep documents "
-                "apart that are packed into one row: set prepare.document_mask=packed, or choose "
+                "apart that are packed into one row: set prepare.document_mask=false, or choose "
                 "another teacher"
             )
         positions = document_positions(doc_ids).to(self.device)

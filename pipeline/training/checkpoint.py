@@ -118,11 +118,11 @@ class Checkpoints:
                 if not damage:
                     read_tensors(folder, learner, self._ranks)
                     return self._state(folder)
-                say(f"checkpoint {self.address / name} is damaged ({damage}): it is passed over")
+                say(f"checkpoint {self.address / name} is damaged ({damage}): it is skipped")
         if (names := self._ranks.on_first(self.names)) and not self._start_again:
             raise DecantError(
-                f"none of the checkpoints {', '.join(names)} in {self.address} is whole: put back "
-                "a copy of one, or start again with --overwrite"
+                f"none of the checkpoints {', '.join(names)} in {self.address} is complete: "
+                "restore a copy of one, or start again with --overwrite"
             )
         return None
 
@@ -283,7 +283,7 @@ def _damage(folder: Path, rank: int = 0, ranks: int = 1) -> str:
         entries = sorted(listed.items())
         unlisted = [e for e in sorted(os.scandir(folder), key=lambda e: e.name) if not e.is_file()]
         if unlisted:  # a pipe, for example; reading it would never end
-            return f"{unlisted[0].name} is no file"
+            return f"{unlisted[0].name} is not a file"
         if lost := {".metadata", _STATE} - listed.keys():
             return f"{_COMPLETE} does not list {min(lost)}"
         _read(folder / _STATE, _Saved)

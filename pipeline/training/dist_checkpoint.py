@@ -179,11 +179,11 @@ class _Reader(FileSystemReader):
                 found = _MetadataUnpickler(stream).load()
             except Exception as error:  # constructors fail in their own ways on wrong arguments
                 raise DecantError(
-                    f"{file} names {error}, which no checkpoint of ours holds, so it is not read: "
-                    "delete that checkpoint, and ask where it came from"
+                    f"{file} names {error}, which no checkpoint of Decant's contains, so it is not "
+                    "read: delete that checkpoint, and find out where it came from"
                 ) from None
         if not _is_ours(found):
-            raise DecantError(f"{file} describes no tensors of ours: delete that checkpoint")
+            raise DecantError(f"{file} does not describe Decant's tensors: delete that checkpoint")
         return found
 
 

@@ -127,8 +127,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if not _lost_touch(error):
             raise
         raise DecantError(
-            "the connection to another rank broke, since it ended or its machine went away: see "
-            "what it printed, and run the same command to continue from the newest checkpoint"
+            "the connection to another rank broke, because it exited or its machine went down: "
+            "read its output, and run the same command to continue from the newest checkpoint"
         ) from None
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 

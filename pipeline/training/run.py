@@ -226,8 +226,8 @@ def _same_dtype(params: Params, ranks: Ranks) -> torch.dtype:
     found = sorted(set(ranks.gather(dtype_name(dtype))))
     if len(found) > 1:
         raise ParamsError(
-            f"train.dtype=auto comes to {' and '.join(found)} on the ranks' unlike hardware: set "
-            "train.dtype to one of them"
+            f"train.dtype=auto resolves to {' and '.join(found)} on the ranks' different hardware: "
+            "set train.dtype to one of them"
         )
     return dtype
 
@@ -298,7 +298,7 @@ def _refusal(folder: Path, places: Sequence[Folder], identity: dict[str, Any]) -
     if found is None:
         return (
             "holds a run whose run.json is missing or damaged, so that nothing says what it was "
-            "made from (put back a copy of run.json to keep the run)"
+            "made from (restore a copy of run.json to keep the run)"
         )
     difference = _difference(found, identity)
     return f"holds a run with other parameters ({difference})" if difference else ""

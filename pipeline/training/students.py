@@ -40,7 +40,7 @@ def start_folder(params: StudentParams, teacher: Path) -> Path | None:
         raise ParamsError("student.init=checkpoint needs student.checkpoint, a model folder")
     if not params.checkpoint.is_dir():
         raise ParamsError(
-            f"student.checkpoint={params.checkpoint} is no folder here: if it is a model's name on "
+            f"student.checkpoint={params.checkpoint} is not a folder: if it is a model's name on "
             f"the hub, download it by `hf download {params.checkpoint} --local-dir FOLDER`, and "
             "name that folder"
         )

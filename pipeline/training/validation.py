@@ -59,7 +59,7 @@ def validate(
     if not math.isfinite(ce):
         raise DecantError(
             f"the validation loss is {ce}, since weights or what they compute have overflowed: "
-            "lower train.learning_rate, or start from a sound model"
+            "lower train.learning_rate, or start from a model with finite weights"
         )
     loss = ce / total
     values = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}

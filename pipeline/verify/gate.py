@@ -109,7 +109,7 @@ class Found:
         }
         more = [f"{what} {self.batches_for[what]:,}" for what in beyond if beyond[what]]
         return (
-            f"errors from {', '.join(errors)} nats on, {share}, "
+            f"errors of {', '.join(errors)} nats or more, {share}, "
             f"{self.wrong_shards} of {self.shards:,} shards wrong"
             + (f" (it takes verify.batches to find {', '.join(more)})" if more else "")
         )
@@ -223,7 +223,10 @@ def run_gate(
     tests, failures = _judge_samples(cached, of_cache)
     failures = [*failures_of(of_cache, limits, calls), *failures]
     if not failures_of(of_control, limits, calls):
-        failures.append("the negative control, targets shifted by one, passed: the gate is blind")
+        failures.append(
+            "the negative control, targets shifted by one, passed, so the gate could not detect "
+            "a shift"
+        )
     return GateReport(
         cache=_summary(of_cache),
         noise=_summary(of_noise),

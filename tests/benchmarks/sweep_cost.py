@@ -50,12 +50,12 @@ def main(runs: int, steps: int) -> None:
                 seconds[teacher] += time.perf_counter() - started
                 shutil.rmtree(Path(folder) / "runs" / name)
     rows = len(CorpusSplit(params.paths.corpus, "train"))
-    passes = (
+    epochs = (
         runs * steps * params.train.batch_rows * params.train.gradient_accumulation_steps / rows
     )
     cached = seconds["capture"] + seconds["cached"]
     print(
-        f"{runs} runs of {steps} steps, {passes:.1f} passes over the corpus in all\n"
+        f"{runs} runs of {steps} steps, {epochs:.1f} epochs in all\n"
         f"capture {seconds['capture']:.0f} s, cached runs {seconds['cached']:.0f} s, online runs "
         f"{seconds['online']:.0f} s\n"
         f"online over cached, capture included: {seconds['online'] / cached:.2f}; a run alone: "

@@ -168,7 +168,7 @@ def test_full_disk_keeps_committed_shards(tiny_corpus: Params, tmp_path: Path) -
         (errno.EROFS, "the file system is read-only"),
         (errno.EACCES, "permission is denied"),
         (errno.EIO, "the disk reports an input/output error"),
-        (errno.ESTALE, "the network file system lost sight of it"),
+        (errno.ESTALE, "the network file system lost track of the file"),
     ],
 )
 def test_write_failure_says_what_is_safe(

@@ -429,7 +429,10 @@ def test_a_key_of_arguments_is_no_command(tokenizer: Any) -> None:
         (calling('{"of": '), "no JSON object"),
         (calling("[1]"), "no JSON object"),
         ([*chat("a"), {"role": "assistant", "tool_calls": "x"}], "tool calls 'x', which are no"),
-        ([*chat("a"), {"role": "assistant", "tool_calls": ["x"]}], "which are no list of objects"),
+        (
+            [*chat("a"), {"role": "assistant", "tool_calls": ["x"]}],
+            "which are not a list of objects",
+        ),
     ],
 )
 def test_what_would_vanish_is_refused(

@@ -231,5 +231,5 @@ def test_damaged_folders_are_one_sentence(
 ) -> None:
     folder = make_model(tmp_path / "it", "phi", tiny_corpus.paths.teacher)
     damage(folder)
-    with pytest.raises(DecantError, match="is no usable student"):
+    with pytest.raises(DecantError, match="is not a usable student"):
         judge(tiny_corpus, {"it": folder})

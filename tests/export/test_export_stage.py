@@ -197,7 +197,9 @@ def test_an_export_that_fails_leaves_the_older_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pipeline.export.export.write_gguf", full_disk)
-    with pytest.raises(DecantError, match=r"student is not written, .* the disk is full .* free"):
+    with pytest.raises(
+        DecantError, match=r"student could not be written: .* the disk is full .* free"
+    ):
         export_model(tiny_run, model)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [entry.name for entry in tiny_run.paths.export.iterdir()] == ["student"]

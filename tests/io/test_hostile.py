@@ -366,6 +366,6 @@ def test_a_pipe_among_the_objects_of_a_corpus_is_no_hang(tiny_corpus: Params) ->
     file = folder / "tokens" / "c" / "0" / "0"
     file.unlink()
     os.mkfifo(file)
-    with bounded(), pytest.raises(DecantError, match="is no file but a pipe or a device"):
+    with bounded(), pytest.raises(DecantError, match="is not a file but a pipe or a device"):
         CorpusSplit(tiny_corpus.paths.corpus, "train").rows(0, 1)
     shutil.rmtree(folder)

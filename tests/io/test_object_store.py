@@ -200,13 +200,13 @@ def test_a_bad_server_costs_time_not_data(how: str, server: Server, bucket: Url)
 
 def test_a_server_that_never_works_is_one_sentence(server: Server, bucket: Url) -> None:
     server.misbehave = lambda number: "fail"
-    with pytest.raises(DecantError, match=r"cannot read s3://\S+/key, at try 6 .*endpoint"):
+    with pytest.raises(DecantError, match=r"cannot read s3://\S+/key, on attempt 6 .*endpoint"):
         open_folder(bucket).read("key")
 
 
 def test_a_refusal_is_not_tried_again(server: Server, bucket: Url) -> None:
     server.misbehave = lambda number: "refuse"
-    with pytest.raises(DecantError, match=r"cannot read .*, at try 1 .*credentials"):
+    with pytest.raises(DecantError, match=r"cannot read .*, on attempt 1 .*credentials"):
         open_folder(bucket).read("key")
     assert server.requests["GET"] == 1
 

@@ -303,6 +303,6 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
     raw["auto_map"]["AutoConfig"] = "code.Config"
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(DecantError, match="is no usable student"):
+    with pytest.raises(DecantError, match="is not a usable student"):
         open_student(folder)
     assert not (tmp_path / "ran").exists()

@@ -28,7 +28,7 @@ from pipeline.planning.advise import (
     KeptAtK,
     PassCosts,
     advise,
-    break_even_passes,
+    break_even_epochs,
     cost_lines,
     nats_lost,
     plot,
@@ -139,14 +139,14 @@ def test_sample_rows_are_spread_evenly(
 
 def test_break_even_worked_by_hand() -> None:
     # 10 + 3 x 1 < 3 x 5, but 10 + 2 x 1 > 2 x 5
-    assert break_even_passes(capture=10.0, online=5.0, read=1.0) == 3
-    assert break_even_passes(capture=10.0, online=6.0, read=1.0) == 2  # 12 against 12
-    assert break_even_passes(capture=0.5, online=5.0, read=1.0) == 1
-    assert break_even_passes(capture=10.0, online=1.0, read=1.0) is None
+    assert break_even_epochs(capture=10.0, online=5.0, read=1.0) == 3
+    assert break_even_epochs(capture=10.0, online=6.0, read=1.0) == 2  # 12 against 12
+    assert break_even_epochs(capture=0.5, online=5.0, read=1.0) == 1
+    assert break_even_epochs(capture=10.0, online=1.0, read=1.0) is None
 
 
 def made_up(**changes: object) -> Advice:
-    """Retained mass 0.9 and 0.97 at temperature 1, 0.5 and 0.6 at 2; 3 passes to break even."""
+    """Retained mass 0.9 and 0.97 at temperature 1, 0.5 and 0.6 at 2; 3 epochs to break even."""
     kept = tuple(
         KeptAtK(
             k=k,
@@ -166,9 +166,9 @@ def made_up(**changes: object) -> Advice:
         left_out=(),
         costs=PassCosts(forward=400.0, top_k=500.0, encode=500.0, decode=100.0),
         prepare_k=64,
-        passes_a_run=0.5,
+        epochs_per_run=0.5,
         temperature=1.0,
-        break_even_passes=3,
+        break_even_epochs=3,
     )
     return replace(advice, **changes)  # type: ignore[arg-type]
 
@@ -183,9 +183,9 @@ def test_sentences() -> None:
     )
     capture, online, runs = cost_lines(made_up())
     assert "16.7 min for 1,000,000 tokens (2,000 tokens/s to the top K, 2,500 for" in capture
-    assert "caching pays from pass 3 over the corpus on" in online
-    assert runs == "runs of train.* that make that many passes, at 0.5 passes each: 6"
-    assert "caching does not pay" in cost_lines(made_up(break_even_passes=None))[1]
+    assert "caching pays from epoch 3 on" in online
+    assert runs == "runs of train.* that make that many epochs, at 0.5 epochs each: 6"
+    assert "caching does not pay" in cost_lines(made_up(break_even_epochs=None))[1]
     heading, *lines = table_lines(made_up())
     assert heading.split()[-1] == "corpus"
     assert lines[1].split() == ["32", "0.9700", "0.6000", "0.1000", "80.0", "80", "MB"]
@@ -235,9 +235,9 @@ def test_stage(tiny_corpus: Params, tmp_path: Path, run_python: RunPython) -> No
     done = run_python("stages/advise.py", *words)
     assert done.returncode == 0, done.stderr
     assert "left out, beyond the 300 ids: K=512" in done.stdout
-    assert "over the corpus" in done.stdout
+    assert "caching " in done.stdout
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("advise: 16 of 94 rows looked at, ")
+    assert last.startswith("advise: 16 of 94 rows examined, ")
     metrics = json.loads((tiny_corpus.paths.advise / "metrics.json").read_text())
     assert [kept["k"] for kept in metrics["kept"]] == [4, 16, 64]
     assert metrics["left_out"] == [512]

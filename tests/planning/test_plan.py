@@ -48,7 +48,7 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
     assert plan.rates.teacher == pytest.approx(0.5 * 65e12 / teacher)
     assert plan.rates.train == pytest.approx(0.5 * 8.1e12 / (3 * student))
     assert plan.extent.tokens == 10_100_000
-    assert plan.extent.passes_a_run == 0.5
+    assert plan.extent.epochs_per_run == 0.5
     assert plan.stage("prepare").seconds == pytest.approx(10.1e6 * teacher / (0.5 * 65e12))
     validated = 6 * 50 * 1000  # at step 0 and five times after
     run = (5e6 * 3 * student + validated * student) / (0.5 * 8.1e12)
@@ -242,7 +242,7 @@ def test_advice_says_how_much_is_read_and_when_to_go_online(
     text = sentences(tiny_params, tmp_path)
     assert "a run reads 5,000,000 of the training tokens" in text
     assert "multiply train.gradient_accumulation_steps by 2" in text
-    assert "caching pays from 2 passes over the corpus on, 4 runs of train.*" in text
+    assert "caching pays from 2 epochs on, 4 runs of train.*" in text
     text = sentences(tiny_params, tmp_path, train={"steps": 2000})
     assert "of the training tokens" not in text
     assert "on, 1 run of train" in text

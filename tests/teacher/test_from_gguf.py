@@ -134,7 +134,7 @@ def test_text_is_split_as_the_file_says(whole: Path, tmp_path: Path) -> None:
         ({"llama__block_count": 2**31 - 1}, r"numbers 2 at most"),
         ({"llama__block_count": "2"}, "says num_hidden_layers='2'"),
         ({"llama__feed_forward_length": 2**31}, "says intermediate_size="),
-        ({"general__alignment": 0}, "aligns its weights at 0 bytes"),
+        ({"general__alignment": 0}, "aligns its weights to 0 bytes"),
     ],
 )
 def test_what_is_not_read_back_is_refused(
@@ -165,7 +165,7 @@ def test_absurd_counts_are_not_allocated_by(
     data = bytearray(whole.read_bytes())
     data[place : place + 8] = struct.pack("<Q", count)
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(DecantError, match="so that it is no whole GGUF file"):
+    with pytest.raises(DecantError, match="so that it is not a complete GGUF file"):
         from_gguf(tmp_path / "x.gguf", tmp_path / "back")
 
 

@@ -71,7 +71,7 @@ def test_a_model_with_more_between_body_and_logits_is_refused(
     config: Any, where: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    message = f"a '{config.model_type}' model does more {where}, which Decant does not follow"
+    message = f"a '{config.model_type}' model does more {where}, which Decant does not support"
     with pytest.raises(DecantError, match=message):
         open_teacher(tmp_path, dtype)
 

@@ -95,7 +95,7 @@ def test_a_run_is_one_folder(name: str, tiny_params: Params) -> None:
 def test_a_damaged_record_of_a_run_is_told_from_another_run(text: str, tiny_cache: Params) -> None:
     folder = run_training(tiny_cache, "student").folder
     (folder / "run.json").write_text(text)
-    message = r"run\.json is missing or damaged.*put back a copy .*--overwrite.* --run"
+    message = r"run\.json is missing or damaged.*restore a copy .*--overwrite.* --run"
     with pytest.raises(MismatchError, match=message):
         run_training(tiny_cache, "student")
 

@@ -238,7 +238,8 @@ def test_a_blind_gate_is_a_failure(tiny_corpus: Params, monkeypatch: pytest.Monk
     monkeypatch.setattr(HuggingFaceTeacher, "hidden_states", same)
     capture_all(tiny_corpus)
     assert gate(tiny_corpus).failures == (
-        "the negative control, targets shifted by one, passed: the gate is blind",
+        "the negative control, targets shifted by one, passed, so the gate could not detect "
+        "a shift",
     )
 
 
