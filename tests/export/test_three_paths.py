@@ -88,7 +88,7 @@ def test_three_paths_say_the_same(
 )
 def test_stretched_rotations_are_llama_cpps(rope: dict[str, Any], tmp_path: Path) -> None:
     source = make_llama(tmp_path / "model", rope_parameters=rope)
-    params = export_params(gguf=("f32",), prompt_tokens=40, new_tokens=12, lines=1)
+    params = export_params(gguf=("f32",), prompt_tokens=40, max_new_tokens=12, lines=1)
     check = export_and_check(source, tmp_path / "x", params)
     assert [path.equal_tokens for path in check.paths] == [60, 60]
 
@@ -254,8 +254,8 @@ def test_prompts_start_at_lines_all_over_the_text(qwen_folder: Path) -> None:
 
 
 def test_prompts_beyond_the_context_are_refused(qwen_folder: Path, tmp_path: Path) -> None:
-    params = export_params(gguf=(), prompt_tokens=50, new_tokens=20)
+    params = export_params(gguf=(), prompt_tokens=50, max_new_tokens=20)
     with pytest.raises(
-        ParamsError, match=r"export\.new_tokens=20 exceed the model's context of 64"
+        ParamsError, match=r"export\.max_new_tokens=20 exceed the model's context of 64"
     ):
         export_and_check(qwen_folder, tmp_path / "x", params)
