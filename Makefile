@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test deliver lint clean
+.PHONY: demo test deliver docs lint clean
 
 demo: $(VENV)/demo
 	dvc repro
@@ -29,7 +29,11 @@ deliver:
 	python stages/export.py --run '$(RUN)' $(DELIVERY)
 	python stages/report.py $(DELIVERY)
 
-lint: $(VENV)/ready
+# The documentation as a site, in site/; a broken link or anchor fails.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 mkdocs build
+
+lint: $(VENV)/ready docs
 	ruff check .
 	ruff format --check .
 	mypy
@@ -46,4 +50,4 @@ $(VENV)/demo $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -79,6 +79,14 @@ def reason_of(error: BaseException, longest: int = 200) -> str:
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
+def is_library_error(error: BaseException) -> bool:
+    """Return whether a library raised an error, as opposed to an interrupt or an exit.
+
+    A panic in a library written in Rust (pyo3's PanicException) is not an Exception.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def printable(text: str) -> str:
     r"""Make foreign text safe to print: escape what a terminal would obey, for example \x1b[2J.
 

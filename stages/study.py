@@ -10,11 +10,11 @@ import click
 
 from pipeline.cli import stage, writes
 from pipeline.errors import printable
-from pipeline.study.parts import NAMES
+from pipeline.study import PART_NAMES
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
-    from pipeline.study.section import Section
+    from pipeline.study.comparison import Part
 
 
 @stage
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--part",
     "parts",
-    type=click.Choice(NAMES),
+    type=click.Choice(PART_NAMES),
     multiple=True,
     show_default="all",
     help="Only this part; may be repeated.",
@@ -50,18 +50,16 @@ def main(
 
     The golden reference and the loop behind it, architecture, weights, tokenizer, one layer alone,
     RMSNorm, RoPE, attention, SwiGLU, KV cache and speed, each with the largest absolute difference
-    and its tolerance. Reads study.*, seed and the model; writes paths.study/index.html, report.md,
-    its pictures, and the layer's tensors. Leaves with status 1 when a comparison fails.
+    and its limit. Reads study.*, seed and the model; writes paths.study/study.md, study.json and
+    the layer's tensors. Exits with status 1 when a comparison fails.
     """
     from pipeline.model.folder import teacher_folder
     from pipeline.runtime.console import announce
     from pipeline.runtime.device import pick_device
-    from pipeline.study.machine import describe_device
-    from pipeline.study.report import require_packages, write_study
     from pipeline.study.study import run_parts
+    from pipeline.study.study_report import describe_device, write_study
     from pipeline.study.subject import Subject, locate
 
-    require_packages()
     subject = Subject(
         locate(model, revision) if model else teacher_folder(params.paths.teacher),
         params.study,
@@ -69,31 +67,31 @@ def main(
         device=pick_device(params.device),
         seed=params.seed,
     )
-    announce("study", f"takes {subject.describe()} apart: {', '.join(parts or NAMES)}")
-    sections: list[Section] = []
-    for section in run_parts(subject, parts or NAMES):
-        _print(section)
-        sections.append(section)
+    announce("study", f"takes {subject.describe()} apart: {', '.join(parts or PART_NAMES)}")
+    found: list[Part] = []
+    for part in run_parts(subject, parts or PART_NAMES):
+        _print(part)
+        found.append(part)
     device = describe_device(subject.device)
-    page = write_study(output or params.paths.study, subject.describe(), device, sections)
+    report = write_study(output or params.paths.study, subject.describe(), device, found)
     click.echo(f"  on {device}")
-    comparisons = [comparison for section in sections for comparison in section.comparisons]
-    failed = sum(not comparison.passed for comparison in comparisons)
-    click.echo(f"study: {len(comparisons) - failed} of {len(comparisons)} comparisons pass; {page}")
+    total = sum(len(part.comparisons) for part in found)
+    failed = sum(len(part.failed) for part in found)
+    click.echo(f"study: {total - failed} of {total} comparisons pass; {report}")
     if failed:
         sys.exit(1)
 
 
-def _print(section: Section) -> None:
-    from pipeline.study.section import shown
+def _print(part: Part) -> None:
+    from pipeline.study.comparison import shown
 
-    click.echo(printable(section.title))
-    if not section.comparisons:
-        click.echo(f"  {printable(section.prose[0]) if section.prose else 'nothing is compared'}")
-    for c in section.comparisons:
+    click.echo(printable(part.title))
+    if not part.comparisons:
+        click.echo(f"  {printable(part.notes[0])}")
+    for c in part.comparisons:
         word = click.style("pass", fg="green") if c.passed else click.style("FAIL", fg="red")
-        name, most = printable(c.name), shown(c.tolerance)
-        click.echo(f"  {word}  {name:48} {shown(c.difference):>8}, at most {most}")
+        name, most = printable(c.name), shown(c.limit)
+        click.echo(f"  {word}  {name:48} {shown(c.measured):>8}, at most {most}")
 
 
 if __name__ == "__main__":

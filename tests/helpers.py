@@ -17,7 +17,8 @@ from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.io.object_store import LocalFolder
-from pipeline.io.zarr_shards import object_hash, write_group
+from pipeline.io.zarr_groups import write_group
+from pipeline.io.zarr_shards import object_hash
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.device import DTYPES
@@ -87,7 +88,7 @@ def open_cache(params: Params, split: str = "train", k: int | None = None) -> Ca
     return CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, split), k=k)
 
 
-def reseal_corpus(folder: Path) -> None:
+def rewrite_checksums(folder: Path) -> None:
     """Make a split's checksums fit what its shards hold now, but for the sha256 of its rows."""
     store, split = LocalFolder(folder), CorpusSplit(folder.parent, folder.name)
     objects: dict[str, list[tuple[int, str]]] = {}

@@ -84,8 +84,7 @@ def test_it_runs_from_top_to_bottom(
     kinds = [
         kind for c in notebook.cells for o in c.get("outputs", ()) for kind in o.get("data", {})
     ]
-    assert kinds.count("image/svg+xml") == 2
-    assert "image/png" in kinds  # the curves
+    assert kinds.count("image/png") >= 2  # attention weights and curves
     kept = tmp_path / "drive" / "demo"
     assert (kept / "student.zip").stat().st_size > 10_000
     assert {"corpus.zarr", "logits.zarr", "runs"} <= {file.name for file in kept.iterdir()}

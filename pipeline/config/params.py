@@ -60,7 +60,7 @@ class Paths(Section):
     report: Path = Path("cache/report")
     """The HTML page."""
     study: Path = Path("cache/study")
-    """A model taken apart: pages, figures and tensors."""
+    """What a model is made of: report, metrics and tensors."""
 
 
 class Params(Section):

@@ -93,8 +93,8 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
             raise DecantError(_came_out_empty(params, split, counters[split], bad))
     # From here on the corpus is another one; a killed process must not leave the older record.
     open_folder(address).remove(POINTER)
-    infos = {  # sealed together, so that a corpus is complete or does not exist
-        split: writer.seal(
+    infos = {  # committed together, so that a corpus is complete or does not exist
+        split: writer.commit(
             num_text_bytes=counters[split].text_bytes,
             num_dropped=counters[split].dropped,
             tokenizer_sha256=tokenizer_sha256,

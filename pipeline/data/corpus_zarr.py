@@ -27,22 +27,16 @@ import numpy as np
 
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import DecantError, MismatchError
+from pipeline.io.checked_json import DamagedError, Length, Number, Sha256, Size, parse
 from pipeline.io.object_store import Address, Folder, claim, open_folder
+from pipeline.io.zarr_groups import read_group, write_group
 from pipeline.io.zarr_shards import (
     ArraySpec,
-    DamagedError,
     Entry,
-    Length,
-    Number,
-    Sha256,
-    Size,
     encode_shard,
     object_hash,
-    parse,
-    read_group,
     read_object,
     read_shard,
-    write_group,
 )
 
 FORMAT_VERSION = 1
@@ -98,7 +92,7 @@ def _row_bytes(rows: Rows) -> bytes:
 
 
 class SplitWriter:
-    """A writer of blocks of rows to a split, which exists once `seal` has been called.
+    """A writer of blocks of rows to a split, which exists once `commit` has been called.
 
     Args:
         address: address of the corpus; an existing split there is removed only when the first rows
@@ -142,7 +136,7 @@ class SplitWriter:
         """Number of tokens so far, without padding."""
         return self._num_tokens
 
-    def seal(
+    def commit(
         self, *, num_text_bytes: int, tokenizer_sha256: str, num_dropped: int = 0
     ) -> SplitInfo:
         """Write the pending rows, and the metadata that makes the split exist.

@@ -73,7 +73,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline.errors import MismatchError, shortened
-from pipeline.io.zarr_shards import Crc, Entry, Length, Number, Sha256, Size, parse
+from pipeline.io.checked_json import Crc, Length, Number, Sha256, Size, parse
+from pipeline.io.zarr_shards import Entry
 
 Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 FORMAT_VERSION = 1
@@ -143,7 +144,7 @@ class Marker:
     cache: Crc
     tokens_sha256: Sha256
     objects: dict[str, Entry]
-    crc32c: Crc = 0  # covers the other fields; `seal` writes it
+    crc32c: Crc = 0  # covers the other fields; `add_checksum` writes it
 
 
 def marker_key(shard: int) -> str:

@@ -14,8 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.io.checked_json import DamagedError
 from pipeline.io.object_store import Address, Folder, open_folder
-from pipeline.io.zarr_shards import DamagedError, encode_shard, find_damaged_metadata, write_group
+from pipeline.io.zarr_groups import find_damaged_metadata, write_group
+from pipeline.io.zarr_shards import encode_shard
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import COMMITS, ID_ORDER, Fingerprint, marker_key
 from pipeline.logit_cache.layout import (

@@ -14,18 +14,17 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.errors import MismatchError
-from pipeline.io.object_store import Folder
-from pipeline.io.zarr_shards import (
-    ArraySpec,
+from pipeline.io.checked_json import (
     DamagedError,
     Size,
     crc32c,
-    is_sealed,
+    has_valid_checksum,
     json_crc32c,
     parse,
-    read_group,
-    read_shard,
 )
+from pipeline.io.object_store import Folder
+from pipeline.io.zarr_groups import read_group
+from pipeline.io.zarr_shards import ArraySpec, read_shard
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import (
     COMMITS,
@@ -211,7 +210,7 @@ def read_marker(folder: Folder, shard: int) -> Marker:
         raise DamagedError("its commit marker is missing") from None
     except (ValueError, RecursionError):
         raise DamagedError("its commit marker cannot be read") from None
-    if not isinstance(values, dict) or not is_sealed(values):
+    if not isinstance(values, dict) or not has_valid_checksum(values):
         raise DamagedError("its commit marker does not match its crc32c")
     return parse(Marker, values, "its commit marker")
 

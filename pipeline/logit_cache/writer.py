@@ -12,8 +12,10 @@ import json
 from dataclasses import asdict
 
 from pipeline.errors import MismatchError
+from pipeline.io.checked_json import add_checksum
 from pipeline.io.object_store import Address, claim, open_folder
-from pipeline.io.zarr_shards import encode_shard, object_hash, seal, write_group
+from pipeline.io.zarr_groups import write_group
+from pipeline.io.zarr_shards import encode_shard, object_hash
 from pipeline.logit_cache.codec import IdOrder, encode
 from pipeline.logit_cache.format import Fingerprint, Marker, marker_key
 from pipeline.logit_cache.layout import (
@@ -128,7 +130,7 @@ class CacheWriter:
         )
         values = asdict(marker)
         del values["crc32c"]
-        self._folder.write(marker_key(shard), json.dumps(seal(values)).encode())
+        self._folder.write(marker_key(shard), json.dumps(add_checksum(values)).encode())
 
     def drop(self, shard: int) -> None:
         """Uncommit a shard, which is then missing."""

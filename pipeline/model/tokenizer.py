@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DecantError, reason_of
+from pipeline.errors import DecantError, is_library_error, reason_of
 from pipeline.model.folder import TOKENIZER_FILES, copy_files, require_regular_folder
 from pipeline.runtime.optional import import_transformers
 
@@ -109,8 +109,7 @@ def _open(folder: Path, factory: Any) -> Any:
     try:
         return factory.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # damage can raise errors of several libraries
-        # A panic in the Rust library is not an Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_library_error(error):
             raise
         reason = reason_of(error)
         raise DecantError(

@@ -1,15 +1,23 @@
-"""The model's structure: its tree of modules, its hyper-parameters, and a graph of the decoder."""
+"""The model's modules, hyper-parameters and files, and each tensor of the checkpoint.
+
+Our names are Hugging Face's (pipeline/model/decoder.py), so nothing is renamed on loading, and
+values are compared bit for bit.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
-from torch import nn
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from pipeline.io.hashes import hash_file
+from pipeline.io.object_store import MARK
 from pipeline.model.weights import OUT_BIAS
-from pipeline.runtime.figures import INK
-from pipeline.study.section import Comparison, Picture, Section, Table
+from pipeline.runtime.device import dtype_name
+from pipeline.study.comparison import Comparison, Part, shape_of
 from pipeline.study.subject import Subject
 
 _OUR_NAMES = {
@@ -31,46 +39,31 @@ _OUR_NAMES = {
 """Hugging Face's key of config.json -> our field."""
 
 
-def architecture(subject: Subject) -> Section:
-    """Show the module tree, counts, hyper-parameters under both names, and a drawn graph."""
+def architecture(subject: Subject) -> Part:
+    """Show the module tree, counts, and hyper-parameters under both names."""
     model = subject.theirs
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    section = Section(
-        "architecture",
-        "Architecture",
-        prose=[
-            f"{type(model).__name__}, {parameters:,} parameters, a tied matrix counted once. Layers"
-            " that are alike stand in one line of the tree."
-        ],
-        texts=[("Modules", module_tree(model))],
-        tables=[
-            Table(
-                "Hyper-parameters",
+    part = Part(
+        name="architecture",
+        title="Architecture",
+        notes=[f"{type(model).__name__}, {parameters:,} parameters, a tied matrix counted once."],
+        texts={"Modules": module_tree(model)},
+        tables={
+            "Hyper-parameters": [
                 ("Hugging Face's key", "value", "ours"),
-                [
+                *(
                     (key, getattr(subject.config, key), ours)
                     for key, ours in _OUR_NAMES.items()
                     if hasattr(subject.config, key)
-                ],
-            ),
-            Table("Modules by class", ("class", "count", "parameters"), _by_class(model)),
-        ],
+                ),
+            ],
+        },
     )
     if not subject.unsupported:
-        section.pictures.append(
-            Picture(
-                "architecture",
-                "From ids to logits. A circle adds what went round the box; shapes are batch B, "
-                "length L and widths.",
-                [lambda axes: draw_graph(axes, subject.config)],
-                inches=(6.4, 7.2),
-            )
-        )
         zeros = (p.numel() for name, p in model.named_parameters() if name.endswith(OUT_BIAS))
         ours = subject.ours.count_parameters() + sum(zeros)  # see pipeline/model/weights.py
-        difference = float(abs(ours - parameters))
-        section.comparisons.append(Comparison("number of parameters", difference, 0))
-    return section
+        part.comparisons.append(Comparison("number of parameters", abs(ours - parameters), 0))
+    return part
 
 
 def module_tree(model: nn.Module, name: str = "", depth: int = 0) -> str:
@@ -85,97 +78,80 @@ def module_tree(model: nn.Module, name: str = "", depth: int = 0) -> str:
     return "\n".join(lines)
 
 
-def _by_class(model: nn.Module) -> list[tuple[object, ...]]:
-    """Return class, number of modules, own parameters (a tied matrix at its first owner)."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    seen: set[int] = set()
-    for module in model.modules():
-        kind = type(module).__name__
-        counts[kind] += 1
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                sizes[kind] += parameter.numel()
-    return [(kind, count, f"{sizes[kind]:,}") for kind, count in counts.items()]
-
-
-def draw_graph(axes: Any, config: Any) -> None:
-    """Draw embedding -> N x decoder layer (attention, MLP) -> RMSNorm -> head, upwards.
-
-    Args:
-        config: Hugging Face's, of a qwen2 or llama model; other families have another structure.
-    """
-    axes.set_axis_off()
-    axes.set(xlim=(0, 10), ylim=(0, 15.2))
-    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    tied = ", the embedding's matrix" if config.tie_word_embeddings else ""
-
-    _text(axes, 5, 0.2, "ids  [B, L]")
-    _box(axes, 1.0, "embed_tokens", f"{v:,} x {d}", "#8a8f98")
-    axes.add_patch(_rounded(1.4, 2.7, 7.2, 8.4, INK, alpha=0.05))
-    axes.text(8.4, 2.9, f"{config.num_hidden_layers} x decoder layer", ha="right", color=INK)
-    _box(axes, 3.6, "input_layernorm", "RMSNorm", "#2f9e8f")
-    _box(axes, 4.9, "self_attn", f"{heads} query heads, {groups} key/value heads", "#2f7de1")
-    _plus(axes, 6.55)
-    _box(axes, 7.2, "post_attention_layernorm", "RMSNorm", "#2f9e8f")
-    _box(axes, 8.5, "mlp", f"SwiGLU, {d} -> {f} -> {d}", "#e07b39")
-    _plus(axes, 10.15)
-    _box(axes, 11.6, "norm", "RMSNorm", "#2f9e8f")
-    _box(axes, 12.9, "lm_head", f"{d} x {v:,}{tied}", "#8a8f98")
-    _text(axes, 5, 14.75, "logits  [B, L, V]")
-    for start, end in _ARROWS:
-        _arrow(axes, (5, start), (5, end))
-    for start, end in ((3.2, 6.55), (6.9, 10.15)):  # residual connections of both halves
-        axes.plot([5, 2.0, 2.0], [start, start, end], color=INK, linewidth=1)
-        _arrow(axes, (2.0, end), (4.75, end))
-    _text(axes, 8.1, 6.55, f"[B, L, {d}]")
-
-
-_ARROWS = (
-    (0.45, 1.0),
-    (1.9, 3.6),
-    (4.5, 4.9),
-    (5.8, 6.3),
-    (6.8, 7.2),
-    (8.1, 8.5),
-    (9.4, 9.9),
-    (10.4, 11.6),
-    (12.5, 12.9),
-    (13.8, 14.5),
-)
-
-
-def _rounded(x: float, y: float, width: float, height: float, colour: str, alpha: float) -> Any:
-    from matplotlib.colors import to_rgba
-    from matplotlib.patches import FancyBboxPatch
-
-    return FancyBboxPatch(
-        (x, y),
-        width,
-        height,
-        boxstyle="round,pad=0,rounding_size=0.15",
-        facecolor=to_rgba(colour, alpha),
-        edgecolor=to_rgba(colour, min(1.0, 5 * alpha)),
+def tensors(subject: Subject) -> Part:
+    """List the folder's files and weights, and compare the weights with ours."""
+    stored = _stored(subject.folder)
+    theirs = subject.theirs
+    ours: nn.Module = nn.Module() if subject.unsupported else subject.ours
+    our_names = {name for name, _ in ours.named_parameters(remove_duplicate=False)}
+    rows = [
+        (
+            name,
+            shape_of(tensor),
+            dtype_name(tensor.dtype),
+            _owner(theirs, name),
+            f"{tensor.nbytes:,}",
+            f"the same, in {_owner(ours, name)}" if name in our_names else "none",
+        )
+        for name, tensor in stored.items()
+    ]
+    total = sum(tensor.nbytes for tensor in stored.values())
+    return Part(
+        name="tensors",
+        title="Weights",
+        notes=[f"{len(stored)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB) in safetensors."],
+        comparisons=_against(ours, theirs, stored) if our_names else [],
+        tables={
+            "Files of the folder": [
+                ("file", "bytes", "sha256"),
+                *(
+                    (file.name, f"{file.stat().st_size:,}", hash_file(file))
+                    for file in sorted(subject.folder.iterdir())
+                    if file.is_file() and file.name != MARK
+                ),
+            ],
+            "Every tensor": [
+                ("key", "shape", "dtype", "module", "bytes", "our name for it"),
+                *rows,
+            ],
+        },
     )
 
 
-def _box(axes: Any, bottom: float, name: str, about: str, colour: str) -> None:
-    axes.add_patch(_rounded(2.6, bottom, 4.8, 0.9, colour, alpha=0.2))
-    axes.text(5, bottom + 0.6, name, ha="center", va="center", color=INK, weight="bold")
-    axes.text(5, bottom + 0.26, about, ha="center", va="center", color=INK, fontsize=8)
+def _against(ours: nn.Module, theirs: nn.Module, stored: dict[str, Tensor]) -> list[Comparison]:
+    """Compare names and values: as stored, and as Hugging Face loaded them."""
+    loaded, mine = dict(theirs.named_parameters()), dict(ours.named_parameters())
+    return [
+        Comparison("names of parameters that only one has", len(loaded.keys() ^ mine.keys()), 0),
+        Comparison("values, as loaded", _largest_difference(mine, loaded), 0),
+        Comparison("values, as stored", _largest_difference(mine, stored), 0),
+    ]
 
 
-def _plus(axes: Any, y: float) -> None:
-    axes.plot([5], [y], "o", markersize=15, markerfacecolor="none", color=INK)
-    _text(axes, 5, y - 0.02, "+")
+def _largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of tensors that both have; NaN if any is NaN."""
+    pairs = [(ours[name].cpu(), theirs[name].cpu()) for name in ours.keys() & theirs.keys()]
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    return float(torch.stack([(a - b.float()).abs().max() for a, b in pairs]).max())
 
 
-def _text(axes: Any, x: float, y: float, text: str) -> None:
-    axes.text(x, y, text, ha="center", va="center", color=INK)
+def _stored(folder: Path) -> dict[str, Tensor]:
+    """Read all safetensors of a folder, with layer 2 before layer 10."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return dict(sorted(found.items(), key=lambda entry: _natural(entry[0])))
 
 
-def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    style = {"arrowstyle": "->", "color": INK, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", xy=end, xytext=start, arrowprops=style)
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """Return the class of the module that holds a parameter."""
+    try:
+        return type(model.get_submodule(name.rpartition(".")[0])).__name__
+    except AttributeError:
+        return "none"

@@ -11,7 +11,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.study.section import Comparison, Section, Table, compare_tokens
+from pipeline.runtime.optional import require
+from pipeline.study.comparison import Comparison, Part, compare_sequences
 from pipeline.study.subject import Subject
 
 SAMPLES = {
@@ -43,43 +44,39 @@ _CONVERSATION = [
 ]
 
 
-def tokenizer(subject: Subject) -> Section:
+def tokenizer(subject: Subject) -> Part:
     """Show how texts are split into tokens and joined again."""
     tok = subject.tokenizer
     samples = {name: encode(tok, text) for name, text in SAMPLES.items()}
-    section = Section(
-        "tokenizer",
-        "Tokenizer",
-        tables=[
-            Table(
-                "Texts",
-                ("text", "bytes", "tokens", "pieces"),
-                [
-                    (name, len(SAMPLES[name].encode()), len(ids), _pieces(tok, ids))
-                    for name, ids in samples.items()
-                ],
-            ),
-            Table("Sizes", ("", "number"), _sizes(subject)),
-            Table("Special tokens", ("id", "token", "role"), _special(tok), folded=True),
-            Table(
-                "Normalisation: what comes back",
-                ("text", "bytes in", "bytes out", "came back"),
-                [_there_and_back(tok, name, text) for name, text in NORMALISATION.items()],
+    part = Part(
+        name="tokenizer",
+        title="Tokenizer",
+        comparisons=[
+            *(_round_trip(tok, f"round trip: {name}", text) for name, text in SAMPLES.items()),
+            *(
+                _round_trip(tok, f"normalised as stated: {name}", text)
+                for name, text in NORMALISATION.items()
             ),
         ],
+        tables={
+            "Texts": [
+                ("text", "bytes", "tokens", "pieces"),
+                *(
+                    (name, len(SAMPLES[name].encode()), len(ids), _pieces(tok, ids))
+                    for name, ids in samples.items()
+                ),
+            ],
+            "Special tokens": [("id", "token", "role"), *_special(tok)],
+            "Normalisation": [
+                ("text", "bytes in", "bytes out", "came back"),
+                *(_there_and_back(tok, name, text) for name, text in NORMALISATION.items()),
+            ],
+        },
     )
-    for name, text in SAMPLES.items():
-        back = decode(tok, samples[name])
-        section.comparisons.append(compare_bytes(f"round trip: {name}", back, expected(tok, text)))
-    for name, text in NORMALISATION.items():
-        back = decode(tok, encode(tok, text))
-        section.comparisons.append(
-            compare_bytes(f"normalised as stated: {name}", back, expected(tok, text))
-        )
-    _add_sizes(section, subject)
-    _add_chat(section, tok)
-    _add_lost(section, tok)
-    return section
+    _add_sizes(part, subject)
+    _add_chat(part, tok)
+    _add_lost(part, tok)
+    return part
 
 
 def encode(tok: Any, text: str) -> list[int]:
@@ -109,9 +106,10 @@ def unicode_form(tok: Any) -> Any:
     return next((f for f in ("NFKC", "NFKD", "NFC", "NFD") if f"{f}()" in named), None)
 
 
-def compare_bytes(name: str, ours: str, theirs: str) -> Comparison:
-    """Compare two texts in UTF-8: the number of bytes that differ."""
-    return compare_tokens(name, list(ours.encode()), list(theirs.encode()))
+def _round_trip(tok: Any, name: str, text: str) -> Comparison:
+    """Count the bytes of UTF-8 in which a text comes back other than expected."""
+    back = decode(tok, encode(tok, text))
+    return compare_sequences(name, list(back.encode()), list(expected(tok, text).encode()))
 
 
 def _pieces(tok: Any, ids: list[int]) -> str:
@@ -125,55 +123,43 @@ def _pieces(tok: Any, ids: list[int]) -> str:
 
 def _bytes_of(tok: Any, token: int) -> str:
     """Return the bytes of a byte-level token in hexadecimal."""
-    table = {char: byte for byte, char in enumerate(byte_alphabet())}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    table = {char: byte for byte, char in bytes_to_unicode().items()}
     chars = tok.convert_ids_to_tokens(token)
     if not all(char in table for char in chars):
         return f"id {token}"
     return "".join(f"\\x{table[char]:02x}" for char in chars)
 
 
-def byte_alphabet() -> list[str]:
-    """Return GPT-2's character for each byte: printable ones as they are, others from 256 on.
-
-    (Radford et al. 2019, `bytes_to_unicode` in the released code.) The list has 256 entries.
-    """
-    own = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in own else chr(next(others)) for byte in range(256)]
-
-
-def _sizes(subject: Subject) -> list[tuple[object, ...]]:
-    tok = subject.tokenizer
+def _add_sizes(part: Part, subject: Subject) -> None:
+    tok, rows = subject.tokenizer, subject.config.vocab_size
+    width = subject.theirs.get_output_embeddings().weight.shape[0]
     vocabulary = tok.get_vocab()
-    highest = max(vocabulary.values())
-    rows = subject.config.vocab_size
-    return [
+    ids = max(vocabulary.values()) + 1
+    part.tables["Sizes"] = [
+        ("", "number"),
         ("entries of the vocabulary proper", f"{tok.vocab_size:,}"),
         ("special and added entries", f"{len(tok.added_tokens_decoder):,}"),
         ("ids in all, len(tokenizer)", f"{len(tok):,}"),
-        ("highest id + 1", f"{highest + 1:,}"),
-        ("ids below that without an entry", f"{highest + 1 - len(set(vocabulary.values())):,}"),
+        ("highest id + 1", f"{ids:,}"),
+        ("ids below that without an entry", f"{ids - len(set(vocabulary.values())):,}"),
         ("rows of the embedding, and logits", f"{rows:,}"),
-        ("rows that no id points to", f"{rows - highest - 1:,}"),
+        ("rows that no id points to", f"{rows - ids:,}"),
         ("normalisation", unicode_form(tok) or "none of Unicode's"),
     ]
-
-
-def _add_sizes(section: Section, subject: Subject) -> None:
-    highest = max(subject.tokenizer.get_vocab().values())
-    rows, width = subject.config.vocab_size, subject.theirs.get_output_embeddings().weight.shape[0]
-    section.prose.append(
-        f"The tokenizer gives {highest + 1:,} ids, the embedding has {rows:,} rows. "
+    part.notes.append(
+        f"The tokenizer gives {ids:,} ids, the embedding has {rows:,} rows. "
         + (
             "They are different numbers: no text leads to the further rows, which are to be left "
             "out of every sum over the vocabulary."
-            if rows > highest + 1
+            if rows > ids
             else "Here they agree; in Qwen2.5 they do not."
         )
     )
-    section.comparisons += [
-        Comparison("ids without a row", float(max(0, highest + 1 - rows)), 0),
-        Comparison("rows of the head against vocab_size", float(abs(width - rows)), 0),
+    part.comparisons += [
+        Comparison("ids without a row", max(0, ids - rows), 0),
+        Comparison("rows of the head against vocab_size", abs(width - rows), 0),
     ]
 
 
@@ -198,41 +184,38 @@ def _there_and_back(tok: Any, name: str, text: str) -> tuple[object, ...]:
     return (name, text.encode().hex(" "), back.encode().hex(" "), same)
 
 
-def _add_chat(section: Section, tok: Any) -> None:
+def _add_chat(part: Part, tok: Any) -> None:
     """Apply the chat template; its ids must equal the encoding of its text."""
     if not tok.chat_template:
-        section.prose.append("The tokenizer brings no chat template.")
+        part.notes.append("The tokenizer brings no chat template.")
         return
-    from jinja2 import TemplateError
-
+    jinja2 = require("jinja2", "report", "the chat template's part of the study")
     try:
         text = tok.apply_chat_template(_CONVERSATION, tokenize=False)
-    except TemplateError as error:
-        section.prose.append(f"The chat template refuses a system message or such: {error}.")
+    except jinja2.TemplateError as error:
+        part.notes.append(f"The chat template refuses a system message or such: {error}.")
         return
     ids = tok.apply_chat_template(_CONVERSATION, tokenize=True, return_dict=False)
     opened = tok.apply_chat_template(_CONVERSATION[:-1], tokenize=False, add_generation_prompt=True)
-    section.texts += [
-        ("The chat template, applied", text),
-        ("The same, open for an answer", opened),
-    ]
-    section.comparisons.append(
-        compare_tokens("chat template: ids against text encoded", encode(tok, text), ids)
+    part.texts["The chat template, applied"] = text
+    part.texts["The same, open for an answer"] = opened
+    part.comparisons.append(
+        compare_sequences("chat template: ids against text encoded", encode(tok, text), ids)
     )
 
 
-def _add_lost(section: Section, tok: Any) -> None:
+def _add_lost(part: Part, tok: Any) -> None:
     """List characters that the vocabulary has no bytes for; they vanish under any normalisation."""
     lost = [char for char in _characters_by_byte() if not _survives(tok, char)]
     if lost:
-        section.prose.append(
+        part.notes.append(
             f"{len(lost)} of the characters tried, one for each byte of UTF-8, do not come back at "
             "all, since the vocabulary lacks a byte of theirs: "
             + ", ".join(f"U+{ord(char):04X}" for char in lost)
             + "."
         )
     else:
-        section.prose.append("A character for each byte of UTF-8 comes back: no byte is missing.")
+        part.notes.append("A character for each byte of UTF-8 comes back: no byte is missing.")
 
 
 def _survives(tok: Any, char: str) -> bool:

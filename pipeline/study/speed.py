@@ -29,10 +29,8 @@ from torch import Tensor
 from pipeline.errors import ParamsError
 from pipeline.generation.sampling import GenerationSettings, decode_steps
 from pipeline.runtime.device import compute_dtype, dtype_name, place_rounded
-from pipeline.study.section import Picture, Section, Table
+from pipeline.study.comparison import Part
 from pipeline.study.subject import Subject
-
-_COLOURS = {"ours": "#2f7de1", "Hugging Face": "#8a8f98"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Speed:
     peak: float | None  # peak bytes beyond the loaded model; None if not measurable here
 
 
-def speed(subject: Subject) -> Section:
+def speed(subject: Subject) -> Part:
     """Measure tokens per second and peak memory by batch size."""
     params = subject.params
     need, context = params.prompt_tokens + params.max_new_tokens, subject.our_config.max_seq_len
@@ -64,10 +62,10 @@ def speed(subject: Subject) -> Section:
     measured = {size: _measure(subject, ours, theirs, size) for size in params.batch_sizes}
     smallest = measured[params.batch_sizes[0]]
     ratio = smallest["ours"].decode / smallest["Hugging Face"].decode
-    return Section(
-        "speed",
-        "Speed and memory",
-        prose=[
+    return Part(
+        name="speed",
+        title="Speed and memory",
+        notes=[
             f"Ours decodes {ratio:.2f} times as fast as Hugging Face's generate at batch "
             f"{params.batch_sizes[0]}, on {subject.device.type} with {torch.get_num_threads()} "
             "threads. Measured, and noisy: nothing here passes or fails.",
@@ -75,38 +73,16 @@ def speed(subject: Subject) -> Section:
             f"{dtype_name(dtype)}; medians of {params.repeats}. Memory is what generating takes "
             "beyond the model.",
         ],
-        tables=[
-            Table(
-                "By batch size",
-                (
-                    "batch",
-                    "",
-                    "prefill, tokens/s",
-                    "decode, tokens/s",
-                    "peak memory, MB",
-                ),
-                [
+        tables={
+            "By batch size": [
+                ("batch", "", "prefill, tokens/s", "decode, tokens/s", "peak memory, MB"),
+                *(
                     (size, name, f"{s.prefill:,.0f}", f"{s.decode:,.1f}", _megabytes(s.peak))
                     for size, by_name in measured.items()
                     for name, s in by_name.items()
-                ],
-            )
-        ],
-        pictures=[
-            Picture(
-                "speed",
-                "Measured on this machine, noisy.",
-                [
-                    partial(_draw, measured, name, label)
-                    for name, label in (
-                        ("prefill", "prefill, tokens/s"),
-                        ("decode", "decode, tokens/s"),
-                        ("peak", "peak memory, MB"),
-                    )
-                ],
-                inches=(3.4, 3.0),
-            )
-        ],
+                ),
+            ]
+        },
     )
 
 
@@ -232,17 +208,3 @@ def _resident(name: str) -> float:
 
 def _megabytes(count: float | None) -> str:
     return "not measured" if count is None else f"{count / 1e6:,.0f}"
-
-
-def _draw(measured: dict[int, dict[str, Speed]], name: str, label: str, axes: Any) -> None:
-    scale = 1e-6 if name == "peak" else 1.0
-    for who, colour in _COLOURS.items():
-        values = [getattr(by_name[who], name) for by_name in measured.values()]
-        if None not in values:
-            shown = [scale * value for value in values]
-            axes.plot(list(measured), shown, "o-", ms=3, label=who, color=colour)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(measured), map(str, measured))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel(label)

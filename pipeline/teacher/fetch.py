@@ -101,7 +101,7 @@ def _made_from(params: TeacherParams, folder: Path) -> dict[str, Any]:
     found = teacher_made_from(params, read_pointer(folder), seen_file(folder))
     if params.source in ("folder", "hub"):
         return found
-    code = Path(__file__).with_name("gguf.py").read_bytes()
+    code = Path(__file__).with_name("from_gguf.py").read_bytes()
     return found | {"code_sha256": hashlib.sha256(code).hexdigest()}
 
 

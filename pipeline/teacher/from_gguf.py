@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DecantError, reason_of
+from pipeline.errors import DecantError, is_library_error, reason_of
 from pipeline.io.hashes import hash_file, require_sha256
 from pipeline.model.config_json import StoredWeights, require_sizes
 from pipeline.model.folder import require_regular_files
@@ -124,9 +124,7 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         write_gguf_card(header.metadata, folder)
     except BaseException as error:  # damage can raise errors of several libraries
-        # A panic in the Rust library is not an Exception.
-        panic = type(error).__name__ == "PanicException"
-        if isinstance(error, DecantError) or not (panic or isinstance(error, Exception)):
+        if isinstance(error, DecantError) or not is_library_error(error):
             raise
         reason = reason_of(error)
         raise DecantError(

@@ -30,9 +30,9 @@ from typing import Any, TypeVar
 import google_crc32c
 
 from pipeline.errors import DecantError
+from pipeline.io.checked_json import DamagedError, Number, Size, parse
 from pipeline.io.files import fsync, open_file
 from pipeline.io.object_store import MARK, Address, Url, open_folder
-from pipeline.io.zarr_shards import DamagedError, Number, Size, parse
 from pipeline.runtime.console import say
 from pipeline.training.dist_checkpoint import Learner, read_tensors, write_tensors
 from pipeline.training.distributed import ALONE, Ranks

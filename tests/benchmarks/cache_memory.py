@@ -43,7 +43,7 @@ def write_corpus(params: Params, rows: int) -> None:
         tokens = generator.integers(0, 300, (last - first, 128))
         doc_ids = np.repeat(np.arange(first, last, dtype=np.int32)[:, None], 128, axis=1)
         writer.add(Rows(tokens=tokens, doc_ids=doc_ids, in_loss=np.ones_like(tokens, dtype=bool)))
-    writer.seal(num_text_bytes=0, tokenizer_sha256=hash_tokenizer(params.paths.teacher))
+    writer.commit(num_text_bytes=0, tokenizer_sha256=hash_tokenizer(params.paths.teacher))
 
 
 def capture(params: Params) -> float:

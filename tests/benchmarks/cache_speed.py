@@ -16,13 +16,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
+from pipeline.io.zarr_shards import decode_shard, encode_shard
 from pipeline.logit_cache.reader import CacheReader, read_marker
 from pipeline.logit_cache.writer import CacheWriter, create_cache
 from pipeline.target_sources.cached import CachedTargets
@@ -138,6 +142,41 @@ def print_reading(reader: CacheReader, params: Params, rounds: int, steps: int) 
     )
 
 
+def print_codecs(reader: CacheReader, rounds: int) -> None:
+    """Encode and decode shard by shard in memory, with nothing else that reading and writing do.
+
+    ZARR_CODEC_PIPELINE__PATH in the environment selects another of zarr's pipelines.
+    """
+    folder, specs = reader._folder, reader.layout.specs
+    objects = {key: folder.read(key) for key in folder.sizes()}
+    new = default_buffer_prototype().buffer.from_bytes
+    group: Any = zarr.open_group(MemoryStore({k: new(v) for k, v in objects.items()}), mode="r+")
+    values = {name: np.asarray(group[name][:]) for name in specs}
+    shards = [
+        (spec, shard, slice(*spec.rows_of(shard)))
+        for spec in specs.values()
+        for shard in range(spec.num_shards)
+    ]
+
+    def encode_by_zarr() -> None:
+        for spec, _, rows in shards:
+            group[spec.name][rows] = values[spec.name][rows]
+
+    times = medians(
+        {
+            "decode": lambda: [decode_shard(a, objects[a.key_of(n)], n) for a, n, _ in shards],
+            "decode by zarr": lambda: [group[spec.name][rows] for spec, _, rows in shards],
+            "encode": lambda: [encode_shard(a, values[a.name][rows]) for a, _, rows in shards],
+            "encode by zarr": encode_by_zarr,
+        },
+        rounds,
+    )
+    tokens = reader.fingerprint.num_rows * reader.fingerprint.row_length
+    print(f"  zarr {zarr.__version__}, {zarr.config.get('codec_pipeline.path').rpartition('.')[2]}")
+    for name, spent in times.items():
+        print(f"  {name:16} {tokens / spent / 1e6:6.2f} M tokens/s")
+
+
 def print_writing(reader: CacheReader, rounds: int) -> None:
     """Encode and write durably in background threads, as capture does."""
     corpus, layout = reader.corpus, reader.layout
@@ -198,6 +237,7 @@ def main(rounds: int, batches: int) -> None:
         {
             "size": lambda: print_sizes(reader),
             "reading": lambda: print_reading(reader, params, rounds, batches),
+            "codecs, one thread": lambda: print_codecs(reader, rounds),
             "writing": lambda: print_writing(reader, rounds),
             "waiting for data": lambda: print_data_wait(params),
         }.items()

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline.generation.decode import product
+from pipeline.generation.decode import DecodeStep, product
 from pipeline.generation.sampling import GenerationSettings, generate_ids
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import load_student, save_student
@@ -132,6 +132,25 @@ def forwards(theirs: Any, ours: StudentModel, rows: int, length: int, rounds: in
             print(f"  {what:20} {name:18} {ratio:5.2f}  ({a:.2f} s, ours {b:.2f} s)", flush=True)
 
 
+@torch.inference_mode()
+def one_decoder(ours: StudentModel, rounds: int, prompt: int = 64) -> None:
+    """A token by the decoder's ordinary forward with its cache, over one by `DecodeStep`."""
+    for rows in (1, 8):
+        tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt))
+        plain, own = (ours.new_cache(rows, prompt + rounds + 1) for _ in range(2))
+        for cache in (plain, own):
+            ours.hidden_states(tokens, cache=cache)
+        new = tokens[:, :1]
+        ordinary = partial(ours, new, cache=plain)
+        step = partial(DecodeStep(ours, own), new[:, 0])
+        ratio, a, b = ratio_by_turns(partial(seconds, ordinary), partial(seconds, step), rounds)
+        print(
+            f"  ordinary, batch {rows}    float32            {ratio:5.2f}  "
+            f"({1e3 * a:.1f} ms, ours {1e3 * b:.1f} ms)",
+            flush=True,
+        )
+
+
 def decoding(theirs: Any, ours: StudentModel, rounds: int, new: int = 32, prompt: int = 64) -> None:
     """Seconds a token behind the first, of whole generate() calls, at batch 1 and 8."""
     for name, dtype in DTYPES.items():
@@ -204,6 +223,7 @@ def main(
         if only != "decode":
             forwards(theirs, ours, rows, length, rounds)
         if only != "forward":
+            one_decoder(ours, rounds)
             decoding(theirs, ours, rounds)
     if teacher is not None and only != "forward":
         print(f"{teacher}")

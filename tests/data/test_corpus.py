@@ -182,7 +182,7 @@ def test_a_source_that_fails_leaves_the_old_corpus(
 
 
 def test_a_corpus_that_is_begun_no_longer_exists(tiny_corpus: Params) -> None:
-    """Between the first rows of the new one and its seal there is neither the old nor the new."""
+    """Between the first rows of the new one and its commit there is neither the old nor the new."""
     address = tiny_corpus.paths.corpus
     old = CorpusSplit(address, "train")
     rows = old.rows(0, 3)
@@ -191,7 +191,7 @@ def test_a_corpus_that_is_begun_no_longer_exists(tiny_corpus: Params) -> None:
     writer.add(rows)
     with pytest.raises(DecantError, match="no complete train split"):
         CorpusSplit(address, "train")
-    writer.seal(num_text_bytes=1, tokenizer_sha256="0" * 64)
+    writer.commit(num_text_bytes=1, tokenizer_sha256="0" * 64)
     assert np.array_equal(CorpusSplit(address, "train").rows(0, 3).tokens, rows.tokens)
 
 

@@ -98,7 +98,7 @@ def write_split(place: Path, doc_ids: list[list[int]]) -> CorpusSplit:
     tokens = np.arange(documents.size).reshape(documents.shape)
     writer = SplitWriter(place, "validation", row_length=documents.shape[1], vocab_size=100)
     writer.add(Rows(tokens, documents, documents >= 0))
-    writer.seal(num_text_bytes=1, tokenizer_sha256="0" * 64)
+    writer.commit(num_text_bytes=1, tokenizer_sha256="0" * 64)
     return CorpusSplit(place, "validation")
 
 

@@ -24,8 +24,9 @@ from pipeline.config.params import Params, load_params
 from pipeline.config.params_file import load_yaml
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
+from pipeline.io.checked_json import DamagedError, add_checksum, crc32c
 from pipeline.io.object_store import LocalFolder
-from pipeline.io.zarr_shards import _BLOSC, DamagedError, crc32c, decode_shard, object_hash, seal
+from pipeline.io.zarr_shards import _BLOSC, decode_shard, object_hash
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.logit_cache.reader import CacheReader
@@ -201,14 +202,14 @@ def survive(work: Callable[[], object]) -> bool:
     return bool(said)
 
 
-def test_metadata_of_a_corpus_that_is_sealed_again(tiny_corpus: Params) -> None:
+def test_metadata_of_a_corpus_with_valid_checksums(tiny_corpus: Params) -> None:
     place = Path(str(tiny_corpus.paths.corpus))
     file, objects = place / "train" / "zarr.json", place / "train" / "objects.json"
     whole, listed = json.loads(file.read_text()), objects.read_text()
 
     def write(about: Any) -> None:
         attributes = {"decant": about, "arrays": whole["attributes"]["arrays"]}
-        file.write_text(json.dumps(whole | {"attributes": seal(attributes)}))
+        file.write_text(json.dumps(whole | {"attributes": add_checksum(attributes)}))
 
     def read() -> None:
         split = CorpusSplit(place, "train")
@@ -230,7 +231,7 @@ def test_metadata_of_a_corpus_that_is_sealed_again(tiny_corpus: Params) -> None:
         survive(read)
 
 
-def test_metadata_of_a_cache_that_is_sealed_again(tiny_cache: Params) -> None:
+def test_metadata_of_a_cache_with_valid_checksums(tiny_cache: Params) -> None:
     corpus = CorpusSplit(tiny_cache.paths.corpus, "train")
     place = Path(str(tiny_cache.paths.logits))
     file, marker = place / "train" / "zarr.json", place / "train" / marker_key(0)
@@ -251,13 +252,13 @@ def test_metadata_of_a_cache_that_is_sealed_again(tiny_cache: Params) -> None:
         attributes = {"decant": about, "arrays": whole["attributes"]["arrays"]}
         if number % 4 == 0:
             attributes = mutate(attributes, generator)
-        file.write_text(json.dumps(whole | {"attributes": seal(attributes)}))
+        file.write_text(json.dumps(whole | {"attributes": add_checksum(attributes)}))
         refused += survive(read)
         if number % 4 == 0:
             survive(check)
     file.write_text(json.dumps(whole))
     for number in range(80):
-        marker.write_text(json.dumps(seal(mutate(said, generator))))
+        marker.write_text(json.dumps(add_checksum(mutate(said, generator))))
         refused += survive(read)
         if number % 4 == 0:
             survive(check)

@@ -12,19 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import MismatchError
+from pipeline.io.checked_json import DamagedError, crc32c
 from pipeline.io.object_store import LocalFolder
-from pipeline.io.zarr_shards import (
-    ArraySpec,
-    DamagedError,
-    crc32c,
-    decode_shard,
-    encode_shard,
-    find_damaged_metadata,
-    object_hash,
-    read_group,
-    read_shard,
-    write_group,
-)
+from pipeline.io.zarr_groups import find_damaged_metadata, read_group, write_group
+from pipeline.io.zarr_shards import ArraySpec, decode_shard, encode_shard, object_hash, read_shard
 
 
 def spec_of(name: str = "a", **changes: Any) -> ArraySpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -9,12 +10,14 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import zarr
 
 from pipeline.capture.local import part_of
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.io.object_store import LocalFolder
 from pipeline.logit_cache.integrity import check_cache
 from tests.conftest import change
 from tests.helpers import capture_all, make_capture
@@ -115,3 +118,30 @@ def test_killed_before_the_marker_a_shard_does_not_exist(tiny_corpus: Params) ->
     again.run(again.writer.missing())
     corpus = CorpusSplit(params.paths.corpus, "train")
     assert check_cache(params.paths.logits, corpus).damages == ()
+
+
+def test_a_write_that_fails_at_any_object_leaves_no_shard(
+    tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker comes last: before it, whatever else is written, the shard does not exist."""
+    params = change(tiny_corpus, prepare={"shard_rows": 4})
+    capture = make_capture(params, "train")
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    topk, tokens_sha256 = capture.compute(0)
+    write, objects = LocalFolder.write, len(capture.writer.layout.specs) + 1
+    for failing in range(objects):
+        writes = iter(range(objects))
+
+        def fails(self: LocalFolder, key: str, data: bytes) -> None:
+            if next(writes) == failing:  # noqa: B023
+                raise OSError(errno.ENOSPC, "full")
+            write(self, key, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalFolder, "write", fails)
+            with pytest.raises(OSError, match="full"):
+                capture.writer.write(0, topk, tokens_sha256)
+        assert not capture.writer.is_committed(0), f"committed before object {failing}"
+        assert check_cache(params.paths.logits, corpus).damages == ()
+    capture.writer.write(0, topk, tokens_sha256)
+    assert capture.writer.is_committed(0)

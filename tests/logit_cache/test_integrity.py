@@ -16,14 +16,15 @@ import zarr
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
+from pipeline.io.checked_json import add_checksum
 from pipeline.io.object_store import LocalFolder
-from pipeline.io.zarr_shards import encode_shard, seal
+from pipeline.io.zarr_shards import encode_shard
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import CheckResult, check_cache
 from pipeline.logit_cache.layout import id_order_name
 from tests.conftest import change, make_teacher
-from tests.helpers import capture_all, make_capture, open_cache, reseal_corpus
+from tests.helpers import capture_all, make_capture, open_cache, rewrite_checksums
 
 CASES = 25  # of each kind below
 
@@ -188,7 +189,7 @@ def test_swapped_shards_are_found(cache: Params) -> None:
     for shard, marker in enumerate(markers):
         fitted = {**marker, "shard": 1 - shard, "rows": markers[1 - shard]["rows"]}
         del fitted["crc32c"]
-        folder.write(marker_key(1 - shard), json.dumps(seal(fitted)).encode())
+        folder.write(marker_key(1 - shard), json.dumps(add_checksum(fitted)).encode())
     result = check(cache)
     assert [damage.shard for damage in result.damages] == [0, 1]
     assert "captured from other tokens than rows 0..4" in result.damages[0].what
@@ -207,13 +208,13 @@ def test_tokens_changed_under_the_cache_are_found(cache: Params) -> None:
         folder.write(spec.key_of(0), encode_shard(spec, changed))
         with pytest.raises(DecantError, match=r"shard 0 of .*: run stages/corpus\.py --overwrite"):
             check(cache)
-        reseal_corpus(cache.paths.corpus / "train")
+        rewrite_checksums(cache.paths.corpus / "train")
         result = check(cache)
         assert [damage.shard for damage in result.damages] == [row // 4]
         with pytest.raises(MismatchError, match=f"shard {row // 4} .* other tokens .*--repair"):
             open_cache(cache).shard(row // 4)
     folder.write(spec.key_of(0), encode_shard(spec, whole))
-    reseal_corpus(cache.paths.corpus / "train")
+    rewrite_checksums(cache.paths.corpus / "train")
     assert check(cache).damages == ()
 
 

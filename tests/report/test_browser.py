@@ -98,6 +98,15 @@ def test_quiet_and_readable(browser: Browser, file: Path, width: int, dark: bool
         assert page.evaluate("window.hacked === undefined")
 
 
+def test_tables_fit_a_desktop(browser: Browser, file: Path) -> None:
+    """No table needs its scroll bar, which few readers would see."""
+    with opened(browser, file, width=1280) as page:
+        tables = "[...document.querySelectorAll('.scroll')].filter(t => t.checkVisibility())"
+        wide = f"{tables}.filter(t => t.scrollWidth > t.clientWidth).map(t => t.innerText)"
+        assert page.evaluate(f"{tables}.length") > 3
+        assert page.evaluate(wide) == []
+
+
 def test_the_check_of_contrast_sees_faint_text(browser: Browser, file: Path) -> None:
     with opened(browser, file) as page:
         page.evaluate("document.querySelector('h1').style.color = '#ddd'")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import normalizers
-from tokenizers.pre_tokenizers import ByteLevel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.study.compare_tokenizer import byte_alphabet, tokenizer
-from pipeline.study.section import Section
+from pipeline.study.compare_tokenizer import tokenizer
+from pipeline.study.comparison import Part
 from pipeline.study.study import PARTS, run_parts
 from pipeline.study.subject import Subject
 from tests.study.conftest import (
@@ -53,22 +53,21 @@ def test_the_tokenizer_of_qwen(real_qwen_folder: Path) -> None:
     sections = {s.name: s for s in run_parts(make_subject(real_qwen_folder), parts)}
     assert not set().union(*map(failed, sections.values()))
     section = sections["tokenizer"]
-    assert "gives 151,665 ids, the embedding has 151,936 rows" in section.prose[0]
+    assert "gives 151,665 ids, the embedding has 151,936 rows" in section.notes[0]
     sizes = table(section, "Sizes")
     assert sizes["entries of the vocabulary proper"] == ("151,643",)
     assert sizes["special and added entries"] == ("22",)
     assert sizes["rows that no id points to"] == ("271",)
     assert sizes["normalisation"] == ("NFC",)
-    assert dict(section.texts)["The same, open for an answer"].endswith("<|im_start|>assistant\n")
+    assert section.texts["The same, open for an answer"].endswith("<|im_start|>assistant\n")
 
 
-def table(section: Section, title: str) -> dict[object, tuple[object, ...]]:
-    (found,) = (table for table in section.tables if table.title.startswith(title))
-    return {row[0]: tuple(row[1:]) for row in found.rows}
+def table(part: Part, title: str) -> dict[object, tuple[object, ...]]:
+    return {row[0]: tuple(row[1:]) for row in part.tables[title][1:]}
 
 
-def failed(section: Section) -> set[str]:
-    return {comparison.name for comparison in section.comparisons if not comparison.passed}
+def failed(part: Part) -> set[str]:
+    return {comparison.name for comparison in part.failed}
 
 
 def test_sizes_are_different_numbers(qwen_folder: Path) -> None:
@@ -80,7 +79,7 @@ def test_sizes_are_different_numbers(qwen_folder: Path) -> None:
     )
     assert sizes["rows of the embedding, and logits"] == (f"{ROWS}",)
     assert sizes["rows that no id points to"] == (f"{ROWS - ENTRIES - SPECIAL}",)
-    assert "They are different numbers" in section.prose[0]
+    assert "They are different numbers" in section.notes[0]
 
 
 def test_decomposed_text_comes_back_composed(qwen_folder: Path) -> None:
@@ -112,11 +111,11 @@ def test_ids_without_a_row_fail(tmp_path: Path) -> None:
     section = tokenizer(make_subject(folder))
     assert failed(section) == {"ids without a row"}
     (short,) = (c for c in section.comparisons if c.name == "ids without a row")
-    assert short.difference == SPECIAL
+    assert short.measured == SPECIAL
 
 
 def test_the_template_is_shown_applied(qwen_folder: Path) -> None:
-    texts = dict(tokenizer(make_subject(qwen_folder)).texts)
+    texts = tokenizer(make_subject(qwen_folder)).texts
     assert texts["The chat template, applied"].endswith("<|im_start|>assistant\nParis<|im_end|>\n")
     assert texts["The same, open for an answer"].endswith("<|im_start|>assistant\n")
 
@@ -125,25 +124,18 @@ def test_a_template_that_refuses_is_quoted(tmp_path: Path) -> None:
     subject = make_subject(make_model(tmp_path, "qwen2"))
     subject.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
     section = tokenizer(subject)
-    assert any("no system role here" in text for text in section.prose)
+    assert any("no system role here" in text for text in section.notes)
     assert not section.texts
 
 
 def test_bytes_that_the_vocabulary_lacks_are_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path, "qwen2")
-    lacking = {byte_alphabet()[4], byte_alphabet()[0xF2]}
-    make_qwen_tokenizer(folder, alphabet=[c for c in byte_alphabet() if c not in lacking])
+    names = bytes_to_unicode()
+    make_qwen_tokenizer(folder, alphabet=[c for b, c in names.items() if b not in (4, 0xF2)])
     section = tokenizer(make_subject(folder))
-    (sentence,) = (text for text in section.prose if "do not come back" in text)
+    (sentence,) = (text for text in section.notes if "do not come back" in text)
     assert "U+0004, U+80000." in sentence
     assert sentence.startswith("2 of")
-
-
-def test_byte_alphabet_is_that_of_byte_level_bpe(qwen_folder: Path) -> None:
-    assert sorted(byte_alphabet()) == sorted(ByteLevel.alphabet())
-    tok = make_subject(qwen_folder).tokenizer
-    for byte in range(128):
-        assert tok.convert_ids_to_tokens(tok(chr(byte))["input_ids"]) == [byte_alphabet()[byte]]
 
 
 def test_pieces_of_a_character_are_shown_as_bytes(qwen_folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.study.section import Comparison, compare, compare_tokens, shown
+from pipeline.study.comparison import Comparison, compare, compare_sequences, shown
 
 
 def test_tolerance_grows_with_values_beyond_1() -> None:
@@ -27,8 +27,10 @@ def test_large_vectors_do_not_cover_small_ones() -> None:
     ours[0, 3, 2] += 1e-3
     found = compare("", ours, theirs)
     assert not found.passed
-    assert (found.difference, found.tolerance) == pytest.approx((1e-3, 1e-5), rel=1e-3)
-    assert compare("", theirs, theirs) == Comparison("", 0.0, 1e-5)  # the strictest, when equal
+    assert (found.measured, found.limit) == pytest.approx((1e-3, 1e-5), rel=1e-3)
+    assert compare("", theirs, theirs) == Comparison(
+        "", 0.0, 1e-5, (1, 5, 8)
+    )  # the strictest, when equal
 
 
 def test_nan_and_other_shapes_never_pass() -> None:
@@ -43,9 +45,9 @@ def test_nan_and_other_shapes_never_pass() -> None:
 
 
 def test_tokens_are_counted_where_they_differ() -> None:
-    assert compare_tokens("", [1, 2, 3], [1, 2, 3]).passed
-    assert compare_tokens("", [1, 9, 3], [1, 2, 3]).difference == 1
-    assert compare_tokens("", [1, 2], [1, 2, 3, 4]).difference == 2
+    assert compare_sequences("", [1, 2, 3], [1, 2, 3]).passed
+    assert compare_sequences("", [1, 9, 3], [1, 2, 3]).measured == 1
+    assert compare_sequences("", [1, 2], [1, 2, 3, 4]).measured == 2
 
 
 def test_numbers_as_shown() -> None:
