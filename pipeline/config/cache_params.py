@@ -50,7 +50,7 @@ class PrepareParams(Section):
     num_sampled: CountOrZero = 0
     """M, the number of ids per position sampled from the teacher's distribution outside the K."""
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 4.0)
-    """Temperatures whose exact normalisers are stored; train.temperature must be one of them."""
+    """Temperatures whose exact normalisers are stored, for train.temperature to choose from."""
     dtype: Dtype = "auto"
     """The teacher's dtype: float32, bfloat16, float16 or auto. auto is float16 on a GPU; on a CPU
     it is bfloat16 if the CPU has units for it, otherwise float32. float16 on a CPU rounds the

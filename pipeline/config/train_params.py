@@ -126,7 +126,8 @@ class TrainParams(Section):
     jensen_shannon, skew_kl, skew_reverse_kl or total_variation; with sampled ids only
     forward_kl."""
     temperature: Temperature = 1.0
-    """Temperature of teacher and student in the divergence, one of prepare.temperatures."""
+    """Temperature of teacher and student in the divergence; from a cache, one of
+    prepare.temperatures."""
     k: Count | None = None
     """Use only the first k stored ids; null uses all."""
     steps: Count | None = 64
@@ -218,7 +219,7 @@ class RunParams(Section):
     activation_checkpointing: bool = False
     """Whether each block is computed again in the backward pass, to keep fewer activations."""
     compile: bool = False
-    """Whether the blocks are compiled by torch.compile, which needs a C++ compiler."""
+    """Whether the blocks are compiled by torch.compile, which needs a C or C++ compiler."""
     max_skipped_steps: CountOrZero = 10
     """Steps with a non-finite loss or gradient that are skipped before the run fails."""
     min_retained_mass: Fraction = 0.5
