@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.params import Params, _all_keys, load_params
+from pipeline.config.params import Params, all_keys, load_params
 from tests.conftest import ROOT
 
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHINESE = ROOT / "README.zh.md"
-KEYS = set(_all_keys(Params))
+KEYS = set(all_keys(Params))
 RECIPE = "docs/recipes/wikipedia-zh-t4.yaml"
 
 

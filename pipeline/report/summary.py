@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.params import CorpusParams, StudentParams, TeacherParams
+from pipeline.config.source_params import CorpusParams, TeacherParams
+from pipeline.config.train_params import StudentParams
 from pipeline.report.formats import TEACHER, Interval, Scores
 
 BASELINE = "baseline"

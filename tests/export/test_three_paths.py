@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.params import ExportParams
+from pipeline.config.delivery_params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export import check as check_module
-from pipeline.export import gguf as gguf_module
-from pipeline.export import vocabulary
+from pipeline.export import gguf_vocabulary, to_gguf
 from pipeline.export.check import (
     WITHOUT_LLAMA_CPP,
     ExportCheck,
@@ -88,7 +87,7 @@ def test_three_paths_say_the_same(
 )
 def test_stretched_rotations_are_llama_cpps(rope: dict[str, Any], tmp_path: Path) -> None:
     source = make_llama(tmp_path / "model", rope_parameters=rope)
-    params = export_params(gguf=("f32",), prompt_tokens=40, new_tokens=12, lines=1)
+    params = export_params(gguf=("f32",), prompt_tokens=40, max_new_tokens=12, lines=1)
     check = export_and_check(source, tmp_path / "x", params)
     assert [path.equal_tokens for path in check.paths] == [60, 60]
 
@@ -97,7 +96,7 @@ def test_stretched_rotations_are_llama_cpps(rope: dict[str, Any], tmp_path: Path
 def test_rows_in_the_wrong_order_are_found(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_module, "interleave_halves", lambda rows, heads: rows)
+    monkeypatch.setattr(to_gguf, "interleave_halves", lambda rows, heads: rows)
     check = export_and_check(llama_folder, tmp_path / "x", export_params(gguf=("f16",)))
     assert not check.passed
     assert [path.passed for path in check.paths] == [True, False]
@@ -115,7 +114,7 @@ def test_text_split_in_another_way_is_found(
     (source / "tokenizer.json").write_text(json.dumps(content))
     params = export_params(gguf=("f16",), lines=500)
     assert export_and_check(source, tmp_path / "right", params).passed
-    monkeypatch.setattr(vocabulary, "pre_tokenizer_name", lambda state, folder: "gpt-2")
+    monkeypatch.setattr(gguf_vocabulary, "pre_tokenizer_name", lambda state, folder: "gpt-2")
     check = export_and_check(source, tmp_path / "x", params)
     theirs = check.tokenizers[1]
     assert theirs.equal_lines < theirs.lines
@@ -254,8 +253,8 @@ def test_prompts_start_at_lines_all_over_the_text(qwen_folder: Path) -> None:
 
 
 def test_prompts_beyond_the_context_are_refused(qwen_folder: Path, tmp_path: Path) -> None:
-    params = export_params(gguf=(), prompt_tokens=50, new_tokens=20)
+    params = export_params(gguf=(), prompt_tokens=50, max_new_tokens=20)
     with pytest.raises(
-        ParamsError, match=r"export\.new_tokens=20 exceed the model's context of 64"
+        ParamsError, match=r"export\.max_new_tokens=20 exceed the model's context of 64"
     ):
         export_and_check(qwen_folder, tmp_path / "x", params)
