@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline.config.params import Params
-from pipeline.data import made_from as module
+from pipeline.data import text_hashes as module
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.text_hashes import made_from, read_made_from, text_made_from
 from pipeline.errors import DecantError

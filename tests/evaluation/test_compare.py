@@ -205,12 +205,14 @@ def test_models_that_do_not_fit_the_corpus_are_refused(tiny_corpus: Params, tmp_
 
 def test_a_model_that_mixes_documents_is_refused(tiny_corpus: Params, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "bloom", "bloom", tiny_corpus.paths.teacher)
-    with pytest.raises(DecantError, match="'bloom' student attends across documents"):
+    with pytest.raises(DecantError, match="'bloom' student always attends across documents"):
         judge(tiny_corpus, {"it": folder})
     whole = WholeModel(folder, torch.float32, torch.device("cpu"))
     tokens = torch.arange(8)[None]
     assert whole.logits(whole.states(tokens, None)).shape == (8, VOCABULARY_ROWS)
-    with pytest.raises(DecantError, match=r"'bloom' model attends .* prepare\.document_mask=false"):
+    with pytest.raises(
+        DecantError, match=r"'bloom' model always attends .* prepare\.document_mask=false"
+    ):
         whole.states(tokens, torch.tensor([[0] * 4 + [1] * 4]))
     packed = change(tiny_corpus, prepare={"document_mask": False})
     assert judge(packed, {"it": folder}).scores["it"].loss > 0.0

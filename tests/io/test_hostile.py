@@ -358,7 +358,7 @@ def test_a_pipe_or_device_in_a_checkpoint_is_no_hang(
         os.mkfifo(file)
     else:
         file.symlink_to("/dev/zero")
-    with bounded(), pytest.raises(DecantError, match=r"none of the checkpoints .* is whole"):
+    with bounded(), pytest.raises(DecantError, match=r"none of the checkpoints .* is complete"):
         checkpoints.load_newest(make_learner())
 
 
@@ -367,6 +367,6 @@ def test_a_pipe_among_the_objects_of_a_corpus_is_no_hang(tiny_corpus: Params) ->
     file = folder / "tokens" / "c" / "0" / "0"
     file.unlink()
     os.mkfifo(file)
-    with bounded(), pytest.raises(DecantError, match="is not a file but a pipe or a device"):
+    with bounded(), pytest.raises(DecantError, match="is a pipe or a device, not a file"):
         CorpusSplit(tiny_corpus.paths.corpus, "train").rows(0, 1)
     shutil.rmtree(folder)
