@@ -136,7 +136,7 @@ def test_overwrite_of_prepare_removes_a_cache_alone(tiny_cache: Params, tmp_path
         open_captures(elsewhere, overwrite=True)
     assert files(tmp_path / "data") == mine
     over_corpus = change(tiny_cache, paths={"logits": str(tiny_cache.paths.corpus)})
-    with pytest.raises(MismatchError, match=r"\(corpus\) than logits"):
+    with pytest.raises(MismatchError, match=r"\(corpus\), not logits"):
         open_captures(over_corpus, overwrite=True)
     assert len(CorpusSplit(tiny_cache.paths.corpus, "train"))
     put(tiny_cache.paths.logits, "notes.txt", "train/notes.txt")
