@@ -14,7 +14,8 @@ import click
 import optuna
 
 from pipeline.cli import stage
-from pipeline.config.params import Params, TrainParams
+from pipeline.config.params import Params
+from pipeline.config.train_params import TrainParams
 from pipeline.errors import DecantError
 from pipeline.runtime.console import say
 from pipeline.training.run import run_training

@@ -46,7 +46,7 @@ def stage(function: Callable[..., None]) -> click.Command:
         type=click.Path(path_type=Path),
         default=Path("params.yaml"),
         show_default=True,
-        help="The file of all parameters.",
+        help="The file of parameters; keys that it leaves out have their defaults.",
     )
     @click.option(
         "--set",
@@ -61,7 +61,9 @@ def stage(function: Callable[..., None]) -> click.Command:
 
         _replace_streams()
         try:
-            _flushed(functools.partial(function, load_params(file, overrides), **options))
+            # DVC compares what the file says, so it would not see that a default has changed.
+            params = load_params(file, overrides, complete="DVC_STAGE" in os.environ)
+            _flushed(functools.partial(function, params, **options))
         except OtherRankError as error:
             sys.exit(error.exit_code)
         except DecantError as error:

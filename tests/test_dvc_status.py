@@ -19,7 +19,7 @@ import yaml
 from dvc.repo import Repo
 from dvc.utils.serialize import LOADERS
 
-from pipeline.config.params import Params, Paths, _all_keys
+from pipeline.config.params import Params, Paths, all_keys
 from tests.conftest import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -76,8 +76,8 @@ INPUTS = {
     "pipeline/data/sources.py": "inputs corpus",
     "stages/export.py": "export",
 }
-SECTIONS = {key.rpartition(".")[0] for key in _all_keys(Params)}
-KEYS = sorted({*_all_keys(Params)} - SECTIONS - {f"paths.{name}" for name in Paths.model_fields})
+SECTIONS = {key.rpartition(".")[0] for key in all_keys(Params)}
+KEYS = sorted({*all_keys(Params)} - SECTIONS - {f"paths.{name}" for name in Paths.model_fields})
 
 
 def expected(key: str) -> set[str]:

@@ -81,7 +81,7 @@ MUTATIONS = {
         "verify/agreement.py",
         "repeats[:, 1:] = by_id[:, 1:] == by_id[:, :-1]",
         "pass",
-        "verify/test_gate.py::test_caches_with_draws_pass_and_fail_as_others_do",
+        "verify/test_gate.py::test_a_repeated_sampled_id_counts_once",
     ),
 }
 

@@ -193,7 +193,7 @@ def commit(folder: Path, message: str) -> None:
     git(folder, "commit", "-q", "-m", message)
 
 
-def dvc(folder: Path, *words: str) -> str:
+def dvc(folder: Path, *words: str, code: int = 0) -> str:
     """Run DVC on the project with the copy's own stages and library, whose `python` is warm."""
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
@@ -211,8 +211,8 @@ def dvc(folder: Path, *words: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
 
 
 def stages_run(output: str) -> list[str]:
@@ -255,6 +255,21 @@ def test_how_stages_are_run_reruns_nothing(project: Path) -> None:
     values["run"] |= {"checkpoint_every": 3, "activation_checkpointing": True}
     values["capture"]["batch_rows"] = 2
     (project / "params.yaml").write_text(yaml.safe_dump(values))
+    assert stages_run(dvc(project, "repro")) == []
+    git(project, "checkout", "-q", "--", ".")
+
+
+def test_params_yaml_that_leaves_out_a_key_is_refused_until_completed(
+    project: Path, run_python: RunPython
+) -> None:
+    """DVC would take the absent key for unchanged, whatever its default becomes."""
+    file = project / "params.yaml"
+    values = yaml.safe_load(file.read_text())
+    del values["train"]["weight_decay"]  # whose value is the default
+    file.write_text(yaml.safe_dump(values))
+    assert "leaves out train.weight_decay, whose" in dvc(project, "repro", code=255)
+    words = ("--params", str(file), "--output", str(file))
+    assert run_python("stages/show_params.py", *words).returncode == 0
     assert stages_run(dvc(project, "repro")) == []
     git(project, "checkout", "-q", "--", ".")
 

@@ -35,7 +35,7 @@ def parameters_for(teacher: Path, text: Path, drive: Path) -> str:
         "device": "cpu",
         "corpus.files.paths": [str(text / "*.jsonl")],
         "study.prompt": "the cat",
-        "study.new_tokens": 3,
+        "study.max_new_tokens": 3,
         **{f"{part}.{key}": value for part, keys in TINY.items() for key, value in keys.items()},
     }
     lines = [f"{key}={json.dumps(value)}" for key, value in changes.items()]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.params import CorpusParams, TeacherParams
+from pipeline.config.source_params import CorpusParams, TeacherParams
 
 
 def teacher_name(params: TeacherParams) -> str:

@@ -164,7 +164,11 @@ def _apply(values: dict[str, Any], text: str) -> None:
     *parents, leaf = override.key_or_group.split(".")
     node: Any = values
     for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict) and node.get(part) is None:
+            node[
+                part
+            ] = {}  # absent, or switched off as student.lora is: a key in it switches it on
+        node = node[part] if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise ParamsError(f"--set {shown!r}: {'.'.join(parents)} is not a section")
     if override.is_delete():

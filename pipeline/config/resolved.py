@@ -13,7 +13,8 @@ import math
 
 from pydantic import ValidationError
 
-from pipeline.config.params import Params, TrainParams
+from pipeline.config.params import Params
+from pipeline.config.train_params import TrainParams
 from pipeline.errors import ParamsError
 
 _MULTIPLE = 64

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.config.params import CorpusParams
+from pipeline.config.source_params import CorpusParams
 from pipeline.data.chat import BadConversationError, ChatTokenizer, Message
 from pipeline.data.corpus_zarr import SPLITS, SplitInfo, SplitWriter
 from pipeline.data.packing import PACKERS, Document

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config.params import CorpusParams, HubCorpus
+from pipeline.config.source_params import CorpusParams, HubCorpus
 from pipeline.errors import DecantError, ParamsError, reason_of
 
 Message = dict[str, Any]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.params import CorpusParams
+from pipeline.config.source_params import CorpusParams
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.sources import find_files, matching_files, stdlib_files
 from pipeline.errors import DecantError

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config.params import EvaluateParams
+from pipeline.config.delivery_params import EvaluateParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.errors import DecantError

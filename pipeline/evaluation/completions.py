@@ -20,7 +20,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from pipeline.config.params import HumanevalParams
+from pipeline.config.delivery_params import HumanevalParams
 from pipeline.data.corpus import document_separator
 from pipeline.evaluation.humaneval import STOP, Problem, hash_problems, summarise
 from pipeline.evaluation.journal import Journal

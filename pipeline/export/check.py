@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.params import ExportParams
+from pipeline.config.delivery_params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export.check_result import ExportCheck, PathResult, TokenizerResult
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp

@@ -147,8 +147,8 @@ def require_ours(address: Address, kind: str, *, key: str) -> bool:
     if found is None or found == kind:
         return found == kind
     raise MismatchError(
-        f"{address} holds other output of Decant's ({found or 'its mark is damaged'}) than "
-        f"{kind}: set {key} to another place, or remove it yourself"
+        f"{address} holds other output of Decant's ({found or 'its mark is damaged'}), "
+        f"not {kind}: set {key} to another place, or remove it yourself"
     )
 
 

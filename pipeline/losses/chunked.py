@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.losses import kernels_torch
 from pipeline.losses.divergences import (
     DIVERGENCES,

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.errors import MismatchError
 from pipeline.targets.topk import TopK
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.losses.divergences import (
     DIVERGENCES,
     LOG_ZERO,

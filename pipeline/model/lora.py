@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config.params import LoraParams
+from pipeline.config.train_params import LoraParams
 from pipeline.errors import ParamsError
 from pipeline.io.object_store import atomic_folder
 from pipeline.model.student import Student

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from pipeline.capture.local import COUNTED_ROWS
-from pipeline.config.params import AdviseParams, Params, PrepareParams
+from pipeline.config.cache_params import AdviseParams, PrepareParams
+from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING, Rows

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config.params import PrepareParams
+from pipeline.config.cache_params import PrepareParams
 from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
 from pipeline.logit_cache.layout import CacheLayout
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.params import Params, StudentParams
+from pipeline.config.params import Params
+from pipeline.config.train_params import StudentParams
 from pipeline.planning.shapes import Shape
 
 FITS = 0.9  # usable share of a device's memory

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.params import DeviceName
+from pipeline.config.cache_params import DeviceName
 
 
 @dataclass(frozen=True, kw_only=True)

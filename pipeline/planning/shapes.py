@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.names import start_name, teacher_name
-from pipeline.config.params import LoraParams, Params, StudentParams, TeacherParams
+from pipeline.config.params import Params
+from pipeline.config.source_params import TeacherParams
+from pipeline.config.train_params import LoraParams, StudentParams
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.config_json import read_config_file

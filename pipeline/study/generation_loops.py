@@ -45,9 +45,9 @@ def reference(subject: Subject) -> Part:
         title="Golden reference",
         notes=[
             f"{len(subject.prompt_ids)} tokens of prompt, then at most "
-            f"{subject.params.max_new_tokens} new ones: greedy, and sampled at "
-            f"temperature {subject.params.temperature:g} with seed {subject.seed}. A "
-            "difference counts ids that are not equal.",
+            f"{subject.params.max_new_tokens} new ones: greedy, and sampled at temperature "
+            f"{subject.params.temperature:g} with seed {subject.seed}. A difference counts ids "
+            "that are not equal.",
             f"The closest call in the greedy loop: the best logit was {min(margins):.2g} above the "
             "second. Were it near 1e-5, rounding could decide it.",
         ],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.params import StudyParams
+from pipeline.config.delivery_params import StudyParams
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.config_json import read_config_json
 from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock

@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.params import TeacherParams, WheelTeacher
+from pipeline.config.source_params import TeacherParams, WheelTeacher
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.io.files import write_json
 from pipeline.io.object_store import atomic_folder, find_damage, require_ours

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.params import GgufTeacher, TeacherParams
+from pipeline.config.source_params import GgufTeacher, TeacherParams
 from pipeline.errors import DecantError
 from pipeline.io.hashes import hash_changed, require_sha256
 from pipeline.io.hub import commit_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.data.packing import IGNORE
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.model.student import Student

@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config.params import RunParams
+from pipeline.config.train_params import RunParams
 from pipeline.errors import DecantError, OtherRankError, ParamsError
 from pipeline.runtime.device import pick_device, require_compiler
 from pipeline.runtime.launch import Launch, launch

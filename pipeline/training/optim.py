@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from pipeline.config.params import TrainParams
+from pipeline.config.train_params import TrainParams
 
 
 def build_optimizer(student: nn.Module, params: TrainParams) -> torch.optim.AdamW:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.params import Params, StudentParams
+from pipeline.config.params import Params
+from pipeline.config.train_params import StudentParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_shared_ids, tokenizer_folder
 from pipeline.errors import ParamsError

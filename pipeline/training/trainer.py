@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.config.params import Params, RunParams, TrainParams
+from pipeline.config.params import Params
+from pipeline.config.train_params import RunParams, TrainParams
 from pipeline.errors import DecantError
 from pipeline.model.student import Student
 from pipeline.runtime.console import StopRequest, announce, progress, say

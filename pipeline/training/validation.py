@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.config.params import TrainParams
+from pipeline.config.train_params import TrainParams
 from pipeline.data.packing import IGNORE
 from pipeline.errors import DecantError
 from pipeline.target_sources.target_source import TargetSource

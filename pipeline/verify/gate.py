@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.params import VerifyParams
+from pipeline.config.cache_params import VerifyParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING, Rows
 from pipeline.logit_cache.reader import CacheReader

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.params import VerifyParams
+from pipeline.config.cache_params import VerifyParams
 from pipeline.verify.agreement import Agreement
 from pipeline.verify.gate_report import Levels, Limits
 from pipeline.verify.power import POWER

@@ -42,10 +42,63 @@ def test_an_unknown_key_gives_its_namesake_or_neighbour(key: str, hint: str) -> 
         load_params(FILE, [f"{key}=1"])
 
 
-def test_missing_key_is_named(tmp_path: Path) -> None:
-    file = changed(tmp_path, lambda v: v["train"].pop("alpha"))
-    with pytest.raises(ParamsError, match=r"the key train\.alpha is missing"):
+def test_keys_and_sections_that_are_left_out_have_their_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text("teacher: {source: hub, hub: {id: org/model}}\ntrain: {alpha: 0.9}\n")
+    params, demo = load_params(file), load_params(FILE)
+    assert (params.teacher.source, params.teacher.hub.id) == ("hub", "org/model")
+    assert params.teacher.hub.revision == demo.teacher.hub.revision
+    assert params.train == demo.train.model_copy(update={"alpha": 0.9})
+    assert params.verify == demo.verify
+
+
+@pytest.mark.parametrize(
+    "edit", ["train.alpha=0.9", "student.lora.rank=8", "corpus={row_length: 8}"]
+)
+def test_set_means_the_same_in_a_short_file(edit: str, tmp_path: Path) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text("seed: 0\n")
+    short = load_params(file, [edit])
+    assert short == load_params(FILE, [edit])
+    assert short != load_params(FILE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 3}", "steps=64 and epochs=3.0 do not say how long to train"),
+        ("train: {learning_rate: 0.00005}", "min_learning_rate=0.0001 is above learning_rate"),
+        ("prepare: {chunk_rows: 64}", "shard_rows=32 must be a multiple of chunk_rows=64"),
+        ("train: {temprature: 2}", r"temprature is not a known key: did you mean train\.temp"),
+        ("tain: {alpha: 0.5}", r"tain is not a known key: did you mean train\?"),
+    ],
+)
+def test_a_short_file_is_checked_with_the_defaults(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text(text)
+    with pytest.raises(ParamsError, match=message):
         load_params(file)
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda v: v["train"].pop("alpha"), r"train\.alpha, whose"),
+        (lambda v: v.pop("verify"), r"verify, whose"),
+        (lambda v: v["teacher"]["hub"].pop("id"), r"teacher\.hub\.id, whose"),
+        (lambda v: (v["train"].pop("k"), v.pop("study")), r"train\.k \(and 1 more\), whose"),
+        (lambda v: v["student"].update(lora={"rank": 8}), r"student\.lora\.alpha \(and 2 more\)"),
+    ],
+)
+def test_a_complete_file_is_one_that_leaves_out_nothing(
+    edit: object, named: str, tmp_path: Path
+) -> None:
+    load_params(FILE, complete=True)
+    file = changed(tmp_path, edit)
+    load_params(file)
+    with pytest.raises(ParamsError, match=rf"leaves out {named}") as caught:
+        load_params(file, complete=True)
+    assert f"show_params --params {file} --output {file}" in str(caught.value)
 
 
 def test_unknown_key_is_named_with_its_neighbour(tmp_path: Path) -> None:
@@ -74,8 +127,8 @@ def test_unknown_key_is_named_with_its_neighbour(tmp_path: Path) -> None:
         ("train.steps=many", r"train\.steps='many' is refused"),
         ("train.nothing=1", r"train\.nothing is not a known key"),
         ("seed.deeper=1", "seed is not a section"),
-        ("student.lora={rnk:8}", r"student\.lora\.rank is missing"),
-        ("student.lora.rank=8", r"student\.lora is not a section"),
+        ("student.lora={rnk:8}", r"student\.lora\.rnk is not .* did you mean student\.lora\.rank"),
+        ("train.k.deeper=1", r"train\.k is refused: input should be a valid integer"),
         ("train.temperature=1,2", "names several values: `dvc exp run --queue -S`"),
         ("nonsense", r"--set 'nonsense' is not of the form key\.path=value"),
     ],

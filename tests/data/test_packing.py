@@ -15,8 +15,8 @@ from pipeline.data.packing import (
     PADDING,
     Document,
     Rows,
-    cut,
-    fit,
+    best_fit,
+    concat,
     next_token_labels,
 )
 
@@ -89,7 +89,7 @@ def test_no_two_rows_of_fit_would_fit_into_one(lengths: list[int]) -> None:
 def test_fit_by_hand() -> None:
     """Lengths 5, 3, 4, 2, 2 in rows of 8: 5 + 3 and 4 + 2 + 2, ordered by last document."""
     texts = [[n] * size for n, size in enumerate((5, 3, 4, 2, 2), start=1)]
-    (rows,) = fit(map(document, texts), 8, 0, 100)
+    (rows,) = best_fit(map(document, texts), 8, 0, 100)
     assert rows.tokens.tolist() == [[1] * 5 + [2] * 3, [3] * 4 + [4] * 2 + [5] * 2]
 
 
@@ -97,7 +97,7 @@ def test_fit_wastes_little_of_mixed_lengths() -> None:
     """0.16 % of rows of 512, where a row a document would waste 36 %."""
     lengths = np.random.default_rng(0).lognormal(5.8, 0.9, 5000).astype(int)
     texts = [document(range(length)) for length in lengths.tolist()]
-    rows = Rows.cat(list(fit(texts, 512, 0, 1024)))
+    rows = Rows.cat(list(best_fit(texts, 512, 0, 1024)))
     assert (rows.doc_ids == PADDING).mean() < 0.005
     assert 1 - lengths.clip(max=512).mean() / 512 > 0.3
 
@@ -135,7 +135,7 @@ def test_a_shift_either_way_is_noticed() -> None:
     assert loss(predicts_previous) > 50
 
 
-@pytest.mark.parametrize("way", [cut, fit])
+@pytest.mark.parametrize("way", [concat, best_fit])
 def test_empty_documents_take_no_number(way: object) -> None:
     (block,) = way(map(document, [[], [7, 8], [], [9]]), 4, 0, 1)  # type: ignore[operator]
     assert block.doc_ids.tolist() == [[0, 0, 1, PADDING]]

@@ -210,7 +210,9 @@ def test_a_model_that_mixes_documents_is_refused(tiny_corpus: Params, tmp_path: 
     whole = WholeModel(folder, torch.float32, torch.device("cpu"))
     tokens = torch.arange(8)[None]
     assert whole.logits(whole.states(tokens, None)).shape == (8, VOCABULARY_ROWS)
-    with pytest.raises(DecantError, match=r"'bloom' model always attends .*document_mask=false"):
+    with pytest.raises(
+        DecantError, match=r"'bloom' model always attends .* prepare\.document_mask=false"
+    ):
         whole.states(tokens, torch.tensor([[0] * 4 + [1] * 4]))
     packed = change(tiny_corpus, prepare={"document_mask": False})
     assert judge(packed, {"it": folder}).scores["it"].loss > 0.0

@@ -22,7 +22,8 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.params import HumanevalParams, Params, load_params
+from pipeline.config.delivery_params import HumanevalParams
+from pipeline.config.params import Params, load_params
 from pipeline.errors import DecantError, MismatchError
 from pipeline.evaluation import completions, sandbox
 from pipeline.evaluation.completions import evaluate_model

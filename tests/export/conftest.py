@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config.params import ExportParams
+from pipeline.config.delivery_params import ExportParams
 from tests.conftest import make_sentences
 from tests.study.conftest import make_model
 

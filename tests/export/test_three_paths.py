@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.params import ExportParams
+from pipeline.config.delivery_params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export import check as check_module
-from pipeline.export import gguf_vocabulary as vocabulary
-from pipeline.export import to_gguf as gguf_module
+from pipeline.export import gguf_vocabulary, to_gguf
 from pipeline.export.check import (
     WITHOUT_LLAMA_CPP,
     Reference,
@@ -101,7 +100,7 @@ def test_stretched_rotations_are_llama_cpps(rope: dict[str, Any], tmp_path: Path
 def test_rows_in_the_wrong_order_are_found(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_module, "interleave_halves", lambda rows, heads: rows)
+    monkeypatch.setattr(to_gguf, "interleave_halves", lambda rows, heads: rows)
     check = export_and_check(llama_folder, tmp_path / "x", export_params(gguf=("f16",)))
     assert not check.passed
     assert [path.passed for path in check.paths] == [True, False]
@@ -119,7 +118,7 @@ def test_text_split_in_another_way_is_found(
     (source / "tokenizer.json").write_text(json.dumps(content))
     params = export_params(gguf=("f16",), lines=500)
     assert export_and_check(source, tmp_path / "right", params).passed
-    monkeypatch.setattr(vocabulary, "pre_tokenizer_name", lambda state, folder: "gpt-2")
+    monkeypatch.setattr(gguf_vocabulary, "pre_tokenizer_name", lambda state, folder: "gpt-2")
     check = export_and_check(source, tmp_path / "x", params)
     theirs = check.tokenizers[1]
     assert theirs.equal_lines < theirs.lines

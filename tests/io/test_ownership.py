@@ -85,10 +85,10 @@ def test_claims_of_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("text", ["{", "null", "[]", '{"kind": []}'])
 def test_other_and_damaged_marks_are_refused(text: str, tmp_path: Path) -> None:
     claim(tmp_path, "logits", key="paths.logits")
-    with pytest.raises(MismatchError, match=r"another thing of Decant's \(logits\) than corpus"):
+    with pytest.raises(MismatchError, match=r"other output of Decant's \(logits\), not corpus"):
         claim(tmp_path, "corpus", key="paths.corpus")
     (tmp_path / MARK).write_text(text)
-    with pytest.raises(MismatchError, match="another thing of Decant's"):
+    with pytest.raises(MismatchError, match="other output of Decant's"):
         claim(tmp_path, "logits", key="paths.logits")
 
 
@@ -136,7 +136,7 @@ def test_overwrite_of_prepare_removes_a_cache_alone(tiny_cache: Params, tmp_path
         open_captures(elsewhere, overwrite=True)
     assert files(tmp_path / "data") == mine
     over_corpus = change(tiny_cache, paths={"logits": str(tiny_cache.paths.corpus)})
-    with pytest.raises(MismatchError, match=r"\(corpus\) than logits"):
+    with pytest.raises(MismatchError, match=r"\(corpus\), not logits"):
         open_captures(over_corpus, overwrite=True)
     assert len(CorpusSplit(tiny_cache.paths.corpus, "train"))
     put(tiny_cache.paths.logits, "notes.txt", "train/notes.txt")

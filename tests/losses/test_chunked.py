@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.data.packing import IGNORE
 from pipeline.errors import MismatchError
 from pipeline.losses import chunked, kernels_torch

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.losses import chunked, kernels_torch
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.kernels_torch import SoftmaxKernels

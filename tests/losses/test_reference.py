@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.params import Divergence
+from pipeline.config.train_params import Divergence
 from pipeline.errors import MismatchError
 from pipeline.losses.divergences import DIVERGENCES, LOG_ZERO, SKEW
 from pipeline.losses.reference import (

@@ -119,7 +119,7 @@ def test_a_model_that_cannot_keep_documents_apart_says_so(tmp_path: Path) -> Non
     student = open_student(make_model(tmp_path, "bloom"))
     tokens = some_tokens(1, 8)
     assert student.hidden_states(tokens).shape == (1, 8, 32)
-    with pytest.raises(DecantError, match="'bloom' student attends across documents"):
+    with pytest.raises(DecantError, match="'bloom' student always attends across documents"):
         student.hidden_states(tokens, torch.tensor([[0] * 4 + [1] * 4]))
 
 

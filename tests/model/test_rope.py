@@ -93,7 +93,10 @@ def test_yarn_switched_on_as_qwen_says_reads_four_times_as_far(tmp_path: Path) -
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 for"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "beta_fast=3 for rope type='lin"),
         ({"rope_type": "llama3", "factor": 2.0}, "no high_freq_factor for rope type='llama3'"),
-        ({"rope_type": "yarn", "factor": 0.5}, "factor=0.5 for rope type='yarn': at least 1"),
+        (
+            {"rope_type": "yarn", "factor": 0.5},
+            "factor=0.5 for rope type='yarn': it must be at least 1",
+        ),
     ],
 )
 def test_other_variants_are_named(parameters: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.capture.local import fingerprint_of
-from pipeline.config.params import AdviseParams, Params
+from pipeline.config.cache_params import AdviseParams
+from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING
 from pipeline.errors import DecantError, ParamsError

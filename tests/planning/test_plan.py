@@ -10,7 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.config.params import DeviceName, Params
+from pipeline.config.cache_params import DeviceName
+from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.planning.cache_size import Mode, bytes_a_token

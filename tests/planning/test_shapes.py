@@ -12,7 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.params import LoraParams, Params, StudentParams, TeacherParams
+from pipeline.config.params import Params
+from pipeline.config.source_params import TeacherParams
+from pipeline.config.train_params import LoraParams, StudentParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.lora import add_adapters

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline.config.params import StudyParams
+from pipeline.config.delivery_params import StudyParams
 from pipeline.study.subject import Subject
 from tests.conftest import make_sentences
 

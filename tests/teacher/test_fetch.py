@@ -17,7 +17,8 @@ from gguf import GGUFWriter
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config.params import Params, TeacherParams
+from pipeline.config.params import Params
+from pipeline.config.source_params import TeacherParams
 from pipeline.errors import DecantError
 from pipeline.export.card import run_facts
 from pipeline.io.hub import commit_of

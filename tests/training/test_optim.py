@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from pipeline.config.params import Params, TrainParams, load_params
+from pipeline.config.params import Params, load_params
+from pipeline.config.train_params import TrainParams
 from pipeline.errors import ParamsError
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
 from pipeline.training.students import build_student

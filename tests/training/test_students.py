@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.config.params import LoraParams, Params
+from pipeline.config.params import Params
+from pipeline.config.train_params import LoraParams
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.model.decoder import StudentModel

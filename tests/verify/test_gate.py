@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -369,6 +370,20 @@ def test_agreement_worked_by_hand() -> None:
     # KL over {0}, {2}, {rest}: 0.1 log(0.1 / 0.3) + 0.4 log(0.4 / 0.2)
     expected = 0.1 * np.log(1 / 3) + 0.4 * np.log(2)
     torch.testing.assert_close(result.kl, torch.tensor([expected], dtype=torch.float32))
+
+
+def test_a_repeated_sampled_id_counts_once() -> None:
+    """Stored p = (1/2, 1/4, 1/4) with id 0 sampled twice and id 1; live q = (1/4, 1/2, 1/4)."""
+    said = top_k_from_logits(
+        torch.tensor([[0.5, 0.25, 0.25]]).log(), 0, (), torch.tensor([[0.1, 0.4, 0.6]])
+    )
+    assert said.sampled_ids.tolist() == [[0, 0, 1]]
+    q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    live = top_k_from_logits(q, 3, (), torch.tensor([[0.1, 0.4, 0.6]]))
+    result = agreement(said, live, q.gather(-1, said.sampled_ids))
+    # KL over {0}, {1}, {rest}: 1/4 log(1/2) + 1/2 log 2; cosine of (1/2, 1/4) and (1/4, 1/2)
+    torch.testing.assert_close(result.kl, torch.tensor([0.25 * math.log(2.0)]))
+    torch.testing.assert_close(result.cosine, torch.tensor([0.8]))
 
 
 def test_keeping_the_whole_vocabulary_passes(tiny_corpus: Params) -> None:

@@ -1,0 +1,115 @@
+"""Sections of params about the cache of the teacher's top-K: its choice, capture and check."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.section import (
+    Count,
+    CountOrZero,
+    Dtype,
+    Fraction,
+    Positive,
+    Section,
+    Share,
+    Temperature,
+)
+
+DeviceName = Literal[
+    "cpu", "cpu-avx2", "t4", "l4", "rtx3090", "rtx4090", "a100-40gb", "a100-80gb", "h100", "h200"
+]
+"""The devices that a plan can be made for; `pipeline/planning/devices.py` has their numbers."""
+
+
+class AdviseParams(Section):
+    """A sample of rows, to choose prepare.k and prepare.temperatures; and the plan."""
+
+    sample: Fraction = 0.001
+    """Share of the training rows in the sample."""
+    min_rows: Count = 16
+    """Rows in the sample at least, or all rows if there are fewer."""
+    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 32, 48, 64, 96, 128, 192, 256)
+    """The values of K that are compared; those beyond the vocabulary are left out."""
+    device: DeviceName = "cpu"
+    """The device that `advise --plan` plans for, which need not be present: cpu (with AMX),
+    cpu-avx2, t4, l4, rtx3090, rtx4090, a100-40gb, a100-80gb, h100 or h200."""
+    devices: Count = 1
+    """Number of these devices that share each stage of the plan."""
+    mfu: Share = 0.3
+    """Share of the device's peak that the plan assumes in capture and training; 0.3 was measured
+    with the demo on two cores."""
+
+
+class PrepareParams(Section):
+    """The capture of the teacher's top-K."""
+
+    k: CountOrZero = 64
+    """K, the number of most probable ids kept per position."""
+    num_sampled: CountOrZero = 0
+    """M, the number of ids per position sampled from the teacher's distribution outside the K."""
+    temperatures: tuple[Temperature, ...] = (1.0, 2.0, 4.0)
+    """Temperatures whose exact normalisers are stored, for train.temperature to choose from."""
+    dtype: Dtype = "auto"
+    """The teacher's dtype: float32, bfloat16, float16 or auto. auto is float16 on a GPU; on a CPU
+    it is bfloat16 if the CPU has units for it, otherwise float32. float16 on a CPU rounds the
+    weights and computes in float32."""
+    document_mask: bool = True
+    """Whether a document attends to itself only, in teacher and student; false: to the whole row
+    before it. A run that uses a cache takes the cache's value."""
+    chunk_rows: Count = 32
+    """Rows per zarr chunk, the unit of reading."""
+    shard_rows: Count = 32
+    """Rows per shard, the unit of writing and resuming; a multiple of chunk_rows."""
+
+    @model_validator(mode="after")
+    def _whole_chunks(self) -> Self:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(
+                f"shard_rows={self.shard_rows} must be a multiple of chunk_rows={self.chunk_rows}"
+            )
+        if not self.k + self.num_sampled:
+            raise ValueError("k=0 and num_sampled=0 keep nothing: set one of them")
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures={self.temperatures} repeat")
+        return self
+
+
+class CaptureParams(Section):
+    """Memory and time of the teacher's forward passes; beyond rounding, no result depends on it."""
+
+    batch_rows: Count = 8
+    """Rows per forward pass of the teacher."""
+    head_chunk: Count = 256
+    """Positions whose logits are in memory at once."""
+
+
+class VerifyParams(Section):
+    """The gate: how much of the cache is recomputed, and the limits for passing."""
+
+    batches: Count = 100
+    """Batches of rows that are recomputed and compared."""
+    batch_rows: Count = 1
+    """Rows per batch."""
+    noise_batches: Count = 4
+    """Batches that measure the noise floor and the negative control."""
+    noise_factor: Annotated[float, Field(ge=1.0)] = 3.0
+    """Multiple of the noise floor that a limit allows; the limits are at most those below."""
+    min_mean_cosine: Fraction = 0.999
+    """Limit for the mean cosine of probabilities over all positions."""
+    min_row_cosine: Fraction = 0.99
+    """Limit for the mean cosine of probabilities in the worst row."""
+    max_mean_kl: Positive = 0.003
+    """Limit for the mean of KL(live || cached), in nats per token."""
+    min_top1: Fraction = 0.97
+    """Limit for the share of positions with the same most probable id."""
+    min_overlap: Fraction = 0.95
+    """Limit for the mean share of the K ids that cache and live teacher have in common."""
+    max_logprob_error: Positive = 0.25
+    """Limit for the mean error of log-probabilities in the band of ranks where it is largest, in
+    nats."""
+    max_lse_error: Positive = 0.5
+    """Limit for the mean error of lse, in nats."""
+    max_normaliser_error: Positive = 0.1
+    """Limit for the mean error of lse_tau and for that of the entropy, in nats."""
