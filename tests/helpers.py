@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline.capture.local import Capture, CaptureResult, fingerprint_of, open_capture
@@ -25,6 +28,84 @@ from pipeline.runtime.device import DTYPES
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training import trainer
 from pipeline.training.run import run_training
+
+ROOT = Path(__file__).parents[1]
+
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "corpus": {
+        "source": "files",
+        "train_tokens": 3000,
+        "validation_tokens": 600,
+        "row_length": 32,
+        "max_document_tokens": None,
+    },
+    "advise": {"ks": [4, 16, 64]},
+    "prepare": {
+        "k": 16,
+        "dtype": "float32",
+        "chunk_rows": 4,
+        "shard_rows": 16,
+    },
+    "capture": {"batch_rows": 4, "head_chunk": 50},
+    "verify": {"batches": 20, "noise_batches": 5},
+    "student": {"layers": [0, 2]},
+    "train": {
+        "dtype": "float32",
+        "steps": 8,
+        "batch_rows": 4,
+        "warmup_steps": 2,
+        "learning_rate": 0.003,
+        "min_learning_rate": 0.0003,
+        "shuffle_shards": 2,
+        "eval_every": 4,
+        "eval_rows": 8,
+    },
+    "run": {"head_chunk": 50, "checkpoint_every": 2, "min_retained_mass": 0.0},
+    "evaluate": {"dtype": "float32", "prompts": ["the cat"], "max_new_tokens": 3},
+    "humaneval": {"dtype": "float32", "max_new_tokens": 12, "batch_rows": 2, "workers": 2},
+    "export": {"prompts": 4, "prompt_tokens": 8, "max_new_tokens": 4, "lines": 12},
+}
+
+
+def tiny_values(teacher: Path, text: Path, work: Path) -> dict[str, Any]:
+    """The project's params.yaml with everything made small and put under `work`."""
+    values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["device"] = "cpu"
+    values["paths"] = {
+        name: path and str(work / Path(path).relative_to("cache"))
+        for name, path in values["paths"].items()
+    }
+    values["teacher"]["source"] = "folder"
+    values["teacher"]["folder"]["path"] = str(teacher)
+    values["corpus"]["files"] = {"paths": [str(text / "*.jsonl")], "column": "text"}
+    for section, changes in TINY.items():
+        values[section] |= changes
+    return values
+
+
+def change(params: Params, **sections: dict[str, Any]) -> Params:
+    """Params with some keys of some sections changed, checked again."""
+    values = params.model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return Params.model_validate(values)
+
+
+LORA: dict[str, Any] = {
+    "rank": 4,
+    "alpha": 8.0,
+    "dropout": 0.0,
+    "targets": ["q_proj", "v_proj", "down_proj"],
+}
+
+
+def from_folder(params: Params, folder: Path, **student: Any) -> Params:
+    return change(params, student={"init": "checkpoint", "checkpoint": str(folder)} | student)
+
 
 SMALL = {
     "hidden_size": 32,

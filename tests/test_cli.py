@@ -21,7 +21,7 @@ from pipeline.config.params import Params
 from pipeline.errors import DecantError, accident, place_of, printable, shortened
 from pipeline.io.object_store import MARK, atomic_folder, find_damage
 from stages.generate import hand_out, say_reply
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SCRIPT = """
 import sys, click

@@ -20,7 +20,7 @@ from dvc.repo import Repo
 from dvc.utils.serialize import LOADERS
 
 from pipeline.config.params import Params, Paths, all_keys
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ALWAYS = {"inputs"}

@@ -15,7 +15,7 @@ import yaml
 from pipeline.config.params import Params, all_keys
 from pipeline.model.decoder import ModelConfig
 from pipeline.report.sweep import OF_A_TEACHER
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FILES = {

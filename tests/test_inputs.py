@@ -11,7 +11,7 @@ import yaml
 from pipeline.config.params import Params, load_params
 from pipeline.errors import DecantError
 from pipeline.inputs import TEACHER, TEXT, write_inputs
-from tests.conftest import change
+from tests.helpers import change
 
 
 @pytest.fixture

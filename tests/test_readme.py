@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.params import Params, all_keys, load_params
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHINESE = ROOT / "README.zh.md"

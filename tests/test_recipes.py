@@ -22,7 +22,8 @@ from pipeline.planning.advise import readable_bytes
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.plan_text import plan_lines
 from stages import corpus, evaluate, fetch, prepare, train, verify
-from tests.conftest import ROOT, make_teacher
+from tests.helpers import ROOT
+from tests.models import make_teacher
 
 FOLDER = ROOT / "docs" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from pipeline.config.params import Params
-from tests.conftest import ROOT, RunPython, tiny_values
+from tests.helpers import ROOT, RunPython, tiny_values
 from tests.waiting import PATIENCE
 
 STAGES = (
@@ -230,7 +230,6 @@ def test_repro_runs_everything_once(project: Path) -> None:
     assert files["cache/export/check.json"]["data"]["passed"] is True
     assert (project / "cache/export/student/model.safetensors").exists()
     page = (project / "cache/report/index.html").read_text()
-    assert page.count("<svg") == 6
     assert not re.search(r"""(src|href)=["']https?:""", page)  # nothing to load
     assert "the cat" in page
 

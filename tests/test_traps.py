@@ -22,8 +22,8 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.report import read_curves
 from pipeline.training.run import run_training
-from tests.conftest import VOCABULARY_ROWS, change, make_teacher
-from tests.helpers import capture_all, open_cache
+from tests.helpers import capture_all, change, open_cache
+from tests.models import VOCABULARY_ROWS, make_teacher
 
 TOKENIZER_IDS = 300
 

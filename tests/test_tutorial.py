@@ -14,7 +14,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from tests.conftest import ROOT, TINY
+from tests.helpers import ROOT, TINY
 
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import RunPython
+from tests.helpers import RunPython
 from tests.waiting import wait_until
 
 SHOWS = """

@@ -21,8 +21,8 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.logit_cache.writer import CacheWriter
-from tests.conftest import ROOT, change, make_teacher
-from tests.helpers import capture_all, live_teacher, make_capture, open_cache
+from tests.helpers import ROOT, capture_all, change, live_teacher, make_capture, open_cache
+from tests.models import make_teacher
 from tests.waiting import wait_until
 
 

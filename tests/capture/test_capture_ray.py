@@ -28,8 +28,8 @@ from pipeline.io.object_store import LocalFolder
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.runtime.optional import import_ray
-from tests.conftest import ROOT, RunPython, change, make_teacher
-from tests.helpers import capture_all
+from tests.helpers import ROOT, RunPython, capture_all, change
+from tests.models import make_teacher
 
 pytest.importorskip("ray")
 

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.config.params import load_params
 from pipeline.errors import ParamsError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 FILE = ROOT / "params.yaml"
 

@@ -15,7 +15,7 @@ from pipeline.config.params import Params, load_params
 from pipeline.config.params_text import params_text
 from pipeline.config.section import Section
 from stages import show_params
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 FILE = ROOT / "params.yaml"
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.yaml"))

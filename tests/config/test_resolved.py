@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.params import Params, load_params
 from pipeline.config.resolved import resolve
 from pipeline.errors import ParamsError
-from tests.conftest import ROOT, change
+from tests.helpers import ROOT, change
 
 
 def epochs(params: Params, count: float, **train: object) -> Params:

@@ -21,8 +21,8 @@ from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.packing import IGNORE, PADDING, Document, next_token_labels
 from pipeline.errors import DecantError, ParamsError
 from pipeline.training.run import run_training
-from tests.conftest import change, make_teacher, make_tokenizer
-from tests.helpers import capture_all
+from tests.helpers import capture_all, change
+from tests.models import make_teacher, make_tokenizer
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -19,8 +19,8 @@ from pipeline.data.corpus import build_corpus, load_tokenizer
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, SplitWriter, hash_rows
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from tests.conftest import change, make_sentences, make_teacher
-from tests.helpers import open_cache
+from tests.helpers import change, open_cache
+from tests.models import make_sentences, make_teacher
 
 
 def documents_of(params: Params, split: str) -> list[str]:

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.prefix import PrefixEncoder
-from tests.conftest import make_sentences
+from tests.models import make_sentences
 
 # Those of GPT-4 (Llama 3's too; Qwen's has single digits) and of o200k, which tells letter case.
 GPT4 = (

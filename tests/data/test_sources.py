@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.params import Params
 from pipeline.data.sources import Extent, Source, _stdlib, read_documents
 from pipeline.errors import DecantError, ParamsError
-from tests.conftest import change
+from tests.helpers import change
 
 
 def read(params: Params, *paths: Path | str, column: str = "text") -> list[Source]:

@@ -19,7 +19,7 @@ from pipeline.inputs import write_inputs
 from pipeline.io import hashes
 from pipeline.io.hashes import SEEN_TEXT
 from stages.corpus import main
-from tests.conftest import change
+from tests.helpers import change
 
 
 class Stage:

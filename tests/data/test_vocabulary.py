@@ -14,7 +14,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.vocabulary import read_vocabulary, require_shared_ids
 from pipeline.errors import DecantError, MismatchError
-from tests.conftest import make_tokenizer
+from tests.models import make_tokenizer
 
 
 def edited(params: Params, folder: Path, edit: Callable[[Any], object]) -> Path:

@@ -23,8 +23,8 @@ from pipeline.errors import DecantError, MismatchError
 from pipeline.evaluation.models import ProductModel, WholeModel, open_models
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import save_student
-from tests.conftest import VOCABULARY_ROWS, change, make_teacher, make_tokenizer
-from tests.helpers import SMALL, judge
+from tests.helpers import SMALL, change, judge
+from tests.models import VOCABULARY_ROWS, make_teacher, make_tokenizer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY_ROWS,

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from pipeline.config.params import Params
 from stages.evaluate import main
-from tests.conftest import make_teacher
+from tests.models import make_teacher
 
 
 def evaluate(params_file: Path, *words: str) -> Result:

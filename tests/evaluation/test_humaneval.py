@@ -42,7 +42,8 @@ from pipeline.generation.sampling import GenerationSettings, generate_ids
 from pipeline.generation.text_generator import TextGenerator
 from pipeline.runtime.optional import install_hint
 from stages.humaneval import main
-from tests.conftest import ROOT, RunPython, change, make_teacher
+from tests.helpers import ROOT, RunPython, change
+from tests.models import make_teacher
 from tests.waiting import wait_until
 
 _reason = probe()

@@ -17,8 +17,8 @@ from pipeline.data.packing import Rows
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import first_passage, read_tokens, view_passage
 from pipeline.model.tokenizer import load_tokenizer
-from tests.conftest import make_teacher, make_tokenizer
 from tests.helpers import live_teacher
+from tests.models import make_teacher, make_tokenizer
 
 
 @pytest.fixture(scope="module")

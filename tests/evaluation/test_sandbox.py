@@ -23,7 +23,7 @@ import pytest
 from pipeline.errors import DecantError
 from pipeline.evaluation import sandbox
 from pipeline.evaluation.sandbox import Limits, probe, run_program
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 MIB = 2**20
 LIMITS = Limits(seconds=1.0, memory=128 * MIB, processes=4, disk=4 * MIB, output=10_000)

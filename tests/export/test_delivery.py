@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.params import Params
 from stages import train, verify
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

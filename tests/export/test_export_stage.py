@@ -26,10 +26,9 @@ from pipeline.io.object_store import MARK
 from pipeline.model.weights import load_student, save_student
 from pipeline.training.run import run_training
 from stages import export as stage
-from tests.conftest import ROOT, change
-from tests.export.conftest import text_of_many_lines
 from tests.export.hub import Hub
-from tests.helpers import SMALL, judge
+from tests.helpers import ROOT, SMALL, change, judge
+from tests.models import text_of_many_lines
 
 
 def run_python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

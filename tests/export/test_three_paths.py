@@ -34,9 +34,24 @@ from pipeline.export.to_gguf import write_gguf
 from pipeline.export.to_huggingface import write_hugging_face
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.device import DTYPES
-from tests.export.conftest import export_params, make_llama, text_of_many_lines
-from tests.export.test_to_gguf import LLAMA3, yarn
-from tests.study.conftest import make_qwen_tokenizer
+from tests.models import LLAMA3, make_llama, make_qwen_tokenizer, text_of_many_lines, yarn
+
+
+def export_params(**changes: Any) -> ExportParams:
+    values: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "gguf": ("f32", "f16", "bf16", "q8_0"),
+        "license": None,
+        "base_model": None,
+        "text": None,
+        "prompts": 5,
+        "prompt_tokens": 9,
+        "max_new_tokens": 8,
+        "lines": 40,
+        "min_agreement": 0.5,
+    }
+    return ExportParams(**(values | changes))
+
 
 needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="needs the package xllamacpp")
 

@@ -20,9 +20,17 @@ from pipeline.export.gguf_vocabulary import pre_tokenizer_name
 from pipeline.export.to_gguf import interleave_halves, require_convertible, write_gguf
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import save_student, stream_tensors
-from tests.conftest import make_tokenizer
-from tests.export.conftest import SHAPE, edit_json, make_digit_tokenizer, make_llama
-from tests.study.conftest import make_model, make_qwen_tokenizer
+from tests.models import (
+    BLOCKS_OF_32,
+    LLAMA3,
+    edit_json,
+    make_digit_tokenizer,
+    make_llama,
+    make_model,
+    make_qwen_tokenizer,
+    make_tokenizer,
+    yarn,
+)
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -101,7 +109,7 @@ def test_every_tensor_comes_back(
 
 
 def test_rows_of_no_whole_blocks_stay_float16(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "qwen2", **(SHAPE | {"intermediate_size": 80}))
+    folder = make_model(tmp_path / "model", "qwen2", **(BLOCKS_OF_32 | {"intermediate_size": 80}))
     write_gguf(folder, tmp_path / "x.gguf", "q8_0", name="x")
     _, _, formats = read(tmp_path / "x.gguf")
     assert formats["blk.0.ffn_down.weight"] == "f16"  # rows of 80
@@ -211,20 +219,6 @@ def test_names_of_known_tokenizers(tmp_path: Path) -> None:
     )
     state["model"]["ignore_merges"] = True
     assert pre_tokenizer_name(state, tmp_path) == "llama-bpe"
-
-
-def yarn(**changes: Any) -> dict[str, Any]:
-    return {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, **changes}
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 @pytest.mark.parametrize(

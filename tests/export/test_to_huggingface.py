@@ -22,8 +22,8 @@ from pipeline.errors import DecantError
 from pipeline.export.card import card_license, folder_card, run_card, run_facts
 from pipeline.export.to_huggingface import write_hugging_face
 from pipeline.model.weights import load_student, save_student
-from tests.conftest import change
-from tests.export.conftest import edit_json, make_digit_tokenizer, text_of_many_lines
+from tests.helpers import change
+from tests.models import edit_json, make_digit_tokenizer, text_of_many_lines
 
 OPEN = """
 import sys, torch

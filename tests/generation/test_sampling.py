@@ -28,7 +28,7 @@ from pipeline.generation.sampling import (
 )
 from pipeline.model.decoder import StudentModel
 from pipeline.model.weights import load_student
-from tests.model.test_decoder import hugging_face
+from tests.models import hugging_face
 
 PROMPTS = [[5, 9, 200, 31, 8, 8], [7, 8], [100]]  # left padded in a batch
 

@@ -20,7 +20,7 @@ from pipeline.generation.sampling import GenerationSettings
 from pipeline.generation.text_generator import PieceDecoder, TextGenerator
 from pipeline.model.tokenizer import load_tokenizer
 from stages.generate import main
-from tests.conftest import make_teacher, make_tokenizer
+from tests.models import make_teacher, make_tokenizer
 
 PROMPTS = ["the cat sees", "Note 3: the river", "a"]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"

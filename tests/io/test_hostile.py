@@ -32,7 +32,7 @@ from pipeline.logit_cache.integrity import check_cache
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.training.checkpoint import Checkpoints, TrainState, _sum
 from pipeline.training.dist_checkpoint import Learner
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 MUTATIONS = 200
 SECONDS = 10.0  # for one of them, on a busy machine

@@ -18,7 +18,7 @@ import pytest
 from pipeline.config.params import Params
 from pipeline.errors import DecantError
 from pipeline.io.object_store import Url, atomic_folder, lock
-from tests.conftest import ROOT, RunPython
+from tests.helpers import ROOT, RunPython
 
 HOLD = """
 import sys

@@ -29,8 +29,7 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
 from pipeline.verify.gate import run_gate
-from tests.conftest import change
-from tests.helpers import capture_all, live_teacher, open_cache
+from tests.helpers import capture_all, change, live_teacher, open_cache
 from tests.training.ranks import run_ranks
 
 pytest.importorskip("obstore")

@@ -19,8 +19,7 @@ from pipeline.io.object_store import MARK, LocalFolder, atomic_folder, claim
 from pipeline.teacher.fetch import fetch_teacher
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
-from tests.conftest import change
-from tests.helpers import capture_all, open_cache
+from tests.helpers import capture_all, change, open_cache
 
 
 def put(folder: Path, *names: str) -> dict[str, bytes]:

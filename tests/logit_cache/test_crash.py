@@ -19,8 +19,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.io.object_store import LocalFolder
 from pipeline.logit_cache.integrity import check_cache
-from tests.conftest import change
-from tests.helpers import capture_all, make_capture
+from tests.helpers import capture_all, change, make_capture
 from tests.waiting import PATIENCE
 
 KILLS = 52

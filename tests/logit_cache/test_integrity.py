@@ -23,8 +23,8 @@ from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import CheckResult, check_cache
 from pipeline.logit_cache.layout import id_order_name
-from tests.conftest import change, make_teacher
-from tests.helpers import capture_all, make_capture, open_cache, rewrite_checksums
+from tests.helpers import capture_all, change, make_capture, open_cache, rewrite_checksums
+from tests.models import make_teacher
 
 CASES = 25  # of each kind below
 

@@ -16,8 +16,7 @@ from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows
 from pipeline.errors import MismatchError
-from tests.conftest import change
-from tests.helpers import capture_all, live_teacher, open_cache
+from tests.helpers import capture_all, change, live_teacher, open_cache
 
 
 def test_rows_in_any_order_are_what_the_teacher_said(tiny_cache: Params) -> None:

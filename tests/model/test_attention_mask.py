@@ -14,7 +14,7 @@ from pipeline.data.packing import PADDING
 from pipeline.model.attention_mask import document_mask, document_positions, documents_apart
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import load_student
-from tests.model.test_decoder import hugging_face
+from tests.models import hugging_face
 
 LENGTHS = (7, 1, 12, 4)  # of the documents in one row
 PADDED = 3

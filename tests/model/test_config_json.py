@@ -25,7 +25,7 @@ from pipeline.model.folder import copy_files, hash_weights
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import open_student
 from pipeline.teacher.transformers import HuggingFaceTeacher
-from tests.conftest import make_teacher
+from tests.models import make_teacher
 
 _TEXT = {
     "vocab_size": 320,

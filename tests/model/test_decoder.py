@@ -10,10 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -26,30 +22,7 @@ from pipeline.model.decoder import (
     attention_plain,
 )
 from pipeline.model.weights import load_student, read_config, save_student
-
-SHAPE = {
-    "vocab_size": 257,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
-
-
-def hugging_face(kind: str, tied: bool) -> torch.nn.Module:
-    if kind == "qwen2":
-        config = Qwen2Config(**SHAPE, tie_word_embeddings=tied, rms_norm_eps=1e-6)
-        model: torch.nn.Module = Qwen2ForCausalLM(config)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied))
-    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide mistakes
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
+from tests.models import hugging_face
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])

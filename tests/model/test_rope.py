@@ -15,7 +15,7 @@ from pipeline.errors import DecantError
 from pipeline.model.decoder import RotaryEmbedding
 from pipeline.model.rope import inverse_frequencies, read_scaling
 from pipeline.model.weights import load_student, read_config, save_student
-from tests.model.test_decoder import SHAPE
+from tests.models import DECODER
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -63,7 +63,7 @@ def test_logits_equal_hugging_face_and_go_back_there(
     rope = parameters | {"rope_theta": 1e4}
     if "original_max_position_embeddings" in rope:  # so small that positions differ much
         rope["original_max_position_embeddings"] = 16
-    theirs = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**DECODER, rope_parameters=rope)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_student(tmp_path / "theirs").eval()
     tokens = torch.randint(0, 257, (2, 48))
@@ -75,7 +75,7 @@ def test_logits_equal_hugging_face_and_go_back_there(
 
 
 def test_yarn_switched_on_as_qwen_says_reads_four_times_as_far(tmp_path: Path) -> None:
-    theirs = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    theirs = LlamaForCausalLM(LlamaConfig(**DECODER))
     theirs.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["rope_parameters"]
@@ -100,7 +100,7 @@ def test_yarn_switched_on_as_qwen_says_reads_four_times_as_far(tmp_path: Path) -
     ],
 )
 def test_other_variants_are_named(parameters: dict[str, Any], message: str, tmp_path: Path) -> None:
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_parameters": parameters}))
     with pytest.raises(DecantError, match=message):

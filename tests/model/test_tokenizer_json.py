@@ -18,10 +18,14 @@ from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.huggingface import HuggingFaceStudent
 from pipeline.model.tokenizer import LARGEST_ID, TokenizerClassError, load_tokenizer
 from pipeline.model.weights import load_student, read_config, require_saveable, save_student
-from tests.conftest import make_tokenizer
-from tests.export.conftest import make_digit_tokenizer, text_of_many_lines
 from tests.helpers import SMALL
-from tests.study.conftest import make_model, make_qwen_tokenizer
+from tests.models import (
+    make_digit_tokenizer,
+    make_model,
+    make_qwen_tokenizer,
+    make_tokenizer,
+    text_of_many_lines,
+)
 
 
 def edit(file: Path, **changes: Any) -> None:

@@ -41,8 +41,7 @@ from pipeline.runtime.console import readable_bytes, readable_seconds
 from pipeline.runtime.device import DTYPES
 from pipeline.runtime.optional import install_hint
 from pipeline.targets.reduce import top_k_from_logits
-from tests.conftest import RunPython, change
-from tests.helpers import live_teacher, open_cache
+from tests.helpers import RunPython, change, live_teacher, open_cache
 
 WHOLE = {"sample": 1.0, "ks": [1, 4, 16, 64, 300, 301]}
 

@@ -23,8 +23,8 @@ from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.distillation import DistillationStep
 from pipeline.training.distributed import ALONE, parallelise
-from tests.conftest import change
-from tests.planning.test_shapes import small_shape
+from tests.helpers import change
+from tests.models import small_shape
 
 ROWS = 8
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_layers": 4}

@@ -20,8 +20,7 @@ from pipeline.planning.plan import make_plan
 from pipeline.planning.plan_text import advice, plan_lines
 from pipeline.verify.gate import run_gate
 from stages.advise import main
-from tests.conftest import change
-from tests.helpers import live_teacher, open_cache
+from tests.helpers import change, live_teacher, open_cache
 
 BIG = {
     "corpus": {"train_tokens": 10_000_000, "validation_tokens": 100_000, "row_length": 1000},

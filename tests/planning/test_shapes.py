@@ -19,8 +19,8 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.lora import add_adapters
 from pipeline.planning.shapes import KNOWN, Shape, known, student_shape, teacher_shape
-from tests.conftest import change
-from tests.helpers import SMALL
+from tests.helpers import change
+from tests.models import small_shape
 
 # Tensors counted in the published safetensors files.
 PUBLISHED = {
@@ -34,24 +34,6 @@ PUBLISHED = {
     "SmolLM2-360M": 361_821_120,
     "SmolLM2-1.7B": 1_711_376_384,
 }
-
-
-def small_shape(**changes: Any) -> tuple[Shape, StudentModel]:
-    """The small student of the tests, as a shape and as a model."""
-    config = ModelConfig(**{**SMALL, "max_seq_len": 32, **changes})
-    values = vars(config) | {"num_hidden_layers": config.num_layers}
-    shape = Shape(
-        hidden_size=values["hidden_size"],
-        num_layers=values["num_layers"],
-        num_heads=values["num_heads"],
-        num_kv_heads=values["num_kv_heads"],
-        head_size=config.head_size,
-        intermediate_size=values["intermediate_size"],
-        vocab_size=values["vocab_size"],
-        tied=values["tie_embeddings"],
-        qkv_bias=values["attention_bias"],
-    )
-    return shape, StudentModel(config)
 
 
 def test_the_table_holds_the_published_counts() -> None:

@@ -15,10 +15,6 @@ from pipeline.evaluation.results import (
     CalibrationBin,
     HumanEvalScores,
     Interval,
-    KLStatistics,
-    ModelScores,
-    Passage,
-    PassageModel,
     Samples,
     TaskMetric,
 )
@@ -34,44 +30,9 @@ from pipeline.verify.gate_report import (
     Limits,
 )
 from pipeline.verify.limits import QUANTITIES
-from tests.conftest import change, tiny_values
-from tests.helpers import capture_all
+from tests.helpers import capture_all, change, tiny_values
 from tests.report.browser import Browser, find_browser
-
-HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=alert(1)>\"'&"
-
-MODEL = "ab" * 32
-
-
-def scores(loss: float, *, kl: float = 0.0, margin: float = 0.02) -> ModelScores:
-    """A model's entry in metrics.json."""
-    means = {
-        "loss": loss,
-        "kl_to_teacher": kl,
-        "top1_agreement": 1.0 - kl / 4,
-        "accuracy": 0.5,
-    }
-    names = ["loss", "accuracy", *(["kl_to_teacher", "top1_agreement"] if kl else [])]
-    return ModelScores(
-        **means,
-        perplexity=2.0**loss,
-        calibration_error=0.0123,
-        tokens=600,
-        kl=KLStatistics(mean=kl, median=0.51, p90=0.92, p95=0.953, p99=0.994, max=7.125),
-        interval={name: Interval(means[name] - margin, means[name] + margin) for name in names},
-        parameters=84_953_664,
-        model_sha256=MODEL,
-    )
-
-
-def passage(models: dict[str, list[float]], tokens: list[str]) -> Passage:
-    """A passage in which each model says "a", what follows, and three more."""
-    top = [
-        [("a", 0.4), (follows, 0.25), (" b", 0.2), ("\n", 0.1), (HOSTILE, 0.05)]
-        for follows in tokens[1:]
-    ]
-    said = {name: PassageModel(kls, [0.25] * len(kls), top) for name, kls in models.items()}
-    return Passage(tokens, said)
+from tests.report.made_up import HOSTILE, MODEL, passage, scores
 
 
 def gate_report() -> GateReport:

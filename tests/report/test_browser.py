@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.params import Params
 from pipeline.report import write_report
 from tests.report.browser import Browser, Page
-from tests.report.test_page import SECTIONS, made_up_runs
+from tests.report.made_up import SECTIONS, made_up_runs
 
 # Texts whose contrast with what lies behind them is below WCAG 2.2's AA: 4.5, or 3 for large ones
 # and for signs.

@@ -17,12 +17,9 @@ from pipeline.config.params import Params
 from pipeline.errors import DecantError
 from pipeline.io.files import write_json
 from pipeline.report import write_report
-from pipeline.report.sweep import SweepRun
-from tests.report.conftest import HOSTILE, scores
+from tests.report.made_up import HOSTILE, SECTIONS, made_up_runs, scores
 
 _VOID = {"meta", "link", "input", "br", "img", "hr"}
-SECTIONS = ["models", "gate", "retained", "training", "passage", "samples"]
-SECTIONS += ["humaneval", "harness", "export", "provenance"]
 
 
 class Reader(HTMLParser):
@@ -60,13 +57,6 @@ class Reader(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
-
-
-def made_up_runs() -> list[SweepRun]:
-    return [
-        SweepRun(name=name, params={"train.k": k, "seed": 0}, loss=loss, kl_to_cache=loss / 4)
-        for name, k, loss in (("b", 4, 3.5), ("a", 16, 3.25), (HOSTILE, 8, 10.0))
-    ]
 
 
 @pytest.fixture(scope="module")

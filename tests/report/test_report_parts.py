@@ -22,7 +22,7 @@ from pipeline.report.passage_view import PassageView, passage_view
 from pipeline.report.read_inputs import read_inputs
 from pipeline.report.retained import measure_retained_mass
 from tests.helpers import live_teacher, open_cache
-from tests.report.conftest import passage
+from tests.report.made_up import passage
 
 
 def view(kls: list[float], tokens: list[str]) -> PassageView:

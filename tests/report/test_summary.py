@@ -17,8 +17,8 @@ from pipeline.report.summary import (
     readable_count,
     student_of,
 )
-from tests.conftest import change
-from tests.report.conftest import scores
+from tests.helpers import change
+from tests.report.made_up import scores
 
 
 def judged(**losses: float) -> dict[str, ModelScores]:

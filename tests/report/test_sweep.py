@@ -29,7 +29,7 @@ from pipeline.report.sweep import (
     varied_keys,
 )
 from pipeline.training.run import run_training
-from tests.conftest import ROOT, change
+from tests.helpers import ROOT, change
 
 
 def made_up(name: str, loss: float, **params: Any) -> SweepRun:

@@ -25,8 +25,7 @@ from pipeline.runtime.device import (
 )
 from pipeline.runtime.numerics import matmul_float32
 from pipeline.teacher.transformers import HuggingFaceTeacher
-from tests.conftest import ROOT, change
-from tests.helpers import open_cache
+from tests.helpers import ROOT, change, open_cache
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32

@@ -27,7 +27,8 @@ from pipeline.study.speed import peak_bytes
 from pipeline.study.study import PARTS, run_parts
 from pipeline.study.study_report import describe_device
 from pipeline.study.subject import Subject, locate
-from tests.study.conftest import make_model, make_qwen_tokenizer, make_subject
+from tests.models import make_model, make_qwen_tokenizer
+from tests.study.subjects import make_subject
 
 
 def run_one(subject: Subject, part: str) -> Part:

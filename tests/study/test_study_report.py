@@ -16,8 +16,9 @@ from tokenizers import normalizers
 
 from pipeline.study.comparison import Comparison, Part
 from pipeline.study.study_report import describe_device, write_study
-from tests.conftest import ROOT, RunPython
-from tests.study.conftest import make_model, make_qwen_tokenizer, study_params
+from tests.helpers import ROOT, RunPython
+from tests.models import make_model, make_qwen_tokenizer
+from tests.study.subjects import study_params
 
 
 def made_up() -> Part:

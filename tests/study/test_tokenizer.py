@@ -16,14 +16,8 @@ from pipeline.study.compare_tokenizer import tokenizer
 from pipeline.study.comparison import Part
 from pipeline.study.study import PARTS, run_parts
 from pipeline.study.subject import Subject
-from tests.study.conftest import (
-    ENTRIES,
-    ROWS,
-    SPECIAL,
-    make_model,
-    make_qwen_tokenizer,
-    make_subject,
-)
+from tests.models import ENTRIES, ROWS, SPECIAL, make_model, make_qwen_tokenizer
+from tests.study.subjects import make_subject
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from pipeline.model.folder import POINTER, read_pointer
 from pipeline.model.folder import teacher_folder as folder_of
 from pipeline.teacher.fetch import fetch_teacher
 from pipeline.teacher.front_matter import read_front_matter, write_gguf_card
-from tests.conftest import change
+from tests.helpers import change
 
 
 def test_a_folder_is_used_where_it_lies(

@@ -19,9 +19,13 @@ from pipeline.errors import DecantError
 from pipeline.export.to_gguf import write_gguf
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.teacher.from_gguf import dequantise
-from tests.conftest import make_teacher
-from tests.export.conftest import make_digit_tokenizer, make_llama, text_of_many_lines
-from tests.study.conftest import make_model
+from tests.models import (
+    make_digit_tokenizer,
+    make_llama,
+    make_model,
+    make_teacher,
+    text_of_many_lines,
+)
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SCALINGS: list[dict[str, Any]] = [

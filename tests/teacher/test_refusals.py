@@ -23,8 +23,8 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import run_training
-from tests.conftest import change, make_teacher, make_tokenizer
-from tests.helpers import SMALL, capture_all
+from tests.helpers import SMALL, capture_all, change
+from tests.models import make_teacher, make_tokenizer
 
 BASE: dict[str, Any] = {
     "vocab_size": 320,

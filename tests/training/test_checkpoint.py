@@ -25,8 +25,7 @@ from pipeline.training.checkpoint import Checkpoints, TrainState, _damage, _sum
 from pipeline.training.dist_checkpoint import Learner, _MetadataUnpickler
 from pipeline.training.distributed import Ranks
 from pipeline.training.run import run_training
-from tests.conftest import change
-from tests.helpers import SMALL, assert_same_run
+from tests.helpers import SMALL, assert_same_run, change
 from tests.training.ranks import train_stage
 from tests.waiting import PATIENCE
 

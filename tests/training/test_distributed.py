@@ -36,10 +36,19 @@ from pipeline.training.distributed import (
     parallelise,
 )
 from pipeline.training.run import run_training
-from tests.conftest import ROOT, change
-from tests.helpers import RISING, SMALL, losses, run_with_power_cut, weights
+from tests.helpers import (
+    LORA,
+    RISING,
+    ROOT,
+    SMALL,
+    change,
+    from_folder,
+    losses,
+    run_with_power_cut,
+    weights,
+)
+from tests.models import make_qwen3
 from tests.training.ranks import run_ranks, start_ranks, train_stage
-from tests.training.test_students import LORA, from_folder, make_qwen3
 from tests.waiting import PATIENCE, wait_until
 
 

@@ -11,7 +11,7 @@ from pipeline.config.train_params import TrainParams
 from pipeline.errors import ParamsError
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
 from pipeline.training.students import build_student
-from tests.conftest import ROOT, change
+from tests.helpers import ROOT, change
 
 
 def test_learning_rate_rises_then_falls(tiny_params: Params) -> None:

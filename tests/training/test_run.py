@@ -13,8 +13,8 @@ from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.io.object_store import lock, open_folder
 from pipeline.model.named_models import model_folder
 from pipeline.training.run import run_training
-from tests.conftest import change, make_teacher, make_tokenizer
-from tests.helpers import SMALL, capture_all, weights
+from tests.helpers import SMALL, capture_all, change, weights
+from tests.models import make_teacher, make_tokenizer
 
 
 def test_the_model_folder_is_complete_and_a_finished_run_is_left_alone(tiny_cache: Params) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.params import Params
 from pipeline.config.train_params import LoraParams
@@ -29,39 +29,8 @@ from pipeline.model.weights import open_student
 from pipeline.runtime.optional import install_hint
 from pipeline.training.optim import build_optimizer
 from pipeline.training.run import run_training
-from tests.conftest import change, make_tokenizer
-from tests.helpers import judge, run_with_power_cut
-
-LORA: dict[str, Any] = {
-    "rank": 4,
-    "alpha": 8.0,
-    "dropout": 0.0,
-    "targets": ["q_proj", "v_proj", "down_proj"],
-}
-
-
-def make_qwen3(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
-    """A random model that only transformers runs, with the corpus's tokenizer."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=rows,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
-
-
-def from_folder(params: Params, folder: Path, **student: Any) -> Params:
-    return change(params, student={"init": "checkpoint", "checkpoint": str(folder)} | student)
+from tests.helpers import LORA, change, from_folder, judge, run_with_power_cut
+from tests.models import make_qwen3, make_tokenizer
 
 
 @pytest.fixture

@@ -26,12 +26,13 @@ from pipeline.training.distributed import ALONE, parallelise
 from pipeline.training.run import run_training
 from pipeline.training.trainer import forwards_a_batch
 from pipeline.training.validation import validate
-from tests.conftest import ROOT, change
 from tests.helpers import (
     RISING,
+    ROOT,
     SMALL,
     assert_same_run,
     capture_all,
+    change,
     losses,
     run_with_power_cut,
     weights,

@@ -22,8 +22,8 @@ from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.agreement import agreement
 from pipeline.verify.gate import as_stored, run_gate
 from pipeline.verify.gate_report import GateReport, HistogramBin
-from tests.conftest import change, make_teacher
-from tests.helpers import capture_all, live_teacher, make_capture, open_cache
+from tests.helpers import capture_all, change, live_teacher, make_capture, open_cache
+from tests.models import make_teacher
 from tests.verify.faults import SAMPLING_FAULTS
 
 
