@@ -74,13 +74,13 @@ def _comment(text: str, indent: str) -> list[str]:
 
 def _entry(name: str, value: Any, indent: str) -> list[str]:
     """Return a key and its value on one line, or a list too long for it with one item per line."""
-    line = f"{indent}{name}: {_yaml(value)}"
+    line = f"{indent}{name}: {yaml_value(value)}"
     if isinstance(value, list) and len(line) > _COLUMNS:
-        return [f"{indent}{name}:", *(f"{indent}  - {_yaml(item)}" for item in value)]
+        return [f"{indent}{name}:", *(f"{indent}  - {yaml_value(item)}" for item in value)]
     return [line]
 
 
-def _yaml(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """Return a value as YAML on one line."""
     text: str = yaml.dump(
         [value], Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=float("inf")

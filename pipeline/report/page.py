@@ -18,6 +18,8 @@ from typing import Any
 
 from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
+from pipeline.config.params_text import yaml_value
+from pipeline.config.train_params import StudentParams
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.results import TEACHER
 from pipeline.io.files import write_text
@@ -127,6 +129,8 @@ def _provenance(params: Params) -> dict[str, Any]:
         "text": corpus_name(params.corpus),
         "start": start_name(params.student.model_dump()),
         "params": params,
+        "trained_by": _as_written(params.train.model_dump(mode="json")),
+        "student_of": _as_written(_student_facts(params.student)),
         "corpora": {split: corpus.info for split, corpus in corpora.items()},
         "cache_bytes": size,
         "bytes_a_token": size / (fingerprint.num_rows * fingerprint.row_length),
@@ -136,6 +140,21 @@ def _provenance(params: Params) -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
+
+
+def _student_facts(params: StudentParams) -> dict[str, Any]:
+    """Return the keys that the student was made by; without a random start its shape is given."""
+    keys = {"init", "lora", "dropout"}
+    if params.init == "random":
+        keys = type(params).model_fields.keys() - {"checkpoint", "layers", "lora"}
+    else:
+        keys.add(params.init)
+    return params.model_dump(mode="json", include=keys)
+
+
+def _as_written(values: dict[str, Any]) -> dict[str, str]:
+    """Return values as params.yaml has them."""
+    return {name: yaml_value(value) for name, value in values.items()}
 
 
 def _of_models(inputs: Inputs) -> dict[str, Any]:

@@ -104,6 +104,8 @@ def test_sections_and_their_numbers(page: Reader) -> None:
     for section, words in expected.items():
         for word in words:
             assert word in page.text[section], (section, word)
+    assert "hidden_size" not in page.text["provenance"]  # the student has layers of the teacher
+    assert "None" not in page.text["provenance"]
 
 
 def test_it_loads_nothing(page: Reader) -> None:
