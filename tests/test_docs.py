@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
+import tokenize
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +20,15 @@ LONGEST_README = 150  # lines; what is longer belongs into docs/
 LINK = re.compile(r"\]\(<?([^()\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 BLOCK = re.compile(r"^```.*?^```|^ {4}.*?$", re.MULTILINE | re.DOTALL)  # of code
 SPAN = re.compile(r"`[^`\n]+`")
+FOLDERS = ("pipeline", "stages", "tests", "tools", "docs")
+ELSEWHERE = {
+    "conversion/llama.py",
+    "execution.py",
+    "generation/utils.py",
+    "qwen.py",
+    "stages/x.py",
+}
+"""Files of other projects, and made-up ones, that comments and docstrings name."""
 
 
 def links_of(text: str) -> list[str]:
@@ -80,3 +92,26 @@ def test_broken_links_are_found() -> None:
         "p.svg",
         "q.md",
     ]
+
+
+def test_modules_named_in_comments_and_docstrings_exist() -> None:
+    """By any part of their path, such as `io/files.py`; names of other projects stand in links."""
+    files = [*ROOT.glob("*.py"), *(f for d in FOLDERS for f in (ROOT / d).rglob("*.py"))]
+    paths = {"/" + str(file.relative_to(ROOT)) for file in files}
+    for file in files:
+        for name in re.findall(r"(?<![\w./-])([a-z_]+(?:/[a-z_]+)*\.py)\b", words_of(file)):
+            known = any(path.endswith("/" + name) for path in paths)
+            assert known or name in ELSEWHERE, f"{file} names {name}, which does not exist"
+
+
+def words_of(file: Path) -> str:
+    """The comments and docstrings of a module."""
+    source = file.read_text(encoding="utf-8")
+    docstrings = [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    return "\n".join([*docstrings, *comments])

@@ -168,8 +168,10 @@ class Capture:
 def top_k_of(
     teacher: HuggingFaceTeacher, fingerprint: Fingerprint, rows: Rows, first_row: int
 ) -> TopK:
-    """Return what a cache with this fingerprint stores for corpus rows first_row, first_row + 1,
-    ...
+    """Return what a cache with this fingerprint stores for rows of the corpus.
+
+    Args:
+        first_row: number of the first of `rows` in the corpus.
 
     Returns:
         TopK [len(rows), L, ...] on the teacher's device.

@@ -104,12 +104,12 @@ def concat(
 def best_fit(
     documents: Iterable[Document], row_length: int, pad_id: int, rows_at_once: int
 ) -> Iterator[Rows]:
-    """Put whole documents into rows, best fit first, from a buffer of `rows_at_once` rows' tokens.
+    """Pack whole documents into rows by best fit, from a buffer that fills `rows_at_once` rows.
 
     A document longer than a row is cut into pieces of a row's length and a remainder. The longest
     piece in the buffer is placed first, in the row with the least room that can hold it. Rows are
-    yielded in the order of their last document, so the remainder of a long document comes after its
-    other pieces. Within a row documents are in order, numbered as in `concat`.
+    yielded in ascending order of the last document in each, so the remainder of a long document
+    comes after its other pieces. Within a row documents are in order, numbered as in `concat`.
     """
     waiting: list[_Piece] = []
     waits = 0

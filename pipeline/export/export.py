@@ -15,7 +15,7 @@ from pipeline.export.check import check_export
 from pipeline.export.check_result import ExportCheck
 from pipeline.export.source import Exported, text_to_check_by
 from pipeline.export.to_gguf import require_convertible, require_gguf, write_gguf
-from pipeline.export.to_huggingface import write_hugging_face
+from pipeline.export.to_huggingface import write_huggingface
 from pipeline.io.files import write_json, write_text
 from pipeline.io.object_store import atomic_folder
 from pipeline.runtime.console import announce, readable_bytes
@@ -44,7 +44,7 @@ def export_model(params: Params, model: Exported) -> Path:
     files = gguf_files(params, model)
     license_id = run_facts(params, model.run).license if model.run else card_license(model.folder)
     with atomic_folder(folder, "export", key="paths.export") as partial:
-        write_hugging_face(model.folder, partial, DTYPES[params.export.dtype])
+        write_huggingface(model.folder, partial, DTYPES[params.export.dtype])
         for kind, file in files.items():
             write_gguf(partial, partial / file.name, kind, name=model.name, license_id=license_id)
         names = [file.name for file in files.values()]

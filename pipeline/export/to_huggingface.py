@@ -36,7 +36,7 @@ _LOCAL = ("is_local", "local_files_only", "backend")
 """Keys that transformers writes to tokenizer_config.json about the local machine."""
 
 
-def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def write_huggingface(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write model, tokenizer and both configurations of `source` into an existing folder.
 
     Args:
@@ -75,7 +75,7 @@ def write_hugging_face(source: Path, folder: Path, dtype: torch.dtype) -> None:
         save_tokenizer(source, folder)
     except TokenizerClassError:
         with _as_llama(source) as llama:
-            write_hugging_face(llama, folder, dtype)
+            write_huggingface(llama, folder, dtype)
         return
     _clean_tokenizer_config(folder / "tokenizer_config.json")
 

@@ -74,7 +74,9 @@ class GenerationSettings:
 
 
 def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Divide logits [B, V] of ids [B, T] by the penalty if positive, else multiply them by it.
+    """Make the ids [B, T] less probable in the logits [B, V].
+
+    A positive logit is divided by the penalty, a negative one is multiplied by it.
 
     This is Keskar et al. 2019, section 4.1, made sign-aware as in Hugging Face, since dividing a
     negative logit would reward it. An id that occurs several times is penalised once.

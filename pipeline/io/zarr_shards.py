@@ -75,7 +75,7 @@ class ArraySpec:
         return start, min(start + self.shard_rows, self.shape[0])
 
     def key_of(self, shard: int) -> str:
-        """Return the key of the object that holds a shard: `<array>/c/<shard>/0/0`, as in zarr."""
+        """Return a shard's key: `<array>/c/<shard>`, then one `/0` for each further axis."""
         return "/".join([self.name, "c", str(shard), *["0"] * (len(self.shape) - 1)])
 
 

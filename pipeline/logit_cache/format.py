@@ -21,9 +21,9 @@ uintX is uint16 if V <= 65,536, else uint32. Arrays with K = 0 or M = 0 are left
 padding tokens are stored like any others.
 
 Id order. Only few ids appear among the top K, and some far more often than others, but a tokenizer
-numbers ids in an order of its own. Numbered by how often they appear, they compress to 95 bytes per
-token instead of 109 (K = 64, SmolLM2). id_order is counted once, on the first rows that the teacher
-sees, and is a permutation of 0..V-1: id = id_order[index].
+numbers ids in an order of its own. Numbered by how often they appear, the ids compress to 95 bytes
+per token instead of 109 (K = 64, SmolLM2). id_order is counted once, on the first rows that the
+teacher sees, and is a permutation of 0..V-1: id = id_order[index].
 
 Deltas. Let b_k be the k-th value (for log-probabilities: the float16's bits read as uint16). Then
 stored[0] = b_0 and stored[k] = b_k - b_(k-1), modulo 2^16 (or 2^32); decode by a cumulative sum
@@ -33,15 +33,15 @@ transpose codec), because deltas at the same k resemble each other.
 
 Sampled ids. M ids are sampled with replacement from the teacher's distribution at temperature 1,
 conditioned on not being among the K. Let p_t be the mass outside the K ids. Putting p_t / M on each
-draw gives a target whose expectation is the teacher's full distribution (Anshumann et al. 2025,
-"Sparse Logit Sampling"). With K = 0 the sampled ids come from the whole distribution. The sampled
-ids of corpus row r depend only on (seed, r) and the probabilities, so every writer samples the same
-ids.
+sampled id gives a target whose expectation is the teacher's full distribution (Anshumann et al.
+2025, "Sparse Logit Sampling"). With K = 0 the sampled ids come from the whole distribution. The
+sampled ids of corpus row r depend only on (seed, r) and the probabilities, so every writer samples
+the same ids.
 
 Shards. Every array with N rows is cut into shards of shard_rows rows, one object each,
-`<array>/c/<shard>/0/0`, which contain chunks of chunk_rows rows; pipeline/io/zarr_shards.py
-describes their bytes. Any Zarr v3 reader can open them. Each chunk ends with its crc32c, and so
-does the shard's index. id_order is one chunk.
+`<array>/c/<shard>` and one `/0` for each further axis, which contain chunks of chunk_rows rows;
+pipeline/io/zarr_shards.py describes their bytes. Any Zarr v3 reader can open them. Each chunk ends
+with its crc32c, and so does the shard's index. id_order is one chunk.
 
 Group attributes: {"decant": {...Fingerprint, "chunk_rows", "shard_rows", "id_order"},
 "arrays": {array: crc32c of its zarr.json}, "crc32c"}. id_order is the name of the array

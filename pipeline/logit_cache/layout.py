@@ -171,9 +171,9 @@ def load_id_order(folder: Folder, layout: CacheLayout) -> IdOrder:
 
 
 def remove_cache(folder: Folder) -> None:
-    """Delete a split's cache, whatever its K was, and nothing else in the folder.
+    """Delete a split's cache, of any K and M, and nothing else in the folder.
 
-    Commit markers are removed first, so that a killed removal leaves nothing committed.
+    Commit markers are removed first, so that an interrupted removal leaves no shard committed.
     """
     folder.remove(COMMITS)
     folder.remove("zarr.json")

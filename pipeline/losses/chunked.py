@@ -12,7 +12,7 @@ cost. The gradient at s is passed on by ds / dz_v = exp(z_v / tau - s) / tau. He
 makes the same passes over the vocabulary as cross-entropy alone: maximum, exponentials, their sum,
 and one product. A tail with little mass loses no digits, since its sum uses a maximum of its own.
 
-Shapes: n positions, D hidden, V vocabulary rows, K kept ids (and drawn ones).
+Shapes: n positions, D hidden, V vocabulary rows, K kept ids, M sampled ids.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _loss_and_grad(
 
 
 def _columns(labels: Tensor, topk: TopK | None) -> Tensor:
-    """Return ids of the logits that the loss needs: kept, drawn, last the label; int64 [n, ...]."""
+    """Return the ids whose logits the loss needs: kept, sampled, the label; int64 [n, ...]."""
     if topk is None:
         return labels[:, None]
     return torch.cat((topk.ids, topk.sampled_ids, labels[:, None]), -1)
@@ -208,7 +208,7 @@ def _losses(
     """Sum divergence and CE, from the numbers that determine them.
 
     Args:
-        picked: [n, K + 1], logits of the kept (and drawn) ids and of the label.
+        picked: [n, K + M + 1], logits of the kept ids, of the sampled ids and of the label.
         rest: [n, 1], log sum exp(z / tau) over the ids outside T, the kept ids; over all ids if
             topk has sampled ids or is None.
         rest_at_one: the same at tau = 1.

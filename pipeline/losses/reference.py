@@ -63,7 +63,7 @@ def tail_bucket_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
 def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
     """Estimate the full KL(p || q) without bias from the kept ids and the sampled ids outside them.
 
-    L = sum_T p (log p - log q) + sum_draws w (log p - log q)
+    L = sum_T p (log p - log q) + sum_sampled w (log p - log q)
 
     With w from `TopK.sampled_target`, E[sum of w f(v) over sampled ids] = sum of p(v) f(v) outside
     T for any f, so the expectations of value and gradient are those of the full divergence

@@ -24,7 +24,7 @@ class Student(nn.Module, ABC):
 
         Args:
             doc_ids: integers [B, L]; positions attend only within their own document and are
-                counted from its start. None: the row is one document.
+                counted from its start. If None, each row is one document.
         """
 
     @property

@@ -48,7 +48,8 @@ class RetainedMass:
 
 
 def measure_retained_mass(cache: CacheReader) -> RetainedMass | None:
-    """Measure up to four evenly spread shards, 64 rows each; return None if only draws are stored.
+    """Measure up to four evenly spread shards, 64 rows each; return None if only sampled ids are
+    stored.
 
     Raises:
         MismatchError: a shard is damaged.

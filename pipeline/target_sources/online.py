@@ -25,8 +25,10 @@ class OnlineTargets:
 
     Args:
         k: number of ids kept per position.
-        num_sampled, seed: number of ids sampled in addition, and their seed, as in prepare.
-        prepare.
+        teacher: the live model.
+        corpus: the split that the rows come from.
+        num_sampled, seed: number of ids sampled in addition, and their seed; the same values as in
+            the prepare stage give the same ids.
         temperatures: temperatures that training needs.
         document_mask: whether teacher and student attend within documents only.
         shard_rows: rows per shard, so that rows come in the same order as from a cache.

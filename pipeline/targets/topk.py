@@ -31,9 +31,8 @@ class TopK:
     lse: Tensor  # float32 [...], logsumexp of the full row's logits
     lse_tau: Tensor  # float32 [..., J], log sum_v exp(logprob_v / tau_j)
     entropy: Tensor  # float32 [...], nats, of the full row at temperature 1
-    sampled_ids: (
-        Tensor  # int64 [..., M], sampled with replacement from p outside `ids`, temperature 1
-    )
+    # Sampled with replacement from p outside `ids`, at temperature 1.
+    sampled_ids: Tensor  # int64 [..., M]
     sampled_logprobs: Tensor  # float32 [..., M], for the sampled ids, at temperature 1
     temperatures: tuple[float, ...]  # the J temperatures of lse_tau
     vocab_size: int  # V
@@ -94,8 +93,7 @@ class TopK:
         return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)
 
     def sampled_target(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of the sampled ids at a temperature, and the mass each
-        represents.
+        """Return log-probabilities of the sampled ids, and the mass that each represents.
 
         A sampled id v represents the mass w_v = p_t / M times p_tau(v) / p(v), where p_t is the
         mass outside the kept ids and p is the teacher at temperature 1, from which v was sampled.

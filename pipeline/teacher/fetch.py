@@ -1,4 +1,4 @@
-"""Fetch the teacher and its tokenizer; the only step that uses the network.
+"""Fetch the teacher and its tokenizer; from the network, a folder or a file.
 
 Later stages read a plain folder of safetensors and tokenizer files, offline. A folder, or a model
 in the hub library's cache, is used in place, with a pointer to it at paths.teacher

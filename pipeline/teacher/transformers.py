@@ -181,7 +181,11 @@ class HuggingFaceTeacher:
 
 
 def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
-    """Resolve prepare.dtype on this device; raise ParamsError like `inference_dtype`."""
+    """Return the dtype that prepare.dtype stands for on this device.
+
+    Raises:
+        ParamsError: the device has no units for it.
+    """
     return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
 
 

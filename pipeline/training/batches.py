@@ -36,9 +36,9 @@ class Batch:
     """One batch: token ids, labels and, unless training has none, the teacher's targets.
 
     Attributes:
-        tokens: int64 [B, L].
+        tokens: int64 [B, L]: B rows of this rank, of L tokens each.
         labels: int64 [B, L], IGNORE where a position is not in the loss.
-        topk: the targets, or None if training has none.
+        topk: the targets, TopK [B, L, ...], or None if training has none.
         doc_ids: int32 [B, L], which documents the model must keep apart; None if plain causal
             attention over the rows gives the same result or is wanted
             (pipeline/model/attention_mask.py).

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to continue exactly, written atomically, checked when read.
 
-A checkpoint `step_<n>` is a folder of
+A checkpoint `step_<step, eight digits>` is a folder of
 
-    __<rank>_<i>.distcp, .metadata   tensors, sharded: see sharded.py
+    __<rank>_<i>.distcp, .metadata   tensors, sharded: see dist_checkpoint.py
     state.json                       step, skipped steps, history, number of ranks
     complete.json                    length and crc32c of each of the above; written last
 
@@ -41,7 +41,9 @@ Kind = TypeVar("Kind")
 _KEEP = 2
 _STATE = "state.json"
 _COMPLETE = "complete.json"
-_PART = 64 * 2**20  # bytes per object: a request must end within storage.py's time limit
+_PART = (
+    64 * 2**20
+)  # bytes per object: a request must end within the time limit of io/object_store.py
 
 
 @dataclass

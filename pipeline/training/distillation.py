@@ -12,7 +12,7 @@ from pipeline.model.student import Student
 from pipeline.training.batches import Batch
 
 
-class DistillationStep(nn.Module):
+class DistillationLoss(nn.Module):
     """The loss sums of a batch: alpha tau^2 D + (1 - alpha) CE over unmasked positions.
 
     The loss reads the head's weight directly, outside any layer. Because this happens in this

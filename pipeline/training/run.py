@@ -40,7 +40,7 @@ from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.transformers import open_teacher, teacher_dtype
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
-from pipeline.training.distillation import DistillationStep
+from pipeline.training.distillation import DistillationLoss
 from pipeline.training.distributed import Ranks, gather_parameters, join_ranks, parallelise
 from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
@@ -121,7 +121,7 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
         pin=ranks.device.type == "cuda",
     )
     _warn_of_lost_mass(training, params)
-    step = DistillationStep(student.model, dtype=dtype, head_chunk=params.run.head_chunk)
+    step = DistillationLoss(student.model, dtype=dtype, head_chunk=params.run.head_chunk)
     state = train(
         parallelise(step, ranks, params.run),
         student.model,

@@ -48,7 +48,7 @@ def train(
 
     Args:
         params: the parameters as `pipeline.config.resolved.resolve` returns them.
-        model: the student in its DistillationStep, as `parallelise` returns it.
+        model: the student in its DistillationLoss, as `parallelise` returns it.
         student: the student itself; its parameters are trained in place, under its own names.
         folder: the run's folder, where curves are written.
 
@@ -219,7 +219,7 @@ def _forward_backward(
             losses = model(
                 batch, alpha=alpha, temperature=params.temperature, divergence=params.divergence
             )
-            # Both engines divide gradients by the number of ranks: see parallel.py.
+            # Both engines divide gradients by the number of ranks: see distributed.py.
             (losses[0] * ranks.world_size / num_labels).backward()
         sums = [total + loss.detach() for total, loss in zip(sums, losses, strict=True)]
     total, ce, divergence = (value / num_labels for value in ranks.sum(*map(float, sums)))

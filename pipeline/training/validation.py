@@ -33,7 +33,7 @@ def validate(
     takes its share of each batch; the result is the same on all ranks.
 
     Args:
-        model: a DistillationStep, as `parallelise` returns it.
+        model: a DistillationLoss, as `parallelise` returns it.
 
     Raises:
         DecantError: the loss is not finite, which no later step can undo, or no position is in it.

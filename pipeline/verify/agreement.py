@@ -35,7 +35,7 @@ class Agreement:
     lse: Tensor  # |said - live|, nats; a common offset of all logits, so noisier than lse_tau
     lse_tau: Tensor  # largest |said - live| among the temperatures, nats
     entropy: Tensor  # |said - live|, nats
-    sampled: Tensor  # share of the sampled ids that the live teacher sampled ids as well
+    sampled: Tensor  # share of the sampled ids that the live teacher samples as well
     signed: Tensor  # [n, len(signed_names)], said - live, nats
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Agreement:
@@ -120,9 +120,9 @@ def signed_names(topk: TopK) -> list[str]:
 
 
 def _bands(topk: TopK) -> list[tuple[int, int]]:
-    """Return the bands of `said_ids`: k = 0, 1, 2 to 3, 4 to 7 and so on, then the sampled ids.
+    """Return the bands of `said_ids`: k = 1, 2, 3 to 4, 5 to 8 and so on, then the sampled ids.
 
-    Each is (first, end).
+    Each is (first, end), counted from 0.
     """
     edges = [0, *(2**i for i in range(topk.k.bit_length()) if 2**i < topk.k), topk.k]
     bands = [(a, b) for a, b in pairwise(edges) if a < b]

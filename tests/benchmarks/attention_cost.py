@@ -26,7 +26,7 @@ from pipeline.runtime.device import pick_device, training_dtype
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
 from pipeline.training.batches import make_batch
-from pipeline.training.distillation import DistillationStep
+from pipeline.training.distillation import DistillationLoss
 from pipeline.training.students import build_student
 
 WAYS = {"row": False, "documents": True}
@@ -100,7 +100,7 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     ratio, seconds = ratio_of(lambda way: capture(teacher, corpus, params, rows, way), rounds)
     print(f"capture: documents {ratio:.3f} x row ({seconds:.1f} s)")
     student = build_student(params.student, params.paths.teacher).to(device)
-    distillation = DistillationStep(
+    distillation = DistillationLoss(
         student,
         dtype=training_dtype(params.train.dtype, device),
         head_chunk=params.run.head_chunk,

@@ -31,7 +31,7 @@ from pipeline.export.check import (
 from pipeline.export.check_result import ExportCheck
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.export.to_gguf import write_gguf
-from pipeline.export.to_huggingface import write_hugging_face
+from pipeline.export.to_huggingface import write_huggingface
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.device import DTYPES
 from tests.models import LLAMA3, make_llama, make_qwen_tokenizer, text_of_many_lines, yarn
@@ -58,7 +58,7 @@ needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="needs the pack
 
 def export_and_check(source: Path, folder: Path, params: ExportParams) -> ExportCheck:
     folder.mkdir()
-    write_hugging_face(source, folder, DTYPES[params.dtype])
+    write_huggingface(source, folder, DTYPES[params.dtype])
     files = {kind: folder / f"x-{kind}.gguf" for kind in params.gguf}
     for kind, file in files.items():
         write_gguf(folder, file, kind, name="x")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.params import Params
 from pipeline.errors import DecantError
 from pipeline.export.card import card_license, folder_card, run_card, run_facts
-from pipeline.export.to_huggingface import write_hugging_face
+from pipeline.export.to_huggingface import write_huggingface
 from pipeline.model.weights import load_student, save_student
 from tests.helpers import change
 from tests.models import edit_json, make_digit_tokenizer, text_of_many_lines
@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen_folder: Path) -> Path
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    write_hugging_face(trained, folder, torch.bfloat16)
+    write_huggingface(trained, folder, torch.bfloat16)
     return folder
 
 
@@ -100,7 +100,7 @@ def test_a_qwen2_with_another_tokenizer_is_exported_so_that_it_opens_with_it(
     make_digit_tokenizer(source)
     edit_json(source / "config.json", bos_token_id=7)
     (tmp_path / "export").mkdir()
-    write_hugging_face(source, tmp_path / "export", torch.float32)
+    write_huggingface(source, tmp_path / "export", torch.float32)
     text = text_of_many_lines()
     wanted = Tokenizer.from_file(str(source / "tokenizer.json"))
     found = AutoTokenizer.from_pretrained(tmp_path / "export")
@@ -126,7 +126,7 @@ def test_what_a_folder_says_is_kept(qwen_folder: Path, tmp_path: Path) -> None:
         '{"do_sample": true, "temperature": 0.7, "eos_token_id": 321}'
     )
     (tmp_path / "x").mkdir()
-    write_hugging_face(tmp_path / "model", tmp_path / "x", torch.float32)
+    write_huggingface(tmp_path / "model", tmp_path / "x", torch.float32)
     assert json.loads((tmp_path / "x" / "config.json").read_text())["eos_token_id"] == 321
     generation = json.loads((tmp_path / "x" / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["temperature"]) == (321, 0.7)
@@ -144,7 +144,7 @@ def test_numbers_that_are_not_finite_are_refused(
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "x").mkdir()
     with pytest.raises(DecantError, match=r"layers\.1\.mlp\.up_proj\.weight that are not finite"):
-        write_hugging_face(tmp_path / "model", tmp_path / "x", dtype)
+        write_huggingface(tmp_path / "model", tmp_path / "x", dtype)
 
 
 METRICS = {

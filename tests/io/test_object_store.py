@@ -244,7 +244,7 @@ def test_capture_check_and_train_in_an_object_store(
         result = check_cache(remote.paths.logits, corpus)
         assert (result.damages, result.missing) == ((), 0)
         if how is None:
-            # Group, 5 arrays' metadata, rank table, 3 corpus arrays, listing; and of each shard
+            # Group, 5 arrays' metadata, id order, 3 corpus arrays, listing; and of each shard
             # a marker and 5 arrays.
             assert server.requests["GET"] <= 13 + 6 * result.shards
         rows = np.arange(len(corpus))

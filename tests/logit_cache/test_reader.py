@@ -36,7 +36,7 @@ def test_rows_in_any_order_are_what_the_teacher_said(tiny_cache: Params) -> None
 
 
 def test_a_foreign_reader_needs_only_the_specification(tiny_cache: Params) -> None:
-    """Plain zarr and three lines from store/schema.py: a running sum, an addition, a table."""
+    """Plain zarr and three lines of logit_cache/format.py: a running sum, an addition, a table."""
     group = zarr.open_group(tiny_cache.paths.logits, path="train", mode="r")
     steps = np.asarray(group["logprob_deltas"][3:5])
     logprobs = np.cumsum(steps, axis=-1, dtype=np.uint16).view(np.float16).astype(np.float32)

@@ -21,7 +21,7 @@ from pipeline.planning.shapes import KNOWN
 from pipeline.runtime.device import DTYPES
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import Batch, first_rows
-from pipeline.training.distillation import DistillationStep
+from pipeline.training.distillation import DistillationLoss
 from pipeline.training.distributed import ALONE, parallelise
 from tests.helpers import change
 from tests.models import small_shape
@@ -40,7 +40,7 @@ def batch_of(params: Params, document_mask: bool) -> Batch:
 def kept_bytes(params: Params, batch: Batch) -> float:
     """What autograd keeps of a batch until backward, without parameters, a token."""
     _, student = small_shape(**WIDE)
-    step = DistillationStep(student, dtype=DTYPES[params.train.dtype], head_chunk=64)
+    step = DistillationLoss(student, dtype=DTYPES[params.train.dtype], head_chunk=64)
     model = parallelise(step, ALONE, params.run)
     sizes: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # so that no address is used twice
@@ -91,7 +91,7 @@ def test_a_step_makes_the_operations_that_pytorch_counts(
     )
     shape, student = small_shape(**WIDE)
     model = parallelise(
-        DistillationStep(student, dtype=torch.float32, head_chunk=64), ALONE, params.run
+        DistillationLoss(student, dtype=torch.float32, head_chunk=64), ALONE, params.run
     )
     batch = batch_of(params, False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -27,7 +27,7 @@ from pipeline.target_sources.cached import CachedTargets
 from pipeline.training import run as run_module
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.distillation import DistillationStep
+from pipeline.training.distillation import DistillationLoss
 from pipeline.training.distributed import (
     Ranks,
     clip_gradients,
@@ -141,7 +141,7 @@ def test_the_best_weights_are_those_of_one_rank(
         assert torch.allclose(tensor, weights(two)[name], atol=1e-4), name
 
 
-def gradients_of(step: DistillationStep) -> dict[str, torch.Tensor]:
+def gradients_of(step: DistillationLoss) -> dict[str, torch.Tensor]:
     return {
         name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
         for name, p in step.student.named_parameters()
@@ -149,10 +149,10 @@ def gradients_of(step: DistillationStep) -> dict[str, torch.Tensor]:
     }
 
 
-def make_step(tied: bool) -> DistillationStep:
+def make_step(tied: bool) -> DistillationLoss:
     torch.manual_seed(1)
     student = StudentModel(ModelConfig(**SMALL, max_seq_len=32, tie_embeddings=tied))
-    return DistillationStep(student, dtype=torch.float32, head_chunk=7)
+    return DistillationLoss(student, dtype=torch.float32, head_chunk=7)
 
 
 def backward(step: Any, batch: Batch, ranks: int, labels: int) -> float:
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_the_whole_batch(
 
 
 def bad_on_one_rank(params: Params, out: Path) -> None:
-    original = DistillationStep.forward
+    original = DistillationLoss.forward
     calls = iter(range(10**6))
 
     def poisoned(self, batch, **options):  # type: ignore[no-untyped-def]
@@ -229,7 +229,7 @@ def bad_on_one_rank(params: Params, out: Path) -> None:
         bad = torch.is_grad_enabled() and next(calls) == 2 and os.environ["RANK"] == "1"
         return (total * float("inf") if bad else total), ce, kl
 
-    DistillationStep.forward = poisoned  # type: ignore[method-assign]
+    DistillationLoss.forward = poisoned  # type: ignore[method-assign]
     state = run_training(params, "poisoned").state
     assert state is not None
     (out / os.environ["RANK"]).write_text(json.dumps([state.skipped, state.history[-1]["step"]]))

@@ -21,7 +21,7 @@ from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import first_rows
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.distillation import DistillationStep
+from pipeline.training.distillation import DistillationLoss
 from pipeline.training.distributed import ALONE, parallelise
 from pipeline.training.run import run_training
 from pipeline.training.trainer import forwards_a_batch
@@ -216,7 +216,7 @@ def test_no_teacher_needs_no_cache(tiny_corpus: Params) -> None:
 def test_bad_steps_are_skipped_counted_and_fatal_in_the_end(
     tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = DistillationStep.forward
+    original = DistillationLoss.forward
     calls = iter(range(10**6))
 
     def poisoned(self, batch, **options):  # type: ignore[no-untyped-def]
@@ -224,7 +224,7 @@ def test_bad_steps_are_skipped_counted_and_fatal_in_the_end(
         bad = torch.is_grad_enabled() and next(calls) in (2, 3)
         return (total * float("nan") if bad else total), ce, kl
 
-    monkeypatch.setattr(DistillationStep, "forward", poisoned)
+    monkeypatch.setattr(DistillationLoss, "forward", poisoned)
     state = run_training(tiny_cache, "poisoned").state
     assert state is not None
     assert state.skipped == 2
@@ -328,7 +328,7 @@ def test_recomputing_keeps_less(tiny_cache: Params) -> None:
     kept = []
     for checkpointing in (False, True):
         student = StudentModel(ModelConfig(**SMALL, max_seq_len=32))
-        step = DistillationStep(student, dtype=torch.float32, head_chunk=50)
+        step = DistillationLoss(student, dtype=torch.float32, head_chunk=50)
         run = tiny_cache.run.model_copy(update={"activation_checkpointing": checkpointing})
         model = parallelise(step, ALONE, run)
         sizes: dict[int, int] = {}
