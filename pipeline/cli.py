@@ -89,7 +89,7 @@ def writes(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(params: Params, *words: Any, **options: Any) -> None:
-            from pipeline.io.object_store import lock
+            from pipeline.io.ownership import lock
 
             with lock(getattr(params.paths, name), f"set paths.{name} to another place"):
                 function(params, *words, **options)

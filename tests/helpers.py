@@ -19,7 +19,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
-from pipeline.io.object_store import LocalFolder
+from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_groups import write_group
 from pipeline.io.zarr_shards import object_hash
 from pipeline.logit_cache.reader import CacheReader

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from pipeline.cli import stage
 from pipeline.config.params import Params
 from pipeline.errors import DecantError, accident, place_of, printable, shortened
-from pipeline.io.object_store import MARK, atomic_folder, find_damage
+from pipeline.io.ownership import MARK, atomic_folder, find_damage
 from stages.generate import hand_out, say_reply
 from tests.helpers import ROOT
 

@@ -22,8 +22,10 @@ from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
 from pipeline.data.packing import Rows
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
+from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError
-from pipeline.io.object_store import Address, lock, open_folder, require_ours
+from pipeline.io.folders import open_folder
+from pipeline.io.ownership import lock, require_ours
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
 from pipeline.logit_cache.integrity import Damage, repair_cache

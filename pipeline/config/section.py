@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from pipeline.io.object_store import Url, parse_address
+from pipeline.io.address import Url, parse_address
 
 
 class Section(BaseModel):

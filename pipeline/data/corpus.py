@@ -27,7 +27,8 @@ from pipeline.data.packing import PACKERS, Document
 from pipeline.data.prefix import PrefixEncoder
 from pipeline.data.sources import Extent, Source, read_documents
 from pipeline.errors import DecantError, ParamsError
-from pipeline.io.object_store import Address, open_folder
+from pipeline.io.address import Address
+from pipeline.io.folders import open_folder
 from pipeline.model.config_json import embedding_rows
 from pipeline.model.folder import POINTER, hash_tokenizer
 from pipeline.model.tokenizer import load_tokenizer

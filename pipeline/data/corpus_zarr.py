@@ -27,8 +27,10 @@ import numpy as np
 
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import DecantError, MismatchError
+from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError, Length, Number, Sha256, Size, parse
-from pipeline.io.object_store import Address, Folder, claim, open_folder
+from pipeline.io.folders import Folder, open_folder
+from pipeline.io.ownership import claim
 from pipeline.io.zarr_groups import read_group, write_group
 from pipeline.io.zarr_shards import (
     ArraySpec,

@@ -17,9 +17,10 @@ from pipeline.config.source_params import CorpusParams
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.sources import find_files, matching_files, stdlib_files
 from pipeline.errors import DecantError
+from pipeline.io.address import Address
+from pipeline.io.folders import open_folder
 from pipeline.io.hashes import hash_changed, hash_file
 from pipeline.io.hub import commit_of
-from pipeline.io.object_store import Address, open_folder
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
 
 _HERE = Path(__file__).parent

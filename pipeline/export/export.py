@@ -17,7 +17,7 @@ from pipeline.export.source import Exported, text_to_check_by
 from pipeline.export.to_gguf import require_convertible, require_gguf, write_gguf
 from pipeline.export.to_huggingface import write_huggingface
 from pipeline.io.files import write_json, write_text
-from pipeline.io.object_store import atomic_folder
+from pipeline.io.ownership import atomic_folder
 from pipeline.runtime.console import announce, readable_bytes
 from pipeline.runtime.device import DTYPES
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import DecantError, ParamsError, reason_of
-from pipeline.io.object_store import MARK
+from pipeline.io.ownership import MARK
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:

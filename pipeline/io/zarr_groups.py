@@ -26,7 +26,7 @@ from pipeline.io.checked_json import (
     has_valid_checksum,
     parse,
 )
-from pipeline.io.object_store import Folder
+from pipeline.io.folders import Folder
 from pipeline.io.zarr_shards import BLOCK_BYTES, ArraySpec
 
 

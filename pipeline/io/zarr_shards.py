@@ -31,7 +31,7 @@ from numcodecs import Blosc
 from numpy.typing import NDArray
 
 from pipeline.io.checked_json import DamagedError, Number, crc32c
-from pipeline.io.object_store import Folder
+from pipeline.io.folders import Folder
 
 BLOCK_BYTES = 262_144
 _BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, blocksize=BLOCK_BYTES)

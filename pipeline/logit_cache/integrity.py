@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError
-from pipeline.io.object_store import Address, Folder, open_folder
+from pipeline.io.folders import Folder, open_folder
 from pipeline.io.zarr_groups import find_damaged_metadata, write_group
 from pipeline.io.zarr_shards import encode_shard
 from pipeline.logit_cache.codec import IdOrder

@@ -22,7 +22,7 @@ from pipeline.io.checked_json import (
     json_crc32c,
     parse,
 )
-from pipeline.io.object_store import Folder
+from pipeline.io.folders import Folder
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, read_shard
 from pipeline.logit_cache.codec import IdOrder

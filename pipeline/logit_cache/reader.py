@@ -21,8 +21,9 @@ from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
 from pipeline.data.packing import Rows
 from pipeline.data.row_order import Shard
 from pipeline.errors import MismatchError
+from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError
-from pipeline.io.object_store import Address, Folder, open_folder
+from pipeline.io.folders import Folder, open_folder
 from pipeline.io.zarr_shards import decode_shard, read_object
 from pipeline.logit_cache.codec import Arrays, restore, to_topk
 from pipeline.logit_cache.format import Fingerprint

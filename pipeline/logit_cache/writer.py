@@ -12,8 +12,10 @@ import json
 from dataclasses import asdict
 
 from pipeline.errors import MismatchError
+from pipeline.io.address import Address
 from pipeline.io.checked_json import add_checksum
-from pipeline.io.object_store import Address, claim, open_folder
+from pipeline.io.folders import open_folder
+from pipeline.io.ownership import claim
 from pipeline.io.zarr_groups import write_group
 from pipeline.io.zarr_shards import encode_shard, object_hash
 from pipeline.logit_cache.codec import IdOrder, encode

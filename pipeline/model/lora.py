@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.config.train_params import LoraParams
 from pipeline.errors import ParamsError
-from pipeline.io.object_store import atomic_folder
+from pipeline.io.ownership import atomic_folder
 from pipeline.model.student import Student
 from pipeline.runtime.optional import require
 

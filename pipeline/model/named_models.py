@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.config.params import Paths
 from pipeline.errors import DecantError, ParamsError
-from pipeline.io.object_store import MARK, find_damage
+from pipeline.io.ownership import MARK, find_damage
 from pipeline.model.folder import hash_weights, teacher_folder
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.errors import DecantError
 from pipeline.io.files import require_regular_files
-from pipeline.io.object_store import atomic_folder
+from pipeline.io.ownership import atomic_folder
 from pipeline.model.config_json import read_config_json, stored_weights
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.huggingface import HuggingFaceStudent, require_layers

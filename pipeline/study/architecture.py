@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.io.hashes import hash_file
-from pipeline.io.object_store import MARK
+from pipeline.io.ownership import MARK
 from pipeline.model.weights import OUT_BIAS
 from pipeline.runtime.device import dtype_name
 from pipeline.study.comparison import Comparison, Part, shape_of

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.config.source_params import TeacherParams, WheelTeacher
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.io.files import write_json
-from pipeline.io.object_store import atomic_folder, find_damage, require_ours
+from pipeline.io.ownership import atomic_folder, find_damage, require_ours
 from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import (
     MODEL_FILES,

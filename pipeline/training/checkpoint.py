@@ -30,9 +30,11 @@ from typing import Any, TypeVar
 import google_crc32c
 
 from pipeline.errors import DecantError
+from pipeline.io.address import Address, Url
 from pipeline.io.checked_json import DamagedError, Number, Size, parse
 from pipeline.io.files import fsync, open_file
-from pipeline.io.object_store import MARK, Address, Url, open_folder
+from pipeline.io.folders import open_folder
+from pipeline.io.ownership import MARK
 from pipeline.runtime.console import say
 from pipeline.training.dist_checkpoint import Learner, read_tensors, write_tensors
 from pipeline.training.distributed import ALONE, Ranks
@@ -41,9 +43,8 @@ Kind = TypeVar("Kind")
 _KEEP = 2
 _STATE = "state.json"
 _COMPLETE = "complete.json"
-_PART = (
-    64 * 2**20
-)  # bytes per object: a request must end within the time limit of io/object_store.py
+# Bytes per object: a request must end within the time limit of io/object_store.py.
+_PART = 64 * 2**20
 
 
 @dataclass

@@ -26,7 +26,8 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import MismatchError, ParamsError, shortened
 from pipeline.io.files import read_json_object, write_json
-from pipeline.io.object_store import Folder, claim, find_damage, lock, open_folder, require_ours
+from pipeline.io.folders import Folder, open_folder
+from pipeline.io.ownership import claim, find_damage, lock, require_ours
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.losses.divergences import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder

@@ -24,7 +24,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.io.files import create_bytes
-from pipeline.io.object_store import LocalFolder
+from pipeline.io.folders import LocalFolder
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.runtime.optional import import_ray

@@ -22,7 +22,7 @@ from pipeline.export.export import export_model
 from pipeline.export.llama_cpp import has_llama_cpp
 from pipeline.export.push import files_of, require_repo_id
 from pipeline.export.source import Exported, find_model, text_to_check_by
-from pipeline.io.object_store import MARK
+from pipeline.io.ownership import MARK
 from pipeline.model.weights import load_student, save_student
 from pipeline.training.run import run_training
 from stages import export as stage

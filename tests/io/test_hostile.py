@@ -25,7 +25,7 @@ from pipeline.config.params_file import load_yaml
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.io.checked_json import DamagedError, add_checksum, crc32c
-from pipeline.io.object_store import LocalFolder
+from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_shards import _BLOSC, decode_shard, object_hash
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache

@@ -17,7 +17,8 @@ import pytest
 
 from pipeline.config.params import Params
 from pipeline.errors import DecantError
-from pipeline.io.object_store import Url, atomic_folder, lock
+from pipeline.io.address import Url
+from pipeline.io.ownership import atomic_folder, lock
 from tests.helpers import ROOT, RunPython
 
 HOLD = """

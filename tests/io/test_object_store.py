@@ -23,7 +23,8 @@ from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.io import object_store
-from pipeline.io.object_store import Folder, Url, open_folder, parse_address
+from pipeline.io.address import Url, parse_address
+from pipeline.io.folders import Folder, open_folder
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoints

@@ -15,7 +15,8 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.export.export import export_model
 from pipeline.export.source import find_model
-from pipeline.io.object_store import MARK, LocalFolder, atomic_folder, claim
+from pipeline.io.folders import LocalFolder
+from pipeline.io.ownership import MARK, atomic_folder, claim
 from pipeline.teacher.fetch import fetch_teacher
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import MismatchError
 from pipeline.io.checked_json import DamagedError, crc32c
-from pipeline.io.object_store import LocalFolder
+from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_groups import find_damaged_metadata, read_group, write_group
 from pipeline.io.zarr_shards import ArraySpec, decode_shard, encode_shard, object_hash, read_shard
 

@@ -17,7 +17,7 @@ import zarr
 from pipeline.capture.local import part_of
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.io.object_store import LocalFolder
+from pipeline.io.folders import LocalFolder
 from pipeline.logit_cache.integrity import check_cache
 from tests.helpers import capture_all, change, make_capture
 from tests.waiting import PATIENCE

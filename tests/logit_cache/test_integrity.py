@@ -17,7 +17,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError
 from pipeline.io.checked_json import add_checksum
-from pipeline.io.object_store import LocalFolder
+from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_shards import encode_shard
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import marker_key

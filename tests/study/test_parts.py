@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import DecantError, ParamsError
-from pipeline.io.object_store import MARK
+from pipeline.io.ownership import MARK
 from pipeline.model.decoder import GQAAttention, RMSNorm, RotaryEmbedding, SwiGLUFFN
 from pipeline.model.kv_cache import KVCache
 from pipeline.study import PART_NAMES, components

@@ -22,7 +22,7 @@ from pipeline.config.source_params import TeacherParams
 from pipeline.errors import DecantError
 from pipeline.export.card import run_facts
 from pipeline.io.hub import commit_of
-from pipeline.io.object_store import MARK
+from pipeline.io.ownership import MARK
 from pipeline.model.config_json import describe
 from pipeline.model.folder import POINTER, read_pointer
 from pipeline.model.folder import teacher_folder as folder_of

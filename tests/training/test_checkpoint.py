@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from pipeline.config.params import Params
 from pipeline.errors import DecantError
-from pipeline.io.object_store import MARK
+from pipeline.io.ownership import MARK
 from pipeline.training.checkpoint import Checkpoints, TrainState, _damage, _sum
 from pipeline.training.dist_checkpoint import Learner, _MetadataUnpickler
 from pipeline.training.distributed import Ranks

@@ -10,7 +10,8 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.errors import DecantError, MismatchError, ParamsError
-from pipeline.io.object_store import lock, open_folder
+from pipeline.io.folders import open_folder
+from pipeline.io.ownership import lock
 from pipeline.model.named_models import model_folder
 from pipeline.training.run import run_training
 from tests.helpers import SMALL, capture_all, change, weights
