@@ -53,7 +53,7 @@ def _plan(params: Params) -> None:
 
 
 def _look(params: Params) -> None:
-    from pipeline.capture.local import fingerprint_of
+    from pipeline.capture.capture import fingerprint_of
     from pipeline.data.corpus_zarr import CorpusSplit
     from pipeline.planning.advise import advise, cost_lines, plot, recommendation, table_lines
     from pipeline.runtime.device import pick_device

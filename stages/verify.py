@@ -36,7 +36,7 @@ def main(params: Params, structure: bool) -> None:
 
 
 def _run_gate(params: Params) -> None:
-    from pipeline.capture.local import fingerprint_of
+    from pipeline.capture.capture import fingerprint_of
     from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
     from pipeline.io.files import write_json
     from pipeline.logit_cache.reader import CacheReader

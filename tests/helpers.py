@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.capture.local import Capture, CaptureResult, fingerprint_of, open_capture
+from pipeline.capture.capture import Capture, CaptureResult, fingerprint_of, open_capture
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.evaluation.compare import Comparison, compare

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from pipeline.capture.local import (
+from pipeline.capture.capture import (
     Capture,
     CaptureResult,
     disk_errors,

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.capture.local import COUNTED_ROWS
+from pipeline.capture.capture import COUNTED_ROWS
 from pipeline.config.cache_params import AdviseParams, PrepareParams
 from pipeline.config.params import Params
 from pipeline.config.resolved import resolve

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from measure import forget_peak, in_child, peak_mib
 
-from pipeline.capture.local import fingerprint_of, open_capture
+from pipeline.capture.capture import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
 from pipeline.data.packing import Rows

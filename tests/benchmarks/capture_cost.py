@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.capture.local import fingerprint_of, open_capture
+from pipeline.capture.capture import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.model.attention_mask import documents_apart

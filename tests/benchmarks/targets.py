@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.capture.local import fingerprint_of
+from pipeline.capture.capture import fingerprint_of
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows

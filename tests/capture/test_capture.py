@@ -16,7 +16,8 @@ import pytest
 import torch
 import zarr
 
-from pipeline.capture.local import capture_locally, fingerprint_of
+from pipeline.capture.capture import fingerprint_of
+from pipeline.capture.local import capture_locally
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture.local import open_captures
+from pipeline.capture.capture import open_captures
 from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import CorpusSplit

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.capture.local import fingerprint_of
+from pipeline.capture.capture import fingerprint_of
 from pipeline.config.cache_params import AdviseParams
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit

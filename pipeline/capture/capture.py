@@ -1,0 +1,318 @@
+"""The capture of one split: corpus -> teacher -> cache, shard by shard.
+
+A capture is a set of shards that are not committed yet. Any number of processes or machines may
+each take a part of them (`pipeline/capture/local.py`, `pipeline/capture/ray.py`), because the
+fingerprint, the cache's id order and the shard's number determine the contents of a shard on
+machines that round alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.packing import Rows
+from pipeline.data.vocabulary import require_tokenizer
+from pipeline.errors import DecantError, MismatchError, ParamsError, accident
+from pipeline.io.address import Address
+from pipeline.io.checked_json import DamagedError
+from pipeline.io.folders import open_folder
+from pipeline.io.ownership import lock, require_ours
+from pipeline.logit_cache.codec import IdOrder
+from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
+from pipeline.logit_cache.integrity import Damage, repair_cache
+from pipeline.logit_cache.layout import load_layout, remove_cache
+from pipeline.logit_cache.writer import CacheWriter, create_cache, has_cache
+from pipeline.model.attention_mask import documents_apart
+from pipeline.model.folder import hash_weights, teacher_folder
+from pipeline.model.named_models import teacher_model
+from pipeline.runtime.console import progress_bar, say
+from pipeline.runtime.device import dtype_name, pick_device, seconds_of
+from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.topk import TopK
+from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
+
+COUNTED_ROWS = 8  # rows whose kept ids make the id order; 32 would save 0.6 more bytes per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureResult:
+    """The outcome of a capture."""
+
+    shards: int  # in the complete cache
+    shards_done: int  # by this call; the others existed before or belong to another process
+    shards_missing: int  # still missing when this call ended
+    tokens_done: int
+
+
+def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> Fingerprint:
+    """Return the fingerprint of the cache that these parameters produce from a corpus.
+
+    Raises:
+        MismatchError: the corpus was tokenized with another tokenizer.
+        ParamsError: K exceeds the vocabulary.
+    """
+    info = corpus.info
+    teacher, wanted = teacher_folder(params.paths.teacher), params.prepare
+    require_tokenizer(teacher, corpus)
+    if wanted.k > info.vocab_size:
+        raise ParamsError(
+            f"prepare.k={wanted.k} exceeds the {info.vocab_size} ids of the vocabulary: lower it"
+        )
+    return Fingerprint(
+        format_version=FORMAT_VERSION,
+        teacher_sha256=hash_weights(teacher),
+        tokenizer_sha256=info.tokenizer_sha256,
+        corpus_sha256=info.sha256,
+        dtype=dtype_name(dtype),
+        document_mask=wanted.document_mask,
+        k=wanted.k,
+        num_sampled=wanted.num_sampled,
+        sampling_seed=params.seed if wanted.num_sampled else 0,
+        temperatures=wanted.temperatures,
+        vocab_size=info.vocab_size,
+        num_rows=info.num_rows,
+        row_length=info.row_length,
+    )
+
+
+class Capture:
+    """The capture of one split: its teacher, its corpus, and the cache being written.
+
+    Args:
+        teacher: in the fingerprint's number format.
+        fingerprint: describes what the cache is made from.
+        batch_rows: rows per forward of the teacher.
+        repaired: damages that were repaired before the capture.
+    """
+
+    def __init__(
+        self,
+        teacher: HuggingFaceTeacher,
+        corpus: CorpusSplit,
+        fingerprint: Fingerprint,
+        writer: CacheWriter,
+        *,
+        batch_rows: int,
+        repaired: tuple[Damage, ...] = (),
+    ) -> None:
+        self.teacher = teacher
+        self.corpus = corpus
+        self.fingerprint = fingerprint
+        self.writer = writer
+        self.repaired = repaired
+        self._batch_rows = batch_rows
+
+    def run(self, shards: list[int]) -> CaptureResult:
+        """Capture the given shards, all of which must be missing.
+
+        A writer thread compresses and syncs one shard while the teacher works on the next. On any
+        error, Ctrl-C included, the current shard is dropped and committed ones stay.
+
+        Raises:
+            DecantError: the disk is full or not writable; the message says how many shards are
+                safe.
+        """
+        tokens = self.tokens_of(shards)
+        bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
+        pending: Future[None] | None = None
+        with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
+            for shard in shards:
+                topk, tokens_sha256 = self.compute(shard, bar)
+                if pending is not None:
+                    pending.result()
+                pending = thread.submit(self.writer.write, shard, topk, tokens_sha256)
+            if pending is not None:
+                pending.result()
+        return CaptureResult(
+            shards=self.writer.layout.num_shards,
+            shards_done=len(shards),
+            shards_missing=len(self.writer.missing()),
+            tokens_done=tokens,
+        )
+
+    def tokens_of(self, shards: list[int]) -> int:
+        """Return the number of tokens in these shards, padding included."""
+        bounds = map(self.writer.layout.rows_of, shards)
+        return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
+
+    def compute(self, shard: int, bar: object | None = None) -> tuple[TopK, str]:
+        """Return a shard's TopK [rows, L, ...] on the CPU, and the hash of its corpus rows."""
+        start, stop = self.writer.layout.rows_of(shard)
+        rows = self.corpus.rows(start, stop)
+        parts: list[TopK] = []
+        for first in range(0, stop - start, self._batch_rows):
+            batch = rows[first : first + self._batch_rows]
+            parts.append(self._top_k(batch, start + first).map(torch.Tensor.cpu))
+            if bar is not None:
+                bar.update(batch.tokens.size)  # type: ignore[attr-defined]
+        return TopK.cat(parts), hash_rows(rows)
+
+    def seconds_per_token(self) -> float:
+        """Time teacher and reduction on this machine, on one row, or on one batch on a GPU."""
+        rows = self._batch_rows if self.teacher.device.type == "cuda" else 1
+        batch = self.corpus.rows(0, min(rows, len(self.corpus)))
+        seconds = seconds_of(lambda: self._top_k(batch, 0), self.teacher.device)
+        return seconds / batch.tokens.size
+
+    def _top_k(self, rows: Rows, first_row: int) -> TopK:
+        return top_k_of(self.teacher, self.fingerprint, rows, first_row)
+
+
+def top_k_of(
+    teacher: HuggingFaceTeacher, fingerprint: Fingerprint, rows: Rows, first_row: int
+) -> TopK:
+    """Return what a cache with this fingerprint stores for rows of the corpus.
+
+    Args:
+        first_row: number of the first of `rows` in the corpus.
+
+    Returns:
+        TopK [len(rows), L, ...] on the teacher's device.
+    """
+    numbers = range(first_row, first_row + len(rows))
+    uniforms = row_uniforms(
+        numbers, fingerprint.row_length, fingerprint.num_sampled, fingerprint.sampling_seed
+    )
+    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+    apart = documents_apart(doc_ids, fingerprint.document_mask)
+    return teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
+
+
+def make_id_order(
+    teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint
+) -> IdOrder:
+    """Make the id order of a new cache from the teacher's ids on a few evenly spaced rows."""
+    number = min(COUNTED_ROWS, len(corpus))
+    ids = []
+    for row in (np.arange(number) * len(corpus) // number).tolist():
+        topk = top_k_of(teacher, fingerprint, corpus.rows(row, row + 1), row)
+        ids += [topk.ids.cpu().numpy().ravel(), topk.sampled_ids.cpu().numpy().ravel()]
+    return IdOrder.by_frequency(np.concatenate(ids), fingerprint.vocab_size)
+
+
+def open_capture(
+    teacher: HuggingFaceTeacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    params: Params,
+    *,
+    repair: bool = False,
+) -> Capture:
+    """Create the cache of one split, or open it to be continued.
+
+    Args:
+        repair: first check every committed shard and uncommit the damaged ones.
+
+    Raises:
+        MismatchError: the cache was made from something else; the message names it.
+    """
+    address, sizes = params.paths.logits, params.prepare
+    shape = {"chunk_rows": sizes.chunk_rows, "shard_rows": sizes.shard_rows}
+    id_order = partial(make_id_order, teacher, corpus, fingerprint)
+    repaired: tuple[Damage, ...] = ()
+    with disk_errors(str(address / corpus.split)):
+        if repair:
+            repaired = repair_cache(address, corpus, fingerprint, make_id_order=id_order, **shape)
+        if not has_cache(address, corpus.split):
+            create_cache(address, corpus.split, fingerprint, id_order=id_order(), **shape)
+        writer = CacheWriter(address, corpus.split, fingerprint)
+    return Capture(
+        teacher,
+        corpus,
+        fingerprint,
+        writer,
+        batch_rows=params.capture.batch_rows,
+        repaired=repaired,
+    )
+
+
+def open_captures(
+    params: Params, *, overwrite: bool = False, repair: bool = False
+) -> list[Capture]:
+    """Open the captures of all splits, with one teacher on this process's device.
+
+    Args:
+        overwrite: first delete the cache at paths.logits if it was made from something else;
+            running the same command again continues what the first one began.
+        repair: see open_capture.
+
+    Raises:
+        DecantError: see fingerprint_of, HuggingFaceTeacher and open_capture.
+    """
+    teacher_model(params.paths.teacher)  # refuses before anything is deleted
+    corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
+    device = pick_device(params.device)
+    dtype = teacher_dtype(params, device)
+    fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
+    require_ours(params.paths.logits, "logits", key="paths.logits")
+    if overwrite:
+        for split, wanted in zip(SPLITS, fingerprints, strict=True):
+            address = params.paths.logits / split
+            if other := _something_else(address, wanted):
+                say(f"prepare: {other}, and is replaced by a new cache")
+                remove_cache(open_folder(address))
+    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
+    return [
+        open_capture(teacher, corpus, fingerprint, params, repair=repair)
+        for corpus, fingerprint in zip(corpora, fingerprints, strict=True)
+    ]
+
+
+def _something_else(address: Address, wanted: Fingerprint) -> str:
+    """Describe how a split's cache differs from the wanted one; empty if it does not.
+
+    Raises:
+        DecantError: the cache is too damaged to tell. It may hold hours of capture, so it is not
+            deleted for that reason alone.
+    """
+    try:
+        layout = load_layout(open_folder(address), str(address))
+    except MismatchError as error:
+        return str(error).partition(": ")[0]
+    except DamagedError as error:
+        raise DecantError(
+            f"{address} is damaged ({error}), so nothing says what it was made from: remove "
+            "it to capture it again"
+        ) from None
+    difference = layout and layout.fingerprint.difference(wanted)
+    return f"{address} {difference}" if difference else ""
+
+
+def lock_cache(params: Params, *, part: int = 1, parts: int = 1) -> AbstractContextManager[None]:
+    """Exclude other processes that would write the same shards."""
+    remedy = "set paths.logits to another place, or share the work by --shards I/N"
+    return lock(params.paths.logits, remedy, part=part, parts=parts)
+
+
+def say_repaired(split: str, damages: tuple[Damage, ...]) -> None:
+    """Print each damage on its own line."""
+    for damage in damages:
+        shard = "" if damage.shard is None else f"shard {damage.shard}: "
+        say(f"prepare: {split} {shard}{damage.what}; repaired")
+
+
+@contextmanager
+def disk_errors(where: str, writer: CacheWriter | None = None) -> Iterator[None]:
+    """Report a full or read-only disk as one sentence; committed shards stay."""
+    try:
+        yield
+    except OSError as error:
+        what = accident(error) or error.strerror or str(error)
+        safe = ""
+        if writer is not None:
+            total = writer.layout.num_shards
+            safe = f"{total - len(writer.missing())} of {total} shards are committed and safe; "
+            where = str(writer.address)
+        raise DecantError(
+            f"capture to {where} stopped, {error.filename or 'the cache'}: {what}: {safe}fix that "
+            "and run the same command to continue"
+        ) from error
