@@ -107,7 +107,7 @@ class VerifyParams(Section):
     min_overlap: Fraction = 0.95
     """Limit for the mean share of the K ids that cache and live teacher have in common."""
     max_logprob_error: Positive = 0.25
-    """Limit for the mean error of log-probabilities in the band of ranks where it is largest, in
+    """Limit for the mean error of log-probabilities in the band of k where it is largest, in
     nats."""
     max_lse_error: Positive = 0.5
     """Limit for the mean error of lse, in nats."""
