@@ -55,7 +55,8 @@ def _plan(params: Params) -> None:
 def _look(params: Params) -> None:
     from pipeline.capture.capture import fingerprint_of
     from pipeline.data.corpus_zarr import CorpusSplit
-    from pipeline.planning.advise import advise, cost_lines, plot, recommendation, table_lines
+    from pipeline.planning.advise import advise
+    from pipeline.planning.advise_text import cost_lines, plot, recommendation, table_lines
     from pipeline.runtime.device import pick_device
     from pipeline.teacher.transformers import open_teacher, teacher_dtype
 

@@ -18,9 +18,9 @@ from click import Command
 from click.testing import CliRunner
 
 from pipeline.config.params import Params, load_params
-from pipeline.planning.advise import readable_bytes
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.plan_text import plan_lines
+from pipeline.runtime.console import readable_bytes
 from stages import corpus, evaluate, fetch, prepare, train, verify
 from tests.helpers import ROOT
 from tests.models import make_teacher

@@ -35,18 +35,16 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from functools import cache, cached_property
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data import chat_template
+from pipeline.data.chat_template import RenderTimeout, marks_turns, time_limit, with_fixed_date
 from pipeline.data.packing import Document
 from pipeline.data.prefix import PrefixEncoder
 from pipeline.errors import DecantError, reason_of
@@ -54,11 +52,6 @@ from pipeline.errors import DecantError, reason_of
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-RENDER_SECONDS = 5.0
-"""Time limit for one rendering, since a template is a program and may loop forever.
-
-The largest real templates take milliseconds.
-"""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text"}
@@ -66,8 +59,6 @@ _TEXT_PARTS = {"text", "input_text", "output_text"}
 # message, and the probe.
 _OPEN, _CLOSE, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}{_PROBE}]")
-_DATE = datetime(2024, 7, 26)  # the default date in Llama 3's template
-_DIRECTIVES = "%-d %-m %-H %-I %-M %-S %-j %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y"
 
 
 class BadConversationError(DecantError):
@@ -96,8 +87,8 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self._encode = PrefixEncoder(tokenizer, limit)
         self._completions_only = completions_only
-        self._template = _with_fixed_date(tokenizer.get_chat_template())
-        self._marks_turns = _marks_turns(self._template)
+        self._template = with_fixed_date(tokenizer.get_chat_template())
+        self.marks_turns = marks_turns(self._template)
         added = tokenizer.added_tokens_decoder.values()
         self._special = _any_of(token.content for token in added if token.special)
         self._added = _any_of((token.content for token in added), "</?[a-z_]+>")
@@ -107,7 +98,8 @@ class ChatTokenizer:
         except _TooSlowError:
             raise DecantError(
                 "the teacher's chat template has not rendered one short message within "
-                f"{RENDER_SECONDS:g} s: correct it (it may loop), or choose another teacher"
+                f"{chat_template.RENDER_SECONDS:g} s: correct it (it may loop), or choose "
+                "another teacher"
             ) from None
         except BadConversationError:
             pass  # the error of a real conversation will say what is missing
@@ -121,13 +113,13 @@ class ChatTokenizer:
         """
         messages = [self._formed(message) for message in _checked(messages)]
         messages = [self._marked(message) for message in messages]
-        if self._completions_only and self._marks_turns:
+        if self._completions_only and self.marks_turns:
             text, spans = self._render_with_turns(messages)
         else:
             text, spans = self._render(messages), []
         tokens, starts, stops = self._tokens(text)
         in_loss = np.full(len(tokens), not self._completions_only)
-        if self._completions_only and self._marks_turns:
+        if self._completions_only and self.marks_turns:
             for start, stop in spans:  # as in transformers: every token that overlaps the turn
                 in_loss |= (starts < stop) & (stops > start)
         elif self._completions_only:
@@ -168,12 +160,12 @@ class ChatTokenizer:
 
     def _guarded(self, messages: list[Message], render: Callable[[], Any]) -> Any:
         try:
-            with _time_limit(RENDER_SECONDS):
+            with time_limit(chat_template.RENDER_SECONDS):
                 return render()
-        except _Timeout:
+        except RenderTimeout:
             raise _TooSlowError(
                 f"{_named(messages)}: the teacher's chat template has not rendered it within "
-                f"{RENDER_SECONDS:g} s: shorten or drop it"
+                f"{chat_template.RENDER_SECONDS:g} s: shorten or drop it"
             ) from None
         except Exception as error:  # a template is a program, and may raise anything
             reason = reason_of(error)
@@ -468,58 +460,8 @@ class ChatTokenizer:
         return min([length, *cuts])
 
 
-class _Timeout(BaseException):
-    """The time is up; not an Exception, since a template's filters might catch that."""
-
-
 class _TooSlowError(BadConversationError):
     """The template did not terminate."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _Timeout in the main thread once the time is up; other threads have no limit."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def expire(*_: object) -> None:
-        raise _Timeout
-
-    handler = signal.signal(signal.SIGALRM, expire)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
-
-
-def _with_fixed_date(template: str) -> str:
-    """Give a template its own `strftime_now`, which does not depend on the current day."""
-    if "strftime_now" not in template:
-        return template
-    values = {directive: _DATE.strftime(directive) for directive in _DIRECTIVES.split()}
-    written = "".join(f"|replace({name!r}, {value!r})" for name, value in values.items())
-    # `trim_blocks` removes the line break after the block, so the template itself is unchanged.
-    return (
-        f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
-    )
-
-
-def _marks_turns(template: str) -> bool:
-    """Return whether the template encloses generated text in {% generation %}."""
-    import jinja2
-
-    try:
-        tokens = list(jinja2.Environment().lex(template))
-    except jinja2.TemplateError:
-        return False  # rendering will report what is wrong with it
-    words = [(kind, word) for _, kind, word in tokens if kind != "whitespace"]
-    return any(
-        kind == "block_begin" and after == ("name", "generation")
-        for (kind, _), after in pairwise(words)
-    )
 
 
 def _any_of(tokens: Iterator[str], *patterns: str) -> re.Pattern[str]:

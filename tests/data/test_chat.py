@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken
 
 from pipeline.config.params import Params
-from pipeline.data import chat as chat_module
+from pipeline.data import chat_template
 from pipeline.data.chat import BadConversationError, ChatTokenizer
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
@@ -476,7 +476,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def test_a_template_that_loops_is_stopped(
     template: str, error: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_module, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
     tokenizer.chat_template = template
     with pytest.raises(DecantError, match=error):
         ChatTokenizer(tokenizer, completions_only=True)(chat("a", "b"))

@@ -25,18 +25,15 @@ from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention_mask import document_positions
 from pipeline.planning.advise import (
     Advice,
+    EpochCosts,
     KeptAtK,
-    PassCosts,
     advise,
     break_even_epochs,
-    cost_lines,
     nats_lost,
-    plot,
-    recommendation,
     sample_blocks,
-    table_lines,
     usable_ks,
 )
+from pipeline.planning.advise_text import cost_lines, plot, recommendation, table_lines
 from pipeline.runtime.console import readable_bytes, readable_seconds
 from pipeline.runtime.device import DTYPES
 from pipeline.runtime.optional import install_hint
@@ -163,7 +160,7 @@ def made_up(**changes: object) -> Advice:
         corpus_positions=1_000_000,
         kept=kept,
         left_out=(),
-        costs=PassCosts(forward=400.0, top_k=500.0, encode=500.0, decode=100.0),
+        costs=EpochCosts(forward=400.0, top_k=500.0, encode=500.0, decode=100.0),
         prepare_k=64,
         epochs_per_run=0.5,
         temperature=1.0,
