@@ -204,7 +204,7 @@ def test_a_cache_is_no_corpus_and_not_written_over(tiny_cache: Params) -> None:
         CorpusSplit(params.paths.corpus, "train")
     assert "\n" not in str(caught.value)
     with pytest.raises(
-        MismatchError, match=r"holds other output of Decant's \(logits\) than corpus"
+        MismatchError, match=r"holds other output of Decant's \(logits\), not corpus"
     ):
         build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
     open_cache(tiny_cache).top_k(np.array([0]))

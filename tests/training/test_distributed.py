@@ -363,6 +363,6 @@ def test_what_rank_0_refuses_is_said_once(
 
 
 def test_fewer_rows_than_ranks_are_refused(tiny_cache: Params) -> None:
-    ranks = Ranks(torch.device("cpu"), rank=1, count=5)
+    ranks = Ranks(torch.device("cpu"), rank=1, world_size=5)
     with pytest.raises(ParamsError, match=r"batch_rows=4 rows cannot be shared among 5 ranks"):
         run_module._require_rows(tiny_cache, ranks)
