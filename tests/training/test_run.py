@@ -61,7 +61,7 @@ def test_another_tokenizer_than_the_corpuss_is_refused(
         tiny_corpus,
         paths={"teacher": str(other)},
         student={"init": "random"} | SMALL,
-        train={"teacher": teacher},
+        train={"targets": teacher},
     )
     with pytest.raises(MismatchError, match=r"was tokenized with tokenizer .*, .*other holds"):
         run_training(params, "student")
