@@ -115,3 +115,10 @@ def words_of(file: Path) -> str:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
     return "\n".join([*docstrings, *comments])
+
+
+def test_file_names_are_unique_in_the_package() -> None:
+    """So that a name in a comment or an editor's tab says which file it is."""
+    names = Counter(file.name for file in (ROOT / "pipeline").rglob("*.py"))
+    del names["__init__.py"]
+    assert not [name for name, count in names.items() if count > 1]

@@ -30,7 +30,7 @@ from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.targets.topk import TopK
 
 K = 64
-FULL_ROWS = 7.0  # at most so many float32 copies of tokens x ids does a variant hold
+FULL_ROWS = 7.0  # float32 copies of tokens x ids that a variant holds at most
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Loss = Callable[[Tensor, Tensor, Tensor, TopK], Tensor]
 

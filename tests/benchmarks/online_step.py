@@ -128,7 +128,7 @@ def main(rounds: int, busy: bool, case: str) -> None:
     seconds = medians({name: partial(step.take, name) for name in VARIANTS}, rounds, busy=busy)
     peaks = {name: in_child(peak_of, name, case) for name in VARIANTS}
     cached = "cached, top 64"
-    print(f"{TOKENS} tokens a step, times and memory of the cached step")
+    print(f"{TOKENS} tokens per step, times and memory of the cached step")
     for name in VARIANTS:
         print(
             f"  {name:40} time {seconds[name] / seconds[cached]:5.2f} ({seconds[name]:.2f} s), "

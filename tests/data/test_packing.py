@@ -94,7 +94,7 @@ def test_fit_by_hand() -> None:
 
 
 def test_fit_wastes_little_of_mixed_lengths() -> None:
-    """0.16 % of rows of 512, where a row a document would waste 36 %."""
+    """0.16 % of rows of 512, where one row per document would waste 36 %."""
     lengths = np.random.default_rng(0).lognormal(5.8, 0.9, 5000).astype(int)
     texts = [document(range(length)) for length in lengths.tolist()]
     rows = Rows.cat(list(best_fit(texts, 512, 0, 1024)))

@@ -231,7 +231,7 @@ def test_addresses() -> None:
 def test_capture_check_and_train_in_an_object_store(
     how: str | None, server: Server, bucket: Url, tiny_params: Params
 ) -> None:
-    """Corpus and cache at s3://: the same numbers as on a disk, one request an object."""
+    """Corpus and cache at s3://: the same numbers as on a disk, one request per object."""
     server.misbehave = lambda number: how if number % 10 == 0 else None
     remote = change(
         tiny_params, paths={"corpus": str(bucket / "corpus"), "logits": str(bucket / "logits")}
@@ -294,7 +294,7 @@ def test_a_run_is_taken_over_by_another_machine(
 ) -> None:
     """Checkpoints at s3://; the first machine and its disk are lost after the second one."""
     server.misbehave = lambda number: "fail" if number % 10 == 0 else None
-    monkeypatch.setattr(checkpoint, "_PART", 100_000)  # bytes an object: several a file
+    monkeypatch.setattr(checkpoint, "_PART", 100_000)  # bytes per object: several per file
     alone = run_training(tiny_cache, "student")
     first = change(
         tiny_cache, paths={"checkpoints": str(bucket / "runs"), "runs": str(tmp_path / "lost")}
