@@ -192,11 +192,9 @@ def make_id_order(
 ) -> IdOrder:
     """Make the id order of a new cache from the teacher's ids on a few evenly spaced rows."""
     number = min(COUNTED_ROWS, len(corpus))
-    ids = []
-    for row in (np.arange(number) * len(corpus) // number).tolist():
-        topk = top_k_of(teacher, fingerprint, corpus.rows(row, row + 1), row)
-        ids += [topk.ids.cpu().numpy().ravel(), topk.sampled_ids.cpu().numpy().ravel()]
-    return IdOrder.by_frequency(np.concatenate(ids), fingerprint.vocab_size)
+    rows = (np.arange(number) * len(corpus) // number).tolist()
+    parts = [top_k_of(teacher, fingerprint, corpus.rows(row, row + 1), row) for row in rows]
+    return IdOrder.of(TopK.cat(parts))
 
 
 def open_capture(

@@ -43,6 +43,12 @@ class IdOrder:
         counts = np.bincount(ids.ravel(), minlength=vocab_size)
         return IdOrder(np.argsort(-counts, kind="stable"))
 
+    @staticmethod
+    def of(topk: TopK) -> IdOrder:
+        """Order ids by how often they are kept or sampled in a TopK of any leading shape."""
+        ids = [ids.cpu().numpy().ravel() for ids in (topk.ids, topk.sampled_ids)]
+        return IdOrder.by_frequency(np.concatenate(ids), topk.vocab_size)
+
 
 def encode(topk: TopK, id_order: IdOrder) -> Arrays:
     """Convert a TopK of any leading shape to arrays by name, in the dtypes of the format."""

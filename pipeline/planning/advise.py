@@ -386,9 +386,7 @@ def _id_order_of(topk: TopK) -> IdOrder:
     counts gave 152.5 (SmolLM2, K = 64, 16 of 782 rows).
     """
     number = min(COUNTED_ROWS, len(topk.ids))
-    counted = topk[torch.arange(number) * len(topk.ids) // number]
-    ids = torch.cat((counted.ids.flatten(), counted.sampled_ids.flatten()))
-    return IdOrder.by_frequency(ids.numpy(), topk.vocab_size)
+    return IdOrder.of(topk[torch.arange(number) * len(topk.ids) // number])
 
 
 def _layout_of(
