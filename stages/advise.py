@@ -58,7 +58,7 @@ def _look(params: Params) -> None:
     from pipeline.planning.advise import advise
     from pipeline.planning.advise_text import cost_lines, plot, recommendation, table_lines
     from pipeline.runtime.device import pick_device
-    from pipeline.teacher.transformers import open_teacher, teacher_dtype
+    from pipeline.teacher.engines import open_teacher, teacher_dtype
 
     corpus = CorpusSplit(params.paths.corpus, "train")
     device = pick_device(params.device)

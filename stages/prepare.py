@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     help="Be the I-th of N processes, on any machines, that fill one cache together.",
 )
 @click.option(
-    "--engine",
+    "--executor",
     type=click.Choice(["local", "ray"]),
     default="local",
     help="Capture in this process, or by actors on the Ray cluster that RAY_ADDRESS names (without "
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     "--actors",
     type=click.IntRange(min=1),
     show_default="one per GPU, or 1",
-    help="With --engine ray: how many processes capture.",
+    help="With --executor ray: how many processes capture.",
 )
 def main(
-    params: Params, overwrite: bool, repair: bool, part: str, engine: str, actors: int | None
+    params: Params, overwrite: bool, repair: bool, part: str, executor: str, actors: int | None
 ) -> None:
     """Run the teacher over the corpus and store each position's top-K logits.
 
@@ -63,15 +63,15 @@ def main(
             f"--repair with --shards {part} would undo what the other processes are "
             "writing: repair with one process, then go on with several"
         )
-    if engine == "ray":
+    if executor == "ray":
         if parts > 1:
             raise ParamsError(
-                f"--shards {part} and --engine ray both divide the work: leave out one of them"
+                f"--shards {part} and --executor ray both divide the work: leave out one of them"
             )
         results = capture_on_ray(params, actors=actors, overwrite=overwrite, repair=repair)
     else:
         if actors is not None:
-            raise ParamsError(f"--actors {actors} needs --engine ray: add that, or use --shards")
+            raise ParamsError(f"--actors {actors} needs --executor ray: add that, or use --shards")
         results = capture_locally(
             params, part=number, parts=parts, overwrite=overwrite, repair=repair
         )

@@ -41,7 +41,7 @@ def _run_gate(params: Params) -> None:
     from pipeline.io.files import write_json
     from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.teacher.transformers import open_teacher
+    from pipeline.teacher.engines import open_teacher
     from pipeline.verify.gate import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]

@@ -52,7 +52,7 @@ NO_EFFECT = {
     "pipeline.runtime.console": "progress bars and messages",
     "pipeline.runtime.launch": "ranks, of which DVC starts one",
     "pipeline.runtime.optional": "imports of packages that may be missing",
-    "pipeline.capture.ray": "prepare --engine ray, which DVC does not use: the same bytes",
+    "pipeline.capture.ray": "prepare --executor ray, which DVC does not use: the same bytes",
 }
 """Modules that no stage need name, since no result depends on them, and why."""
 EXECUTION = {"paths", "device", "capture", "run"}

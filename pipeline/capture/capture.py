@@ -38,7 +38,8 @@ from pipeline.runtime.console import progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
 from pipeline.targets.topk import TopK
-from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
+from pipeline.teacher.engines import open_teacher, teacher_dtype
+from pipeline.teacher.teacher import Teacher
 
 COUNTED_ROWS = 8  # rows whose kept ids make the id order; 32 would save 0.6 more bytes per token
 
@@ -96,7 +97,7 @@ class Capture:
 
     def __init__(
         self,
-        teacher: HuggingFaceTeacher,
+        teacher: Teacher,
         corpus: CorpusSplit,
         fingerprint: Fingerprint,
         writer: CacheWriter,
@@ -167,9 +168,7 @@ class Capture:
         return top_k_of(self.teacher, self.fingerprint, rows, first_row)
 
 
-def top_k_of(
-    teacher: HuggingFaceTeacher, fingerprint: Fingerprint, rows: Rows, first_row: int
-) -> TopK:
+def top_k_of(teacher: Teacher, fingerprint: Fingerprint, rows: Rows, first_row: int) -> TopK:
     """Return what a cache with this fingerprint stores for rows of the corpus.
 
     Args:
@@ -187,9 +186,7 @@ def top_k_of(
     return teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
 
 
-def make_id_order(
-    teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint
-) -> IdOrder:
+def make_id_order(teacher: Teacher, corpus: CorpusSplit, fingerprint: Fingerprint) -> IdOrder:
     """Make the id order of a new cache from the teacher's ids on a few evenly spaced rows."""
     number = min(COUNTED_ROWS, len(corpus))
     rows = (np.arange(number) * len(corpus) // number).tolist()
@@ -198,7 +195,7 @@ def make_id_order(
 
 
 def open_capture(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     corpus: CorpusSplit,
     fingerprint: Fingerprint,
     params: Params,
@@ -244,7 +241,7 @@ def open_captures(
         repair: see open_capture.
 
     Raises:
-        DecantError: see fingerprint_of, HuggingFaceTeacher and open_capture.
+        DecantError: see fingerprint_of, Teacher and open_capture.
     """
     teacher_model(params.paths.teacher)  # refuses before anything is deleted
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]

@@ -25,7 +25,7 @@ from pipeline.evaluation.results import TEACHER, CalibrationBin, Interval, Score
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
-from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     models: Mapping[str, JudgedModel],
     corpus: CorpusSplit,
     params: EvaluateParams,
@@ -79,7 +79,7 @@ def compare(
         scores=scores,
         calibration=[part for positions in found.values() for part in positions.calibration()],
         parameters={
-            TEACHER: teacher.model.num_parameters(),
+            TEACHER: teacher.num_parameters,
             **{name: model.parameters for name, model in models.items()},
         },
         differences=_differences({name: found[name] for name in models}, clusters),
@@ -88,7 +88,7 @@ def compare(
 
 
 def _announce(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     models: Mapping[str, JudgedModel],
     corpus: CorpusSplit,
     params: EvaluateParams,
@@ -111,7 +111,7 @@ def _announce(
 
 
 def _judge(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     models: Mapping[str, JudgedModel],
     rows: Rows,
     labels: Tensor,

@@ -23,7 +23,9 @@ from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
-from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.engines import open_teacher
+
+_HEAD_CHUNK = 64  # positions; a comparison makes several copies of a chunk of logits
 
 
 def judge(
@@ -38,9 +40,7 @@ def judge(
     require_tokenizer(folders[TEACHER], corpus)
     others = {name: folder for name, folder in folders.items() if name != TEACHER}
     models = open_models(others, corpus, folders[TEACHER], dtype=dtype, device=device)
-    teacher = HuggingFaceTeacher(
-        folders[TEACHER], vocab_size=corpus.info.vocab_size, dtype=dtype, device=device
-    )
+    teacher = open_teacher(params, corpus.info.vocab_size, dtype, device, head_chunk=_HEAD_CHUNK)
     comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
     tokenizer = load_tokenizer(folders[TEACHER])
     length = params.evaluate.passage_tokens

@@ -21,7 +21,7 @@ from pipeline.evaluation.metrics import kl_divergence
 from pipeline.evaluation.models import JudgedModel
 from pipeline.evaluation.results import TEACHER, Passage, PassageModel
 from pipeline.generation.text_generator import PieceDecoder
-from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.teacher import Teacher
 
 _CHOICES = 5
 _DIGITS = 6
@@ -30,7 +30,7 @@ _ROWS_SEARCHED = 1024
 
 @torch.no_grad()
 def view_passage(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     models: Mapping[str, JudgedModel],
     corpus: CorpusSplit,
     tokenizer: Any,

@@ -52,7 +52,7 @@ from pipeline.runtime.console import (
 )
 from pipeline.targets.reduce import row_uniforms
 from pipeline.targets.topk import TopK
-from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.teacher import Teacher
 
 ENOUGH_MASS = 0.95  # the recommended K keeps at least this much
 Result = TypeVar("Result")
@@ -134,7 +134,7 @@ class Advice:
 
 
 def advise(
-    teacher: HuggingFaceTeacher, corpus: CorpusSplit, fingerprint: Fingerprint, params: Params
+    teacher: Teacher, corpus: CorpusSplit, fingerprint: Fingerprint, params: Params
 ) -> Advice:
     """Examine a sample of a split.
 
@@ -285,7 +285,7 @@ class _Meter:
 
 
 def _measure_kept(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     corpus: CorpusSplit,
     fingerprint: Fingerprint,
     params: Params,
@@ -310,7 +310,7 @@ def _measure_kept(
 
 
 def _measure_costs(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     corpus: CorpusSplit,
     fingerprint: Fingerprint,
     params: Params,
@@ -352,7 +352,7 @@ def _measure_costs(
     )
 
 
-def _forward(teacher: HuggingFaceTeacher, tokens: Tensor, doc_ids: Tensor | None) -> float:
+def _forward(teacher: Teacher, tokens: Tensor, doc_ids: Tensor | None) -> float:
     """Run teacher and head over a batch; reading one logit makes sure that a GPU has finished."""
     seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens, doc_ids)]
     return float(seen[-1])

@@ -60,7 +60,7 @@ def import_ray() -> Any:
         DecantError: Ray is not installed.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # applies to clusters that this process starts
-    return require("ray", "ray", "--engine ray")
+    return require("ray", "ray", "--executor ray")
 
 
 @cache

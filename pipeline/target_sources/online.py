@@ -17,7 +17,7 @@ from pipeline.model.attention_mask import documents_apart
 from pipeline.target_sources.target_source import Place, rows_at
 from pipeline.targets.reduce import row_uniforms
 from pipeline.targets.topk import TopK
-from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.teacher import Teacher
 
 
 class OnlineTargets:
@@ -36,7 +36,7 @@ class OnlineTargets:
 
     def __init__(
         self,
-        teacher: HuggingFaceTeacher,
+        teacher: Teacher,
         corpus: CorpusSplit,
         *,
         k: int,

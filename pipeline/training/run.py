@@ -38,7 +38,7 @@ from pipeline.target_sources.cached import CachedTargets
 from pipeline.target_sources.online import OnlineTargets
 from pipeline.target_sources.target_source import TargetSource
 from pipeline.target_sources.tokens_only import TokensOnly
-from pipeline.teacher.transformers import open_teacher, teacher_dtype
+from pipeline.teacher.engines import open_teacher, teacher_dtype
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.distillation import DistillationLoss

@@ -40,7 +40,7 @@ from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
 from pipeline.targets.reduce import row_uniforms, sample_by_inversion, top_k_from_logits
 from pipeline.targets.topk import TopK
-from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.teacher import Teacher
 from pipeline.verify.agreement import Agreement, agreement, said_ids, signed_names
 from pipeline.verify.gate_report import (
     FitTest,
@@ -86,7 +86,7 @@ class _Part:
 
 
 def run_gate(
-    teacher: HuggingFaceTeacher,
+    teacher: Teacher,
     splits: Sequence[tuple[CorpusSplit, CacheReader]],
     params: VerifyParams,
     *,
@@ -179,7 +179,7 @@ def _read(places: Sequence[Place]) -> _Batch:
     )
 
 
-def _capture_again(teacher: HuggingFaceTeacher, batch: _Batch) -> TopK:
+def _capture_again(teacher: Teacher, batch: _Batch) -> TopK:
     """Return the values that the teacher would store now, [B, L, ...].
 
     Each row is run three times: another batch shape gives other matrix shapes, hence another order
@@ -202,9 +202,7 @@ def as_stored(topk: TopK) -> TopK:
     return replace(topk, **{name: getattr(topk, name).half().float() for name in names})
 
 
-def _compare(
-    teacher: HuggingFaceTeacher, batch: _Batch, said: Sequence[TopK], first: int
-) -> list[_Part]:
+def _compare(teacher: Teacher, batch: _Batch, said: Sequence[TopK], first: int) -> list[_Part]:
     """Run one forward pass of the live teacher, and compare each cache of `said` with it.
 
     Args:
@@ -293,7 +291,7 @@ def _found(
     )
 
 
-def _announce(teacher: HuggingFaceTeacher, batches: Sequence[Sequence[Place]], noisy: int) -> None:
+def _announce(teacher: Teacher, batches: Sequence[Sequence[Place]], noisy: int) -> None:
     row = _read(batches[0][:1])
     a_row = seconds_of(lambda: _compare(teacher, row, [row.stored], 0), teacher.device)
     announce(

@@ -24,7 +24,8 @@ from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.device import pick_device, training_dtype
 from pipeline.target_sources.tokens_only import TokensOnly
-from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
+from pipeline.teacher.engines import open_teacher, teacher_dtype
+from pipeline.teacher.teacher import Teacher
 from pipeline.training.batches import make_batch
 from pipeline.training.distillation import DistillationLoss
 from pipeline.training.students import build_student
@@ -51,9 +52,7 @@ def ratio_of(call: Callable[[str], None], rounds: int) -> tuple[float, float]:
     return statistics.median(ratios), statistics.median(plain)
 
 
-def capture(
-    teacher: HuggingFaceTeacher, corpus: CorpusSplit, params: Params, rows: int, way: str
-) -> None:
+def capture(teacher: Teacher, corpus: CorpusSplit, params: Params, rows: int, way: str) -> None:
     """Teacher, head and reduction to the top K."""
     wanted, batch_rows = params.prepare, params.capture.batch_rows
     for first in range(0, rows, batch_rows):
@@ -63,7 +62,7 @@ def capture(
         teacher.top_k(tokens, wanted.k, wanted.temperatures, doc_ids=apart)
 
 
-def teacher_loss(teacher: HuggingFaceTeacher, corpus: CorpusSplit, way: str) -> float:
+def teacher_loss(teacher: Teacher, corpus: CorpusSplit, way: str) -> float:
     """Mean cross-entropy of a split, nats per token."""
     total, count = 0.0, 0
     for first in range(0, len(corpus), 16):

@@ -23,10 +23,11 @@ from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.device import pick_device
-from pipeline.teacher.transformers import HuggingFaceTeacher, open_teacher, teacher_dtype
+from pipeline.teacher.engines import open_teacher, teacher_dtype
+from pipeline.teacher.teacher import Teacher
 
 
-def bare(teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, params: Params) -> None:
+def bare(teacher: Teacher, corpus: CorpusSplit, rows: range, params: Params) -> None:
     """Hidden states and all logits, chunk by chunk, thrown away."""
     batch_rows = params.capture.batch_rows
     for first in range(rows.start, rows.stop, batch_rows):
@@ -39,7 +40,7 @@ def bare(teacher: HuggingFaceTeacher, corpus: CorpusSplit, rows: range, params: 
 
 
 def measure(
-    teacher: HuggingFaceTeacher, corpus: CorpusSplit, params: Params, rounds: int
+    teacher: Teacher, corpus: CorpusSplit, params: Params, rounds: int
 ) -> tuple[float, float]:
     """Median ratio of bare forward to capture over the same shards; median seconds of capture."""
     times: dict[str, list[float]] = {"bare": [], "capture": []}

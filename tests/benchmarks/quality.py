@@ -31,7 +31,8 @@ from pipeline.evaluation.models import open_models
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.targets import reduce
 from pipeline.targets.reduce import block_top_k
-from pipeline.teacher.transformers import HuggingFaceTeacher, teacher_dtype
+from pipeline.teacher.engines import teacher_dtype
+from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import run_training
 
 

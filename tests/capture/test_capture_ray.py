@@ -156,7 +156,7 @@ def stage(run_python: RunPython) -> RunPython:
     """stages/prepare.py, run in a folder."""
 
     def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        return run_python(str(ROOT / "stages/prepare.py"), "--engine", "ray", *words, cwd=folder)
+        return run_python(str(ROOT / "stages/prepare.py"), "--executor", "ray", *words, cwd=folder)
 
     return run
 
@@ -176,9 +176,9 @@ def test_stage_refuses(
 ) -> None:
     for words, sentence in [
         (["--set", "prepare.k=301"], "prepare.k=301 exceeds the 300 ids of the vocabulary"),
-        (["--shards", "1/2"], "--shards 1/2 and --engine ray both divide the work"),
+        (["--shards", "1/2"], "--shards 1/2 and --executor ray both divide the work"),
         (["--actors", "3"], "--actors 3 exceeds the Ray cluster's 2 processors"),
-        (["--engine", "local", "--actors", "2"], "--actors 2 needs --engine ray"),
+        (["--executor", "local", "--actors", "2"], "--actors 2 needs --executor ray"),
     ]:
         done = stage(tmp_path, *words)
         assert done.returncode == 2, done.stderr

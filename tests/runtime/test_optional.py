@@ -76,9 +76,9 @@ def test_every_extra_that_is_named_exists() -> None:
 def test_an_absent_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DecantError) as caught:
-        require("ray", "ray", "--engine ray", instead=", or leave it out")
+        require("ray", "ray", "--executor ray", instead=", or leave it out")
     message = str(caught.value)
-    assert message.startswith("--engine ray needs the package ray (")
+    assert message.startswith("--executor ray needs the package ray (")
     assert message.endswith(f"): {install_hint('ray')}, or leave it out")
     assert "`pip install -e '.[ray]'`" in message
 

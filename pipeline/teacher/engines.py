@@ -1,0 +1,42 @@
+"""The engine that runs the teacher."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.params import Params
+from pipeline.model.folder import teacher_folder
+from pipeline.runtime.device import inference_dtype
+from pipeline.teacher.teacher import Teacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
+
+
+def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
+    """Return the dtype that prepare.dtype stands for on this device.
+
+    Raises:
+        ParamsError: the device has no units for it.
+    """
+    return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
+
+
+def open_teacher(
+    params: Params,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    head_chunk: int | None = None,
+) -> Teacher:
+    """Open the teacher of paths.teacher, its head in chunks of capture.head_chunk positions.
+
+    Args:
+        head_chunk: another number of positions, for callers that make several copies of a chunk.
+    """
+    return HuggingFaceTeacher(
+        teacher_folder(params.paths.teacher),
+        vocab_size=vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=head_chunk or params.capture.head_chunk,
+    )

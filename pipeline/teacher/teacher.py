@@ -1,0 +1,161 @@
+"""A teacher: final hidden states from an engine, then the head in chunks.
+
+An engine (pipeline/teacher/engines.py) maps token rows to hidden states. Everything after that is
+the same for all engines and is done here, because no engine returns the exact normalisers, the
+entropy or the sampled ids of a position. The full logits of a batch (tokens x vocabulary in
+float32) never exist: the head is applied to a few positions at a time, with products accumulated
+in float32, and each chunk of logits is reduced at once. Rows of the head without a tokenizer id
+are left out (Qwen2.5 has 151,936 rows for 151,665 ids).
+
+Shapes: B batch, L length, D hidden, V valid vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import DecantError
+from pipeline.runtime.device import compute_dtype, dtype_name
+from pipeline.runtime.numerics import matmul_float32
+from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.topk import TopK
+
+
+class Teacher(ABC):
+    """A causal language model that is only read.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        head: the head's matrix, [at least V, D], on any device.
+        bias: the head's bias, [at least V], or None.
+        vocab_size: V, number of ids that the tokenizer can produce; further rows of the head are
+            left out.
+        dtype: dtype of weights and activations; logits are always float32. On a CPU, float16
+            weights are computed in float32 (pipeline/runtime/device.py).
+        device: device of the head, and of everything that is returned.
+        max_seq_len: longest row that the model can read; None if there is no limit.
+        head_chunk: number of positions whose logits exist at once.
+
+    Raises:
+        DecantError: the head is smaller than the vocabulary.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        head: Tensor,
+        bias: Tensor | None,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_seq_len: int | None,
+        head_chunk: int,
+    ) -> None:
+        self.folder = folder
+        self.vocab_size = vocab_size
+        self.dtype = dtype
+        self.device = device
+        self.max_seq_len = max_seq_len
+        self.head_chunk = head_chunk
+        self._compute_dtype = compute_dtype(dtype, device)
+        if len(head) < vocab_size:
+            raise DecantError(
+                f"{folder} has {len(head)} rows in its head for {vocab_size} tokenizer ids: "
+                "tokenizer and model do not belong together"
+            )
+        weight = head[:vocab_size].to(device)
+        # matmul_float32 takes float32 factors on CPU; converting once is 10 times cheaper than
+        # always.
+        self._head = (weight.float() if device.type == "cpu" else weight).T
+        self._bias = None if bias is None else bias[:vocab_size].to(device).float()
+
+    @property
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Number of the model's parameters; tied ones count once."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Describe the model, for example "a llama of 134.5 M parameters in float32 on cpu"."""
+
+    @abstractmethod
+    def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
+        """Map rows that are not too long to final hidden states; see `hidden_states`."""
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        """Map tokens, int64 [B, L], to final hidden states [B, L, D], as the body computes them.
+
+        Args:
+            doc_ids: integers [B, L], the documents to keep apart (see
+                pipeline/model/attention_mask.py);
+                None for plain causal attention over the row.
+
+        Raises:
+            DecantError: this architecture cannot keep documents apart, or the rows are longer than
+                the teacher can read.
+        """
+        if self.max_seq_len is not None and tokens.shape[1] > self.max_seq_len:
+            raise DecantError(
+                f"rows of {tokens.shape[1]:,} tokens are longer than the {self.max_seq_len:,} "
+                f"positions of the teacher {self.folder}: set corpus.row_length to that at most, "
+                "or choose a teacher with a longer context"
+            )
+        return self.states(tokens, doc_ids)
+
+    @torch.no_grad()
+    def logits_by_chunk(
+        self, tokens: Tensor, doc_ids: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield positions of the flattened batch with their logits, float32 [chunk, V], by chunks.
+
+        The tensor is a work space: the next chunk overwrites it. For doc_ids see `hidden_states`.
+        """
+        hidden = self.hidden_states(tokens, doc_ids).flatten(0, 1)
+        work = torch.empty(min(self.head_chunk, len(hidden)), self.vocab_size, device=self.device)
+        for start in range(0, len(hidden), self.head_chunk):
+            rows = slice(start, min(start + self.head_chunk, len(hidden)))
+            logits = work[: rows.stop - rows.start]
+            matmul_float32(hidden[rows], self._head, self._compute_dtype, out=logits)
+            if self._bias is not None:
+                logits += self._bias
+            yield rows, logits
+
+    def top_k(
+        self,
+        tokens: Tensor,
+        k: int,
+        temperatures: tuple[float, ...],
+        uniforms: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> TopK:
+        """Map tokens, int64 [B, L], to TopK [B, L, ...] on the teacher's device.
+
+        Args:
+            uniforms: [B, L, M] in [0, 1), which decide the M sampled ids; None samples nothing.
+            doc_ids: see `hidden_states`.
+
+        Raises:
+            DecantError: the teacher produced a logit that is not finite.
+        """
+        if uniforms is None:
+            uniforms = torch.empty(*tokens.shape, 0)
+        chances = uniforms.flatten(0, 1).to(self.device)
+        parts = [
+            top_k_from_logits(logits, k, temperatures, chances[rows])
+            for rows, logits in self.logits_by_chunk(tokens, doc_ids)
+        ]
+        topk = TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
+        sums = (topk.lse[..., None], topk.entropy[..., None], topk.lse_tau)
+        if not bool(torch.isfinite(torch.cat(sums, -1)).all()):
+            raise DecantError(
+                f"the teacher's logits overflow in {dtype_name(self.dtype)}: set prepare.dtype to "
+                "bfloat16 or float32"
+            )
+        return topk
