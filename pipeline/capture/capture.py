@@ -38,7 +38,7 @@ from pipeline.runtime.console import progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
 from pipeline.targets.topk import TopK
-from pipeline.teacher.engines import open_teacher, teacher_dtype
+from pipeline.teacher.engines import describe_engine, open_teacher, teacher_dtype
 from pipeline.teacher.teacher import Teacher
 
 COUNTED_ROWS = 8  # rows whose kept ids make the id order; 32 would save 0.6 more bytes per token
@@ -74,6 +74,7 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
         tokenizer_sha256=info.tokenizer_sha256,
         corpus_sha256=info.sha256,
         dtype=dtype_name(dtype),
+        engine=describe_engine(params),
         document_mask=wanted.document_mask,
         k=wanted.k,
         num_sampled=wanted.num_sampled,

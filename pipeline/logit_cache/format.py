@@ -92,6 +92,7 @@ class Fingerprint:
     tokenizer_sha256: str
     corpus_sha256: str  # of the split
     dtype: str  # the teacher's number format
+    engine: str  # what ran the teacher, as far as it changes numbers
     document_mask: bool  # the teacher's, over a row (pipeline/model/attention_mask.py)
     k: Number
     num_sampled: Number  # M

@@ -102,6 +102,7 @@ def _fingerprint(
         tokenizer_sha256="",
         corpus_sha256="",
         dtype="float16",
+        engine="",
         document_mask=True,
         k=mode.k,
         num_sampled=mode.num_sampled,

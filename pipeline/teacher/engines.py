@@ -20,6 +20,15 @@ def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
     return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
 
 
+def describe_engine(params: Params) -> str:
+    """Name the engine, its version and its settings as far as they change the teacher's numbers.
+
+    The version of transformers is left out: a release may change a kernel's rounding, but not what
+    the model computes, and the gate would find that.
+    """
+    return "transformers"
+
+
 def open_teacher(
     params: Params,
     vocab_size: int,

@@ -37,6 +37,7 @@ def fingerprint(**changes: Any) -> Fingerprint:
         "tokenizer_sha256": "",
         "corpus_sha256": "",
         "dtype": "float32",
+        "engine": "transformers",
         "document_mask": False,
         "k": 20,
         "num_sampled": 0,
