@@ -9,12 +9,14 @@ import click
 
 from pipeline.cli import stage
 from pipeline.errors import ParamsError
+from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
 
 
 @stage
+@shares_teacher
 @click.option("--overwrite", is_flag=True, help="Delete a cache made from something else first.")
 @click.option("--repair", is_flag=True, help="Check every committed shard, recapture damaged ones.")
 @click.option(

@@ -9,12 +9,14 @@ import click
 
 from pipeline.cli import stage, writes
 from pipeline.errors import printable
+from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
 
 
 @stage
+@shares_teacher
 @writes("verify")
 @click.option(
     "--structure",
@@ -55,14 +57,15 @@ def _run_gate(params: Params) -> None:
     )
     for corpus, reader in splits:
         stored = reader.fingerprint
-        # The cache may have other values of these parameters; only its inputs must match.
+        # The cache may have other values of these parameters, and the live teacher another engine;
+        # only the cache's inputs must match.
         names = ("k", "num_sampled", "temperatures", "document_mask")
         kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)
         seed = stored.sampling_seed if stored.num_sampled else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})
         stored.require_equal(
-            fingerprint_of(as_stored, corpus, dtype),
+            fingerprint_of(as_stored, corpus, dtype, engine=stored.engine),
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )

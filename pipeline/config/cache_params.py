@@ -55,6 +55,10 @@ class PrepareParams(Section):
     """The teacher's dtype: float32, bfloat16, float16 or auto. auto is float16 on a GPU; on a CPU
     it is bfloat16 if the CPU has units for it, otherwise float32. float16 on a CPU rounds the
     weights and computes in float32."""
+    parallel: Literal["auto", "tensor", "fsdp"] = "auto"
+    """How the processes that torchrun starts divide the teacher's weights: tensor divides every
+    layer by heads and columns; fsdp divides every tensor, and gathers one layer at a time; auto is
+    tensor where that is possible, else fsdp. A single process ignores it."""
     document_mask: bool = True
     """Whether a document attends to itself only, in teacher and student; false: to the whole row
     before it. A run that uses a cache takes the cache's value."""

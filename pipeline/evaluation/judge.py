@@ -24,6 +24,7 @@ from pipeline.model.folder import hash_weights
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.teacher.engines import open_teacher
+from pipeline.teacher.sharded import led_ranks
 
 _HEAD_CHUNK = 64  # positions; a comparison makes several copies of a chunk of logits
 
@@ -46,9 +47,13 @@ def judge(
     length = params.evaluate.passage_tokens
     passage = view_passage(teacher, models, corpus, tokenizer, length)
     del teacher, models  # sampling loads its own models and may need the memory
+    here = folders
+    if led_ranks() is not None:
+        here = others
+        say("evaluate: the teacher, which several processes share, writes no sample texts")
     continuations = {
         name: sample(folder, params.evaluate.prompts, params.evaluate.max_new_tokens)
-        for name, folder in folders.items()
+        for name, folder in here.items()
     }
     metrics = {
         name: ModelScores(

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.attention_mask import document_positions
@@ -51,11 +52,12 @@ class LogitsError(DecantError):
     """The logits are not the body's final hidden states times the head's matrix, plus its bias."""
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
+def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str, **options: Any) -> Any:
     """Load the model of a local folder in evaluation mode and require that no weights are missing.
 
     Args:
         what: the model's role in the pipeline, for the error message.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         DecantError: there is no model, its architecture is unknown, or tensors are missing.
@@ -70,6 +72,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # damage can raise errors of four libraries
         reason = reason_of(error)
@@ -161,10 +164,25 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
     """Return the final hidden states [B, L, D] of a transformers model."""
+    if isinstance(model, FSDPModule):  # the weights outside the layers are gathered by its forward
+        return _states_within(model, tokens, options)
     hidden: Tensor = model.base_model(
         input_ids=tokens, use_cache=False, **options
     ).last_hidden_state
     return hidden
+
+
+def _states_within(model: Any, tokens: Tensor, options: dict[str, Tensor]) -> Tensor:
+    """Return what the body computes within the model's own forward, whose logits are left out."""
+    found: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(
+        lambda _, __, output: found.append(output.last_hidden_state)
+    )
+    try:
+        model(input_ids=tokens, use_cache=False, logits_to_keep=1, **options)
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def max_positions(config: Any) -> int | None:

@@ -82,10 +82,14 @@ class HuggingFaceTeacher(Teacher):
         if self._keeps_apart is None:
             self._keeps_apart = keeps_documents_apart(self.model, self.vocab_size)
         if not self._keeps_apart:
-            raise DecantError(
-                f"the teacher, a {self.model.config.model_type} model, does not keep documents "
-                "apart that are packed into one row: set prepare.document_mask=false, or choose "
-                "another teacher"
-            )
+            raise mixes_documents(self.model.config.model_type)
         positions = document_positions(doc_ids).to(self.device)
         return body_states(self.model, tokens.to(self.device), position_ids=positions)
+
+
+def mixes_documents(model_type: str) -> DecantError:
+    """Return the error for a document mask that the architecture would ignore."""
+    return DecantError(
+        f"the teacher, a {model_type} model, does not keep documents apart that are packed into "
+        "one row: set prepare.document_mask=false, or choose another teacher"
+    )
