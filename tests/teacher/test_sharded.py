@@ -178,8 +178,12 @@ def test_an_architecture_without_a_plan_is_refused_by_name(tmp_path: Path) -> No
 def test_an_error_of_rank_0_is_the_only_one(
     tiny_corpus: Params, tmp_path: Path, forkserver: ForkServerContext
 ) -> None:
-    words = ["--params", str(tmp_path / "params.yaml"), "--set", "prepare.k=1000"]
-    statuses, printed = run_on_two(forkserver, tmp_path / "log", "prepare", *words)
-    assert statuses == [2, 2]
-    assert printed.count("error: ") == 1
-    assert "prepare.k=1000 exceeds" in printed
+    for words, sentence in (
+        (("--set", "prepare.k=1000"), "prepare.k=1000 exceeds"),
+        (("--executor", "ray"), "--executor ray starts processes of its own, and torchrun started"),
+    ):
+        words = ("--params", str(tmp_path / "params.yaml"), *words)
+        statuses, printed = run_on_two(forkserver, tmp_path / "log", "prepare", *words)
+        assert statuses == [2, 2]
+        assert printed.count("error: ") == 1
+        assert sentence in printed
