@@ -2,8 +2,8 @@
 
 The logits of a whole batch (tokens x vocabulary in float32) are large, and positions outside the
 loss do not need them, so the two steps are separate. For most models, states are final hidden
-states, and logits are their product with the head. A model that changes its logits further (Phi's
-bias, Gemma 2's cap, Cohere's scale) computes the logits itself.
+states, and logits are their product with the head, scaled or capped where the model does so. A
+model with more in its head (Phi's bias, ModernBERT's norm) computes the logits itself.
 
 Shapes: B batch, L length, n some positions of B x L, D hidden, V vocabulary rows.
 """
@@ -77,7 +77,8 @@ class ProductModel:
             return self._student.hidden_states(tokens, doc_ids).flatten(0, 1)
 
     def logits(self, states: Tensor) -> Tensor:
-        return matmul_float32(states, self._head.T, self._dtype)
+        logits = matmul_float32(states, self._head.T, self._dtype)
+        return self._student.logit_transform.apply_(logits)
 
 
 class WholeModel:
