@@ -197,13 +197,13 @@ def body_states(model: Any, tokens: Tensor, positions: Tensor | None = None) -> 
     Args:
         positions: int64 [B, L], restarting at each document; None counts from the row's start.
     """
-    options = {} if positions is None else _document_options(model, positions)
+    options = {} if positions is None else document_options(model, positions)
     hidden: Tensor = body_of(model)(input_ids=tokens, use_cache=False, **options).last_hidden_state
     return hidden
 
 
-def _document_options(model: Any, positions: Tensor) -> dict[str, Any]:
-    """Return the body's arguments for documents at these positions."""
+def document_options(model: Any, positions: Tensor) -> dict[str, Any]:
+    """Return the arguments of a model or its body for documents at these positions."""
     config = model.config.get_text_config(decoder=True)
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         # Qwen2.5-VL takes positions for the mask, then time, height and width for rotations.
