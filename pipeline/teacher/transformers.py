@@ -21,8 +21,9 @@ from pipeline.model.huggingface import (
     load_causal_lm,
     max_positions,
     require_own_logits,
-    require_plain_head,
+    without_other_inputs,
 )
+from pipeline.model.logit_transform import LogitTransform
 from pipeline.runtime.device import dtype_name, place_rounded
 from pipeline.teacher.teacher import Teacher
 
@@ -48,8 +49,7 @@ class HuggingFaceTeacher(Teacher):
         device: torch.device,
         head_chunk: int = 64,
     ) -> None:
-        model = load_causal_lm(folder, dtype, what="teacher")
-        require_plain_head(folder, model.config)
+        model = without_other_inputs(load_causal_lm(folder, dtype, what="teacher"))
         self.model = place_rounded(model, dtype, device).eval().requires_grad_(False)
         require_own_logits(folder, self.model)
         self._keeps_apart: bool | None = None  # unknown yet
@@ -58,6 +58,7 @@ class HuggingFaceTeacher(Teacher):
             folder,
             head=head.weight,
             bias=getattr(head, "bias", None),
+            transform=LogitTransform.of_config(self.model.config),
             vocab_size=vocab_size,
             dtype=dtype,
             device=device,
@@ -84,7 +85,7 @@ class HuggingFaceTeacher(Teacher):
         if not self._keeps_apart:
             raise mixes_documents(self.model.config.model_type)
         positions = document_positions(doc_ids).to(self.device)
-        return body_states(self.model, tokens.to(self.device), position_ids=positions)
+        return body_states(self.model, tokens.to(self.device), positions)
 
 
 def mixes_documents(model_type: str) -> DecantError:
