@@ -29,6 +29,7 @@ from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.attention_mask import document_positions
 from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import require_regular_folder
+from pipeline.model.quantization import read_quantization
 from pipeline.model.student import Student
 from pipeline.runtime.optional import import_transformers
 
@@ -51,17 +52,31 @@ class LogitsError(DecantError):
     """The logits are not the body's final hidden states times the head's matrix, plus its bias."""
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
+def load_causal_lm(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    what: str,
+    device: torch.device | None = None,
+    dequantize: bool = False,
+) -> Any:
     """Load the model of a local folder in evaluation mode and require that no weights are missing.
 
     Args:
         what: the model's role in the pipeline, for the error message.
+        device: where quantised weights are loaded, as they cannot be moved and rounded later; None
+            refuses them.
+        dequantize: convert quantised weights to `dtype`.
 
     Raises:
         DecantError: there is no model, its architecture is unknown, or tensors are missing.
+        QuantizedError: it is quantised, and cannot run so here (pipeline/model/quantization.py).
     """
     require_regular_folder(folder)
     read_config_json(folder)
+    options: dict[str, Any] = {}
+    if (quantization := read_quantization(folder)) is not None:
+        options = quantization.load_options(dtype, device, what=what, dequantize=dequantize)
     try:
         model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
             folder,
@@ -70,6 +85,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # damage can raise errors of four libraries
         reason = reason_of(error)
@@ -82,6 +98,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
             "whole model by stages/fetch.py"
         )
+    if quantization is not None:
+        unexpected = set(loading["unexpected_keys"])
+        quantization.require_loaded_so(model, unexpected, dtype, dequantize=dequantize)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.model.folder import teacher_folder
+from pipeline.model.quantization import describe_weights, read_quantization
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
@@ -26,7 +27,8 @@ def describe_engine(params: Params) -> str:
     The version of transformers is left out: a release may change a kernel's rounding, but not what
     the model computes, and the gate would find that.
     """
-    return "transformers"
+    stored = read_quantization(teacher_folder(params.paths.teacher))
+    return "transformers" + describe_weights(stored, dequantize=params.prepare.dequantize)
 
 
 def open_teacher(
@@ -48,4 +50,5 @@ def open_teacher(
         dtype=dtype,
         device=device,
         head_chunk=head_chunk or params.capture.head_chunk,
+        dequantize=params.prepare.dequantize,
     )
