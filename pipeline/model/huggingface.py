@@ -37,6 +37,7 @@ from pipeline.model.attention_mask import document_positions
 from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import require_regular_folder
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
+from pipeline.model.quantization import read_quantization
 from pipeline.model.student import Student
 from pipeline.runtime.optional import import_transformers
 
@@ -57,18 +58,32 @@ class LogitsError(DecantError):
     """The logits are not hidden states times the head's matrix plus bias, scaled and capped."""
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str, **options: Any) -> Any:
+def load_causal_lm(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    what: str,
+    device: torch.device | None = None,
+    dequantize: bool = False,
+    **options: Any,
+) -> Any:
     """Load the model of a local folder in evaluation mode and require that no weights are missing.
 
     Args:
         what: the model's role in the pipeline, for the error message.
+        device: where quantised weights are loaded, as they cannot be moved and rounded later; None
+            refuses them.
+        dequantize: convert quantised weights to `dtype`.
         options: further arguments of `from_pretrained`.
 
     Raises:
         DecantError: there is no model, its architecture is unknown, or tensors are missing.
+        QuantizedError: it is quantised, and cannot run so here (pipeline/model/quantization.py).
     """
     require_regular_folder(folder)
     read_config_json(folder)
+    if (quantization := read_quantization(folder)) is not None:
+        options |= quantization.load_options(dtype, device, what=what, dequantize=dequantize)
     try:
         model, loading = _auto_class(_load_config(folder)).from_pretrained(
             folder,
@@ -86,6 +101,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str, **options: An
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
             "whole model by stages/fetch.py"
         )
+    if quantization is not None:
+        unexpected = set(loading["unexpected_keys"])
+        quantization.require_loaded_so(model, unexpected, dtype, dequantize=dequantize)
     return model.eval()
 
 

@@ -49,6 +49,7 @@ from pipeline.model.huggingface import (
     without_other_inputs,
 )
 from pipeline.model.logit_transform import LogitTransform
+from pipeline.model.quantization import read_quantization
 from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.runtime.optional import import_transformers
 from pipeline.runtime.ranks import Ranks, join_ranks
@@ -272,9 +273,15 @@ def choose_parallel(folder: Path, wanted: str, number: int) -> Parallel:
     """Return the way in which a model is divided among a number of processes.
 
     Raises:
-        ParamsError: tensor is wanted and impossible.
+        ParamsError: tensor is wanted and impossible, or the weights are quantised.
         DecantError: the folder has no model of a known architecture.
     """
+    if (stored := read_quantization(folder)) is not None:
+        raise ParamsError(
+            f"{folder} is quantised ({stored.name}), and its weights are not divided among "
+            f"{number} processes: start one, or set prepare.engine to vllm and "
+            "prepare.vllm.options.tensor_parallel_size to the number of devices"
+        )
     if wanted == "fsdp":
         return "fsdp"
     reason = _why_not_tensor(empty_model(folder), number)

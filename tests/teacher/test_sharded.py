@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,16 @@ def test_an_architecture_without_a_plan_is_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(ParamsError, match="no tensor-parallel plan for a 'gpt2' model"):
         choose_parallel(tmp_path, "tensor", 2)
     assert choose_parallel(tmp_path, "auto", 2) == "fsdp"
+
+
+def test_quantised_weights_are_not_divided(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for wanted in ("auto", "tensor", "fsdp"):
+        with pytest.raises(ParamsError, match=r"is quantised \(fp8\), and its weights are not"):
+            choose_parallel(tmp_path, wanted, 2)
 
 
 def test_an_error_of_rank_0_is_the_only_one(
