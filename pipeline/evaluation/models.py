@@ -32,7 +32,7 @@ from pipeline.model.quantization import QuantizedError
 from pipeline.model.student import Student
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import compute_dtype, place_rounded
-from pipeline.runtime.numerics import matmul_float32
+from pipeline.runtime.numerics import as_factor, matmul_float32
 
 
 class JudgedModel(Protocol):
@@ -68,7 +68,7 @@ class ProductModel:
             student = place_rounded(student, dtype, device)
         self._student = student.eval()
         head = student.head_weight.detach()
-        self._head = head.float() if head.device.type == "cpu" else head  # see matmul_float32
+        self._head = as_factor(head, self._dtype).T
         self.parameters = student.count_parameters()
         self.vocab_size = student.vocab_size
         self.max_seq_len = student.max_seq_len
@@ -79,7 +79,8 @@ class ProductModel:
             return self._student.hidden_states(tokens, doc_ids).flatten(0, 1)
 
     def logits(self, states: Tensor) -> Tensor:
-        logits = matmul_float32(states, self._head.T, self._dtype)
+        states = as_factor(states, self._dtype)
+        logits = matmul_float32(states, self._head, self._dtype, prepared=True)
         return self._student.logit_transform.apply_(logits)
 
 

@@ -35,7 +35,7 @@ from pipeline.losses.divergences import (
 )
 from pipeline.losses.kernels_torch import SoftmaxKernels
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform, soft_cap_slope
-from pipeline.runtime.numerics import matmul_float32
+from pipeline.runtime.numerics import as_factor, matmul_float32
 from pipeline.runtime.optional import has_triton
 from pipeline.targets.topk import TopK
 
@@ -123,14 +123,12 @@ class _ChunkedLoss(torch.autograd.Function):
         # copy.
         size = min(chunk, len(hidden))
         buffer = torch.empty(size, len(weight), device=hidden.device) if on_cpu else None
-        # On a CPU matmul_float32 takes float32 factors: convert once, not once per chunk.
-        factor_dtype = torch.float32 if on_cpu else dtype
-        head = weight.to(factor_dtype)
+        head = as_factor(weight, dtype)  # once, not once per chunk
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
-            h = hidden[rows].to(factor_dtype)
+            h = as_factor(hidden[rows], dtype)
             out = buffer[: len(h)] if buffer is not None else None
-            logits = matmul_float32(h, head.T, dtype, out=out)
+            logits = matmul_float32(h, head.T, dtype, out=out, prepared=True)
             slope = None
             if soft_cap is not None:
                 LogitTransform(soft_cap=soft_cap).apply_(logits)
@@ -146,11 +144,11 @@ class _ChunkedLoss(torch.autograd.Function):
             ce_sum += ce
             if slope is not None:
                 logits *= slope
-            grad = logits.to(factor_dtype)
+            grad = as_factor(logits, dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = matmul_float32(grad, head, dtype)
+                grad_hidden[rows] = matmul_float32(grad, head, dtype, prepared=True)
             if grad_weight is not None:
-                matmul_float32(grad.T, h, dtype, add_to=grad_weight)
+                matmul_float32(grad.T, h, dtype, add_to=grad_weight, prepared=True)
         ctx.save_for_backward(
             grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype),
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),

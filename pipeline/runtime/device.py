@@ -117,14 +117,18 @@ def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Mod
     """Move `model` to `device` with weights rounded to `dtype`, ready to compute (compute_dtype).
 
     Buffers keep their format: RoPE's frequencies are float32 whatever the weights are, and rounding
-    them would rotate distant positions by wrong angles. A quantised model of transformers is
-    returned as it is: it was loaded to its device, and a conversion would destroy its weights.
+    them would rotate distant positions by wrong angles. So do float32 weights among weights that
+    are in `dtype` already, which transformers keeps for some architectures (routers, norms of
+    gpt-oss). A quantised model of transformers is returned as it is: it was loaded to its device,
+    and a conversion would destroy its weights.
     """
     if getattr(model, "is_quantized", False):
         return model
     target = compute_dtype(dtype, device)
+    is_rounded = any(parameter.dtype == dtype for parameter in model.parameters())
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).to(device=device, dtype=target)
+        if not (is_rounded and parameter.dtype == torch.float32):
+            parameter.data = parameter.data.to(dtype).to(device=device, dtype=target)
     return model.to(device)
 
 

@@ -11,6 +11,17 @@ from torch import Tensor
 from pipeline.runtime.device import rounds_float32_factors
 
 
+def as_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in the form in which `matmul_float32` multiplies it, for many products.
+
+    It is rounded to `dtype`, and on a CPU stored in float32 again. On a CPU with AMX, oneDNN rounds
+    float32 factors itself, at the units' speed, so bfloat16 is left to it.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(dtype)
+    return tensor.float() if _rounded_by_units(dtype, tensor) else tensor.to(dtype).float()
+
+
 def matmul_float32(
     a: Tensor,
     b: Tensor,
@@ -18,13 +29,13 @@ def matmul_float32(
     *,
     out: Tensor | None = None,
     add_to: Tensor | None = None,
+    prepared: bool = False,
 ) -> Tensor:
     """Compute a @ b with factors rounded to `dtype`, ACCUMULATED AND RETURNED in float32.
 
     A plain bf16 product returns bf16, which rounds a logit of 20 by up to 0.06, far more than
-    everything else in the cache. On a CPU with AMX, oneDNN can round float32 factors itself, at the
-    units' speed; without such units the factors are rounded here and multiplied in float32. On CUDA
-    `out_dtype` returns the accumulator.
+    everything else in the cache. A CPU without units for bfloat16 rounds the factors and multiplies
+    them in float32. On CUDA `out_dtype` returns the accumulator.
 
     Args:
         a: [n, m].
@@ -32,20 +43,23 @@ def matmul_float32(
         dtype: float32, bfloat16 or float16.
         out: optional float32 [n, p] to write into.
         add_to: optional float32 [n, p] to which the product is added in place (beta = 1).
+        prepared: whether both factors come from `as_factor` with this dtype.
     """
+    if not prepared:
+        a, b = as_factor(a, dtype), as_factor(b, dtype)
     if a.device.type == "cuda" and dtype != torch.float32:
-        product = torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+        product = torch.mm(a, b, out_dtype=torch.float32)
         if add_to is not None:
             return add_to.add_(product)
         return product if out is None else out.copy_(product)
-    by_units = dtype == torch.bfloat16 and rounds_float32_factors(a.device)
-    if not by_units:  # round the factors, multiply in float32
-        a, b = a.to(dtype), b.to(dtype)
-    a, b = a.float(), b.float()
-    with _cpu_matmul_precision("bf16" if by_units else "ieee"):
+    with _cpu_matmul_precision("bf16" if _rounded_by_units(dtype, a) else "ieee"):
         if add_to is not None:
             return add_to.addmm_(a, b)
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def _rounded_by_units(dtype: torch.dtype, factor: Tensor) -> bool:
+    return dtype == torch.bfloat16 and rounds_float32_factors(factor.device)
 
 
 @contextmanager

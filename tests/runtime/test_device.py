@@ -23,7 +23,7 @@ from pipeline.runtime.device import (
     rounds_float32_factors,
     training_dtype,
 )
-from pipeline.runtime.numerics import matmul_float32
+from pipeline.runtime.numerics import as_factor, matmul_float32
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from tests.helpers import ROOT, change, open_cache
 
@@ -154,6 +154,32 @@ def test_float16_on_a_cpu_rounds_weights_and_computes_in_float32() -> None:
     assert torch.equal(layer.frequencies, torch.tensor([0.1]))
 
 
+def test_weights_that_a_model_keeps_in_float32_are_not_rounded(tmp_path: Path) -> None:
+    """ERNIE's routers are float32 in a bfloat16 model; a float16 teacher rounds no more than it."""
+    from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
+
+    config = Ernie4_5_MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=8,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for dtype, target in ((BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32)):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        kept = {name for name, p in theirs.named_parameters() if p.dtype == FLOAT32}
+        assert any("gate.weight" in name for name in kept)
+        expected = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+        for name, parameter in place_rounded(theirs, dtype, CPU).named_parameters():
+            assert parameter.dtype == (FLOAT32 if name in kept else target)
+            assert torch.equal(parameter.float(), expected[name].float())
+
+
 def test_a_float16_teacher_on_a_cpu(teacher_folder: Path) -> None:
     """Against transformers with the same rounding: weights to float16, products in float32."""
     from transformers import AutoModelForCausalLM
@@ -187,6 +213,8 @@ def test_products_round_factors_alone(
     into = torch.empty(7, 11)
     assert matmul_float32(a, b, dtype, out=into) is into
     torch.testing.assert_close(into.double(), expected, atol=2e-5, rtol=1e-5)
+    factors = as_factor(a, dtype), as_factor(b, dtype)
+    assert torch.equal(matmul_float32(*factors, dtype, prepared=True), into)
 
 
 def test_cuda_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
