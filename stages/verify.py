@@ -41,7 +41,7 @@ def _run_gate(params: Params) -> None:
     from pipeline.io.files import write_json
     from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.teacher.engines import open_teacher
+    from pipeline.teacher.engines import describe_engine, open_teacher
     from pipeline.verify.gate import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
@@ -66,8 +66,19 @@ def _run_gate(params: Params) -> None:
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
-    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
-    report, histogram = run_gate(teacher, splits, params.verify, seed=params.seed)
+    # vLLM first, since it takes its share of a GPU's memory when it starts.
+    teachers = {
+        engine: open_teacher(params, corpora[0].info.vocab_size, dtype, device, engine=engine)
+        for engine in sorted({params.prepare.engine, params.verify.engine}, reverse=True)
+    }
+    report, histogram = run_gate(
+        teachers[params.verify.engine],
+        splits,
+        params.verify,
+        seed=params.seed,
+        of_capture=teachers[params.prepare.engine],
+        live_engine=describe_engine(params, params.verify.engine),
+    )
     write_json(params.paths.verify / "metrics.json", {"passed": report.passed, **vars(report)})
     write_json(params.paths.verify / "histogram.json", histogram)
     for line in report.lines():

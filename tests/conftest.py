@@ -42,6 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     conditions = {
         "gpu": (torch.cuda.is_available(), "needs a CUDA GPU"),
         "network": (os.environ.get("DECANT_TEST_NETWORK") == "1", "set DECANT_TEST_NETWORK=1"),
+        "vllm": ("DECANT_TEST_VLLM" in os.environ, "set DECANT_TEST_VLLM to an interpreter"),
         "slow": (os.environ.get("DECANT_TEST_SLOW") == "1", "set DECANT_TEST_SLOW=1"),
     }
     for item in items:

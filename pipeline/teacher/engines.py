@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.config.cache_params import Engine
 from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.runtime.device import inference_dtype
+from pipeline.runtime.launch import launch
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.vllm import VllmTeacher, describe_vllm
 
 
 def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
@@ -20,12 +25,20 @@ def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
     return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
 
 
-def describe_engine(params: Params) -> str:
+def describe_engine(params: Params, engine: Engine | None = None) -> str:
     """Name the engine, its version and its settings as far as they change the teacher's numbers.
 
     The version of transformers is left out: a release may change a kernel's rounding, but not what
     the model computes, and the gate would find that.
+
+    Args:
+        engine: another one than prepare.engine.
+
+    Raises:
+        DecantError: the engine is not installed.
     """
+    if (engine or params.prepare.engine) == "vllm":
+        return describe_vllm(params.prepare.vllm)
     return "transformers"
 
 
@@ -36,16 +49,35 @@ def open_teacher(
     device: torch.device,
     *,
     head_chunk: int | None = None,
+    engine: Engine | None = None,
 ) -> Teacher:
     """Open the teacher of paths.teacher, its head in chunks of capture.head_chunk positions.
 
     Args:
         head_chunk: another number of positions, for callers that make several copies of a chunk.
+        engine: another one than prepare.engine.
     """
-    return HuggingFaceTeacher(
-        teacher_folder(params.paths.teacher),
+    folder = teacher_folder(params.paths.teacher)
+    head_chunk = head_chunk or params.capture.head_chunk
+    if (engine or params.prepare.engine) == "transformers":
+        return HuggingFaceTeacher(
+            folder, vocab_size=vocab_size, dtype=dtype, device=device, head_chunk=head_chunk
+        )
+    here = launch()
+    if here and here.ranks > 1:
+        raise ParamsError(
+            f"prepare.engine=vllm starts its own processes, and torchrun has started {here.ranks} "
+            "already: run the stage without torchrun and set "
+            "prepare.vllm.options.tensor_parallel_size to the number of GPUs"
+        )
+    row_length = CorpusSplit(params.paths.corpus, "train").info.row_length
+    return VllmTeacher(
+        folder,
+        params.prepare.vllm,
+        row_length=row_length,
+        batch_tokens=params.capture.batch_rows * row_length,
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,
-        head_chunk=head_chunk or params.capture.head_chunk,
+        head_chunk=head_chunk,
     )

@@ -168,6 +168,12 @@ def _target_sources(
         for reader in readers:
             _require_same_teacher(reader, teacher_folder(params.paths.teacher))
         return CachedTargets(readers[0]), CachedTargets(readers[1])
+    if params.prepare.engine == "vllm":
+        raise ParamsError(
+            "train.targets=online runs the teacher beside the student, and prepare.engine=vllm "
+            "would take the memory that training needs: capture with stages/prepare.py and set "
+            "train.targets=cached, or set prepare.engine=transformers"
+        )
     require_tokenizer(teacher_folder(params.paths.teacher), corpus)
     temperature = params.train.temperature
     live = open_teacher(params, corpus.info.vocab_size, teacher_dtype(params, device), device)

@@ -58,6 +58,8 @@ def gate_report() -> GateReport:
         batches=20,
         rows=20,
         tokens=640,
+        capture_engine="transformers",
+        live_engine="transformers",
         cache=cache,
         noise_floor=cache,
         negative_control=replace(cache, mean_cosine=0.08),
