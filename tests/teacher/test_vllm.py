@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import textwrap
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,20 +37,6 @@ from tests.models import make_teacher
 from tests.waiting import wait_until
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
-
-
-@pytest.fixture(scope="session")
-def vllm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment whose vLLM is fake_vllm.py."""
-    folder = tmp_path_factory.mktemp("vllm") / "env"
-    venv.create(folder, symlinks=True, with_pip=False)
-    [site] = folder.glob("lib/python*/site-packages")
-    (site / "torch_and_transformers.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    shutil.copyfile(Path(__file__).with_name("fake_vllm.py"), site / "vllm.py")
-    about = site / "vllm-1.2.3.dist-info" / "METADATA"
-    about.parent.mkdir()
-    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1.2.3\n")
-    return folder / "bin" / "python"
 
 
 @pytest.fixture(autouse=True)
