@@ -16,9 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import DecantError, reason_of
-from pipeline.model.config_json import read_config_json
-from pipeline.model.folder import require_regular_folder
-from pipeline.runtime.optional import import_transformers
+from pipeline.model.huggingface import empty_model, without_other_inputs
 
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +38,7 @@ def load_head(folder: Path, dtype: torch.dtype) -> Head:
         DecantError: there is no model, its architecture is unknown, it has no head apart from its
             body, or the head's tensor is not in the folder in a format that can be read.
     """
-    model = _without_weights(folder)
+    model = without_other_inputs(empty_model(folder))
     module = model.get_output_embeddings()
     if module is None:
         raise DecantError(
@@ -55,23 +53,6 @@ def load_head(folder: Path, dtype: torch.dtype) -> Head:
         config=model.config,
         num_parameters=int(model.num_parameters()),
     )
-
-
-def _without_weights(folder: Path) -> Any:
-    require_regular_folder(folder)
-    read_config_json(folder)
-    transformers = import_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # damage can raise errors of four libraries
-        raise DecantError(
-            f"{folder} is not a usable teacher ({reason_of(error)}): run stages/fetch.py, or "
-            "name a complete folder of an architecture that transformers knows"
-        ) from error
 
 
 def _names(model: Any, parameter: nn.Parameter) -> list[str]:

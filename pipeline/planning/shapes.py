@@ -10,6 +10,7 @@ Symbols: D hidden, A query width (heads x head size), G key/value width, F inter
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.config.source_params import TeacherParams
 from pipeline.config.train_params import LoraParams, StudentParams
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DecantError, ParamsError
-from pipeline.model.config_json import read_config_file
+from pipeline.model.config_json import read_config_file, text_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +220,7 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
 
 def _read(file: Path) -> Shape:
     try:
-        return _from_config(read_config_file(file))
+        return _from_config(text_config(read_config_file(file)))
     except (LookupError, TypeError) as error:
         raise DecantError(
             f"{file} does not give the shape of a decoder ({type(error).__name__}: {error}): plans "
@@ -227,7 +228,7 @@ def _read(file: Path) -> Shape:
         ) from None
 
 
-def _from_config(raw: dict[str, Any]) -> Shape:
+def _from_config(raw: Mapping[str, Any]) -> Shape:
     """Read a shape from a config.json, or from the section `student`, with its shorter names."""
     heads = raw.get("num_attention_heads") or raw["num_heads"]
     kv_heads = raw.get("num_key_value_heads") or raw.get("num_kv_heads") or heads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from pipeline.config.cache_params import Engine
@@ -9,8 +11,9 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
+from pipeline.model.quantization import describe_weights, read_quantization
 from pipeline.runtime.device import inference_dtype
-from pipeline.runtime.launch import launch
+from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, led_ranks
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.teacher.vllm import VllmTeacher, describe_vllm
@@ -37,9 +40,16 @@ def describe_engine(params: Params, engine: Engine | None = None) -> str:
     Raises:
         DecantError: the engine is not installed.
     """
+    folder = teacher_folder(params.paths.teacher)
+    stored = read_quantization(folder)
     if (engine or params.prepare.engine) == "vllm":
-        return describe_vllm(params.prepare.vllm)
-    return "transformers"
+        return describe_vllm(params.prepare.vllm, stored)
+    name = "transformers" + describe_weights(stored, dequantize=params.prepare.dequantize)
+    if (group := led_ranks()) is None:
+        return name
+    number = group.ranks.world_size
+    parallel = choose_parallel(folder, params.prepare.parallel, number)
+    return f"{name}, tensor parallel {number}" if parallel == "tensor" else name
 
 
 def open_teacher(
@@ -59,16 +69,45 @@ def open_teacher(
     """
     folder = teacher_folder(params.paths.teacher)
     head_chunk = head_chunk or params.capture.head_chunk
-    if (engine or params.prepare.engine) == "transformers":
-        return HuggingFaceTeacher(
-            folder, vocab_size=vocab_size, dtype=dtype, device=device, head_chunk=head_chunk
+    if (engine or params.prepare.engine) == "vllm":
+        return _open_vllm(params, folder, vocab_size, dtype, device, head_chunk)
+    if (group := led_ranks()) is not None:
+        return ShardedTeacher(
+            group,
+            folder,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            head_chunk=head_chunk,
+            parallel=params.prepare.parallel,
         )
-    here = launch()
-    if here and here.ranks > 1:
+    return HuggingFaceTeacher(
+        folder,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=head_chunk,
+        dequantize=params.prepare.dequantize,
+    )
+
+
+def _open_vllm(
+    params: Params,
+    folder: Path,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_chunk: int,
+) -> VllmTeacher:
+    if (group := led_ranks()) is not None:
         raise ParamsError(
-            f"prepare.engine=vllm starts its own processes, and torchrun has started {here.ranks} "
-            "already: run the stage without torchrun and set "
-            "prepare.vllm.options.tensor_parallel_size to the number of GPUs"
+            "prepare.engine=vllm starts processes of its own, and torchrun started "
+            f"{group.ranks.world_size}: leave torchrun out, and set "
+            "prepare.vllm.options.tensor_parallel_size to the number of devices"
+        )
+    if params.prepare.dequantize:
+        raise ParamsError(
+            "prepare.dequantize=true, and vLLM never dequantises: set it to false, or "
+            "prepare.engine=transformers"
         )
     row_length = CorpusSplit(params.paths.corpus, "train").info.row_length
     return VllmTeacher(

@@ -27,7 +27,9 @@ from pipeline.config.cache_params import VllmParams
 from pipeline.errors import DecantError
 from pipeline.model.attention_mask import document_positions
 from pipeline.model.head import load_head
-from pipeline.model.huggingface import max_positions, require_plain_head
+from pipeline.model.huggingface import max_positions
+from pipeline.model.logit_transform import LogitTransform
+from pipeline.model.quantization import Quantization, describe_weights, read_quantization
 from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
@@ -60,17 +62,19 @@ _FLOAT32, _HALF = 1e-3, 0.1  # relative to the states' norm: allowed in the prob
 _UNIT = 1e-2  # how far lengths are from 1 if states are normalised and rounded
 
 
-def describe_vllm(params: VllmParams) -> str:
-    """Name vLLM's version and the options that change the teacher's numbers.
+def describe_vllm(params: VllmParams, quantization: Quantization | None) -> str:
+    """Name vLLM's version, the weights, and the options that change the teacher's numbers.
 
     Raises:
         DecantError: see `vllm_version`.
     """
-    said = [f"vllm {vllm_version(params.python)}"]
+    weights = describe_weights(quantization, dequantize=False)
+    said = [f"vllm {vllm_version(params.python)}{weights}"]
     for name, value in sorted(params.options.items()):
         if name not in _ROUNDING_ONLY and (name, value) != ("tensor_parallel_size", 1):
-            said.append(f"{name}={json.dumps(value, sort_keys=True).strip(chr(34))}")
-    return " ".join(said)
+            shown = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            said.append(f"{name}={shown}")
+    return ", ".join(said)
 
 
 class VllmTeacher(Teacher):
@@ -101,7 +105,7 @@ class VllmTeacher(Teacher):
         head_chunk: int = 64,
     ) -> None:
         head = load_head(folder, dtype)
-        require_plain_head(folder, head.config)
+        quantization = read_quantization(folder)
         longest = max_positions(head.config)
         arguments: dict[str, Any] = {
             "enforce_eager": True,
@@ -122,6 +126,8 @@ class VllmTeacher(Teacher):
             "max_model_len": min(row_length, longest or row_length),
             "enable_prefix_caching": False,  # positions read from a cache have no states
         }
+        stored = describe_weights(quantization, dequantize=False)
+        self._stored = f"{stored}," if stored else ""
         threads = torch.get_num_threads() if device.type == "cpu" else None
         self._engine = VllmProcess(params.python, arguments, threads=threads)
         self._model_type, self._num_parameters = head.config.model_type, head.num_parameters
@@ -131,13 +137,14 @@ class VllmTeacher(Teacher):
                 folder,
                 head=head.weight,
                 bias=head.bias,
+                transform=LogitTransform.of_config(head.config),
                 vocab_size=vocab_size,
                 dtype=dtype,
                 device=device,
                 max_seq_len=longest,
                 head_chunk=head_chunk,
             )
-            self._require_own_states(len(head.weight[0]), params, head.config)
+            self._require_own_states(len(head.weight[0]), params, quantization)
         except BaseException:
             self.close()
             raise
@@ -149,8 +156,8 @@ class VllmTeacher(Teacher):
     def describe(self) -> str:
         """Describe the model and its engine, as `Teacher` says."""
         return (
-            f"a {self._model_type} of {self.num_parameters / 1e6:.1f} M parameters in "
-            f"{dtype_name(self.dtype)} on {self._engine.about['device']} by vLLM "
+            f"a {self._model_type} of {self.num_parameters / 1e6:.1f} M parameters{self._stored} "
+            f"in {dtype_name(self.dtype)} on {self._engine.about['device']} by vLLM "
             f"{self._engine.version}"
         )
 
@@ -169,7 +176,9 @@ class VllmTeacher(Teacher):
         """End vLLM. This happens too when the teacher is deleted, and when this process ends."""
         self._engine.close()
 
-    def _require_own_states(self, size: int, params: VllmParams, config: Any) -> None:
+    def _require_own_states(
+        self, size: int, params: VllmParams, quantization: Quantization | None
+    ) -> None:
         """Refuse an engine that returns anything but the final hidden states.
 
         Args:
@@ -180,6 +189,11 @@ class VllmTeacher(Teacher):
             raise DecantError(
                 f"{engine} returns states of {found} numbers for the model of {self.folder}, whose "
                 f"head takes {size}: choose prepare.engine=transformers"
+            )
+        if quantization is not None and not self._engine.about["quantization"]:
+            raise DecantError(
+                f"{engine} dequantised {self.folder} ({quantization.name}) when it loaded it: "
+                "choose another version of vLLM, or the unquantised model"
             )
         number = min(_PROBE_TOKENS, self.max_seq_len or _PROBE_TOKENS)
         tokens = torch.linspace(0, self.vocab_size - 1, number).long()[None]
@@ -194,7 +208,7 @@ class VllmTeacher(Teacher):
                 f"{engine} scales the states of {self.folder} to length 1, so its logits are "
                 "unknown: choose prepare.engine=transformers"
             )
-        quantised = "quantization" in params.options or hasattr(config, "quantization_config")
+        quantised = quantization is not None or "quantization" in params.options
         weights = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         if quantised or weights > _PROBED_BYTES:  # other numbers; too large to load twice
             return

@@ -93,15 +93,15 @@ def run_gate(
     params: VerifyParams,
     *,
     seed: int,
-    of_capture: Teacher | None = None,
-    live_engine: str | None = None,
+    noise_teacher: Teacher | None = None,
+    engines: tuple[str, str] | None = None,
 ) -> tuple[GateReport, list[HistogramBin]]:
     """Recompute sampled rows of all splits and judge the cache.
 
     Args:
         teacher: the live teacher.
-        of_capture: the teacher in the engine that captured the cache; None: the live teacher.
-        live_engine: name of the live teacher's engine; None means the one that captured the cache.
+        noise_teacher: the teacher in the engine that captured the cache; None: the live teacher.
+        engines: names of the engines of `noise_teacher` and of the live teacher; None: the cache's.
     """
     readers = [reader for _, reader in splits]
     places, shards = _sample(readers, params.batches * params.batch_rows, seed)
@@ -115,7 +115,7 @@ def run_gate(
         inputs, first = _read(batch), number * params.batch_rows
         said = {"cache": inputs.stored}
         if number in noisy:
-            said["noise"] = _capture_again(of_capture or teacher, inputs)
+            said["noise"] = _capture_again(noise_teacher or teacher, inputs)
             said["control"] = inputs.stored.map(lambda t: t.roll(1, dims=1))
         parts = _compare(teacher, inputs, list(said.values()), first)
         for series, part in zip((cached, noise, control), parts, strict=False):
@@ -139,7 +139,8 @@ def run_gate(
         rows=len(places),
         tokens=len(of_cache),
         capture_engine=made_from.engine,
-        live_engine=live_engine or made_from.engine,
+        noise_engine=engines[0] if engines else made_from.engine,
+        live_engine=engines[1] if engines else made_from.engine,
         cache=_summary(of_cache),
         noise_floor=_summary(of_noise),
         negative_control=_summary(of_control),

@@ -108,6 +108,7 @@ class GateReport:
     rows: int
     tokens: int
     capture_engine: str  # with its settings, as in the cache's fingerprint
+    noise_engine: str
     live_engine: str
     cache: GateSummary
     noise_floor: GateSummary
@@ -131,8 +132,8 @@ class GateReport:
         }
         lines = [f"{name:22} {summary}" for name, summary in said.items()]
         if self.capture_engine != self.live_engine:
-            engines = f"cache and noise floor by {self.capture_engine}, judged by "
-            lines.insert(0, f"{'engines':22} {engines}{self.live_engine}")
+            engines = f"cache by {self.capture_engine}, noise floor by {self.noise_engine}"
+            lines.insert(0, f"{'engines':22} {engines}, judged by {self.live_engine}")
         if self.sampling_tests:
             tests = (
                 f"{name} {t.value:.3f} ({t.low:.3f} to {t.high:.3f})"

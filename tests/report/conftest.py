@@ -14,12 +14,12 @@ from pipeline.data.corpus import build_corpus
 from pipeline.evaluation.results import (
     CalibrationBin,
     HumanEvalScores,
-    Interval,
     Samples,
     TaskMetric,
 )
 from pipeline.export.check_result import ExportCheck, PathResult, TokenizerResult
 from pipeline.io.files import write_json, write_text
+from pipeline.runtime.bootstrap import Interval
 from pipeline.verify.gate_report import (
     FitTest,
     Found,
@@ -59,6 +59,7 @@ def gate_report() -> GateReport:
         rows=20,
         tokens=640,
         capture_engine="transformers",
+        noise_engine="transformers",
         live_engine="transformers",
         cache=cache,
         noise_floor=cache,

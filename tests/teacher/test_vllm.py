@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.compare import compare
 from pipeline.evaluation.models import open_models
-from pipeline.teacher import vllm_process
+from pipeline.teacher import engines, vllm_process
 from pipeline.teacher.engines import open_teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.teacher.vllm import VllmTeacher, describe_vllm
@@ -109,7 +110,7 @@ def test_a_cache_through_vllm_passes_the_gate_of_transformers(
     assert not list(log_folder.iterdir())  # without a fault a log is deleted
     done = run_verify(params, tmp_path / "params.yaml")
     assert done.exit_code == 0, done.output
-    assert "cache and noise floor by vllm 1.2.3, judged by transformers\n" in done.output
+    assert "cache by vllm 1.2.3, noise floor by vllm 1.2.3, judged by transformers\n" in done.output
     metrics = json.loads((params.paths.verify / "metrics.json").read_text())
     assert (metrics["capture_engine"], metrics["live_engine"]) == ("vllm 1.2.3", "transformers")
     assert metrics["noise_floor"]["mean_kl"] > 0.0  # two engines round differently
@@ -233,17 +234,16 @@ def test_vllm_ends_with_the_process_that_started_it(
 def test_torchrun_is_refused(
     tiny_corpus: Params, vllm_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = {
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "",
-        "MASTER_PORT": "",
-    }
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ParamsError, match=r"^prepare\.engine=vllm starts its own processes, and "):
+    group = SimpleNamespace(ranks=SimpleNamespace(world_size=2))
+    monkeypatch.setattr(engines, "led_ranks", lambda: group)
+    with pytest.raises(ParamsError, match=r"^prepare\.engine=vllm starts processes of its own"):
         open_teacher(in_vllm(tiny_corpus, vllm_python), 300, FLOAT32, CPU)
+
+
+def test_dequantising_is_refused(tiny_corpus: Params, vllm_python: Path) -> None:
+    params = change(in_vllm(tiny_corpus, vllm_python), prepare={"dequantize": True})
+    with pytest.raises(ParamsError, match=r"^prepare\.dequantize=true, and vLLM never dequantises"):
+        open_teacher(params, 300, FLOAT32, CPU)
 
 
 def test_an_online_teacher_is_refused(tiny_corpus: Params, vllm_python: Path) -> None:
@@ -270,15 +270,15 @@ def test_evaluate_takes_vllm(teacher: VllmTeacher, tiny_corpus: Params) -> None:
         ({"gpu_memory_utilization": 0.5, "tensor_parallel_size": 1}, "vllm 1.2.3"),
         (
             {"tensor_parallel_size": 2, "quantization": "fp8", "pipeline_parallel_size": 2},
-            "vllm 1.2.3 quantization=fp8 tensor_parallel_size=2",
+            "vllm 1.2.3, quantization=fp8, tensor_parallel_size=2",
         ),
-        ({"attention_config": {"b": 1, "a": 2}}, 'vllm 1.2.3 attention_config={"a": 2, "b": 1}'),
+        ({"attention_config": {"b": 1, "a": 2}}, 'vllm 1.2.3, attention_config={"a": 2, "b": 1}'),
     ],
 )
 def test_the_fingerprint_names_what_changes_numbers(
     options: dict[str, Any], said: str, vllm_python: Path
 ) -> None:
-    assert describe_vllm(VllmParams(python=vllm_python, options=options)) == said
+    assert describe_vllm(VllmParams(python=vllm_python, options=options), None) == said
 
 
 @pytest.mark.parametrize(
