@@ -62,7 +62,7 @@ def _run_gate(params: Params) -> None:
     from pipeline.io.files import write_json
     from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.teacher.engines import open_teacher
+    from pipeline.teacher.engines import describe_engine, open_teacher
     from pipeline.verify.gate import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
@@ -76,20 +76,32 @@ def _run_gate(params: Params) -> None:
     )
     for corpus, reader in splits:
         stored = reader.fingerprint
-        # The cache may have other values of these parameters, and the live teacher another engine;
-        # only the cache's inputs must match.
+        # The cache may have other values of these parameters; only its inputs must match. Ranks
+        # that share a teacher of transformers may be others now, while vLLM must be the same.
+        same = params.prepare.engine == "transformers" and stored.engine.startswith("transformers")
         names = ("k", "num_sampled", "temperatures", "document_mask")
         kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)
         seed = stored.sampling_seed if stored.num_sampled else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})
         stored.require_equal(
-            fingerprint_of(as_stored, corpus, dtype, engine=stored.engine),
+            fingerprint_of(as_stored, corpus, dtype, engine=stored.engine if same else None),
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
-    teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
-    report, histogram = run_gate(teacher, splits, params.verify, seed=params.seed)
+    # vLLM first, since it takes its share of a GPU's memory when it starts.
+    teachers = {
+        engine: open_teacher(params, corpora[0].info.vocab_size, dtype, device, engine=engine)
+        for engine in sorted({params.prepare.engine, params.verify.engine}, reverse=True)
+    }
+    report, histogram = run_gate(
+        teachers[params.verify.engine],
+        splits,
+        params.verify,
+        seed=params.seed,
+        noise_teacher=teachers[params.prepare.engine],
+        engines=(describe_engine(params), describe_engine(params, params.verify.engine)),
+    )
     write_json(params.paths.verify / "metrics.json", {"passed": report.passed, **vars(report)})
     write_json(params.paths.verify / "histogram.json", histogram)
     for line in report.lines():

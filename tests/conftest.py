@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     conditions = {
         "gpu": (torch.cuda.is_available(), "needs a CUDA GPU"),
         "network": (os.environ.get("DECANT_TEST_NETWORK") == "1", "set DECANT_TEST_NETWORK=1"),
+        "vllm": ("DECANT_TEST_VLLM" in os.environ, "set DECANT_TEST_VLLM to an interpreter"),
         "slow": (os.environ.get("DECANT_TEST_SLOW") == "1", "set DECANT_TEST_SLOW=1"),
     }
     for item in items:
@@ -107,6 +111,20 @@ def run_python(warm_python: Path) -> RunPython:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def vllm_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment whose vLLM is tests/teacher/fake_vllm.py."""
+    folder = tmp_path_factory.mktemp("vllm") / "env"
+    venv.create(folder, symlinks=True, with_pip=False)
+    [site] = folder.glob("lib/python*/site-packages")
+    (site / "torch_and_transformers.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    shutil.copyfile(ROOT / "tests" / "teacher" / "fake_vllm.py", site / "vllm.py")
+    about = site / "vllm-1.2.3.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1.2.3\n")
+    return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")

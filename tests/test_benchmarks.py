@@ -20,6 +20,7 @@ TINY_RUNS = {  # options, and what it must print
     "cache_memory": ("--rows 32", "corpus x16  read "),
     "cache_speed": ("--rounds 1 --batches 2", "share of a training step: median "),
     "capture_cost": ("--rows 2 --rounds 1 --peak 1", "of the peak FLOP/s"),
+    "engine_cost": ("--rows 2 --rounds 1", "by vLLM 1.2.3, over transformers': "),
     "head_and_loss": ("--case tiny --rounds 1", "of torch.topk's time"),
     "head_memory": ("--tokens 64 --vocabulary 512 --size 32", "DistillKit's KL, missing uniform"),
     "model_speed": ("--shape tiny --rounds 1 --rows 1 --length 8", "decode, batch 8 "),
@@ -41,11 +42,14 @@ def test_it_runs(
     tmp_path: Path,
     forkserver: ForkServerContext,  # from which peaks are measured
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     assert name in TINY_RUNS, f"tests/benchmarks/{name}.py has no tiny run: give it one here"
     words, printed = TINY_RUNS[name]
     if name == "cache_speed":
         run_training(tiny_cache, "student")
+    if name == "engine_cost":
+        monkeypatch.setenv("DECANT_TEST_VLLM", str(request.getfixturevalue("vllm_python")))
     monkeypatch.chdir(tmp_path)  # where params.yaml lies
     monkeypatch.syspath_prepend(str(FOLDER))
     try:

@@ -1,5 +1,8 @@
 """Capture on a Ray cluster: one actor per GPU, each of which computes whole shards.
 
+With prepare.engine=vllm an actor is a whole engine: it takes as many GPUs of one machine as the
+engine's tensor parallel size says (times its pipeline parallel size).
+
 This uses Ray Core rather than Ray Data: the unit of work is a shard number, an actor writes its
 result to storage and not through Ray, and an actor receives only the parameters. Ray schedules the
 tasks, restarts a lost actor and repeats its task. The cache makes that safe, since a shard exists
@@ -61,7 +64,7 @@ def capture_on_ray(
     Committed shards stay, whatever ends this call: an error, Ctrl-C, or the loss of the cluster.
 
     Args:
-        actors: None means one per GPU of the cluster, or a single one if there is no GPU.
+        actors: None means as many as the cluster's GPUs allow, or a single one if there is no GPU.
 
     Raises:
         DecantError: as for the local engine; or Ray is not installed, not reachable, or lost.
@@ -170,24 +173,31 @@ def _distribute(ray: Any, handles: list[Any], todo: list[Outstanding]) -> None:
 
 def _start_actors(ray: Any, params: Params, actors: int | None) -> list[Any]:
     """Start actors on the cluster's GPUs, or on its processors."""
-    resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0))
-    gpus = int(resources.get("GPU", 0)) if params.device != "cpu" else 0
-    number = actors or gpus or 1
-    if number > (gpus or cpus):
-        has = f"{gpus} GPUs" if gpus else f"{cpus} processors"
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    size = params.prepare.vllm.num_devices if params.prepare.engine == "vllm" else 1
+    room = sum(number // size for number in gpus) if params.device != "cpu" else 0
+    number = actors or room or 1
+    if not room and any(gpus) and params.device != "cpu":
         raise ParamsError(
-            f"--actors {number} exceeds the Ray cluster's {has}: lower it, or add machines"
+            f"prepare.vllm.options asks for {size} GPUs of one machine, and none of the Ray "
+            f"cluster's has more than {max(gpus)}: lower tensor_parallel_size, or add machines"
+        )
+    if number > (room or cpus):
+        each = f" of {size} GPUs each" if room and size > 1 else ""
+        has = f"{sum(gpus)} GPUs" if room else f"{cpus} processors"
+        raise ParamsError(
+            f"--actors {number}{each} exceeds the Ray cluster's {has}: lower it, or add machines"
         )
     remote = ray.remote(CaptureActor).options(
         num_cpus=1,
-        num_gpus=1 if gpus else 0,
+        num_gpus=size if room else 0,
         max_restarts=_RESTARTS,
         max_task_retries=-1,
         max_concurrency=_TASKS_PER_ACTOR,
         scheduling_strategy="SPREAD",
     )
-    threads = None if gpus else cpus // number
+    threads = None if room else cpus // number
     return [remote.remote(_with_absolute_paths(params), threads) for _ in range(number)]
 
 
@@ -196,7 +206,11 @@ def _with_absolute_paths(params: Params) -> Params:
     paths = {
         name: value.absolute() if isinstance(value, Path) else value for name, value in params.paths
     }
-    return params.model_copy(update={"paths": params.paths.model_copy(update=paths)})
+    update: dict[str, Any] = {"paths": params.paths.model_copy(update=paths)}
+    if python := params.prepare.vllm.python:
+        vllm = params.prepare.vllm.model_copy(update={"python": python.absolute()})
+        update["prepare"] = params.prepare.model_copy(update={"vllm": vllm})
+    return params.model_copy(update=update)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from pipeline.config.section import (
     Count,
@@ -42,9 +44,61 @@ class AdviseParams(Section):
     with the demo on two cores."""
 
 
+Engine = Literal["transformers", "vllm"]
+
+_SET_BY_DECANT = {
+    "model": "paths.teacher",
+    "tokenizer": "paths.teacher",
+    "dtype": "prepare.dtype",
+    "max_model_len": "corpus.row_length",
+    "runner": None,
+    "convert": None,
+    "task": None,
+    "pooler_config": None,
+    "hf_overrides": None,
+    "enable_prefix_caching": None,
+    "skip_tokenizer_init": None,
+    "trust_remote_code": None,
+    "data_parallel_size": None,
+}
+"""Arguments of vLLM that Decant sets, or that no one may set, with the key that decides instead."""
+
+
+class VllmParams(Section):
+    """vLLM, for engine=vllm (docs/teachers.md)."""
+
+    python: Path | None = None
+    """Interpreter of the environment in which vLLM is installed; null: the one that runs Decant."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Arguments passed on to vLLM's engine, for example {tensor_parallel_size: 4, quantization:
+    fp8, gpu_memory_utilization: 0.7}; not those that Decant sets, such as dtype."""
+
+    @field_validator("options")
+    @classmethod
+    def _none_of_ours(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in options:
+            if name in _SET_BY_DECANT:
+                key = _SET_BY_DECANT[name]
+                remedy = f"set {key} instead" if key else "leave it out"
+                raise ValueError(f"{name} of vLLM is set by Decant: {remedy}")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            size = options.get(name, 1)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size} is not a number of devices: set it to 1 or more")
+        return options
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that one engine takes."""
+        sizes = (self.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        return prod(size for size in sizes if isinstance(size, int))
+
+
 class PrepareParams(Section):
     """The capture of the teacher's top-K."""
 
+    engine: Engine = "transformers"
+    """What runs the teacher: transformers in this process, or vllm in a process of its own."""
     k: CountOrZero = 64
     """K, the number of most probable ids kept per position."""
     num_sampled: CountOrZero = 0
@@ -66,6 +120,7 @@ class PrepareParams(Section):
     document_mask: bool = True
     """Whether a document attends to itself only, in teacher and student; false: to the whole row
     before it. A run that uses a cache takes the cache's value."""
+    vllm: VllmParams = VllmParams()
     chunk_rows: Count = 32
     """Rows per zarr chunk, the unit of reading."""
     shard_rows: Count = 32
@@ -96,6 +151,9 @@ class CaptureParams(Section):
 class VerifyParams(Section):
     """The gate: how much of the cache is recomputed, and the limits for passing."""
 
+    engine: Engine = "transformers"
+    """What runs the live teacher: transformers or vllm. If prepare.engine is another, the noise
+    floor is the difference between the two engines."""
     batches: Count = 100
     """Batches of rows that are recomputed and compared."""
     batch_rows: Count = 1

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from pipeline.config.cache_params import Engine
 from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.model.quantization import describe_weights, read_quantization
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, led_ranks
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.teacher.vllm import VllmTeacher, describe_vllm
 
 
 def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
@@ -22,20 +28,28 @@ def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
     return inference_dtype(params.prepare.dtype, device, key="prepare.dtype")
 
 
-def describe_engine(params: Params) -> str:
+def describe_engine(params: Params, engine: Engine | None = None) -> str:
     """Name the engine, its version and its settings as far as they change the teacher's numbers.
 
     The version of transformers is left out: a release may change a kernel's rounding, but not what
     the model computes, and the gate would find that.
+
+    Args:
+        engine: another one than prepare.engine.
+
+    Raises:
+        DecantError: the engine is not installed.
     """
     folder = teacher_folder(params.paths.teacher)
     stored = read_quantization(folder)
-    engine = "transformers" + describe_weights(stored, dequantize=params.prepare.dequantize)
+    if (engine or params.prepare.engine) == "vllm":
+        return describe_vllm(params.prepare.vllm, stored)
+    name = "transformers" + describe_weights(stored, dequantize=params.prepare.dequantize)
     if (group := led_ranks()) is None:
-        return engine
+        return name
     number = group.ranks.world_size
     parallel = choose_parallel(folder, params.prepare.parallel, number)
-    return f"{engine}, tensor parallel {number}" if parallel == "tensor" else engine
+    return f"{name}, tensor parallel {number}" if parallel == "tensor" else name
 
 
 def open_teacher(
@@ -45,14 +59,18 @@ def open_teacher(
     device: torch.device,
     *,
     head_chunk: int | None = None,
+    engine: Engine | None = None,
 ) -> Teacher:
     """Open the teacher of paths.teacher, its head in chunks of capture.head_chunk positions.
 
     Args:
         head_chunk: another number of positions, for callers that make several copies of a chunk.
+        engine: another one than prepare.engine.
     """
     folder = teacher_folder(params.paths.teacher)
     head_chunk = head_chunk or params.capture.head_chunk
+    if (engine or params.prepare.engine) == "vllm":
+        return _open_vllm(params, folder, vocab_size, dtype, device, head_chunk)
     if (group := led_ranks()) is not None:
         return ShardedTeacher(
             group,
@@ -69,4 +87,36 @@ def open_teacher(
         device=device,
         head_chunk=head_chunk,
         dequantize=params.prepare.dequantize,
+    )
+
+
+def _open_vllm(
+    params: Params,
+    folder: Path,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_chunk: int,
+) -> VllmTeacher:
+    if (group := led_ranks()) is not None:
+        raise ParamsError(
+            "prepare.engine=vllm starts processes of its own, and torchrun started "
+            f"{group.ranks.world_size}: leave torchrun out, and set "
+            "prepare.vllm.options.tensor_parallel_size to the number of devices"
+        )
+    if params.prepare.dequantize:
+        raise ParamsError(
+            "prepare.dequantize=true, and vLLM never dequantises: set it to false, or "
+            "prepare.engine=transformers"
+        )
+    row_length = CorpusSplit(params.paths.corpus, "train").info.row_length
+    return VllmTeacher(
+        folder,
+        params.prepare.vllm,
+        row_length=row_length,
+        batch_tokens=params.capture.batch_rows * row_length,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=head_chunk,
     )

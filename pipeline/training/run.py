@@ -169,6 +169,12 @@ def _target_sources(
         for reader in readers:
             _require_same_teacher(reader, teacher_folder(params.paths.teacher))
         return CachedTargets(readers[0]), CachedTargets(readers[1])
+    if params.prepare.engine == "vllm":
+        raise ParamsError(
+            "train.targets=online runs the teacher beside the student, and prepare.engine=vllm "
+            "would take the memory that training needs: capture with stages/prepare.py and set "
+            "train.targets=cached, or set prepare.engine=transformers"
+        )
     require_tokenizer(teacher_folder(params.paths.teacher), corpus)
     if params.prepare.parallel != "auto":
         raise ParamsError(

@@ -5,7 +5,9 @@ are compared with the same live teacher:
 
     cache            the values that are stored
     noise floor      the values that the teacher would store now, run with another batch shape; no
-                     cache can be expected to agree better
+                     cache can be expected to agree better. If another engine captured the cache
+                     than runs the live teacher, it is the one to compute these values, so that the
+                     floor contains the difference between the two engines
     shifted by one   the cache, one position off; it must fail, otherwise the gate is blind
 
 Errors of probabilities, log-probabilities, ids and sums over the row are judged by their means, in
@@ -91,8 +93,16 @@ def run_gate(
     params: VerifyParams,
     *,
     seed: int,
+    noise_teacher: Teacher | None = None,
+    engines: tuple[str, str] | None = None,
 ) -> tuple[GateReport, list[HistogramBin]]:
-    """Recompute sampled rows of all splits and judge the cache."""
+    """Recompute sampled rows of all splits and judge the cache.
+
+    Args:
+        teacher: the live teacher.
+        noise_teacher: the teacher in the engine that captured the cache; None: the live teacher.
+        engines: names of the engines of `noise_teacher` and of the live teacher; None: the cache's.
+    """
     readers = [reader for _, reader in splits]
     places, shards = _sample(readers, params.batches * params.batch_rows, seed)
     batches = [places[i : i + params.batch_rows] for i in range(0, len(places), params.batch_rows)]
@@ -105,7 +115,7 @@ def run_gate(
         inputs, first = _read(batch), number * params.batch_rows
         said = {"cache": inputs.stored}
         if number in noisy:
-            said["noise"] = _capture_again(teacher, inputs)
+            said["noise"] = _capture_again(noise_teacher or teacher, inputs)
             said["control"] = inputs.stored.map(lambda t: t.roll(1, dims=1))
         parts = _compare(teacher, inputs, list(said.values()), first)
         for series, part in zip((cached, noise, control), parts, strict=False):
@@ -128,6 +138,9 @@ def run_gate(
         batches=len(batches),
         rows=len(places),
         tokens=len(of_cache),
+        capture_engine=made_from.engine,
+        noise_engine=engines[0] if engines else made_from.engine,
+        live_engine=engines[1] if engines else made_from.engine,
         cache=_summary(of_cache),
         noise_floor=_summary(of_noise),
         negative_control=_summary(of_control),

@@ -107,6 +107,9 @@ class GateReport:
     batches: int
     rows: int
     tokens: int
+    capture_engine: str  # with its settings, as in the cache's fingerprint
+    noise_engine: str
+    live_engine: str
     cache: GateSummary
     noise_floor: GateSummary
     negative_control: GateSummary
@@ -128,6 +131,9 @@ class GateReport:
             "negative control": self.negative_control,
         }
         lines = [f"{name:22} {summary}" for name, summary in said.items()]
+        if self.capture_engine != self.live_engine:
+            engines = f"cache by {self.capture_engine}, noise floor by {self.noise_engine}"
+            lines.insert(0, f"{'engines':22} {engines}, judged by {self.live_engine}")
         if self.sampling_tests:
             tests = (
                 f"{name} {t.value:.3f} ({t.low:.3f} to {t.high:.3f})"
