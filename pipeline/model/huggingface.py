@@ -159,7 +159,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
         LogitsError: something happens before, in or after the head, or the head is not used.
         DecantError: the model cannot be run, for example because sizes do not fit together.
     """
-    tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+    tokens = probe_tokens(model)
     passed: list[tuple[Tensor | None, Tensor | None]] = []
     head = model.get_output_embeddings()
     if head is None or body_of(model) is model:
@@ -190,7 +190,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
             hidden, transform = entered, replace(transform, scale=1.0)  # MiniCPM3, before its head
     expected, after = left, _SAME
     if left is not None and transform != UNCHANGED:
-        expected = transform.apply_(left.float())
+        expected = transform.apply_(left.float().clone())
         after = _TRANSFORMED if exact else _ROUNDED
     for where, found, wanted, tolerance in (
         ("before", entered, hidden, _REPEATED),
@@ -204,6 +204,11 @@ def require_own_logits(folder: Path, model: Any) -> None:
                 f"{model.config.model_type!r} model does more {where} the head, which Decant does "
                 "not support: choose a model without that"
             )
+
+
+def probe_tokens(model: Any) -> Tensor:
+    """Return a short row of tokens, int64 [1, L], on the model's device."""
+    return torch.arange(_PROBE_TOKENS, device=model.device)[None]
 
 
 def _product(head: Any, states: Tensor) -> Tensor:
@@ -261,6 +266,8 @@ def _states_within(model: Any, tokens: Tensor, options: dict[str, Any]) -> Tenso
         model(input_ids=tokens, use_cache=False, logits_to_keep=1, **options)
     finally:
         hook.remove()
+    if not found:
+        raise RuntimeError("its forward does not call its body")
     return found[0]
 
 
