@@ -12,12 +12,14 @@ import click
 from pipeline.cli import stage, writes
 from pipeline.errors import DecantError
 from pipeline.io.files import write_json, write_text
+from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
 
 
 @stage
+@shares_teacher
 @writes("advise")
 @click.option(
     "--plan",

@@ -9,6 +9,7 @@ import click
 
 from pipeline.cli import stage, writes
 from pipeline.errors import ParamsError, printable
+from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -17,6 +18,7 @@ DEFAULT_RUNS = ("student", "baseline")
 
 
 @stage
+@shares_teacher
 @writes("evaluate")
 @click.option(
     "--run",

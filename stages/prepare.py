@@ -9,12 +9,15 @@ import click
 
 from pipeline.cli import stage
 from pipeline.errors import ParamsError
+from pipeline.runtime.launch import launch
+from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
 
 
 @stage
+@shares_teacher
 @click.option("--overwrite", is_flag=True, help="Delete a cache made from something else first.")
 @click.option("--repair", is_flag=True, help="Check every committed shard, recapture damaged ones.")
 @click.option(
@@ -62,6 +65,12 @@ def main(
         raise ParamsError(
             f"--repair with --shards {part} would undo what the other processes are "
             "writing: repair with one process, then go on with several"
+        )
+    here = launch()
+    if executor == "ray" and here is not None and here.ranks > 1:
+        raise ParamsError(
+            f"--executor ray starts processes of its own, and torchrun started {here.ranks}: leave "
+            "out one of them (--shards I/N divides the work among several torchrun commands)"
         )
     if executor == "ray":
         if parts > 1:

@@ -51,7 +51,10 @@ NO_EFFECT = {
     "pipeline.io.ownership": "what a stage may remove",
     "pipeline.runtime.console": "progress bars and messages",
     "pipeline.runtime.launch": "ranks, of which DVC starts one",
+    "pipeline.runtime.ranks": "ranks, of which DVC starts one",
     "pipeline.runtime.optional": "imports of packages that may be missing",
+    "pipeline.teacher.sharded": "ranks, of which DVC starts one",
+    "pipeline.teacher.stage_ranks": "ranks, of which DVC starts one",
     "pipeline.capture.ray": "prepare --executor ray, which DVC does not use: the same bytes",
 }
 """Modules that no stage need name, since no result depends on them, and why."""

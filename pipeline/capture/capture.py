@@ -54,8 +54,13 @@ class CaptureResult:
     tokens_done: int
 
 
-def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> Fingerprint:
+def fingerprint_of(
+    params: Params, corpus: CorpusSplit, dtype: torch.dtype, *, engine: str | None = None
+) -> Fingerprint:
     """Return the fingerprint of the cache that these parameters produce from a corpus.
+
+    Args:
+        engine: what runs the teacher; None describes the engine of these parameters.
 
     Raises:
         MismatchError: the corpus was tokenized with another tokenizer.
@@ -74,7 +79,7 @@ def fingerprint_of(params: Params, corpus: CorpusSplit, dtype: torch.dtype) -> F
         tokenizer_sha256=info.tokenizer_sha256,
         corpus_sha256=info.sha256,
         dtype=dtype_name(dtype),
-        engine=describe_engine(params),
+        engine=describe_engine(params) if engine is None else engine,
         document_mask=wanted.document_mask,
         k=wanted.k,
         num_sampled=wanted.num_sampled,

@@ -28,6 +28,7 @@ from pipeline.model.huggingface import (
     load_causal_lm,
     max_positions,
 )
+from pipeline.model.quantization import QuantizedError
 from pipeline.model.student import Student
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import compute_dtype, place_rounded
@@ -89,7 +90,8 @@ class WholeModel:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._model = place_rounded(load_causal_lm(folder, dtype, what="model"), dtype, device)
+        model = load_causal_lm(folder, dtype, what="model", device=device)
+        self._model = place_rounded(model, dtype, device)
         self.parameters: int = self._model.num_parameters()
         self.vocab_size: int = len(self._model.get_output_embeddings().weight)
         self.max_seq_len: int | None = max_positions(self._model.config)
@@ -141,7 +143,7 @@ def open_models(
 def _open(folder: Path, dtype: torch.dtype, device: torch.device) -> JudgedModel:
     try:
         return ProductModel(open_student(folder).to(device), dtype)
-    except LogitsError:
+    except (LogitsError, QuantizedError):
         return WholeModel(folder, dtype, device)
 
 

@@ -30,12 +30,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.attention_mask import document_positions
 from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import require_regular_folder
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
+from pipeline.model.quantization import read_quantization
 from pipeline.model.student import Student
 from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
@@ -57,51 +59,92 @@ class LogitsError(DecantError):
     """The logits are not hidden states times the head's matrix plus bias, scaled and capped."""
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> Any:
+def load_causal_lm(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    what: str,
+    device: torch.device | None = None,
+    dequantize: bool = False,
+    **options: Any,
+) -> Any:
     """Load the model of a local folder in evaluation mode and require that no weights are missing.
 
     Args:
         what: the model's role in the pipeline, for the error message.
+        device: where quantised weights are loaded, as they cannot be moved and rounded later; None
+            refuses them.
+        dequantize: convert quantised weights to `dtype`.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         DecantError: there is no model, its architecture is unknown, or tensors are missing.
+        QuantizedError: it is quantised, and cannot run so here (pipeline/model/quantization.py).
     """
     require_regular_folder(folder)
     read_config_json(folder)
+    if (quantization := read_quantization(folder)) is not None:
+        options |= quantization.load_options(dtype, device, what=what, dequantize=dequantize)
     try:
-        model, loading = _auto_class(folder).from_pretrained(
+        model, loading = _auto_class(_load_config(folder)).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # damage can raise errors of four libraries
-        reason = reason_of(error)
-        raise DecantError(
-            f"{folder} is not a usable {what} ({reason}): run stages/fetch.py, or name a complete "
-            "folder with safetensors of an architecture that transformers knows"
-        ) from error
+        raise _unusable(folder, what, error) from error
     if missing := loading["missing_keys"]:  # transformers would initialise these at random
         raise DecantError(
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
             "whole model by stages/fetch.py"
         )
+    if quantization is not None:
+        unexpected = set(loading["unexpected_keys"])
+        quantization.require_loaded_so(model, unexpected, dtype, dequantize=dequantize)
     return model.eval()
 
 
-def _auto_class(folder: Path) -> Any:
-    """Return the class that opens a folder: of a language model, or of one that reads images too.
+def _auto_class(config: Any) -> Any:
+    """Return the class that opens a model: of a language model, or of one that reads images too.
 
     transformers lists some of the latter, such as Gemma 3, among the former.
     """
     transformers = import_transformers()
-    config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
     both = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     return next((auto for auto in both if type(config) in auto._model_mapping), both[0])
+
+
+def empty_model(folder: Path) -> Any:
+    """Build the model of a local folder without weights, on the device "meta".
+
+    Raises:
+        DecantError: there is no model, or its architecture is unknown.
+    """
+    require_regular_folder(folder)
+    read_config_json(folder)
+    try:
+        config = _load_config(folder)
+        with torch.device("meta"):
+            return _auto_class(config).from_config(config)
+    except Exception as error:  # as in load_causal_lm
+        raise _unusable(folder, "model", error) from error
+
+
+def _load_config(folder: Path) -> Any:
+    return import_transformers().AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _unusable(folder: Path, what: str, error: Exception) -> DecantError:
+    return DecantError(
+        f"{folder} is not a usable {what} ({reason_of(error)}): run stages/fetch.py, or name a "
+        "complete folder with safetensors of an architecture that transformers knows"
+    )
 
 
 @torch.no_grad()
@@ -212,8 +255,27 @@ def body_states(model: Any, tokens: Tensor, positions: Tensor | None = None) -> 
         positions: int64 [B, L], restarting at each document; None counts from the row's start.
     """
     options = {} if positions is None else document_options(model, positions)
+    if isinstance(model, FSDPModule):
+        return _states_within(model, tokens, options)
     hidden: Tensor = body_of(model)(input_ids=tokens, use_cache=False, **options).last_hidden_state
     return hidden
+
+
+def _states_within(model: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return what the body computes within the model's own forward.
+
+    FSDP2 gathers the weights outside the layers only there. Logits beyond the last ones are not
+    computed.
+    """
+    found: list[Tensor] = []
+    hook = body_of(model).register_forward_hook(
+        lambda _, __, output: found.append(output.last_hidden_state)
+    )
+    try:
+        model(input_ids=tokens, use_cache=False, logits_to_keep=1, **options)
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def document_options(model: Any, positions: Tensor) -> dict[str, Any]:

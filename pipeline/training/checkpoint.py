@@ -36,8 +36,8 @@ from pipeline.io.files import fsync, open_file
 from pipeline.io.folders import open_folder
 from pipeline.io.ownership import MARK
 from pipeline.runtime.console import say
+from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.training.dist_checkpoint import Learner, read_tensors, write_tensors
-from pipeline.training.distributed import ALONE, Ranks
 
 Kind = TypeVar("Kind")
 _KEEP = 2

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.serialization import _get_layout
 
 from pipeline.errors import DecantError
-from pipeline.training.distributed import Ranks
+from pipeline.runtime.ranks import Ranks
 
 
 def _enum_member(owner: Any, name: str) -> Enum:

@@ -34,6 +34,7 @@ from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.model.named_models import run_folder
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
+from pipeline.runtime.ranks import Ranks, join_ranks
 from pipeline.target_sources.cached import CachedTargets
 from pipeline.target_sources.online import OnlineTargets
 from pipeline.target_sources.target_source import TargetSource
@@ -42,7 +43,7 @@ from pipeline.teacher.engines import open_teacher, teacher_dtype
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.distillation import DistillationLoss
-from pipeline.training.distributed import Ranks, gather_parameters, join_ranks, parallelise
+from pipeline.training.distributed import gather_parameters, parallelise
 from pipeline.training.students import RunStudent, start_folder
 from pipeline.training.trainer import train
 from pipeline.training.validation import Validation, retained_mass
@@ -169,6 +170,12 @@ def _target_sources(
             _require_same_teacher(reader, teacher_folder(params.paths.teacher))
         return CachedTargets(readers[0]), CachedTargets(readers[1])
     require_tokenizer(teacher_folder(params.paths.teacher), corpus)
+    if params.prepare.parallel != "auto":
+        raise ParamsError(
+            f"prepare.parallel={params.prepare.parallel} divides a teacher in prepare and verify, "
+            "and with train.targets=online each rank holds it whole: set prepare.parallel=auto, or "
+            "capture a cache and set train.targets=cached"
+        )
     temperature = params.train.temperature
     live = open_teacher(params, corpus.info.vocab_size, teacher_dtype(params, device), device)
     training, validation = (

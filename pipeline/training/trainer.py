@@ -21,11 +21,12 @@ from pipeline.errors import DecantError
 from pipeline.model.student import Student
 from pipeline.runtime.console import StopRequest, announce, progress, say
 from pipeline.runtime.device import seconds_of
+from pipeline.runtime.ranks import Ranks
 from pipeline.training.batches import Batch, BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves
 from pipeline.training.dist_checkpoint import Learner
-from pipeline.training.distributed import Ranks, clip_gradients, evaluating, local_gradients
+from pipeline.training.distributed import clip_gradients, evaluating, local_gradients
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
 from pipeline.training.validation import Validation, validate
 

@@ -10,9 +10,10 @@ from torch import nn
 from pipeline.config.train_params import TrainParams
 from pipeline.data.packing import IGNORE
 from pipeline.errors import DecantError
+from pipeline.runtime.ranks import Ranks
 from pipeline.target_sources.target_source import TargetSource
 from pipeline.training.batches import Batch, first_rows
-from pipeline.training.distributed import Ranks, evaluating
+from pipeline.training.distributed import evaluating
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from pipeline.planning.costs import (
 )
 from pipeline.planning.shapes import KNOWN
 from pipeline.runtime.device import DTYPES
+from pipeline.runtime.ranks import ALONE
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.distillation import DistillationLoss
-from pipeline.training.distributed import ALONE, parallelise
+from pipeline.training.distributed import parallelise
 from tests.helpers import change
 from tests.models import small_shape
 

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-from stages.train import main
 from tests.waiting import PATIENCE
 
 
@@ -64,9 +64,13 @@ def _in_rank(
 
 
 def train_stage(log: Path, *words: str) -> None:
-    """`stages/train.py` with everything it prints in files under `log`, one a rank."""
+    run_stage("train", log, *words)
+
+
+def run_stage(name: str, log: Path, *words: str) -> None:
+    """`stages/<name>.py` with everything it prints in files under `log`, one a rank."""
     log.mkdir(exist_ok=True)
     file = os.open(log / os.environ.get("RANK", "0"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    main(words, standalone_mode=True)
+    import_module(f"stages.{name}").main(words, standalone_mode=True)

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from pipeline.config.params import Params
 from pipeline.errors import DecantError
 from pipeline.io.ownership import MARK
+from pipeline.runtime.ranks import Ranks
 from pipeline.training.checkpoint import Checkpoints, TrainState, _damage, _sum
 from pipeline.training.dist_checkpoint import Learner, _MetadataUnpickler
-from pipeline.training.distributed import Ranks
 from pipeline.training.run import run_training
 from tests.helpers import SMALL, assert_same_run, change
 from tests.training.ranks import train_stage

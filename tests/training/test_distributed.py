@@ -23,18 +23,13 @@ from pipeline.data.packing import IGNORE
 from pipeline.errors import ParamsError
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.runtime.ranks import Ranks, join_ranks
 from pipeline.target_sources.cached import CachedTargets
 from pipeline.training import run as run_module
 from pipeline.training.batches import Batch, first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationLoss
-from pipeline.training.distributed import (
-    Ranks,
-    clip_gradients,
-    join_ranks,
-    local_gradients,
-    parallelise,
-)
+from pipeline.training.distributed import clip_gradients, local_gradients, parallelise
 from pipeline.training.run import run_training
 from tests.helpers import (
     LORA,

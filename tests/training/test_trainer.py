@@ -18,11 +18,12 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.runtime.ranks import ALONE
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.training.batches import first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationLoss
-from pipeline.training.distributed import ALONE, parallelise
+from pipeline.training.distributed import parallelise
 from pipeline.training.run import run_training
 from pipeline.training.trainer import forwards_a_batch
 from pipeline.training.validation import validate

@@ -1,0 +1,319 @@
+"""A teacher of transformers whose weights are divided among the processes that torchrun started.
+
+    torchrun --nproc-per-node 4 stages/prepare.py
+
+Rank 0 runs the stage as if it were alone. The other ranks hold their part of the model and compute
+when rank 0 asks for hidden states, so no stage needs code for several ranks, and only rank 0 reads
+the corpus and writes the cache. Head and reduction run on rank 0 alone; they are a few percent of
+the work of a model that needs more than one device.
+
+prepare.parallel says how the weights are divided, both ways by transformers' DistributedConfig:
+
+tensor: each rank holds some of the heads and columns of every layer, and all ranks compute the
+    same rows together. Heads and feed-forward width must divide by the number of ranks, and
+    transformers must have a tensor-parallel plan for the architecture. Sums over ranks round
+    otherwise than one process does, so the cache's fingerprint names the number of ranks.
+fsdp: each rank holds a slice of every tensor and computes its own share of the rows, for which the
+    weights are gathered one layer at a time (FSDP2, forward only). It works for any architecture
+    and any number of ranks, and computes what one process computes.
+auto: tensor where it is possible, else fsdp.
+
+Shapes: B batch, L length, D hidden, V vocabulary, n ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pipeline.errors import DecantError, OtherRankError, ParamsError
+from pipeline.model.attention_mask import document_positions
+from pipeline.model.huggingface import (
+    body_of,
+    body_states,
+    empty_model,
+    keeps_documents_apart,
+    load_causal_lm,
+    max_positions,
+    require_own_logits,
+    without_other_inputs,
+)
+from pipeline.model.logit_transform import LogitTransform
+from pipeline.model.quantization import read_quantization
+from pipeline.runtime.device import compute_dtype, dtype_name
+from pipeline.runtime.optional import import_transformers
+from pipeline.runtime.ranks import Ranks, join_ranks
+from pipeline.teacher.teacher import Teacher
+from pipeline.teacher.transformers import mixes_documents
+
+Parallel = Literal["tensor", "fsdp"]
+_PATIENCE = timedelta(days=30)  # rank 0 may work without the teacher for as long as it likes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Open:
+    """A request to load the model."""
+
+    folder: Path
+    dtype: torch.dtype
+    vocab_size: int
+    parallel: Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compute:
+    """A request for the hidden states of these rows."""
+
+    tokens: Tensor  # int64 [B, L]
+    positions: Tensor | None  # int64 [B, L]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stop:
+    """The end of rank 0's work."""
+
+    exit_code: int
+
+
+class TeacherRanks:
+    """The ranks that share a teacher, seen from one of them."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._messages = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def send(self, request: _Open | _Compute | _Stop) -> None:
+        """Send a request from rank 0 to the others."""
+        dist.broadcast_object_list([request], src=0, group=self._messages)
+
+    def receive(self) -> Any:
+        """Wait for the next request of rank 0."""
+        request: list[Any] = [None]
+        dist.broadcast_object_list(request, src=0, group=self._messages)
+        return request[0]
+
+
+_leads: TeacherRanks | None = None
+"""The ranks that this process leads, if it is rank 0 of several."""
+
+
+def led_ranks() -> TeacherRanks | None:
+    """Return the ranks whose first one runs this stage; None in a stage that runs alone."""
+    return _leads
+
+
+@contextmanager
+def lead(device: str) -> Iterator[None]:
+    """Let the block's teachers be shared with the other ranks; called on rank 0."""
+    global _leads
+    with join_ranks(device) as ranks:
+        _leads = TeacherRanks(ranks)
+        try:
+            yield
+        except (DecantError, SystemExit) as end:
+            code = getattr(end, "exit_code", getattr(end, "code", 1))
+            _leads.send(_Stop(exit_code=int(code or 0)))
+            raise
+        else:
+            _leads.send(_Stop(exit_code=0))
+        finally:
+            _leads = None
+
+
+def follow(device: str) -> None:
+    """Compute for rank 0 until it stops; called on the other ranks.
+
+    Raises:
+        OtherRankError: rank 0 failed.
+    """
+    with join_ranks(device) as ranks:
+        group = TeacherRanks(ranks)
+        part: _Part | None = None
+        while not isinstance(request := group.receive(), _Stop):
+            if isinstance(request, _Open):
+                part = None  # the memory of the previous one
+                part = _Part(request, ranks)
+                part.head()
+            elif part is not None:
+                part.compute(request)
+    if request.exit_code:
+        raise OtherRankError(request.exit_code)
+
+
+class ShardedTeacher(Teacher):
+    """A model folder, loaded in parts by all ranks; the object exists on rank 0 alone.
+
+    Args:
+        folder, vocab_size, dtype, head_chunk: see `Teacher`.
+        parallel: the value of prepare.parallel.
+
+    Raises:
+        ParamsError: the model cannot be divided among the ranks in the way that was asked for.
+        DecantError: see `HuggingFaceTeacher`.
+    """
+
+    def __init__(
+        self,
+        group: TeacherRanks,
+        folder: Path,
+        *,
+        vocab_size: int,
+        dtype: torch.dtype,
+        head_chunk: int,
+        parallel: Literal["auto", "tensor", "fsdp"],
+    ) -> None:
+        self._group = group
+        self.parallel = choose_parallel(folder, parallel, group.ranks.world_size)
+        request = _Open(
+            folder=folder.absolute(), dtype=dtype, vocab_size=vocab_size, parallel=self.parallel
+        )
+        group.send(request)
+        self._part = _Part(request, group.ranks)
+        head, bias = self._part.head()
+        self._config = self._part.model.config
+        self._num_parameters = int(empty_model(folder).num_parameters())  # fsdp unties the head
+        super().__init__(
+            folder,
+            head=head,
+            bias=bias,
+            transform=LogitTransform.of_config(self._config),
+            vocab_size=vocab_size,
+            dtype=dtype,
+            device=group.ranks.device,
+            max_seq_len=max_positions(self._config),
+            head_chunk=head_chunk,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return self._num_parameters
+
+    def describe(self) -> str:
+        ranks = self._group.ranks
+        return (
+            f"a {self._config.model_type} of {self.num_parameters / 1e6:.1f} M parameters in "
+            f"{dtype_name(self.dtype)} on {ranks.world_size} processes ({self.parallel}, "
+            f"{ranks.device.type})"
+        )
+
+    def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
+        if doc_ids is not None and not self._part.keeps_apart:
+            raise mixes_documents(self._config.model_type)
+        positions = None if doc_ids is None else document_positions(doc_ids).cpu()
+        request = _Compute(tokens=tokens.cpu(), positions=positions)
+        self._group.send(request)
+        return self._part.compute(request)
+
+
+class _Part:
+    """One rank's part of the model. All ranks make the same calls in the same order."""
+
+    def __init__(self, request: _Open, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._parallel = request.parallel
+        target = compute_dtype(request.dtype, ranks.device)
+        distributed = import_transformers().distributed.DistributedConfig
+        if request.parallel == "tensor":
+            how = distributed(tp_plan="auto")
+        else:
+            stack = _layer_stack(empty_model(request.folder))
+            how = distributed(
+                fsdp_size=ranks.world_size, fsdp_plan={f"{stack}.*": "free_full_weight"}
+            )
+        model = load_causal_lm(request.folder, target, what="teacher", distributed_config=how)
+        self.model = without_other_inputs(model).requires_grad_(False)
+        if target != request.dtype:  # weights rounded to float16, computed in float32
+            for parameter in self.model.parameters():
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                local.copy_(local.to(request.dtype))
+        require_own_logits(request.folder, self.model)
+        self.keeps_apart = keeps_documents_apart(self.model, request.vocab_size)
+
+    @torch.no_grad()
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Gather the head's matrix and bias whole."""
+        head = self.model.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        return _whole(weight), None if bias is None else _whole(bias)
+
+    @torch.no_grad()
+    def compute(self, request: _Compute) -> Tensor:
+        """Return the states [B, L, D] on rank 0; elsewhere the return value has no meaning."""
+        inputs = [request.tokens] + ([] if request.positions is None else [request.positions])
+        device = self._ranks.device
+        if self._parallel == "tensor":
+            return body_states(self.model, *(tensor.to(device) for tensor in inputs))
+        rows, number = len(request.tokens), self._ranks.world_size
+        share = ceil(rows / number)
+        # Every rank takes part in every gathering of weights, so the last row fills up the shares.
+        first = self._ranks.rank * share
+        mine = torch.arange(first, first + share).clamp(max=rows - 1)
+        hidden = body_states(self.model, *(tensor[mine].to(device) for tensor in inputs))
+        hidden = hidden.contiguous()
+        parts = [torch.empty_like(hidden) for _ in range(number)] if first == 0 else None
+        dist.gather(hidden, parts)
+        return hidden if parts is None else torch.cat(parts)[:rows]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
+
+
+def choose_parallel(folder: Path, wanted: str, number: int) -> Parallel:
+    """Return the way in which a model is divided among a number of processes.
+
+    Raises:
+        ParamsError: tensor is wanted and impossible, or the weights are quantised.
+        DecantError: the folder has no model of a known architecture.
+    """
+    if (stored := read_quantization(folder)) is not None:
+        raise ParamsError(
+            f"{folder} is quantised ({stored.name}), and its weights are not divided among "
+            f"{number} processes: start one, or set prepare.engine to vllm and "
+            "prepare.vllm.options.tensor_parallel_size to the number of devices"
+        )
+    if wanted == "fsdp":
+        return "fsdp"
+    reason = _why_not_tensor(empty_model(folder), number)
+    if wanted == "auto":
+        return "fsdp" if reason else "tensor"
+    if reason:
+        raise ParamsError(
+            f"prepare.parallel=tensor cannot divide the teacher {folder} among {number} processes, "
+            f"since {reason}: start another number, or set prepare.parallel to fsdp"
+        )
+    return "tensor"
+
+
+def _why_not_tensor(model: Any, number: int) -> str:
+    """Say why a model cannot be divided by heads and columns; empty if it can."""
+    if not model.tp_plan:
+        return f"transformers has no tensor-parallel plan for a {model.config.model_type!r} model"
+    config = model.config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size % number:
+            return f"{name}={size} does not divide by it"
+    return ""
+
+
+def _layer_stack(model: Any) -> str:
+    """Return the name of the decoder's longest list of modules: its layers, in any architecture."""
+    within = set(body_of(model).modules())
+    lists = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and module in within
+    }
+    name: str = max(lists, key=lambda name: lists[name])
+    return name
