@@ -41,6 +41,18 @@ MUTATIONS = {
         "return share * divergence + (1.0 - share) * ce",
         "losses/test_chunked.py::test_every_divergence_equals_its_plain_form",
     ),
+    "the slope of the soft cap forgotten": Mutation(
+        "losses/chunked.py",
+        "logits *= slope",
+        "logits *= 1.0",
+        "losses/test_chunked.py::test_scaled_and_capped_logits",
+    ),
+    "the teacher's logits not scaled": Mutation(
+        "teacher/teacher.py",
+        "yield rows, self._transform.apply_(logits)",
+        "yield rows, logits",
+        "model/test_architectures.py::test_the_page_says_what_works[cohere]",
+    ),
     "the mass of the tail forgotten": Mutation(
         "targets/topk.py",
         "return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)",
@@ -97,7 +109,7 @@ def test_the_line_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_test_fails(name: str, tmp_path: Path) -> None:
     mutation = MUTATIONS[name]
-    for folder in ("pipeline", "tests"):
+    for folder in ("pipeline", "tests", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for file in ("pyproject.toml", "params.yaml"):
         shutil.copy(ROOT / file, tmp_path)

@@ -39,6 +39,7 @@ from pipeline.model.folder import require_regular_folder
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.model.quantization import read_quantization
 from pipeline.model.student import Student
+from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
 
 _PROBE_TOKENS = 8
@@ -159,51 +160,64 @@ def require_own_logits(folder: Path, model: Any) -> None:
         LogitsError: something happens before, in or after the head, or the head is not used.
         DecantError: the model cannot be run, for example because sizes do not fit together.
     """
-    tokens = probe_tokens(model)
-    passed: list[tuple[Tensor | None, Tensor | None]] = []
     head = model.get_output_embeddings()
     if head is None or body_of(model) is model:
         raise LogitsError(
             f"{folder} holds a {model.config.model_type!r} model without a head apart from its "
             "body, which Decant needs: choose a model with one"
         )
+    hidden, entered, left, logits = _watch_head(folder, model, head)
+    transform = LogitTransform.of_config(model.config)
+    exact = model.dtype == torch.float32
+    again, same = (_REPEATED, _TRANSFORMED) if exact else (_ROUNDED, _ROUNDED)
+    scaled = hidden * transform.scale  # MiniCPM3 does this before its head
+    if transform.scale != 1.0 and entered is not None and _close(entered, scaled, again):
+        hidden, transform = entered, replace(transform, scale=1.0)
+    product = left
+    if entered is not None:
+        hidden = hidden.to(entered.dtype)  # Mamba's are float32 beside a bfloat16 head
+        if type(head) is not nn.Linear:
+            product = _product(head, entered)
+    expected = left
+    if left is not None and transform != UNCHANGED:
+        expected = transform.apply_(left.float().clone())
+    for where, found, wanted, tolerance in (
+        ("before", entered, hidden, _REPEATED),
+        ("in", left, product, again),
+        ("after", expected, logits, _SAME if transform == UNCHANGED else same),
+    ):
+        if found is None or wanted is None or not _close(found, wanted, tolerance):
+            raise LogitsError(
+                f"the logits of {folder} are not its hidden states times its head's matrix, scaled "
+                f"and capped as its config says: a {model.config.model_type!r} model does more "
+                f"{where} the head, which Decant does not support: choose a model without that"
+            )
+
+
+def _watch_head(
+    folder: Path, model: Any, head: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Run a few tokens; return the body's output, the head's input and output, and the logits.
+
+    Input and output are None if the model does not call its head.
+    """
+    tokens = probe_tokens(model)
+    passed: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, args, out: passed.append((args[0], out.clone())))
     try:
         logits = model(input_ids=tokens, use_cache=False).logits
         hidden = body_states(model, tokens)
     except Exception as error:  # model classes fail in many ways on foreign sizes
         reason = reason_of(error)
+        other = "" if model.dtype == torch.float32 else "try float32, or "
         raise DecantError(
-            f"the model of {folder} cannot be run ({reason}): download the whole model again"
+            f"the model of {folder} cannot be run in {dtype_name(model.dtype)} ({reason}): {other}"
+            "download the whole model again"
         ) from error
     finally:
         hook.remove()
-    (entered, left), *_ = passed or [(None, None)]
-    product = left
-    if entered is not None and type(head) is not nn.Linear:
-        product = _product(head, entered)
-    transform = LogitTransform.of_config(model.config)
-    exact = model.dtype == torch.float32
-    if transform.scale != 1.0 and entered is not None:
-        scaled = hidden * transform.scale
-        if _close(entered, scaled, _REPEATED if exact else _ROUNDED):
-            hidden, transform = entered, replace(transform, scale=1.0)  # MiniCPM3, before its head
-    expected, after = left, _SAME
-    if left is not None and transform != UNCHANGED:
-        expected = transform.apply_(left.float().clone())
-        after = _TRANSFORMED if exact else _ROUNDED
-    for where, found, wanted, tolerance in (
-        ("before", entered, hidden, _REPEATED),
-        ("in", left, product, _REPEATED if exact else _ROUNDED),
-        ("after", expected, logits, after),
-    ):
-        if found is None or wanted is None or not _close(found, wanted, tolerance):
-            raise LogitsError(
-                f"the logits of {folder} are not its hidden states times its head's matrix, scaled "
-                "and capped as its config says: a "
-                f"{model.config.model_type!r} model does more {where} the head, which Decant does "
-                "not support: choose a model without that"
-            )
+    entered, left = passed[0] if passed else (None, None)
+    return hidden, entered, left, logits
 
 
 def probe_tokens(model: Any) -> Tensor:

@@ -50,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cohere": SHAPE | {"logit_scale": 0.5},
     "bloom": {"vocab_size": VOCABULARY_ROWS, "hidden_size": 32, "n_layer": 2, "n_head": 4},
 }
-WHOLE = {"phi", "gemma2", "cohere"}
+WHOLE = {"phi"}
 
 
 def make_model(folder: Path, kind: str, teacher: Path) -> Path:

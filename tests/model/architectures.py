@@ -425,8 +425,8 @@ opened, the model's own logits are compared with these; if they differ by more t
 folder is refused, and the message says where they differ. `evaluate` judges such models too, from
 their own logits.
 
-The table is made from tiny random models by `python -m tests.model.architectures`, and a test
-compares each row with it. "Yes" means:
+The table is made from tiny random models, run by transformers in float32, by
+`python -m tests.model.architectures`, and a test compares each row with it. "Yes" means:
 
 - teacher: log-probabilities equal those of the model's own logits, computed in float64;
 - documents: documents packed into one row get the hidden states that each has alone, so

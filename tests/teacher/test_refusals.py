@@ -12,9 +12,11 @@ from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    MambaConfig,
     ModernBertDecoderConfig,
     PreTrainedTokenizerFast,
     RecurrentGemmaConfig,
+    xLSTMConfig,
 )
 
 from pipeline.config.params import Params
@@ -79,9 +81,24 @@ def test_a_model_with_more_between_body_and_logits_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_after_the_head_is_no_difference(dtype: torch.dtype, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(RECURRENT_GEMMA).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "config",
+    [RECURRENT_GEMMA, MambaConfig(**BASE, state_size=4)],  # a cap; float32 states, rounded later
+    ids=lambda config: config.model_type,
+)
+def test_rounding_is_no_difference(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert open_teacher(tmp_path, dtype).dtype == dtype
+
+
+def test_a_model_that_its_dtype_breaks_is_one_sentence(tmp_path: Path) -> None:
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
+    config = xLSTMConfig(**shape, chunk_size=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        DecantError, match=r"cannot be run in bfloat16 .*: try float32, or download"
+    ):
+        open_teacher(tmp_path, torch.bfloat16)
 
 
 def test_rows_longer_than_the_teachers_positions_are_refused(
