@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -32,6 +33,8 @@ from pipeline.runtime.device import place_rounded
 from pipeline.teacher import engines
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.gate import run_gate
+from stages.evaluate import main as evaluate
+from stages.verify import main as verify
 from tests.helpers import change, open_cache
 from tests.models import edit_json, make_teacher, make_tokenizer
 
@@ -348,6 +351,27 @@ def test_the_fingerprint_names_the_quantisation(tiny_corpus: Params, tmp_path: P
     (first, _) = open_captures(params)
     assert first.fingerprint.engine == "transformers, fp8 dequantized"
     assert first.fingerprint.teacher_sha256 != _hash_with(folder, weight_block_size=[64, 64])
+
+
+def test_evaluate_and_verify_take_a_dequantised_teacher(
+    tiny_corpus: Params, tmp_path: Path
+) -> None:
+    folder = quantize(make_teacher(tmp_path / "fp8"), FP8, "weight_scale_inv")
+    plain, file = tiny_corpus.paths.teacher, str(tmp_path / "params.yaml")
+    words = ["--params", file, "--set", f"paths.teacher={folder}"]
+    refused = CliRunner().invoke(evaluate, [*words, "--model", f"plain={plain}"])
+    assert refused.exit_code == 1
+    assert refused.output.count("error: ") == 1
+    words += ["--set", "prepare.dequantize=true"]
+    done = CliRunner().invoke(evaluate, [*words, "--model", f"plain={plain}"])
+    assert done.exit_code == 0, done.output
+    assert "fp8 dequantized, in float32 on cpu" in done.output
+    scores = json.loads((tiny_corpus.paths.evaluate / "metrics.json").read_text())
+    done = CliRunner().invoke(verify, [*words, "--against", str(plain)])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tiny_corpus.paths.verify / "against.json").read_text())
+    assert report["kl"] > 0.0
+    assert report["teacher_loss"] == pytest.approx(scores["teacher"]["loss"], rel=1e-5)
 
 
 def _hash_with(folder: Path, **changes: Any) -> str:
