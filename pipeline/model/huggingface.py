@@ -104,7 +104,7 @@ def load_causal_lm(
         )
     if quantization is not None:
         unexpected = set(loading["unexpected_keys"])
-        quantization.require_loaded_so(model, unexpected, dtype, dequantize=dequantize)
+        quantization.require_loaded_so(model, unexpected, dtype, what=what, dequantize=dequantize)
     return model.eval()
 
 

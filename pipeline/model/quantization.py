@@ -26,6 +26,8 @@ from pipeline.runtime.optional import import_transformers
 
 _PARTS = ("scale", "zero", "absmax", "quant", "packed", "SCB")
 """Words in the names of tensors that belong to a quantised weight."""
+_OF_KV_CACHE = ("k_scale", "v_scale", "output_scale")  # which Decant does not use
+_WEIGHTS = ("weight", "weight_packed", "qweight")
 
 
 class QuantizedError(DecantError):
@@ -114,25 +116,19 @@ class Quantization:
         return {"config": self._changed_config(changes), "device_map": {"": device}}
 
     def require_loaded_so(
-        self, model: Any, unexpected: set[str], dtype: torch.dtype, *, dequantize: bool
+        self, model: Any, unexpected: set[str], dtype: torch.dtype, *, what: str, dequantize: bool
     ) -> None:
-        """Check a loaded model: nothing was left out, and it is quantised unless it should not be.
+        """Check a loaded model: it has all its scales, is quantised or not as asked, and runs.
 
         Args:
             unexpected: names of the tensors that the model took nothing from.
+            what: the model's role, for the message.
 
         Raises:
             DecantError: tensors that belong to quantised weights are left out, the model is
-                dequantised, or it is in another dtype.
+                dequantised or in another dtype, or its kernels fail.
         """
-        modules = dict(model.named_modules())
-        lost = [
-            name
-            for name in sorted(unexpected)
-            if any(part in name.rpartition(".")[2] for part in _PARTS)
-            and hasattr(modules.get(name.rpartition(".")[0]), "weight")
-        ]
-        if lost:
+        if lost := sorted(name for name in unexpected if _is_lost(name, unexpected)):
             raise DecantError(
                 f"transformers leaves out {len(lost)} tensors of {self.folder}, for example "
                 f"{lost[0]}, without which its weights ({self.name}) mean something else: use the "
@@ -141,8 +137,8 @@ class Quantization:
         if getattr(model, "is_quantized", False) == dequantize:
             did = "did not dequantise" if dequantize else "dequantised"
             raise QuantizedError(
-                f"transformers {did} {self.folder} ({self.name}) when it loaded it: use "
-                "prepare.engine=vllm, or the unquantised model"
+                f"transformers {did} {self.folder} ({self.name}) when it loaded it: "
+                f"{_remedy(what, dequantize=False)}"
             )
         found = model.get_input_embeddings().weight.dtype
         if not dequantize and found != dtype:
@@ -151,6 +147,20 @@ class Quantization:
                 f"{self.folder} ({self.name}) computes in {shown[0]} whatever is asked, and "
                 f"{shown[1]} was asked: set the dtype to {shown[0]}"
             )
+        if not dequantize:
+            self._require_kernels(model, what)
+
+    @torch.no_grad()
+    def _require_kernels(self, model: Any, what: str) -> None:
+        """Run two tokens: some kernels are fetched, or refuse the GPU, on the first pass."""
+        try:
+            model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        except Exception as error:  # of any library with kernels
+            raise QuantizedError(
+                f"{self.folder} is quantised ({self.name}), and its kernels do not run here "
+                f"({reason_of(error)}): provide what they need, "
+                f"{_remedy(what, _METHODS[self.method].dequantizes)}"
+            ) from error
 
     def _require_known(self) -> None:
         if self.method not in _METHODS:
@@ -241,6 +251,14 @@ class Quantization:
         if changes:
             config.quantization_config = {**self.config, **changes}
         return config
+
+
+def _is_lost(name: str, unexpected: set[str]) -> bool:
+    """Return whether a tensor that was left out belongs to a weight that was not."""
+    module, _, tensor = name.rpartition(".")
+    if tensor in _OF_KV_CACHE or not any(part in tensor for part in _PARTS):
+        return False
+    return not any(f"{module}.{weight}" in unexpected for weight in _WEIGHTS)
 
 
 def _is_installed(name: str) -> bool:

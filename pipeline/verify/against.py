@@ -77,29 +77,29 @@ class AgainstReport:
 
     def lines(self) -> Iterator[str]:
         """Yield the lines for the terminal."""
-        kl, top1 = (self._spread(name) for name in ("kl", "top1"))
+        kl, top1 = self._spread("kl", 6), self._spread("top1", 4)
         yield f"{'KL(against || teacher)':24} {self.kl:.6f}{kl} nats per token"
         yield f"{'top-1 agreement':24} {self.top1:.4f}{top1}, mean cosine {self.cosine:.6f}"
         if self.teacher_loss is not None and self.against_loss is not None:
             difference = self.teacher_loss - self.against_loss
             yield (
                 f"{'cross-entropy':24} teacher {self.teacher_loss:.4f}, against "
-                f"{self.against_loss:.4f}, difference {difference:+.6f}"
-                f"{self._spread('loss_difference')}"
+                f"{self.against_loss:.4f}, difference {difference:+.4f}"
+                f"{self._spread('loss_difference', 4)}"
             )
         if self.cut is not None:
             name = f"top {self.cut.k} of the teacher"
             yield (
                 f"{name:24} leaves out {self.cut.tail_mass:.2%} of the mass and "
-                f"{self.cut.nats_lost:.6f} nats; renormalised, its KL is "
-                f"{self.cut.renormalised_kl:.6f} nats"
+                f"{self.cut.nats_lost:.4f} nats; renormalised, its KL is "
+                f"{self.cut.renormalised_kl:.4f} nats"
             )
         if self.interval:
             yield f"±: half of a 95 % interval, by resampling {self.resampled}"
 
-    def _spread(self, name: str) -> str:
+    def _spread(self, name: str, digits: int) -> str:
         found = self.interval.get(name)
-        return "" if found is None else f" ± {found.half_width:.6f}"
+        return "" if found is None else f" ± {found.half_width:.{digits}f}"
 
 
 @dataclass(frozen=True)

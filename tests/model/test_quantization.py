@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.capture.capture import open_captures
 from pipeline.capture.local import capture_locally
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.samples import QuantizedRun, sample
@@ -29,8 +30,12 @@ from pipeline.model.quantization import (
 )
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import place_rounded
+from pipeline.teacher import engines
 from pipeline.teacher.transformers import HuggingFaceTeacher
-from tests.helpers import change
+from pipeline.verify.gate import run_gate
+from stages.evaluate import main as evaluate
+from stages.verify import main as verify
+from tests.helpers import change, open_cache
 from tests.models import edit_json, make_teacher, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -267,6 +272,50 @@ def test_scales_that_are_left_out(fp8: Path) -> None:
         open_teacher(fp8, dequantize=True)
 
 
+def test_scales_of_what_is_left_out_as_a_whole(fp8: Path) -> None:
+    """A layer for several tokens at once, as of DeepSeek, and scales of a cache of keys."""
+    stored = load_file(fp8 / "model.safetensors")
+    stored["model.layers.4.mlp.up_proj.weight"] = torch.ones(1)
+    stored["model.layers.4.mlp.up_proj.weight_scale_inv"] = torch.ones(1)
+    stored["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    save_file(stored, fp8 / "model.safetensors", metadata={"format": "pt"})
+    open_teacher(fp8, dequantize=True)
+
+
+class Loaded(nn.Module):
+    """What transformers might return."""
+
+    def __init__(self, *, is_quantized: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 4, dtype=dtype)
+        self.is_quantized = is_quantized
+        self.device = CPU
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, **_: object) -> None:
+        raise ImportError("the kernel needs the hub")
+
+
+@pytest.mark.parametrize(
+    ("is_quantized", "dtype", "said"),
+    [
+        (False, torch.bfloat16, r"transformers dequantised .*prepare\.engine=vllm"),
+        (True, torch.float16, "computes in float16 whatever is asked, and bfloat16 was asked"),
+        (True, torch.bfloat16, r"kernels do not run here \(the kernel needs the hub\)"),
+    ],
+)
+def test_what_was_loaded_is_looked_at(
+    is_quantized: bool, dtype: torch.dtype, said: str, fp8: Path
+) -> None:
+    found = read_quantization(fp8)
+    assert found is not None
+    model = Loaded(is_quantized=is_quantized, dtype=dtype)
+    with pytest.raises(DecantError, match=said):
+        found.require_loaded_so(model, set(), torch.bfloat16, what="teacher", dequantize=False)
+
+
 def test_students_start_from_plain_weights(fp8: Path) -> None:
     with pytest.raises(QuantizedError, match=r"is quantised \(fp8\), and a student"):
         open_student(fp8)
@@ -302,6 +351,27 @@ def test_the_fingerprint_names_the_quantisation(tiny_corpus: Params, tmp_path: P
     (first, _) = open_captures(params)
     assert first.fingerprint.engine == "transformers, fp8 dequantized"
     assert first.fingerprint.teacher_sha256 != _hash_with(folder, weight_block_size=[64, 64])
+
+
+def test_evaluate_and_verify_take_a_dequantised_teacher(
+    tiny_corpus: Params, tmp_path: Path
+) -> None:
+    folder = quantize(make_teacher(tmp_path / "fp8"), FP8, "weight_scale_inv")
+    plain, file = tiny_corpus.paths.teacher, str(tmp_path / "params.yaml")
+    words = ["--params", file, "--set", f"paths.teacher={folder}"]
+    refused = CliRunner().invoke(evaluate, [*words, "--model", f"plain={plain}"])
+    assert refused.exit_code == 1
+    assert refused.output.count("error: ") == 1
+    words += ["--set", "prepare.dequantize=true"]
+    done = CliRunner().invoke(evaluate, [*words, "--model", f"plain={plain}"])
+    assert done.exit_code == 0, done.output
+    assert "fp8 dequantized, in float32 on cpu" in done.output
+    scores = json.loads((tiny_corpus.paths.evaluate / "metrics.json").read_text())
+    done = CliRunner().invoke(verify, [*words, "--against", str(plain)])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tiny_corpus.paths.verify / "against.json").read_text())
+    assert report["kl"] > 0.0
+    assert report["teacher_loss"] == pytest.approx(scores["teacher"]["loss"], rel=1e-5)
 
 
 def _hash_with(folder: Path, **changes: Any) -> str:
@@ -381,6 +451,29 @@ def test_a_quantised_teacher_runs_quantised(
         torch.testing.assert_close(judged.logits(states)[:, :300], wanted, rtol=0.0, atol=1e-5)
         texts = sample(folder, ("the cat",), 3, quantized=QuantizedRun(dtype, CPU, False))
         assert len(texts) == 1
+
+
+@pytest.mark.parametrize(("config", "name"), QUANTIZED)
+def test_a_capture_through_it_passes_the_gate(
+    config: Any, name: str, tiny_corpus: Params, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    options: Any = {"dtype": torch.float32, "quantization_config": config()}
+    plain = tiny_corpus.paths.teacher
+    AutoModelForCausalLM.from_pretrained(plain, **options).save_pretrained(folder)
+    make_tokenizer(folder)
+    params = change(tiny_corpus, paths={"teacher": str(folder)})
+    capture_locally(params)
+    splits = [
+        (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
+    ]
+    assert splits[0][1].fingerprint.engine == f"transformers, {name}"
+    teacher = engines.open_teacher(params, 300, torch.float32, CPU)
+    report, _ = run_gate(teacher, splits, params.verify, seed=0)
+    assert report.passed, report.failures
+    of_plain = HuggingFaceTeacher(plain, vocab_size=300, dtype=torch.float32, device=CPU)
+    report, _ = run_gate(of_plain, splits, params.verify, seed=0)
+    assert not report.passed  # so the quantised model is the one that was captured
 
 
 @needs("torchao")
