@@ -190,6 +190,11 @@ class VllmTeacher(Teacher):
                 f"{engine} returns states of {found} numbers for the model of {self.folder}, whose "
                 f"head takes {size}: choose prepare.engine=transformers"
             )
+        if (dtype := self._engine.about["dtype"]) != dtype_name(self.dtype):
+            raise DecantError(
+                f"{engine} computes {self.folder} in {dtype} though {dtype_name(self.dtype)} was "
+                f"asked: set prepare.dtype to {dtype}"
+            )
         if quantization is not None and not self._engine.about["quantization"]:
             raise DecantError(
                 f"{engine} dequantised {self.folder} ({quantization.name}) when it loaded it: "

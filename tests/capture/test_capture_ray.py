@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import torch
 import zarr
 
 from pipeline.capture import ray
+from pipeline.capture.local import capture_locally
 from pipeline.capture.ray import CaptureActor, capture_on_ray
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
-from pipeline.errors import DecantError, MismatchError
+from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.io.files import create_bytes
 from pipeline.io.folders import LocalFolder
 from pipeline.logit_cache.format import marker_key
@@ -142,6 +144,67 @@ def test_actor_lost_again_and_again_is_one_sentence(
     monkeypatch.setattr(ray, "_RESTARTS", 0)
     with pytest.raises(DecantError, match=r"^Ray lost the capture \(.* run the same command"):
         capture_on_ray(many_shards, actors=1)
+
+
+def test_an_actor_can_be_an_engine_of_vllm(
+    cluster: None, many_shards: Params, vllm_python: Path, tmp_path: Path
+) -> None:
+    params = change(
+        many_shards, prepare={"engine": "vllm", "vllm": {"python": str(vllm_python), "options": {}}}
+    )
+    capture_on_ray(params, actors=1)
+    local = change(params, paths={"logits": str(tmp_path / "local.zarr")})
+    capture_locally(local)
+    for split in SPLITS:
+        made, expected = arrays_of(params, split), arrays_of(local, split)
+        for name in expected:
+            np.testing.assert_array_equal(made[name], expected[name], err_msg=name)
+
+
+class GpuCluster:
+    """What is asked of Ray when actors are started: machines with 4 and with 3 GPUs."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 16.0, "GPU": 7.0}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": float(n)}} for n in (4, 3)]
+
+    def remote(self, actor: type) -> GpuCluster:
+        return self
+
+    def options(self, **options: Any) -> Any:
+        return SimpleNamespace(remote=lambda *_: self.started.append(options))
+
+
+@pytest.mark.parametrize(("size", "actors"), [(1, 7), (2, 3), (4, 1)])
+def test_an_engine_takes_its_gpus_from_one_machine(
+    size: int, actors: int, tiny_params: Params
+) -> None:
+    options = {"tensor_parallel_size": size}
+    params = change(
+        tiny_params, prepare={"engine": "vllm", "vllm": {"python": None, "options": options}}
+    )
+    params = params.model_copy(update={"device": "auto"})
+    cluster = GpuCluster()
+    ray._start_actors(cluster, params, None)
+    assert [started["num_gpus"] for started in cluster.started] == [size] * actors
+    with pytest.raises(
+        ParamsError, match=rf"^--actors {actors + 1}( of \d GPUs each)? exceeds the "
+    ):
+        ray._start_actors(cluster, params, actors + 1)
+
+
+def test_an_engine_larger_than_a_machine_is_refused(tiny_params: Params) -> None:
+    vllm = {"python": None, "options": {"tensor_parallel_size": 3, "pipeline_parallel_size": 2}}
+    params = change(tiny_params, prepare={"engine": "vllm", "vllm": vllm})
+    with pytest.raises(
+        ParamsError, match=r"^prepare\.vllm\.options asks for 6 GPUs of one machine"
+    ):
+        ray._start_actors(GpuCluster(), params.model_copy(update={"device": "auto"}), None)
 
 
 def test_actors_error_keeps_its_kind(cluster: None, tiny_cache: Params, tmp_path: Path) -> None:

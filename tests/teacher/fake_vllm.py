@@ -34,7 +34,9 @@ class LLM:
         assert options["pooler_config"].use_activation is False
         self.longest, self.calls = max_model_len, 0
         self.model_config = SimpleNamespace(
-            dtype=getattr(torch, dtype), quantization=None, get_hidden_size=lambda: 64
+            dtype=getattr(torch, "bfloat16" if self.fault == "dtype" else dtype),
+            quantization=None,
+            get_hidden_size=lambda: 64,
         )
         if not self.fault or self.fault == "die":
             from transformers.models.llama.modeling_llama import LlamaModel

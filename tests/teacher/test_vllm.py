@@ -34,7 +34,7 @@ from pipeline.teacher.vllm import VllmTeacher, describe_vllm
 from pipeline.training.run import run_training
 from stages import verify
 from tests.helpers import ROOT, change, judge, open_cache
-from tests.models import make_teacher
+from tests.models import edit_json, make_teacher
 from tests.waiting import wait_until
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
@@ -180,6 +180,16 @@ def test_faults_are_one_sentence(
         monkeypatch.setattr(vllm_process, "_START_SECONDS", 4.0)
     with pytest.raises(DecantError, match=f"^{sentence}"):
         open_vllm(vllm_python, teacher_folder, **options)
+
+
+def test_weights_that_vllm_dequantised_are_refused(
+    vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_teacher(tmp_path / "model")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    monkeypatch.setenv("FAKE_VLLM", "random")
+    with pytest.raises(DecantError, match=r"^vLLM 1\.2\.3 dequantised \S+ \(fp8\) when it loaded"):
+        open_vllm(vllm_python, folder)
 
 
 def test_an_interpreter_without_vllm_is_one_sentence(tmp_path: Path, teacher_folder: Path) -> None:
