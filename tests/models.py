@@ -24,7 +24,7 @@ from pipeline.model.decoder import (
     ModelConfig,
     StudentModel,
 )
-from pipeline.planning.shapes import Shape
+from pipeline.planning.decoder_shape import Shape
 from tests.helpers import SMALL
 
 VOCABULARY_ROWS = 320  # more than the tokenizer's 300 ids, as in Qwen2.5

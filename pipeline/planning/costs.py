@@ -4,16 +4,17 @@ Memory counts the tensors that exist at the same time at the worst moment. What 
 fragmentation use in addition is covered by a margin (`FITS`). Activations are those of our own
 model under autocast (tests/planning/test_costs.py compares the formula with what autograd keeps).
 
-Symbols are those of shapes.py, and L row length, N parameters.
+Symbols are those of decoder_shape.py, and L row length, N parameters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.params import Params
 from pipeline.config.train_params import StudentParams
-from pipeline.planning.shapes import Shape
+from pipeline.planning.decoder_shape import Shape
+from pipeline.planning.teacher_sharing import ALONE, Sharing
 
 FITS = 0.9  # usable share of a device's memory
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,20 +35,52 @@ class Memory:
         return self.weights + self.activations + self.logits
 
 
-def capture_memory(teacher: Shape, params: Params, dtype: str) -> Memory:
+def capture_memory(teacher: Shape, params: Params, dtype: str, sharing: Sharing = ALONE) -> Memory:
     """Return the memory of the teacher's forward over capture.batch_rows rows and a head's chunk.
 
-    Nothing is kept for a backward: at worst, a block's feed-forward holds the residual stream, its
-    normalised copy and three tensors of width F.
+    If several devices share the teacher, it is that of the first, which holds most: its head is
+    whole there. Under fsdp the embedding, the head and two blocks (one at work, one on its way)
+    are gathered besides, on every device.
     """
     size = _SIZES[dtype]
-    tokens = params.capture.batch_rows * params.corpus.row_length
-    width = 4 * teacher.hidden_size + 3 * teacher.intermediate_size
+    weights, number = teacher.weight_bytes(size), sharing.devices
+    rows, columns = params.capture.batch_rows, number
+    tokens = rows * params.corpus.row_length
+    gathered = 0.0
+    if number > 1:
+        whole_head = size * teacher.head
+        weights = weights / number + whole_head
+        if sharing.parallel == "fsdp":
+            weights += whole_head / number if teacher.tied else 0
+            block = (teacher.weight_bytes(size) - 2 * whole_head) / teacher.num_layers
+            weights += 2 * whole_head + 2 * max(block, 0.0)
+            gathered = 2.0 * size * teacher.hidden_size * tokens  # the states of all rows
+            tokens, columns = -(-rows // number) * params.corpus.row_length, 1
     return Memory(
-        weights=float(size * teacher.parameters),
-        activations=float(tokens * (size * width + mask_bytes(params))),
+        weights=float(weights),
+        activations=tokens * _forward_bytes(teacher, params, size, columns) + gathered,
         logits=float(_LOGIT_COPIES * 4 * params.capture.head_chunk * teacher.vocab_size),
     )
+
+
+def _forward_bytes(teacher: Shape, params: Params, size: int, columns: int) -> float:
+    """Return the bytes per token of a forward without backward, at its worst moment.
+
+    That is a block's feed-forward: the residual stream, its normalised copy, and for each expert
+    at work (one, if it is dense) three tensors of width F, five with biases, and its input and
+    output, which a mixture copies. Or it is attention without a fused kernel, which holds three
+    copies of its scores.
+
+    Args:
+        columns: number of devices that divide heads and columns among them.
+    """
+    d, wide, copies = teacher.hidden_size, 3 * teacher.intermediate_size, 0
+    if teacher.experts:
+        wide += 2 * teacher.intermediate_size if teacher.experts.biased else 0
+        wide *= teacher.experts.per_token
+        copies = 2 * d * teacher.experts.per_token
+    scores = 3 * teacher.num_heads * params.corpus.row_length if teacher.sinks else 0
+    return size * (4 * d + max(copies + wide / columns, scores / columns)) + mask_bytes(params)
 
 
 def mask_bytes(params: Params) -> int:
@@ -80,6 +113,16 @@ def training_memory(student: Shape, params: Params) -> Memory:
     )
 
 
+def evaluation_memory(
+    teacher: Shape, student: Shape, params: Params, dtype: str, sharing: Sharing = ALONE
+) -> Memory:
+    """Return the memory of teacher, student and baseline side by side, these in float32."""
+    rows = {"batch_rows": params.evaluate.batch_rows}
+    judged = params.model_copy(update={"capture": params.capture.model_copy(update=rows)})
+    memory = capture_memory(teacher, judged, dtype, sharing)
+    return replace(memory, weights=memory.weights + 2 * 4.0 * student.parameters)
+
+
 def trained_parameters(student: Shape, params: StudentParams) -> int:
     """Return the number of trained parameters: all, or only those of adapters."""
     if params.lora is None:
@@ -108,7 +151,8 @@ def block_bytes(student: Shape, params: Params) -> float:
     up and product. `size` is that of autocast's dtype.
     """
     size = _SIZES[params.train.dtype]
-    d, a, f = student.hidden_size, student.query_size, student.intermediate_size
+    d, a = student.hidden_size, student.query_size
+    f = student.active_experts * student.intermediate_size
     copies, turned = (2, 0) if size == 4 else (5, 4 * student.head_size)
     masked = params.prepare.document_mask
     keys_and_values = 2 * (a if masked else student.kv_size)
@@ -125,6 +169,6 @@ def step_operations(student: Shape, params: Params) -> float:
     length = params.corpus.row_length
     operations = (2.0 if params.student.lora else 3.0) * student.forward_operations(length)
     if params.run.activation_checkpointing:
-        last = 2.0 * student.num_layers * student.hidden_size * student.intermediate_size
-        operations += student.body_operations(length) - last
+        last = student.active_experts * student.hidden_size * student.intermediate_size
+        operations += student.body_operations(length) - 2.0 * student.num_layers * last
     return operations

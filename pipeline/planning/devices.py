@@ -12,6 +12,8 @@ is PyTorch's default. From NVIDIA's own papers:
     h100, h200  H100 and H200 Tensor Core GPU datasheets (2023, 2024), SXM, half of the rates given
                 with sparsity
 
+Compute capabilities are those of NVIDIA's CUDA GPUs page.
+
 cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), on which the demo was measured, at
 the rate that `torch.mm` of 4096 x 4096 reached per second of processor time; it multiplies float16
 in float32. cpu-avx2 is two cores of a server processor (AMD EPYC) without units for half formats,
@@ -34,6 +36,7 @@ class Device:
     single: float  # operations per second in float32
     memory: float  # bytes
     has_bfloat16: bool = True
+    capability: tuple[int, int] = (0, 0)  # CUDA compute capability; nothing of a CPU
     has_float16: bool = True  # a CPU computes products of float16 factors in float32
 
     def peak(self, dtype: str) -> float:
@@ -47,12 +50,12 @@ DEVICES: dict[DeviceName, Device] = {
     "cpu-avx2": Device(
         half=0.082e12, single=0.082e12, memory=16e9, has_bfloat16=False, has_float16=False
     ),
-    "t4": Device(half=65e12, single=8.1e12, memory=16e9, has_bfloat16=False),
-    "l4": Device(half=121e12, single=30.3e12, memory=24e9),
-    "rtx3090": Device(half=71e12, single=35.6e12, memory=24e9),
-    "rtx4090": Device(half=165.2e12, single=82.6e12, memory=24e9),
-    "a100-40gb": Device(half=312e12, single=19.5e12, memory=40e9),
-    "a100-80gb": Device(half=312e12, single=19.5e12, memory=80e9),
-    "h100": Device(half=989e12, single=67e12, memory=80e9),
-    "h200": Device(half=989e12, single=67e12, memory=141e9),
+    "t4": Device(half=65e12, single=8.1e12, memory=16e9, capability=(7, 5), has_bfloat16=False),
+    "l4": Device(half=121e12, single=30.3e12, memory=24e9, capability=(8, 9)),
+    "rtx3090": Device(half=71e12, single=35.6e12, memory=24e9, capability=(8, 6)),
+    "rtx4090": Device(half=165.2e12, single=82.6e12, memory=24e9, capability=(8, 9)),
+    "a100-40gb": Device(half=312e12, single=19.5e12, memory=40e9, capability=(8, 0)),
+    "a100-80gb": Device(half=312e12, single=19.5e12, memory=80e9, capability=(8, 0)),
+    "h100": Device(half=989e12, single=67e12, memory=80e9, capability=(9, 0)),
+    "h200": Device(half=989e12, single=67e12, memory=141e9, capability=(9, 0)),
 }

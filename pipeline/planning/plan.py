@@ -2,8 +2,9 @@
 
 A time is a number of operations divided by the device's peak times advise.mfu, so it is
 only as good as that share; a run's own train/tokens_per_second, and `advise` on a sample, measure
-it. Several devices are assumed to share work without loss. This package's constants hold the other
-assumptions, each with its measurement.
+it. Several devices are assumed to share work without loss, except that one device computes the head
+of a teacher that they share; transfers between them are not counted. This package's constants hold
+the other assumptions, each with its measurement.
 """
 
 from __future__ import annotations
@@ -18,9 +19,17 @@ from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.planning.advise import break_even_epochs
 from pipeline.planning.cache_size import CORPUS_BYTES, CacheSize, Mode, cache_size
-from pipeline.planning.costs import capture_memory, step_operations, training_memory
+from pipeline.planning.costs import (
+    FITS,
+    capture_memory,
+    evaluation_memory,
+    step_operations,
+    training_memory,
+)
+from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.devices import DEVICES, Device
-from pipeline.planning.shapes import Shape, student_shape, teacher_shape, tokenizer_ids
+from pipeline.planning.shapes import student_shape, teacher_shape, tokenizer_ids
+from pipeline.planning.teacher_sharing import Sharing, share_teacher
 
 TOKENIZED = 2.1e5  # tokens per second on one processor, by `build_corpus` of Python's library
 READ = 6.1e6  # tokens per second read and decoded by two threads beside a device (cache_speed.py)
@@ -59,10 +68,11 @@ class Extent:
 class Rates:
     """Tokens per second, on all devices together."""
 
-    teacher: float  # teacher's forward, in prepare.dtype
+    teacher: float  # teacher's forward over capture.batch_rows rows, in prepare.dtype
     student: float  # student's forward, in train.dtype
     train: float  # student's forward and backward
-    judged_teacher: float  # teacher's forward, in evaluate.dtype
+    checked: float  # teacher's forward over verify.batch_rows rows, in prepare.dtype
+    judged_teacher: float  # teacher's forward over evaluate.batch_rows rows, in evaluate.dtype
     judged_student: float  # student's forward, in evaluate.dtype
 
 
@@ -83,6 +93,7 @@ class Plan:
     teacher: str
     teacher_shape: Shape
     teacher_dtype: str
+    sharing: Sharing  # the devices that share one teacher
     student: str
     student_shape: Shape
     student_dtype: str  # dtype of autocast
@@ -131,18 +142,21 @@ def make_plan(params: Params) -> Plan:
     device = DEVICES[params.advise.device]
     dtype = _inference_dtype(params.prepare.dtype, device)
     extent = _extent(params)
-    rates = _rates(params, teacher, student, dtype)
+    alone = capture_memory(teacher, params, dtype).total
+    sharing = share_teacher(teacher, params, fits_alone=alone <= FITS * device.memory)
+    rates = _rates(params, teacher, student, dtype, sharing)
     kept = Mode(k=params.prepare.k, num_sampled=params.prepare.num_sampled)
     rows = (extent.train_rows, extent.held_out_rows)
     cache, *modes = (
         cache_size(mode, teacher.vocab_size, rows, extent.row_length, params.prepare)
         for mode in (kept, *MODES)
     )
-    live = params.advise.devices / rates.teacher  # seconds per token on one device
+    live = _groups(params, sharing) / rates.teacher  # seconds per token of one teacher
     return Plan(
         teacher=teacher_name,
         teacher_shape=teacher,
         teacher_dtype=dtype,
+        sharing=sharing,
         student=student_name,
         student_shape=student,
         student_dtype=params.train.dtype,
@@ -150,7 +164,7 @@ def make_plan(params: Params) -> Plan:
         steps=params.train.num_steps,
         extent=extent,
         rates=rates,
-        stages=_stages(params, teacher, student, extent, rates, cache.total, dtype),
+        stages=_stages(params, teacher, student, extent, rates, cache.total, dtype, sharing),
         cache=cache,
         modes=tuple(modes),
         break_even=break_even_epochs(live + 1.0 / WRITTEN, live, 1.0 / READ),
@@ -202,16 +216,29 @@ def _extent(params: Params) -> Extent:
     )
 
 
-def _rates(params: Params, teacher: Shape, student: Shape, dtype: str) -> Rates:
+def _groups(params: Params, sharing: Sharing) -> int:
+    """Return how many teachers the devices hold."""
+    return params.advise.devices // sharing.devices
+
+
+def _rates(params: Params, teacher: Shape, student: Shape, dtype: str, sharing: Sharing) -> Rates:
     device, length = DEVICES[params.advise.device], params.corpus.row_length
     share = params.advise.mfu * params.advise.devices
-    judged = share * device.peak(_inference_dtype(params.evaluate.dtype, device))
+    judged = _inference_dtype(params.evaluate.dtype, device)
+
+    def rate(name: str, batch_rows: int) -> float:
+        """Return the rate of all teachers; the head runs on one of the devices that share one."""
+        body = teacher.body_operations(length) / sharing.speedup(batch_rows)
+        seconds = (body + 2.0 * teacher.head) / (params.advise.mfu * device.peak(name))
+        return _groups(params, sharing) / seconds
+
     return Rates(
-        teacher=share * device.peak(dtype) / teacher.forward_operations(length),
+        teacher=rate(dtype, params.capture.batch_rows),
         student=share * device.peak(params.train.dtype) / student.forward_operations(length),
         train=share * device.peak(params.train.dtype) / step_operations(student, params),
-        judged_teacher=judged / teacher.forward_operations(length),
-        judged_student=judged / student.forward_operations(length),
+        checked=rate(dtype, params.verify.batch_rows),
+        judged_teacher=rate(judged, params.evaluate.batch_rows),
+        judged_student=share * device.peak(judged) / student.forward_operations(length),
     )
 
 
@@ -223,28 +250,34 @@ def _stages(
     rates: Rates,
     cache_bytes: float,
     dtype: str,
+    sharing: Sharing,
 ) -> tuple[StagePlan, ...]:
     """Plan the stages in the order of `dvc repro`."""
     from_gguf = params.teacher.source in ("wheel", "gguf")
-    folder = teacher.parameters * (4.0 if from_gguf else 2.0)  # dequantised, or as published
+    folder = teacher.weight_bytes(4 if from_gguf else 2)  # dequantised, or as published
     length, gate = extent.row_length, extent.row_length * _gate_rows(params, extent)
-    alone = params.advise.devices  # verify and evaluate run on one device
+    alone, groups = params.advise.devices, _groups(params, sharing)
     run = extent.run_tokens / rates.train + extent.validated_tokens / rates.student
     live = (extent.run_tokens + extent.validated_tokens) / rates.teacher
     distilled = run + (live if params.train.targets == "online" else 0.0)
-    judged = 1.0 / rates.judged_teacher + 2.0 / rates.judged_student  # seconds per token
-    capture = capture_memory(teacher, params, dtype).total
+    # verify and evaluate run one teacher, and students on one device; seconds per token
+    judged = groups / rates.judged_teacher + 2.0 * alone / rates.judged_student
+    capture = capture_memory(teacher, params, dtype, sharing).total
+    judged_dtype = _inference_dtype(params.evaluate.dtype, DEVICES[params.advise.device])
+    judging = evaluation_memory(teacher, student, params, judged_dtype, sharing).total
     training = training_memory(student, params).total
-    beside = capture if params.train.targets == "online" else 0.0  # the teacher's own memory
+    beside = 0.0
+    if params.train.targets == "online":  # each process has a teacher of its own
+        beside = capture_memory(teacher, params, dtype).total
     saved = 4.0 * student.parameters
     return (
         StagePlan("fetch", folder, None, None),
         StagePlan("corpus", CORPUS_BYTES * extent.tokens, extent.tokens / TOKENIZED, None),
         StagePlan("prepare", cache_bytes, extent.tokens / rates.teacher, capture),
-        StagePlan("verify", None, gate / rates.teacher * alone, capture),
+        StagePlan("verify", None, gate / rates.checked * groups, capture),
         StagePlan("train", saved, distilled, training + beside),
         StagePlan("baseline", saved, run, training),
-        StagePlan("evaluate", None, extent.held_out_rows * length * judged * alone, None),
+        StagePlan("evaluate", None, extent.held_out_rows * length * judged, judging),
     )
 
 

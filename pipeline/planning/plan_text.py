@@ -8,6 +8,7 @@ import textwrap
 from pipeline.config.params import Params
 from pipeline.planning.cache_size import CacheSize
 from pipeline.planning.costs import FITS
+from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.devices import DEVICES
 from pipeline.planning.plan import READ, Plan, StagePlan
 from pipeline.runtime.console import readable_bytes, readable_seconds
@@ -40,15 +41,31 @@ def _summary(plan: Plan, params: Params) -> str:
 def _subject(plan: Plan, params: Params) -> list[str]:
     extent, advise = plan.extent, params.advise
     return [
-        f"teacher {plan.teacher}: {plan.teacher_shape.parameters / 1e6:,.0f} M parameters, in "
-        f"{plan.teacher_dtype}",
-        f"student {plan.student}: {plan.student_shape.parameters / 1e6:,.0f} M parameters, in "
-        f"{plan.student_dtype}",
+        f"teacher {plan.teacher}: {_weights(plan.teacher_shape)}, in {plan.teacher_dtype}",
+        f"student {plan.student}: {_weights(plan.student_shape)}, in {plan.student_dtype}",
         f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
         f"{plan.steps:,} steps of {extent.run_tokens // plan.steps:,} tokens "
         f"is {_epochs(extent.epochs_per_run)}",
         f"device {advise.devices} x {advise.device} at {advise.mfu:.0%} of its peak: "
         f"capture {plan.rates.teacher:,.0f} tokens/s, training {plan.rates.train:,.0f} tokens/s",
+        *_sharing(plan),
+    ]
+
+
+def _weights(shape: Shape) -> str:
+    words = f"{shape.parameters / 1e6:,.0f} M parameters"
+    if shape.experts:
+        words += f", {shape.active_parameters / 1e6:,.0f} M used per token"
+    return words + (f", {shape.weight_format.describe()}" if shape.weight_format else "")
+
+
+def _sharing(plan: Plan) -> list[str]:
+    sharing = plan.sharing
+    if sharing.devices == 1:
+        return []
+    return [
+        f"prepare, verify and evaluate: {sharing.devices} devices share one teacher "
+        f"({sharing.command()}, {sharing.parallel})"
     ]
 
 
@@ -91,7 +108,8 @@ def advice(plan: Plan, params: Params) -> list[str]:
 def _fits(plan: Plan, params: Params) -> list[str]:
     device = DEVICES[params.advise.device]
     remedies = {
-        "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device",
+        "prepare": "lower capture.batch_rows or capture.head_chunk, or choose a larger device or "
+        "more of them (advise.devices)",
         "train": "set run.activation_checkpointing, halve train.batch_rows and double "
         "train.gradient_accumulation_steps, or shard it with run.parallel=fsdp",
     }
@@ -101,6 +119,20 @@ def _fits(plan: Plan, params: Params) -> list[str]:
         of = f"{readable_bytes(memory)} of {readable_bytes(device.memory)}"
         fits = memory <= FITS * device.memory
         lines.append(f"{name} fits: {of}" if fits else f"{name} does NOT fit: {of}; {remedy}")
+    judging = plan.stage("evaluate").memory or 0.0
+    if judging > FITS * device.memory:
+        lines.append(
+            f"evaluate does NOT fit: {readable_bytes(judging)} of {readable_bytes(device.memory)}, "
+            "with teacher, student and baseline side by side; judge one run at a time (--run), or "
+            "use a larger device"
+        )
+    weight_format = plan.teacher_shape.weight_format
+    if weight_format and weight_format.capability and device.capability < weight_format.capability:
+        wanted = ".".join(map(str, weight_format.capability))
+        lines.append(
+            f"{params.advise.device} has no kernels for {weight_format.name}: transformers needs a "
+            f"GPU of compute capability {wanted}, or the unquantised model"
+        )
     dtypes = (plan.teacher_dtype, plan.student_dtype, plan.evaluate_dtype)
     for key, dtype in zip(("prepare", "train", "evaluate"), dtypes, strict=True):
         if dtype == "bfloat16" and not device.has_bfloat16:
@@ -125,13 +157,18 @@ def _cache_or_online(plan: Plan, params: Params) -> list[str]:
     hour = 3600.0 * plan.rates.teacher / params.advise.devices
     live = plan.extent.run_tokens / plan.rates.teacher
     cached = plan.stage("baseline").seconds or 0.0
+    shared = plan.sharing.devices > 1
+    more = f"{readable_seconds(live)} more with a live teacher"
+    if shared:
+        more = "cannot have a live teacher, which would have to fit beside it on each device"
     lines = [
-        f"a run takes {readable_seconds(cached)} from the cache and {readable_seconds(live)} more "
-        "with a live teacher",
+        f"a run takes {readable_seconds(cached)} from the cache and {more}",
         f"an hour of {params.advise.device} captures {hour / 1e6:,.3g} M tokens, "
         f"{readable_bytes(hour * plan.cache.bytes_a_token)} of cache: keep it if that is cheaper "
         "to store than to compute again",
     ]
+    if shared:
+        return lines
     if plan.break_even is None:
         return [
             *lines,

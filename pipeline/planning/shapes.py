@@ -1,127 +1,35 @@
-"""The shape of a decoder, and the parameters and operations per token that follow from it.
+"""The shapes of teacher and student, from wherever they can be had.
 
 A shape comes from the params (for a student with random weights), from a local config.json, from
-the table of models used in recipes, or from the hub, in that order; the table only saves a request.
-Decoders are assumed to be like Qwen2's and Llama's: grouped-query attention and a gated
-feed-forward.
-
-Symbols: D hidden, A query width (heads x head size), G key/value width, F intermediate, V rows.
+the table of models used in recipes, or from the hub, in that order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.names import start_name, teacher_name
 from pipeline.config.params import Params
 from pipeline.config.source_params import TeacherParams
-from pipeline.config.train_params import LoraParams, StudentParams
+from pipeline.config.train_params import StudentParams
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.config_json import read_config_file, text_config
+from pipeline.planning.decoder_shape import Experts, Shape
+from pipeline.planning.known_shapes import known
+from pipeline.planning.weight_format import WeightFormat, read_format
 
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The sizes of a decoder."""
-
-    hidden_size: int  # D
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    intermediate_size: int  # F
-    vocab_size: int  # V, rows of the head
-    tied: bool  # embedding and head are one matrix
-    qkv_bias: bool
-
-    @property
-    def query_size(self) -> int:
-        """A, the width of all query heads."""
-        return self.num_heads * self.head_size
-
-    @property
-    def kv_size(self) -> int:
-        """G, the width of all key/value heads."""
-        return self.num_kv_heads * self.head_size
-
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Return inputs and outputs of the linear layers of a block, by Hugging Face's names."""
-        d, a, g, f = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
-        attention = {"q_proj": (d, a), "k_proj": (d, g), "v_proj": (d, g), "o_proj": (a, d)}
-        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-
-    @property
-    def body_matrices(self) -> int:
-        """Weights of all blocks' linear layers, each used once per token."""
-        return self.num_layers * sum(one * two for one, two in self.matrices().values())
-
-    @property
-    def head(self) -> int:
-        """Weights of the head, V x D."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def parameters(self) -> int:
-        """Number of all parameters; a tied matrix counts once."""
-        biases = self.query_size + 2 * self.kv_size if self.qkv_bias else 0
-        norms = 2 * self.hidden_size
-        embeddings = self.head if self.tied else 2 * self.head
-        blocks = self.body_matrices + self.num_layers * (biases + norms)
-        return blocks + self.hidden_size + embeddings
-
-    def lora_parameters(self, lora: LoraParams) -> int:
-        """Return the number of adapter weights on the named layers: r (inputs + outputs) each."""
-        sizes = [sum(size) for name, size in self.matrices().items() if name in lora.targets]
-        return self.num_layers * lora.rank * sum(sizes)
-
-    def body_operations(self, row_length: int) -> float:
-        """Return the operations per token of a forward through the blocks: 2 N + 4 A L per layer.
-
-        Each weight takes one multiplication and one addition. Attention computes L products with
-        keys and L with values, even if a mask drops some (Chowdhery et al. 2022, PaLM, appendix B).
-        """
-        return 2.0 * self.body_matrices + 4.0 * self.num_layers * self.query_size * row_length
-
-    def forward_operations(self, row_length: int) -> float:
-        """Return the operations per token of a forward through blocks and head."""
-        return self.body_operations(row_length) + 2.0 * self.head
-
-
-def _qwen(sizes: tuple[int, int, int, int, int], vocab_size: int, *, tied: bool) -> Shape:
-    hidden, layers, heads, kv_heads, intermediate = sizes
-    return Shape(
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_size=hidden // heads,
-        intermediate_size=intermediate,
-        vocab_size=vocab_size,
-        tied=tied,
-        qkv_bias=True,
-    )
-
-
-def _smollm(sizes: tuple[int, int, int, int, int]) -> Shape:
-    return replace(_qwen(sizes, 49_152, tied=True), qkv_bias=False)
-
-
-KNOWN = {
-    "Qwen2.5-0.5B": _qwen((896, 24, 14, 2, 4864), 151_936, tied=True),
-    "Qwen2.5-1.5B": _qwen((1536, 28, 12, 2, 8960), 151_936, tied=True),
-    "Qwen2.5-3B": _qwen((2048, 36, 16, 2, 11_008), 151_936, tied=True),
-    "Qwen2.5-7B": _qwen((3584, 28, 28, 4, 18_944), 152_064, tied=False),
-    "Qwen2.5-14B": _qwen((5120, 48, 40, 8, 13_824), 152_064, tied=False),
-    "Qwen2.5-32B": _qwen((5120, 64, 40, 8, 27_648), 152_064, tied=False),
-    "SmolLM2-135M": _smollm((576, 30, 9, 3, 1536)),
-    "SmolLM2-360M": _smollm((960, 32, 15, 5, 2560)),
-    "SmolLM2-1.7B": _smollm((2048, 24, 32, 32, 8192)),
+_UNCOUNTED = {
+    "kv_lora_rank": "latent attention",
+    "n_routed_experts": "experts beside shared ones",
+    "n_shared_experts": "experts beside shared ones",
+    "shared_expert_intermediate_size": "experts beside shared ones",
+    "mlp_only_layers": "dense layers between sparse ones",
 }
-"""Shapes by name without "-Instruct" and "-Coder", which do not affect the shape."""
+"""Keys of a config.json, if their values are not null, 0 or empty, that change what is counted."""
 
 
 def teacher_shape(params: TeacherParams, folder: Path) -> tuple[str, Shape]:
@@ -160,7 +68,7 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
                 f"student.layers names layer {outside[0]}, and the teacher's are 0 to "
                 f"{teacher.num_layers - 1}: choose among these"
             )
-        return name, replace(teacher, num_layers=len(params.layers))
+        return name, replace(teacher, num_layers=len(params.layers), weight_format=None)
     if params.init == "random":
         assert params.vocab_size != "auto"  # pipeline/config/resolved.py has made it a number
         return name, _from_config(params.model_dump())
@@ -199,14 +107,6 @@ def _at_hand(name: str, *folders: Path) -> Shape | None:
     return known(name)
 
 
-def known(name: str) -> Shape | None:
-    """Return a model's shape by hub id, folder or file name; None if it is not in the table."""
-    plain = name.rpartition("/")[2].replace("-Coder", "").replace("-Instruct", "")
-    if plain.endswith(".gguf"):
-        plain = next((key for key in KNOWN if plain.startswith((f"{key}.", f"{key}-"))), plain)
-    return KNOWN.get(plain)
-
-
 def _from_hub(hub_id: str, revision: str) -> Shape | None:
     from huggingface_hub import hf_hub_download
 
@@ -219,8 +119,20 @@ def _from_hub(hub_id: str, revision: str) -> Shape | None:
 
 
 def _read(file: Path) -> Shape:
+    raw = read_config_file(file)
+    inner = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw} | {**text_config(raw)}
+    parts = [what for key, what in _UNCOUNTED.items() if inner.get(key)]
+    if "linear_attention" in (inner.get("layer_types") or ()):
+        parts.append("linear attention")
+    if inner.get("decoder_sparse_step", 1) != 1:
+        parts.append("dense layers between sparse ones")
+    if parts:
+        raise DecantError(
+            f"{file} is of a model with {parts[0]}, which a plan cannot count: plan with the "
+            "config.json of a model of Qwen3's or Llama's kind and a similar size"
+        )
     try:
-        return _from_config(text_config(read_config_file(file)))
+        return _from_config(inner, read_format(raw))
     except (LookupError, TypeError) as error:
         raise DecantError(
             f"{file} does not give the shape of a decoder ({type(error).__name__}: {error}): plans "
@@ -228,19 +140,36 @@ def _read(file: Path) -> Shape:
         ) from None
 
 
-def _from_config(raw: Mapping[str, Any]) -> Shape:
+def _from_config(raw: Mapping[str, Any], weight_format: WeightFormat | None = None) -> Shape:
     """Read a shape from a config.json, or from the section `student`, with its shorter names."""
     heads = raw.get("num_attention_heads") or raw["num_heads"]
     kv_heads = raw.get("num_key_value_heads") or raw.get("num_kv_heads") or heads
-    bias = raw.get("attention_bias", raw.get("model_type") == "qwen2")
+    model_type = raw.get("model_type", "")
+    bias = raw.get("attention_bias", model_type in ("qwen2", "gpt_oss"))
+    experts = _experts(raw)
+    width = raw.get("moe_intermediate_size") if experts else None
     return Shape(
         hidden_size=raw["hidden_size"],
         num_layers=raw.get("num_hidden_layers") or raw["num_layers"],
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-        intermediate_size=raw["intermediate_size"],
+        intermediate_size=width or raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
         tied=raw.get("tie_word_embeddings", raw.get("tie_embeddings", False)),
         qkv_bias=bias,
+        o_bias=bias and model_type not in ("", "qwen2"),
+        qk_norm=model_type.startswith("qwen3"),
+        sinks=model_type == "gpt_oss",
+        experts=experts,
+        model_type=model_type,
+        weight_format=weight_format,
     )
+
+
+def _experts(raw: Mapping[str, Any]) -> Experts | None:
+    number = raw.get("num_local_experts") or raw.get("num_experts")
+    if not number:
+        return None
+    biased = raw.get("model_type") == "gpt_oss"
+    return Experts(number=number, per_token=raw["num_experts_per_tok"], biased=biased)

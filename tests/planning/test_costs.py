@@ -17,7 +17,7 @@ from pipeline.planning.costs import (
     step_operations,
     training_memory,
 )
-from pipeline.planning.shapes import KNOWN
+from pipeline.planning.known_shapes import KNOWN
 from pipeline.runtime.device import DTYPES
 from pipeline.runtime.ranks import ALONE
 from pipeline.target_sources.tokens_only import TokensOnly

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.params import Params
 from pipeline.config.source_params import TeacherParams
@@ -18,11 +18,13 @@ from pipeline.config.train_params import LoraParams, StudentParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.lora import add_adapters
-from pipeline.planning.shapes import KNOWN, Shape, known, student_shape, teacher_shape
+from pipeline.planning.decoder_shape import Experts, Shape
+from pipeline.planning.known_shapes import KNOWN, known
+from pipeline.planning.shapes import student_shape, teacher_shape
 from tests.helpers import change
 from tests.models import small_shape
 
-# Tensors counted in the published safetensors files.
+# Of Qwen2.5 and SmolLM2 the tensors counted in the published safetensors files.
 PUBLISHED = {
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-1.5B": 1_543_714_304,
@@ -30,6 +32,15 @@ PUBLISHED = {
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-14B": 14_770_033_664,
     "Qwen2.5-32B": 32_763_876_352,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "SmolLM2-135M": 134_515_008,
     "SmolLM2-360M": 361_821_120,
     "SmolLM2-1.7B": 1_711_376_384,
@@ -38,6 +49,118 @@ PUBLISHED = {
 
 def test_the_table_holds_the_published_counts() -> None:
     assert {name: shape.parameters for name, shape in KNOWN.items()} == PUBLISHED
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if not name.startswith(("Qwen2", "Smol"))])
+def test_the_table_holds_the_counts_of_transformers(name: str) -> None:
+    """Of its own model with these sizes, built without weights."""
+    shape = KNOWN[name]
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_size,
+        "intermediate_size": shape.intermediate_size,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": shape.tied,
+    }
+    if shape.experts:
+        sizes |= {
+            "moe_intermediate_size": shape.intermediate_size,
+            "num_experts": shape.experts.number,
+            "num_experts_per_tok": shape.experts.per_token,
+        }
+    assert model_of(shape.model_type, **sizes).num_parameters() == shape.parameters
+
+
+def model_of(model_type: str, **sizes: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+
+
+def test_experts_are_held_all_and_used_a_few() -> None:
+    """The published 20.9 B with 3.6 B active, and 30.5 B with 3.3 B, the embedding included."""
+    small, qwen = KNOWN["gpt-oss-20b"], KNOWN["Qwen3-30B-A3B"]
+    assert small.active_parameters == pytest.approx(3.61e9, rel=2e-3)
+    assert qwen.active_parameters + qwen.head == pytest.approx(3.35e9, rel=2e-3)
+    assert KNOWN["gpt-oss-120b"].active_parameters == pytest.approx(5.13e9, rel=2e-3)
+    dense = KNOWN["Qwen3-8B"]
+    assert dense.active_parameters == dense.body_matrices + dense.head
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 100,
+    "head_dim": 16,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen3", {"attention_bias": True}),
+        ("llama", {"attention_bias": True}),
+        ("mixtral", EXPERTS),
+        ("qwen3_moe", EXPERTS | {"moe_intermediate_size": 24}),
+        ("gpt_oss", EXPERTS),
+    ],
+)
+def test_a_config_gives_the_counts_of_its_model(
+    model_type: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_of(model_type, **SIZES, **changes)
+    model.config.save_pretrained(tmp_path)
+    _, shape = teacher_shape(of_teacher(source="folder", folder={"path": tmp_path}), tmp_path)
+    assert shape.parameters == model.num_parameters()
+
+
+def test_the_language_model_within_a_larger_one_is_read(tmp_path: Path) -> None:
+    config = {"text_config": SIZES | {"model_type": "qwen3"}, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, shape = teacher_shape(of_teacher(source="folder"), tmp_path)
+    assert (shape.query_size, shape.qk_norm, shape.tied) == (64, True, True)
+
+
+def test_what_cannot_be_counted_is_refused(tmp_path: Path) -> None:
+    for key, value, what in (
+        ("kv_lora_rank", 512, "latent attention"),
+        ("n_shared_experts", 1, "experts beside shared ones"),
+        ("layer_types", ["linear_attention", "full_attention"], "linear attention"),
+        ("decoder_sparse_step", 2, "dense layers between"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(SIZES | {key: value}))
+        with pytest.raises(DecantError, match=f"is of a model with {what}"):
+            teacher_shape(of_teacher(source="folder"), tmp_path)
+
+
+def test_experts_operations_are_those_that_pytorch_counts() -> None:
+    """Of the experts' own loop, in which each computes the tokens that chose it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **SIZES, **EXPERTS)
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    shape = Shape(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=16,
+        intermediate_size=48,
+        vocab_size=100,
+        tied=False,
+        qkv_bias=False,
+        experts=Experts(number=4, per_token=2),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 100, (2, 16)), use_cache=False)
+    assert counter.get_total_flops() == 2 * 16 * shape.forward_operations(16)
 
 
 @pytest.mark.parametrize("tied", [True, False])
