@@ -236,7 +236,7 @@ class _Part:
         self._ranks = ranks
         self._parallel = request.parallel
         target = compute_dtype(request.dtype, ranks.device)
-        distributed = import_transformers().distributed.DistributedConfig
+        distributed = _distributed_config()
         if request.parallel == "tensor":
             how = distributed(tp_plan="auto")
         else:
@@ -315,8 +315,9 @@ def choose_parallel(folder: Path, wanted: str, number: int) -> Parallel:
 
     Raises:
         ParamsError: tensor is wanted and impossible, or the weights are quantised.
-        DecantError: the folder has no model of a known architecture.
+        DecantError: the folder has no model of a known architecture, or transformers is too old.
     """
+    _distributed_config()
     if (stored := read_quantization(folder)) is not None:
         raise ParamsError(
             f"{folder} is quantised ({stored.name}), and its weights are not divided among "
@@ -334,6 +335,18 @@ def choose_parallel(folder: Path, wanted: str, number: int) -> Parallel:
             f"since {reason}: start another number, or set prepare.parallel to fsdp"
         )
     return "tensor"
+
+
+def _distributed_config() -> Any:
+    """Return the class by which transformers takes the division of a model."""
+    transformers = import_transformers()
+    found = getattr(getattr(transformers, "distributed", None), "DistributedConfig", None)
+    if "fsdp_size" not in getattr(found, "__dataclass_fields__", {}):
+        raise DecantError(
+            f"transformers {transformers.__version__} does not divide models among processes as "
+            "5.23 does: upgrade it, or start one process"
+        )
+    return found
 
 
 def _why_not_tensor(model: Any, number: int) -> str:
