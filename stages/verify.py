@@ -1,14 +1,18 @@
-"""Run the gate, which compares the cache with the live teacher: `python stages/verify.py`."""
+"""Run the gate, which compares the cache with the live teacher: `python stages/verify.py`.
+
+What quantisation of the teacher costs: `python stages/verify.py --against UNQUANTISED_FOLDER`.
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import stage, writes
-from pipeline.errors import printable
+from pipeline.errors import ParamsError, printable
 from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
@@ -23,15 +27,30 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Only read every shard against its checksums, marker and corpus; the teacher is not run.",
 )
-def main(params: Params, structure: bool) -> None:
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Instead compare the teacher with the model of this folder, for example the one that it "
+    "was quantised from; no cache is needed.",
+)
+def main(params: Params, structure: bool, against: Path | None) -> None:
     """Recompute sampled rows with the live teacher and compare them with the cache.
 
     Exit status 1 when a limit is missed, which is verify.noise_factor times the teacher's own noise
     and at most what verify.* says, or when the negative control (targets shifted by one) passes.
     Says which faults a check of this size would have found. Reads paths.teacher, paths.corpus and
     paths.logits; writes paths.verify/metrics.json and histogram.json.
+
+    With --against it says how far the teacher is from another model on validation rows, KL, top-1
+    and cross-entropy, beside what the cut at prepare.k leaves out. It is a report, with exit status
+    0, and writes paths.verify/against.json.
     """
-    if structure:
+    if structure and against is not None:
+        raise ParamsError("--structure and --against are two checks: give one of them")
+    if against is not None:
+        _compare_with(params, against)
+    elif structure:
         _check_structure(params)
     else:
         _run_gate(params)
@@ -81,6 +100,17 @@ def _run_gate(params: Params) -> None:
         f"{dtype_name(dtype)}, gate {verdict}"
     )
     sys.exit(0 if report.passed else 1)
+
+
+def _compare_with(params: Params, folder: Path) -> None:
+    from pipeline.io.files import write_json
+    from pipeline.verify.against import compare_with
+
+    report = compare_with(folder, params)
+    write_json(params.paths.verify / "against.json", report)
+    for line in report.lines():
+        click.echo(f"  {line}")
+    click.echo(printable(f"verify: {report.tokens:,} tokens against {folder}"))
 
 
 def _check_structure(params: Params) -> None:

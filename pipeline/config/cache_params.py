@@ -52,13 +52,17 @@ class PrepareParams(Section):
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 4.0)
     """Temperatures whose exact normalisers are stored, for train.temperature to choose from."""
     dtype: Dtype = "auto"
-    """The teacher's dtype: float32, bfloat16, float16 or auto. auto is float16 on a GPU; on a CPU
-    it is bfloat16 if the CPU has units for it, otherwise float32. float16 on a CPU rounds the
-    weights and computes in float32."""
+    """The teacher's dtype, of its activations alone if it is quantised: float32, bfloat16, float16
+    or auto. auto is float16 on a GPU; on a CPU it is bfloat16 if the CPU has units for it,
+    otherwise float32. float16 on a CPU rounds the weights and computes in float32."""
     parallel: Literal["auto", "tensor", "fsdp"] = "auto"
     """How the processes that torchrun starts divide the teacher's weights: tensor divides every
     layer by heads and columns; fsdp divides every tensor, and gathers one layer at a time; auto is
     tensor where that is possible, else fsdp. A single process ignores it."""
+    dequantize: bool = False
+    """Whether quantised weights of the teacher are converted to dtype when they are loaded, which
+    takes an unquantised model's memory; false: they are used as they are, or refused where that is
+    not possible."""
     document_mask: bool = True
     """Whether a document attends to itself only, in teacher and student; false: to the whole row
     before it. A run that uses a cache takes the cache's value."""

@@ -116,7 +116,8 @@ class CorpusParams(Section):
     """The tokens that are in the loss: all, or completions, the assistant's turns of chats."""
     add_bos: Literal["auto", True, False] = "auto"
     """Whether a text begins with the BOS token: true, false, or auto, as the tokenizer does by
-    default. Chats begin as their template says."""
+    default, as prompts of generate, humaneval and other programs do. Chats begin as their template
+    says."""
     max_bad_documents: CountOrZero = 10
     """Documents that may be left out, and reported, because they cannot be used; more of them stop
     the stage."""

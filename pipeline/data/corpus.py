@@ -99,10 +99,12 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
             num_text_bytes=counters[split].text_bytes,
             num_dropped=counters[split].dropped,
             tokenizer_sha256=tokenizer_sha256,
+            leading_ids=tuple(to_documents.leading),
         )
         for split, writer in writers.items()
     }
-    for line in (*_left_out(params, counters), *bad.lines()):
+    begins = _begins(tokenizer, to_documents, params.add_bos)
+    for line in (*begins, *_left_out(params, counters), *bad.lines()):
         say(f"corpus: {line}")
     return infos
 
@@ -113,6 +115,26 @@ def _longest(params: CorpusParams) -> int | None:
     if params.train_tokens is not None:
         limits.append(max(params.train_tokens, params.validation_tokens))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _begins(
+    tokenizer: Any, to_documents: DocumentTokenizer, add_bos: Literal["auto"] | bool
+) -> Iterator[str]:
+    """Yield how texts begin, if there are any, and whether prompts will begin otherwise."""
+    if not to_documents.num_texts:
+        return
+    leading, usual = to_documents.leading, leading_tokens(tokenizer, "auto")
+
+    def names(ids: list[int]) -> str:
+        return " ".join(tokenizer.convert_ids_to_tokens(ids)) or "no BOS token"
+
+    yield f"texts begin with {names(leading)} (corpus.add_bos={str(add_bos).lower()})"
+    if leading != usual:
+        yield (
+            f"warning: the tokenizer begins texts with {names(usual)}, and so do prompts of "
+            "generate, humaneval and other programs: a student of this corpus has not seen that, "
+            "unless corpus.add_bos=auto"
+        )
 
 
 def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments) -> str:
@@ -229,6 +251,10 @@ class DocumentTokenizer:
         longest: number of tokens after which the rest of a document is not tokenized; None keeps
             all.
         bad: collects the conversations that cannot be used.
+
+    Attributes:
+        leading: ids put before each text.
+        num_texts: number of texts so far.
     """
 
     def __init__(
@@ -247,6 +273,7 @@ class DocumentTokenizer:
         self._limit = None if longest is None else longest + 1
         self._encode = PrefixEncoder(tokenizer, self._limit)
         self._bad = bad
+        self.num_texts = 0
 
     def __call__(self, sources: Iterator[Source]) -> Iterator[Tokenized]:
         """Tokenize in order, several texts at once.
@@ -281,6 +308,7 @@ class DocumentTokenizer:
                 f"corpus.loss_on=completions needs conversations, and the corpus holds text "
                 f"({texts[0][:40]!r}...): set it to all, or name a column of messages"
             )
+        self.num_texts += len(texts)
         encoded = self._encode.texts(texts)
         for source, text, (ids, is_whole) in zip(sources, texts, encoded, strict=True):
             end = [self.separator] if is_whole else []  # a text that is cut has no end

@@ -63,6 +63,7 @@ class SplitInfo:
     num_dropped: Number  # documents left out because none of their tokens is a target
     num_text_bytes: Number  # UTF-8 bytes of the documents; for chats, as the template writes them
     num_used_ids: Number  # distinct token ids that occur
+    leading_ids: tuple[Number, ...]  # ids put before each text, usually BOS; chats have their own
     vocab_size: Length  # ids a tokenizer can produce: largest id + 1
     tokenizer_sha256: Sha256
     sha256: Sha256  # of all arrays, row by row (`hash_rows`)
@@ -139,7 +140,12 @@ class SplitWriter:
         return self._num_tokens
 
     def commit(
-        self, *, num_text_bytes: int, tokenizer_sha256: str, num_dropped: int = 0
+        self,
+        *,
+        num_text_bytes: int,
+        tokenizer_sha256: str,
+        num_dropped: int = 0,
+        leading_ids: tuple[int, ...] = (),
     ) -> SplitInfo:
         """Write the pending rows, and the metadata that makes the split exist.
 
@@ -159,6 +165,7 @@ class SplitWriter:
             num_dropped=num_dropped,
             num_text_bytes=num_text_bytes,
             num_used_ids=int(self._used.sum()),
+            leading_ids=leading_ids,
             vocab_size=len(self._used),
             tokenizer_sha256=tokenizer_sha256,
             sha256=self._digest.hexdigest(),

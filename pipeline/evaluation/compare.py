@@ -18,11 +18,11 @@ from pipeline.config.delivery_params import EvaluateParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.errors import DecantError
-from pipeline.evaluation.bootstrap import intervals
 from pipeline.evaluation.metrics import PositionScores
 from pipeline.evaluation.models import JudgedModel
-from pipeline.evaluation.results import TEACHER, CalibrationBin, Interval, Scores
+from pipeline.evaluation.results import TEACHER, CalibrationBin, Scores
 from pipeline.model.attention_mask import documents_apart
+from pipeline.runtime.bootstrap import Interval, clusters_of, intervals
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
 from pipeline.teacher.teacher import Teacher
@@ -63,16 +63,12 @@ def compare(
         place = (labels != IGNORE).numpy()
         documents.append(rows.doc_ids[place])
         row_numbers.append(first + place.nonzero()[0])
-    clusters = np.concatenate(documents).astype(np.int64)
-    if not len(clusters):
+    if not any(map(len, documents)):
         raise DecantError(
             "no token of the corpus's validation rows is in the loss: raise "
             "corpus.validation_fraction, or set corpus.loss_on=all, and make it again"
         )
-    resampled = f"{len(np.unique(clusters)):,} documents"
-    if clusters.min() == clusters.max():  # a single document cannot be resampled
-        clusters = np.concatenate(row_numbers)
-        resampled = f"{len(np.unique(clusters)):,} rows"
+    clusters, resampled = clusters_of(documents, row_numbers)
     scores = {name: positions.scores(clusters) for name, positions in found.items()}
     scores[TEACHER].interval.pop("kl_to_teacher", None)  # it is 0 by definition
     return Comparison(

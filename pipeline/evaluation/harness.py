@@ -67,9 +67,18 @@ class Harness:
             set_shots(task, shots)
 
     def run(
-        self, folder: Path, *, dtype: torch.dtype, device: torch.device, batch_rows: int
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_rows: int,
+        dequantize: bool = False,
     ) -> HarnessResults:
         """Return the scores of the model in a Hugging Face folder.
+
+        Args:
+            dequantize: convert quantised weights to `dtype`.
 
         Raises:
             DecantError: the folder is not a model, or the harness cannot run it.
@@ -77,7 +86,8 @@ class Harness:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = place_rounded(load_causal_lm(folder, dtype, what="model"), dtype, device)
+        model = load_causal_lm(folder, dtype, what="model", device=device, dequantize=dequantize)
+        model = place_rounded(model, dtype, device)
         seed_as_the_harness()
         try:
             lm = HFLM(

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DecantError
-from pipeline.evaluation.results import HumanEvalScores, Interval
+from pipeline.evaluation.results import HumanEvalScores
 from pipeline.io.files import write_json
+from pipeline.runtime.bootstrap import Interval
 from pipeline.runtime.optional import install_hint
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

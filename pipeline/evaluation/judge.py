@@ -17,7 +17,7 @@ from pipeline.evaluation.harness import Harness
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import view_passage
 from pipeline.evaluation.results import TEACHER, HarnessResults, ModelScores, Samples
-from pipeline.evaluation.samples import sample
+from pipeline.evaluation.samples import QuantizedRun, sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
@@ -52,7 +52,14 @@ def judge(
         here = others
         say("evaluate: the teacher, which several processes share, writes no sample texts")
     continuations = {
-        name: sample(folder, params.evaluate.prompts, params.evaluate.max_new_tokens)
+        name: sample(
+            folder,
+            params.evaluate.prompts,
+            params.evaluate.max_new_tokens,
+            quantized=QuantizedRun(
+                dtype, device, dequantize=name == TEACHER and params.prepare.dequantize
+            ),
+        )
         for name, folder in here.items()
     }
     metrics = {
@@ -83,7 +90,11 @@ def run_harness(
     results: dict[str, HarnessResults] = {}
     for name, folder in folders.items():
         results[name] = harness.run(
-            folder, dtype=dtype, device=device, batch_rows=params.evaluate.batch_rows
+            folder,
+            dtype=dtype,
+            device=device,
+            batch_rows=params.evaluate.batch_rows,
+            dequantize=name == TEACHER and params.prepare.dequantize,
         )
         write_json(params.paths.evaluate / "lm_eval.json", results)
         for line in harness_lines(name, results[name]):

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DecantError
-from pipeline.evaluation.bootstrap import intervals
 from pipeline.evaluation.results import CalibrationBin, KLStatistics, Scores
+from pipeline.runtime.bootstrap import intervals
 
 
 class PositionScores:

@@ -2,8 +2,8 @@
 
 The logits of a whole batch (tokens x vocabulary in float32) are large, and positions outside the
 loss do not need them, so the two steps are separate. For most models, states are final hidden
-states, and logits are their product with the head. A model that changes its logits further (Phi's
-bias, Gemma 2's cap, Cohere's scale) computes the logits itself.
+states, and logits are their product with the head, scaled or capped where the model does so. A
+model with more in its head (Phi's bias, ModernBERT's norm) computes the logits itself.
 
 Shapes: B batch, L length, n some positions of B x L, D hidden, V vocabulary rows.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from pipeline.errors import DecantError, MismatchError
 from pipeline.model.attention_mask import document_positions
 from pipeline.model.huggingface import (
     LogitsError,
+    document_options,
     keeps_documents_apart,
     load_causal_lm,
     max_positions,
 )
+from pipeline.model.quantization import QuantizedError
 from pipeline.model.student import Student
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import compute_dtype, place_rounded
@@ -77,7 +79,8 @@ class ProductModel:
             return self._student.hidden_states(tokens, doc_ids).flatten(0, 1)
 
     def logits(self, states: Tensor) -> Tensor:
-        return matmul_float32(states, self._head.T, self._dtype)
+        logits = matmul_float32(states, self._head.T, self._dtype)
+        return self._student.logit_transform.apply_(logits)
 
 
 class WholeModel:
@@ -87,21 +90,22 @@ class WholeModel:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._model = place_rounded(load_causal_lm(folder, dtype, what="model"), dtype, device)
+        model = load_causal_lm(folder, dtype, what="model", device=device)
+        self._model = place_rounded(model, dtype, device)
         self.parameters: int = self._model.num_parameters()
         self.vocab_size: int = len(self._model.get_output_embeddings().weight)
         self.max_seq_len: int | None = max_positions(self._model.config)
         self._keeps_apart = keeps_documents_apart(self._model, self.vocab_size)
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
-        options = {}
+        options: dict[str, Any] = {}
         if doc_ids is not None:
             if not self._keeps_apart:
                 raise DecantError(
                     f"a {self._model.config.model_type!r} model always attends across "
                     "documents: set prepare.document_mask=false, or leave it out"
                 )
-            options["position_ids"] = document_positions(doc_ids)
+            options = document_options(self._model, document_positions(doc_ids))
         logits: Tensor = self._model(input_ids=tokens, use_cache=False, **options).logits
         return logits.flatten(0, 1)
 
@@ -139,7 +143,7 @@ def open_models(
 def _open(folder: Path, dtype: torch.dtype, device: torch.device) -> JudgedModel:
     try:
         return ProductModel(open_student(folder).to(device), dtype)
-    except LogitsError:
+    except (LogitsError, QuantizedError):
         return WholeModel(folder, dtype, device)
 
 

@@ -16,20 +16,9 @@ from dataclasses import dataclass
 
 from pydantic import FiniteFloat
 
+from pipeline.runtime.bootstrap import Interval
+
 TEACHER = "teacher"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % confidence interval."""
-
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """Half the distance between the limits."""
-        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,31 +11,54 @@ from pipeline.errors import DecantError
 from pipeline.generation.sampling import GenerationSettings
 from pipeline.generation.text_generator import TextGenerator
 from pipeline.model.huggingface import load_causal_lm
+from pipeline.model.quantization import read_quantization
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import read_config
 from pipeline.runtime.console import progress
 
 
-def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
+@dataclass(frozen=True)
+class QuantizedRun:
+    """How a quantised model runs, which may not be possible on the CPU in float32."""
+
+    dtype: torch.dtype
+    device: torch.device
+    dequantize: bool
+
+
+def sample(
+    folder: Path,
+    prompts: tuple[str, ...],
+    new_tokens: int,
+    *,
+    quantized: QuantizedRun | None = None,
+) -> list[str]:
     """Continue prompts greedily by the model of a Hugging Face folder, on the CPU in float32.
 
     Our own model generates for the folders that it supports. A teacher may have another
-    architecture; then transformers generates.
+    architecture, or be quantised; then transformers generates.
     """
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0, repetition_penalty=1)
     try:
         read_config(folder)
     except DecantError:
-        return _sample_by_transformers(folder, prompts, new_tokens)
+        return _sample_by_transformers(folder, prompts, new_tokens, quantized)
     return TextGenerator(folder).generate(prompts, settings)
 
 
-def _sample_by_transformers(folder: Path, prompts: tuple[str, ...], new_tokens: int) -> list[str]:
+def _sample_by_transformers(
+    folder: Path, prompts: tuple[str, ...], new_tokens: int, quantized: QuantizedRun | None
+) -> list[str]:
     tokenizer = load_tokenizer(folder)
-    model = load_causal_lm(folder, torch.float32, what="model")
+    run = QuantizedRun(torch.float32, torch.device("cpu"), dequantize=False)
+    if quantized is not None and read_quantization(folder) is not None:
+        run = quantized
+    model = load_causal_lm(
+        folder, run.dtype, what="model", device=run.device, dequantize=run.dequantize
+    )
     texts = []
     for prompt in progress(prompts, what=f"samples of {folder.name}", unit="prompt"):
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt").to(run.device)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from pipeline.evaluation.compare import Comparison
-from pipeline.evaluation.results import TEACHER, HarnessResults, Interval
+from pipeline.evaluation.results import TEACHER, HarnessResults
+from pipeline.runtime.bootstrap import Interval
 
 _WITH_INTERVAL = {
     "loss": "loss",

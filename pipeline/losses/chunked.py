@@ -2,7 +2,8 @@
 
 Rows of hidden states are processed one chunk at a time. The forward pass computes logits, loss, and
 the loss's gradients for hidden states and head weight together, in one [chunk, V] float32 buffer,
-and then discards the logits. The backward pass only scales these gradients. The plain twin is
+and then discards the logits. The backward pass only scales these gradients. A soft cap on the
+logits takes a second buffer of that size, for its derivative. The plain twin is
 `pipeline.losses.reference.distillation_loss` (tests/losses/test_chunked.py: value and gradient).
 
 All ids that the teacher did not keep act as one id with the logit s = log sum exp(z_v / tau) over
@@ -33,6 +34,7 @@ from pipeline.losses.divergences import (
     sampled_target,
 )
 from pipeline.losses.kernels_torch import SoftmaxKernels
+from pipeline.model.logit_transform import UNCHANGED, LogitTransform, soft_cap_slope
 from pipeline.runtime.numerics import matmul_float32
 from pipeline.runtime.optional import has_triton
 from pipeline.targets.topk import TopK
@@ -65,6 +67,7 @@ def distillation_loss_sums(
     alpha: float,
     temperature: float,
     divergence: Divergence = "forward_kl",
+    transform: LogitTransform = UNCHANGED,
     dtype: torch.dtype = torch.float32,
     chunk: int = 256,
 ) -> LossSums:
@@ -75,6 +78,7 @@ def distillation_loss_sums(
         weight: [V, D].
         labels: int64 [n].
         topk: the teacher at those positions (leading axis n), or None. V may exceed its valid ids.
+        transform: what the student does to its logits after the head.
         dtype: format of the factors of matrix products; sums are always float32.
         chunk: rows per chunk; the memory used is chunk x V x 4 bytes.
 
@@ -87,8 +91,11 @@ def distillation_loss_sums(
         require_expressible(divergence, topk)
     if not torch.is_grad_enabled():  # a Function cannot see this: grad is always off in its forward
         hidden, weight = hidden.detach(), weight.detach()
+    if transform.scale != 1.0:  # n x D numbers, where the logits would be n x V
+        hidden = hidden * transform.scale
+    objective = _Objective(alpha, temperature, divergence)
     total, ce, value = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, topk, _Objective(alpha, temperature, divergence), dtype, chunk
+        hidden, weight, labels, topk, objective, transform.soft_cap, dtype, chunk
     )
     return LossSums(total=total, ce=ce, divergence=value)
 
@@ -102,6 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         topk: TopK | None,
         objective: _Objective,
+        soft_cap: float | None,
         dtype: torch.dtype,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +131,10 @@ class _ChunkedLoss(torch.autograd.Function):
             h = hidden[rows].to(factor_dtype)
             out = buffer[: len(h)] if buffer is not None else None
             logits = matmul_float32(h, head.T, dtype, out=out)
+            slope = None
+            if soft_cap is not None:
+                LogitTransform(soft_cap=soft_cap).apply_(logits)
+                slope = soft_cap_slope(logits, soft_cap) if of_hidden or of_weight else None
             divergence, ce = _loss_and_grad(
                 logits,
                 labels[rows],
@@ -132,6 +144,8 @@ class _ChunkedLoss(torch.autograd.Function):
             )
             divergence_sum += divergence
             ce_sum += ce
+            if slope is not None:
+                logits *= slope
             grad = logits.to(factor_dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = matmul_float32(grad, head, dtype)
@@ -149,7 +163,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place, since a copy of the head's gradient costs as much as a pass over the logits.
         # Therefore backward can run only once, which torch itself enforces for saved tensors.
         scaled = (grad if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _total(divergence: Tensor, ce: Tensor, objective: _Objective) -> Tensor:

@@ -20,7 +20,15 @@ from pipeline.losses.divergences import (
     require_expressible,
     sampled_target,
 )
+from pipeline.model.logit_transform import LogitTransform
 from pipeline.targets.topk import TopK
+
+
+def transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """Return a model's logits, given its head's output [n, V]."""
+    logits = logits * transform.scale
+    cap = transform.soft_cap
+    return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

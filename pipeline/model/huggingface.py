@@ -1,15 +1,20 @@
 """Run any causal language model of transformers as a student, and share code with teachers.
 
 Only the library's own classes are used, from a local folder of safetensors; no code from a folder
-is run. Training uses hidden states and the head's matrix separately. So a model that changes its
-logits after the head, or its hidden states before it, is refused: by name if its config says so,
-otherwise by a probe of a few tokens.
+is run. Training uses hidden states and the head's matrix separately. A scale or a soft cap after
+the head is known from the config (pipeline/model/logit_transform.py). A probe of a few tokens
+compares the model's own logits with ours, and a model that does anything else in, before or after
+its head is refused.
+
+Of a model that reads images or sound too, only the language model is used: its decoder is run on
+token ids, without the layers that other inputs pass through.
 
 Documents packed into one row are kept apart only by their positions. Where a position is not one
 more than the previous one, transformers sees a new sequence and masks attention accordingly, for
 every kernel and every type of layer that a model has, including sliding windows; a 4D mask of our
-own would replace those. Models whose layers ignore positions in this way (recurrent ones, ALiBi)
-are found by a probe too.
+own would replace those. gpt-oss, which takes one mask for each type of layer, is given those that
+transformers makes from positions. Models whose layers ignore positions in this way (recurrent ones,
+ALiBi) are found by a probe too.
 
 Shapes: B batch, L length, D hidden, V vocabulary rows.
 """
@@ -19,6 +24,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +36,56 @@ from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.attention_mask import document_positions
 from pipeline.model.config_json import read_config_json
 from pipeline.model.folder import require_regular_folder
+from pipeline.model.logit_transform import UNCHANGED, LogitTransform
+from pipeline.model.quantization import read_quantization
 from pipeline.model.student import Student
 from pipeline.runtime.optional import import_transformers
 
 _PROBE_TOKENS = 8
 _REPEATED = 1e-3  # relative to the largest value: the body run twice; kernels may add in any order
 _ROUNDED = 2e-2  # relative to the largest value: a product in bfloat16 against one in float32
-_UNCHANGED = 1e-6  # relative to the largest value: the head's output against the final logits
+_SAME = 1e-6  # relative to the largest value: the head's output against the final logits
+_TRANSFORMED = 1e-5  # the same, after a scale or a soft cap in float32
 _ROUNDING = 1e-4  # relative to the norm: allowed even if the probe saw no rounding
+_MASKS_WITHOUT_POSITIONS = {"gpt_oss"}
+"""Types of models that make their masks without positions, but take masks by type of layer."""
+_TOWERS = ("visual", "vision_tower", "vision_model", "audio_tower")
 _NUMBERS = {"layer_idx", "layer_id", "layer_number", "block_idx", "training"}
 """Attributes of a layer that may differ when the same layer is at another position."""
-_LOGIT_CHANGES = (
-    "logit_scale",  # Cohere
-    "logits_scaling",  # Granite
-    "lm_head_multiplier",  # Falcon-H1
-    "final_logit_softcapping",  # Gemma 2
-)
 
 
 class LogitsError(DecantError):
-    """The logits are not the body's final hidden states times the head's matrix, plus its bias."""
+    """The logits are not hidden states times the head's matrix plus bias, scaled and capped."""
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str, **options: Any) -> Any:
+def load_causal_lm(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    what: str,
+    device: torch.device | None = None,
+    dequantize: bool = False,
+    **options: Any,
+) -> Any:
     """Load the model of a local folder in evaluation mode and require that no weights are missing.
 
     Args:
         what: the model's role in the pipeline, for the error message.
+        device: where quantised weights are loaded, as they cannot be moved and rounded later; None
+            refuses them.
+        dequantize: convert quantised weights to `dtype`.
         options: further arguments of `from_pretrained`.
 
     Raises:
         DecantError: there is no model, its architecture is unknown, or tensors are missing.
+        QuantizedError: it is quantised, and cannot run so here (pipeline/model/quantization.py).
     """
     require_regular_folder(folder)
     read_config_json(folder)
+    if (quantization := read_quantization(folder)) is not None:
+        options |= quantization.load_options(dtype, device, what=what, dequantize=dequantize)
     try:
-        model, loading = import_transformers().AutoModelForCausalLM.from_pretrained(
+        model, loading = _auto_class(_load_config(folder)).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -75,28 +95,55 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str, **options: An
             **options,
         )
     except Exception as error:  # damage can raise errors of four libraries
-        reason = reason_of(error)
-        raise DecantError(
-            f"{folder} is not a usable {what} ({reason}): run stages/fetch.py, or name a complete "
-            "folder with safetensors of an architecture that transformers knows"
-        ) from error
+        raise _unusable(folder, what, error) from error
     if missing := loading["missing_keys"]:  # transformers would initialise these at random
         raise DecantError(
             f"{folder} lacks {len(missing)} tensors, for example {min(missing)}: download the "
             "whole model by stages/fetch.py"
         )
+    if quantization is not None:
+        unexpected = set(loading["unexpected_keys"])
+        quantization.require_loaded_so(model, unexpected, dtype, dequantize=dequantize)
     return model.eval()
 
 
-def require_plain_head(folder: Path, config: Any) -> None:
-    """Raise a LogitsError if the config says that logits are scaled or capped."""
-    for name in _LOGIT_CHANGES:
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise LogitsError(
-                f"{folder} changes its logits after the head ({name}={value}), which Decant does "
-                "not support: choose a model without that"
-            )
+def _auto_class(config: Any) -> Any:
+    """Return the class that opens a model: of a language model, or of one that reads images too.
+
+    transformers lists some of the latter, such as Gemma 3, among the former.
+    """
+    transformers = import_transformers()
+    both = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    return next((auto for auto in both if type(config) in auto._model_mapping), both[0])
+
+
+def empty_model(folder: Path) -> Any:
+    """Build the model of a local folder without weights, on the device "meta".
+
+    Raises:
+        DecantError: there is no model, or its architecture is unknown.
+    """
+    require_regular_folder(folder)
+    read_config_json(folder)
+    try:
+        config = _load_config(folder)
+        with torch.device("meta"):
+            return _auto_class(config).from_config(config)
+    except Exception as error:  # as in load_causal_lm
+        raise _unusable(folder, "model", error) from error
+
+
+def _load_config(folder: Path) -> Any:
+    return import_transformers().AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _unusable(folder: Path, what: str, error: Exception) -> DecantError:
+    return DecantError(
+        f"{folder} is not a usable {what} ({reason_of(error)}): run stages/fetch.py, or name a "
+        "complete folder with safetensors of an architecture that transformers knows"
+    )
 
 
 @torch.no_grad()
@@ -104,8 +151,9 @@ def require_own_logits(folder: Path, model: Any) -> None:
     """Refuse a model whose logits are not its final hidden states passed through its head.
 
     The model's own forward is watched: the head's input must be the body's output, the head's
-    output must be the product of the two, and the logits must equal it. Because each step is
-    checked separately, even a small change shows in any number format.
+    output must be the product of the two, and the logits must be that output after the config's
+    LogitTransform. Because each step is checked separately, even a small change shows in any number
+    format.
 
     Raises:
         LogitsError: something happens before, in or after the head, or the head is not used.
@@ -114,12 +162,12 @@ def require_own_logits(folder: Path, model: Any) -> None:
     tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None]
     passed: list[tuple[Tensor | None, Tensor | None]] = []
     head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
+    if head is None or body_of(model) is model:
         raise LogitsError(
             f"{folder} holds a {model.config.model_type!r} model without a head apart from its "
             "body, which Decant needs: choose a model with one"
         )
-    hook = head.register_forward_hook(lambda _, args, out: passed.append((args[0], out)))
+    hook = head.register_forward_hook(lambda _, args, out: passed.append((args[0], out.clone())))
     try:
         logits = model(input_ids=tokens, use_cache=False).logits
         hidden = body_states(model, tokens)
@@ -134,14 +182,25 @@ def require_own_logits(folder: Path, model: Any) -> None:
     product = left
     if entered is not None and type(head) is not nn.Linear:
         product = _product(head, entered)
+    transform = LogitTransform.of_config(model.config)
+    exact = model.dtype == torch.float32
+    if transform.scale != 1.0 and entered is not None:
+        scaled = hidden * transform.scale
+        if _close(entered, scaled, _REPEATED if exact else _ROUNDED):
+            hidden, transform = entered, replace(transform, scale=1.0)  # MiniCPM3, before its head
+    expected, after = left, _SAME
+    if left is not None and transform != UNCHANGED:
+        expected = transform.apply_(left.float())
+        after = _TRANSFORMED if exact else _ROUNDED
     for where, found, wanted, tolerance in (
         ("before", entered, hidden, _REPEATED),
-        ("in", left, product, _REPEATED if model.dtype == torch.float32 else _ROUNDED),
-        ("after", left, logits, _UNCHANGED),
+        ("in", left, product, _REPEATED if exact else _ROUNDED),
+        ("after", expected, logits, after),
     ):
         if found is None or wanted is None or not _close(found, wanted, tolerance):
             raise LogitsError(
-                f"the logits of {folder} are not its hidden states times its head's matrix: a "
+                f"the logits of {folder} are not its hidden states times its head's matrix, scaled "
+                "and capped as its config says: a "
                 f"{model.config.model_type!r} model does more {where} the head, which Decant does "
                 "not support: choose a model without that"
             )
@@ -162,20 +221,40 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
-def body_states(model: Any, tokens: Tensor, **options: Tensor) -> Tensor:
-    """Return the final hidden states [B, L, D] of a transformers model."""
-    if isinstance(model, FSDPModule):  # the weights outside the layers are gathered by its forward
+def is_part_of_a_larger_model(config: Any) -> bool:
+    """Return whether the language model is a part, for example of one that reads images too."""
+    return config.get_text_config(decoder=True) is not config
+
+
+def body_of(model: Any) -> Any:
+    """Return the decoder without its head; the model itself if the two are not apart."""
+    if is_part_of_a_larger_model(model.config):
+        return model.get_decoder()
+    # The prefix of Llama 4's text models is that of the larger model.
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
+def body_states(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return the final hidden states [B, L, D] of a transformers model.
+
+    Args:
+        positions: int64 [B, L], restarting at each document; None counts from the row's start.
+    """
+    options = {} if positions is None else document_options(model, positions)
+    if isinstance(model, FSDPModule):
         return _states_within(model, tokens, options)
-    hidden: Tensor = model.base_model(
-        input_ids=tokens, use_cache=False, **options
-    ).last_hidden_state
+    hidden: Tensor = body_of(model)(input_ids=tokens, use_cache=False, **options).last_hidden_state
     return hidden
 
 
-def _states_within(model: Any, tokens: Tensor, options: dict[str, Tensor]) -> Tensor:
-    """Return what the body computes within the model's own forward, whose logits are left out."""
+def _states_within(model: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return what the body computes within the model's own forward.
+
+    FSDP2 gathers the weights outside the layers only there. Logits beyond the last ones are not
+    computed.
+    """
     found: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(
+    hook = body_of(model).register_forward_hook(
         lambda _, __, output: found.append(output.last_hidden_state)
     )
     try:
@@ -183,6 +262,33 @@ def _states_within(model: Any, tokens: Tensor, options: dict[str, Tensor]) -> Te
     finally:
         hook.remove()
     return found[0]
+
+
+def document_options(model: Any, positions: Tensor) -> dict[str, Any]:
+    """Return the arguments of a model or its body for documents at these positions."""
+    config = model.config.get_text_config(decoder=True)
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        # Qwen2.5-VL takes positions for the mask, then time, height and width for rotations.
+        return {"position_ids": positions[None].expand(4, -1, -1)}
+    if config.model_type not in _MASKS_WITHOUT_POSITIONS:
+        return {"position_ids": positions}
+    shape = positions.new_empty(*positions.shape, 1, dtype=model.dtype)
+    given = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
+    masks = import_transformers().masking_utils
+    made = {
+        "full_attention": masks.create_causal_mask(config, shape, **given),
+        "sliding_attention": masks.create_sliding_window_causal_mask(config, shape, **given),
+    }
+    return {"position_ids": positions, "attention_mask": made}
+
+
+def without_other_inputs(model: Any) -> Any:
+    """Remove the layers that only images or sound pass through, and return the model."""
+    for module in (model, model.base_model):
+        for name in _TOWERS:
+            if getattr(module, name, None) is not None:
+                setattr(module, name, None)
+    return model
 
 
 def max_positions(config: Any) -> int | None:
@@ -214,15 +320,14 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
     other, document = tokens.view(2, 1, _PROBE_TOKENS)
     positions = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2)[None]
 
-    def hidden(*documents: Tensor, **options: Tensor) -> Tensor:
-        together = torch.cat(documents, 1)
-        return body_states(model, together, **options).float()
+    def hidden(*documents: Tensor, positions: Tensor | None = None) -> Tensor:
+        return body_states(model, torch.cat(documents, 1), positions).float()
 
     alone = hidden(document)
     try:
-        behind = hidden(other, document, position_ids=positions)[:, _PROBE_TOKENS:]
-        before = hidden(document, other, position_ids=positions)[:, :_PROBE_TOKENS]
-    except (TypeError, ValueError):  # the model takes no position ids
+        behind = hidden(other, document, positions=positions)[:, _PROBE_TOKENS:]
+        before = hidden(document, other, positions=positions)[:, :_PROBE_TOKENS]
+    except Exception:  # a model that takes no such position ids may fail in any way
         return False
     leak, rounding = (float((found - alone).norm()) for found in (behind, before))
     return leak <= 3.0 * rounding + _ROUNDING * float(alone.norm())
@@ -244,16 +349,20 @@ class HuggingFaceStudent(Student):
     def __init__(self, folder: Path, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         model = load_causal_lm(folder, torch.float32, what="student")
-        require_plain_head(folder, model.config)
         if layers is not None:
             model = _keep_layers(model, layers, folder)
         self.model = model
         require_own_logits(folder, model)
+        if is_part_of_a_larger_model(model.config):  # the rest would never get a gradient
+            model.requires_grad_(False)
+            for part in (body_of(model), model.get_output_embeddings()):
+                part.requires_grad_(True)
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
             raise LogitsError(
                 f"{folder} has a bias in its head, which training does not support: choose a model "
                 "without"
             )
+        self._logit_transform = LogitTransform.of_config(model.config)
         self._keeps_apart = keeps_documents_apart(model, self.vocab_size)
         self.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
@@ -261,6 +370,10 @@ class HuggingFaceStudent(Student):
     def head_weight(self) -> Tensor:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
+
+    @property
+    def logit_transform(self) -> LogitTransform:
+        return self._logit_transform
 
     @property
     def max_seq_len(self) -> int | None:
@@ -280,7 +393,7 @@ class HuggingFaceStudent(Student):
                 f"a {self.model.config.model_type!r} student always attends across "
                 "documents: train it without document masks, or choose another architecture"
             )
-        return body_states(self.model, tokens, position_ids=document_positions(doc_ids))
+        return body_states(self.model, tokens, document_positions(doc_ids))
 
 
 def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
@@ -291,7 +404,7 @@ def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:
             new position (some architectures decide by position which layers are sparse, or attend
             locally).
     """
-    if model.config.get_text_config(decoder=True) is not model.config:
+    if is_part_of_a_larger_model(model.config):
         raise DecantError(
             f"{folder} holds a {model.config.model_type!r} model, whose language model is a part of"
             " a larger one, and layers are not chosen from these: set student.init to checkpoint"

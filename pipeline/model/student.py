@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from pipeline.model.logit_transform import UNCHANGED, LogitTransform
+
 
 class Student(nn.Module, ABC):
     """A causal language model in two parts: hidden states, and the matrix that gives logits."""
@@ -30,7 +32,7 @@ class Student(nn.Module, ABC):
     @property
     @abstractmethod
     def head_weight(self) -> Tensor:
-        """The head's matrix [V, D]; logits are hidden states times its transpose, unchanged."""
+        """The head's matrix [V, D]; hidden states times its transpose give the logits."""
 
     @property
     @abstractmethod
@@ -41,6 +43,11 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def body(self) -> nn.Module:
         """The module whose parameters have Hugging Face's names."""
+
+    @property
+    def logit_transform(self) -> LogitTransform:
+        """What the model does to its logits after the head: nothing, by default."""
+        return UNCHANGED
 
     @property
     def vocab_size(self) -> int:

@@ -33,6 +33,7 @@ from pipeline.io.ownership import atomic_folder
 from pipeline.model.config_json import read_config_json, stored_weights
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.huggingface import HuggingFaceStudent, require_layers
+from pipeline.model.quantization import refuse_quantized
 from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_parameters
 from pipeline.model.student import Student
 from pipeline.model.tokenizer import TokenizerClassError, save_tokenizer
@@ -78,9 +79,11 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         VariantError: the folder uses a variant that this model does not implement; the message
             names it.
+        QuantizedError: the folder's weights are quantised.
         DecantError: there is no readable config.json.
     """
     raw = read_config_json(folder)
+    refuse_quantized(folder, "student, or a model that writes text,")
     kind = raw.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")

@@ -51,7 +51,7 @@ from pipeline.runtime.console import (
     progress_bar,
 )
 from pipeline.targets.reduce import row_uniforms
-from pipeline.targets.topk import TopK
+from pipeline.targets.topk import TopK, nats_lost
 from pipeline.teacher.teacher import Teacher
 
 ENOUGH_MASS = 0.95  # the recommended K keeps at least this much
@@ -201,27 +201,6 @@ def sample_blocks(num_rows: int, params: AdviseParams, shard_rows: int) -> list[
         rest = np.delete(places, slice(None, None, num_blocks))
         blocks += np.array_split(rest, num_blocks - 1)
     return [block.tolist() for block in blocks]
-
-
-def nats_lost(topk: TopK) -> Tensor:
-    """Return the teacher's entropy inside the bucket of ids outside the K: float64 [...], nats.
-
-    By the chain rule of entropy (Cover & Thomas 2006, theorem 2.2.1) the entropy of p is the
-    entropy of p with the tail merged into one bucket, plus the entropy that remains once the bucket
-    is known:
-
-        H(p) = -sum_T p log p - p_t log p_t + p_t H(p | tail)
-
-    with T the kept ids and p_t the mass outside them, at temperature 1. The last term is returned,
-
-        p_t H(p | tail) = H(p) + sum_T p log p + p_t log p_t
-
-    where H(p) is the exact entropy of the full row, which TopK holds, so no id outside T is needed.
-    """
-    p = topk.logprobs.double().exp()
-    tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
-    merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
-    return (topk.entropy.double() - merged).clamp_min(0.0)
 
 
 def break_even_epochs(capture: float, online: float, read: float) -> int | None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipeline.evaluation.results import TEACHER, Interval, ModelScores
+from pipeline.evaluation.results import TEACHER, ModelScores
+from pipeline.runtime.bootstrap import Interval
 from pipeline.runtime.markdown import markdown_table
 
 BASELINE = "baseline"

@@ -117,8 +117,11 @@ def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Mod
     """Move `model` to `device` with weights rounded to `dtype`, ready to compute (compute_dtype).
 
     Buffers keep their format: RoPE's frequencies are float32 whatever the weights are, and rounding
-    them would rotate distant positions by wrong angles.
+    them would rotate distant positions by wrong angles. A quantised model of transformers is
+    returned as it is: it was loaded to its device, and a conversion would destroy its weights.
     """
+    if getattr(model, "is_quantized", False):
+        return model
     target = compute_dtype(dtype, device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).to(device=device, dtype=target)

@@ -18,6 +18,7 @@ from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.config_json import read_config_json
 from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.folder import require_regular_folder
+from pipeline.model.quantization import refuse_quantized
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student, read_config
 from pipeline.runtime.device import inference_dtype
@@ -103,6 +104,7 @@ class Subject:
         """
         transformers = import_transformers()
         require_regular_folder(self.folder)
+        refuse_quantized(self.folder, "study")
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.folder,

@@ -124,6 +124,27 @@ class TopK:
         return self.lse_tau[..., self.temperatures.index(temperature), None]
 
 
+def nats_lost(topk: TopK) -> Tensor:
+    """Return the teacher's entropy inside the bucket of ids outside the K: float64 [...], nats.
+
+    By the chain rule of entropy (Cover & Thomas 2006, theorem 2.2.1) the entropy of p is the
+    entropy of p with the tail merged into one bucket, plus the entropy that remains once the bucket
+    is known:
+
+        H(p) = -sum_T p log p - p_t log p_t + p_t H(p | tail)
+
+    with T the kept ids and p_t the mass outside them, at temperature 1. The last term is returned,
+
+        p_t H(p | tail) = H(p) + sum_T p log p + p_t log p_t
+
+    where H(p) is the exact entropy of the full row, which TopK holds, so no id outside T is needed.
+    """
+    p = topk.logprobs.double().exp()
+    tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
+    merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
+    return (topk.entropy.double() - merged).clamp_min(0.0)
+
+
 def _joined(parts: Sequence[TopK], join: Callable[[list[Tensor]], Tensor]) -> TopK:
     tensors: dict[str, Any] = {
         name: join([getattr(part, name) for part in parts]) for name in _TENSORS

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.model.folder import teacher_folder
+from pipeline.model.quantization import describe_weights, read_quantization
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, led_ranks
 from pipeline.teacher.teacher import Teacher
@@ -27,14 +28,14 @@ def describe_engine(params: Params) -> str:
     The version of transformers is left out: a release may change a kernel's rounding, but not what
     the model computes, and the gate would find that.
     """
-    group = led_ranks()
-    if group is None:
-        return "transformers"
+    folder = teacher_folder(params.paths.teacher)
+    stored = read_quantization(folder)
+    engine = "transformers" + describe_weights(stored, dequantize=params.prepare.dequantize)
+    if (group := led_ranks()) is None:
+        return engine
     number = group.ranks.world_size
-    parallel = choose_parallel(
-        teacher_folder(params.paths.teacher), params.prepare.parallel, number
-    )
-    return f"transformers, tensor parallel {number}" if parallel == "tensor" else "transformers"
+    parallel = choose_parallel(folder, params.prepare.parallel, number)
+    return f"{engine}, tensor parallel {number}" if parallel == "tensor" else engine
 
 
 def open_teacher(
@@ -62,5 +63,10 @@ def open_teacher(
             parallel=params.prepare.parallel,
         )
     return HuggingFaceTeacher(
-        folder, vocab_size=vocab_size, dtype=dtype, device=device, head_chunk=head_chunk
+        folder,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=head_chunk,
+        dequantize=params.prepare.dequantize,
     )

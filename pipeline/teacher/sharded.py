@@ -23,7 +23,6 @@ Shapes: B batch, L length, D hidden, V vocabulary, n ranks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,16 +38,18 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.errors import DecantError, OtherRankError, ParamsError
 from pipeline.model.attention_mask import document_positions
-from pipeline.model.config_json import read_config_json
-from pipeline.model.folder import require_regular_folder
 from pipeline.model.huggingface import (
+    body_of,
     body_states,
+    empty_model,
     keeps_documents_apart,
     load_causal_lm,
     max_positions,
     require_own_logits,
-    require_plain_head,
+    without_other_inputs,
 )
+from pipeline.model.logit_transform import LogitTransform
+from pipeline.model.quantization import read_quantization
 from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.runtime.optional import import_transformers
 from pipeline.runtime.ranks import Ranks, join_ranks
@@ -180,11 +181,12 @@ class ShardedTeacher(Teacher):
         self._part = _Part(request, group.ranks)
         head, bias = self._part.head()
         self._config = self._part.model.config
-        self._num_parameters = int(_skeleton(folder).num_parameters())  # fsdp unties the head
+        self._num_parameters = int(empty_model(folder).num_parameters())  # fsdp unties the head
         super().__init__(
             folder,
             head=head,
             bias=bias,
+            transform=LogitTransform.of_config(self._config),
             vocab_size=vocab_size,
             dtype=dtype,
             device=group.ranks.device,
@@ -224,18 +226,16 @@ class _Part:
         if request.parallel == "tensor":
             how = distributed(tp_plan="auto")
         else:
-            stack = _layer_stack(_skeleton(request.folder))
+            stack = _layer_stack(empty_model(request.folder))
             how = distributed(
                 fsdp_size=ranks.world_size, fsdp_plan={f"{stack}.*": "free_full_weight"}
             )
-        self.model = load_causal_lm(
-            request.folder, target, what="teacher", distributed_config=how
-        ).requires_grad_(False)
+        model = load_causal_lm(request.folder, target, what="teacher", distributed_config=how)
+        self.model = without_other_inputs(model).requires_grad_(False)
         if target != request.dtype:  # weights rounded to float16, computed in float32
             for parameter in self.model.parameters():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 local.copy_(local.to(request.dtype))
-        require_plain_head(request.folder, self.model.config)
         require_own_logits(request.folder, self.model)
         self.keeps_apart = keeps_documents_apart(self.model, request.vocab_size)
 
@@ -249,19 +249,17 @@ class _Part:
     @torch.no_grad()
     def compute(self, request: _Compute) -> Tensor:
         """Return the states [B, L, D] on rank 0; elsewhere the return value has no meaning."""
-        options = {"tokens": request.tokens}
-        if request.positions is not None:
-            options["position_ids"] = request.positions
+        inputs = [request.tokens] + ([] if request.positions is None else [request.positions])
         device = self._ranks.device
         if self._parallel == "tensor":
-            return body_states(self.model, **{k: v.to(device) for k, v in options.items()})
+            return body_states(self.model, *(tensor.to(device) for tensor in inputs))
         rows, number = len(request.tokens), self._ranks.world_size
         share = ceil(rows / number)
         # Every rank takes part in every gathering of weights, so the last row fills up the shares.
         first = self._ranks.rank * share
         mine = torch.arange(first, first + share).clamp(max=rows - 1)
-        options = {name: tensor[mine].to(device) for name, tensor in options.items()}
-        hidden = body_states(self.model, **options).contiguous()
+        hidden = body_states(self.model, *(tensor[mine].to(device) for tensor in inputs))
+        hidden = hidden.contiguous()
         parts = [torch.empty_like(hidden) for _ in range(number)] if first == 0 else None
         dist.gather(hidden, parts)
         return hidden if parts is None else torch.cat(parts)[:rows]
@@ -275,12 +273,18 @@ def choose_parallel(folder: Path, wanted: str, number: int) -> Parallel:
     """Return the way in which a model is divided among a number of processes.
 
     Raises:
-        ParamsError: tensor is wanted and impossible.
+        ParamsError: tensor is wanted and impossible, or the weights are quantised.
         DecantError: the folder has no model of a known architecture.
     """
+    if (stored := read_quantization(folder)) is not None:
+        raise ParamsError(
+            f"{folder} is quantised ({stored.name}), and its weights are not divided among "
+            f"{number} processes: start one, or set prepare.engine to vllm and "
+            "prepare.vllm.options.tensor_parallel_size to the number of devices"
+        )
     if wanted == "fsdp":
         return "fsdp"
-    reason = _why_not_tensor(_skeleton(folder), number)
+    reason = _why_not_tensor(empty_model(folder), number)
     if wanted == "auto":
         return "fsdp" if reason else "tensor"
     if reason:
@@ -303,18 +307,13 @@ def _why_not_tensor(model: Any, number: int) -> str:
     return ""
 
 
-def _skeleton(folder: Path) -> Any:
-    """Build the model of a folder without weights."""
-    require_regular_folder(folder)
-    read_config_json(folder)
-    transformers = import_transformers()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
-
-
-def _layer_stack(model: nn.Module) -> str:
-    """Return the name of the longest list of modules: the decoder layers, in any architecture."""
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+def _layer_stack(model: Any) -> str:
+    """Return the name of the decoder's longest list of modules: its layers, in any architecture."""
+    within = set(body_of(model).modules())
+    lists = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and module in within
+    }
     name: str = max(lists, key=lambda name: lists[name])
     return name

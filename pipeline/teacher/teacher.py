@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DecantError
+from pipeline.model.logit_transform import LogitTransform
 from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.runtime.numerics import matmul_float32
 from pipeline.targets.reduce import top_k_from_logits
@@ -33,6 +34,7 @@ class Teacher(ABC):
         folder: Hugging Face folder of the model.
         head: the head's matrix, [at least V, D], on any device.
         bias: the head's bias, [at least V], or None.
+        transform: what the model does to its logits after the head.
         vocab_size: V, number of ids that the tokenizer can produce; further rows of the head are
             left out.
         dtype: dtype of weights and activations; logits are always float32. On a CPU, float16
@@ -51,6 +53,7 @@ class Teacher(ABC):
         *,
         head: Tensor,
         bias: Tensor | None,
+        transform: LogitTransform,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -63,6 +66,7 @@ class Teacher(ABC):
         self.device = device
         self.max_seq_len = max_seq_len
         self.head_chunk = head_chunk
+        self._transform = transform
         self._compute_dtype = compute_dtype(dtype, device)
         if len(head) < vocab_size:
             raise DecantError(
@@ -125,7 +129,7 @@ class Teacher(ABC):
             matmul_float32(hidden[rows], self._head, self._compute_dtype, out=logits)
             if self._bias is not None:
                 logits += self._bias
-            yield rows, logits
+            yield rows, self._transform.apply_(logits)
 
     def top_k(
         self,

@@ -21,7 +21,13 @@ from pipeline.model.huggingface import (
     load_causal_lm,
     max_positions,
     require_own_logits,
-    require_plain_head,
+    without_other_inputs,
+)
+from pipeline.model.logit_transform import LogitTransform
+from pipeline.model.quantization import (
+    describe_weights,
+    read_quantization,
+    require_plain_head_weight,
 )
 from pipeline.runtime.device import dtype_name, place_rounded
 from pipeline.teacher.teacher import Teacher
@@ -32,7 +38,9 @@ class HuggingFaceTeacher(Teacher):
 
     Args:
         folder: Hugging Face folder with safetensors; no code from it is run.
-        vocab_size, dtype, device, head_chunk: see `Teacher`.
+        vocab_size, dtype, device, head_chunk: see `Teacher`. The dtype of a quantised model is that
+            of its activations and of what is not quantised.
+        dequantize: convert quantised weights to `dtype`; nothing if there are none.
 
     Raises:
         DecantError: the folder is not a model, its head is smaller than the vocabulary, or its own
@@ -47,9 +55,14 @@ class HuggingFaceTeacher(Teacher):
         dtype: torch.dtype,
         device: torch.device,
         head_chunk: int = 64,
+        dequantize: bool = False,
     ) -> None:
-        model = load_causal_lm(folder, dtype, what="teacher")
-        require_plain_head(folder, model.config)
+        model = load_causal_lm(folder, dtype, what="teacher", device=device, dequantize=dequantize)
+        quantization = read_quantization(folder)
+        if quantization is not None:
+            require_plain_head_weight(folder, model)
+        self._stored = describe_weights(quantization, dequantize=dequantize)
+        model = without_other_inputs(model)
         self.model = place_rounded(model, dtype, device).eval().requires_grad_(False)
         require_own_logits(folder, self.model)
         self._keeps_apart: bool | None = None  # unknown yet
@@ -58,6 +71,7 @@ class HuggingFaceTeacher(Teacher):
             folder,
             head=head.weight,
             bias=getattr(head, "bias", None),
+            transform=LogitTransform.of_config(self.model.config),
             vocab_size=vocab_size,
             dtype=dtype,
             device=device,
@@ -71,9 +85,10 @@ class HuggingFaceTeacher(Teacher):
 
     def describe(self) -> str:
         """Describe the model, for example "a llama of 134.5 M parameters in float32 on cpu"."""
+        stored = f"{self._stored}," if self._stored else ""
         return (
             f"a {self.model.config.model_type} of {self.num_parameters / 1e6:.1f} M "
-            f"parameters in {dtype_name(self.dtype)} on {self.device.type}"
+            f"parameters{stored} in {dtype_name(self.dtype)} on {self.device.type}"
         )
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
@@ -84,7 +99,7 @@ class HuggingFaceTeacher(Teacher):
         if not self._keeps_apart:
             raise mixes_documents(self.model.config.model_type)
         positions = document_positions(doc_ids).to(self.device)
-        return body_states(self.model, tokens.to(self.device), position_ids=positions)
+        return body_states(self.model, tokens.to(self.device), positions)
 
 
 def mixes_documents(model_type: str) -> DecantError:

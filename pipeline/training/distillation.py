@@ -61,6 +61,7 @@ class DistillationLoss(nn.Module):
             alpha=alpha,
             temperature=temperature,
             divergence=divergence,
+            transform=self.student.logit_transform,
             dtype=self.dtype,
             chunk=self.head_chunk,
         )

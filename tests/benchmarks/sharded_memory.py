@@ -3,19 +3,24 @@
     python tests/benchmarks/sharded_memory.py [--limit 2048] [--processes 4] [--way fsdp]
 
 Makes a random Llama whose float32 weights are twice the limit, and captures two rows of it: with
-one process, which must fail, and with as many as asked for, started by torchrun. The limit (MiB) is
-on a process's private memory (RLIMIT_DATA), set before it starts. Printed are the exit statuses,
-and the largest resident memory of a process of each capture, mapped files included. Needs twice the
-limit on the disk.
+one process, which must fail, and with as many as asked for, started by torchrun. A process that
+holds more than the limit (MiB of private resident memory; pages of mapped files are not counted,
+since the system can drop them) is killed, as a cgroup would. Printed are the exit statuses, and the
+most that one process held. Needs the limit's size on the disk.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -80,35 +85,59 @@ def make_params(folder: Path, teacher: Path, way: str) -> Path:
 
 
 def run_limited(command: list[str], limit: int) -> tuple[int, float, str]:
-    """Run a command under a limit (bytes); return its status, largest process (MiB), and output."""
-    script = (
-        "import resource, subprocess, sys\n"
-        f"resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n"
-        "status = subprocess.run(sys.argv[1:]).returncode\n"
-        "print(f'\\npeak {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}')\n"
-        "sys.exit(status)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *command],
-        capture_output=True,
+    """Run a command whose processes may hold `limit` bytes each.
+
+    Returns:
+        Exit status, the most that one of its processes held (MiB), and what they printed.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
         cwd=ROOT,
+        start_new_session=True,
     )
-    printed, _, peak = done.stdout.rpartition("peak ")
-    return done.returncode, int(peak) / 1024, printed + done.stderr
+    most = 0.0
+
+    def watch() -> None:
+        nonlocal most
+        while process.poll() is None:
+            for pid, held in processes_of(process.pid):
+                most = max(most, held)
+                if held > limit:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    printed, _ = process.communicate()
+    watcher.join()
+    return process.returncode, most / MIB, printed
+
+
+def processes_of(session: int) -> Iterator[tuple[int, int]]:
+    """Yield number and private resident memory (bytes) of each process of a session (Linux)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            pid = int(folder.name)
+            if os.getsid(pid) == session:
+                lines = (folder / "status").read_text().splitlines()
+                held = [line for line in lines if line.startswith("RssAnon")]  # not of a zombie
+                yield pid, int(held[0].split()[1]) * 1024 if held else 0
 
 
 @click.command()
-@click.option("--limit", default=2048, show_default=True, help="MiB a process.")
+@click.option("--limit", default=2048, show_default=True, help="MiB that a process may hold.")
+@click.option("--size", help="MiB of the teacher.  [default: twice the limit]", type=int)
 @click.option("--processes", default=4, show_default=True, help="Processes that share the teacher.")
-@click.option("--hidden", default=1024, show_default=True, help="Hidden size of the teacher.")
+@click.option("--hidden", default=2048, show_default=True, help="Hidden size of the teacher.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(["tensor", "fsdp"]))
-def main(limit: int, processes: int, hidden: int, ways: tuple[str, ...]) -> None:
-    assert resource.getrlimit(resource.RLIMIT_DATA)[1] == resource.RLIM_INFINITY
+def main(limit: int, size: int | None, processes: int, hidden: int, ways: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        number = make_teacher(folder / "teacher", 2 * limit * MIB, hidden)
+        number = make_teacher(folder / "teacher", (size or 2 * limit) * MIB, hidden)
         print(f"teacher: {number / 1e6:,.0f} M parameters, {4 * number / MIB:,.0f} MiB in float32")
         file = make_params(folder, folder / "teacher", "auto")
         words = ["--params", str(file)]
@@ -119,14 +148,14 @@ def main(limit: int, processes: int, hidden: int, ways: tuple[str, ...]) -> None
             cwd=ROOT,
         )
         status, peak, _ = run_limited([sys.executable, "stages/prepare.py", *words], limit * MIB)
-        print(f"one process under {limit} MiB: exit status {status}, at most {peak:,.0f} MiB")
+        print(f"one process under {limit:,} MiB: exit status {status}, at most {peak:,.0f} MiB")
         for way in ways or ("tensor", "fsdp"):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             torchrun += ["--nproc-per-node", str(processes), "stages/prepare.py", *words]
             torchrun += ["--set", f"prepare.parallel={way}", "--overwrite"]
             status, peak, printed = run_limited(torchrun, limit * MIB)
             print(
-                f"{processes} processes under {limit} MiB each, {way}: exit status {status}, "
+                f"{processes} processes under {limit:,} MiB each, {way}: exit status {status}, "
                 f"at most {peak:,.0f} MiB"
             )
             if status:

@@ -276,7 +276,12 @@ def with_bos(folder: Path, *, puts_it: bool) -> Path:
     ],
 )
 def test_texts_begin_as_the_tokenizer_has_it(
-    puts_it: bool, add_bos: object, expected: bool, tiny_params: Params, tmp_path: Path
+    puts_it: bool,
+    add_bos: object,
+    expected: bool,
+    tiny_params: Params,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     teacher = with_bos(tmp_path / "with_bos", puts_it=puts_it)
     changes = {"add_bos": add_bos, "max_document_tokens": 30, "validation_tokens": 60}
@@ -290,6 +295,68 @@ def test_texts_begin_as_the_tokenizer_has_it(
         assert len(ids) == 30 - expected
     bytes_of = [len(t.removeprefix("<bos>").encode()) for t in documents_of(params, "validation")]
     assert sum(bytes_of) == infos["validation"].num_text_bytes
+    bos = tokenizer.bos_token_id
+    assert infos["train"].leading_ids == ((bos,) if expected else ())  # recorded and shown
+    said = capsys.readouterr().out
+    shown = "<bos>" if expected else "no BOS token"
+    assert f"texts begin with {shown} (corpus.add_bos={str(add_bos).lower()})" in said
+    assert ("warning: the tokenizer begins texts with" in said) == (expected != puts_it)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_continued_document_begins_with_no_second_bos(
+    packing: str, tiny_params: Params, tmp_path: Path
+) -> None:
+    teacher = with_bos(tmp_path / "with_bos", puts_it=True)
+    changes = {"packing": packing, "train_tokens": None, "max_document_tokens": None}
+    params = change(tiny_params, paths={"teacher": str(teacher)}, corpus=changes)
+    infos = build_corpus(params.corpus, teacher, params.paths.corpus)
+    corpus = CorpusSplit(params.paths.corpus, "train")
+    rows = corpus.rows(0, len(corpus))
+    (bos,) = infos["train"].leading_ids
+    found: dict[int, int] = {}
+    pieces = 0
+    for tokens, doc_ids in zip(rows.tokens, rows.doc_ids, strict=True):
+        for number in np.unique(doc_ids[doc_ids >= 0]):
+            piece = tokens[doc_ids == number]
+            assert bos not in piece[1:]
+            found[number] = found.get(number, 0) + int(piece[0] == bos)
+            pieces += 1
+    assert pieces > len(found) == infos["train"].num_documents  # some are longer than a row
+    assert set(found.values()) == {1}
+    without = change(params, corpus={"add_bos": False})
+    assert build_corpus(without.corpus, teacher, params.paths.corpus)["train"].sha256 != (
+        infos["train"].sha256
+    )
+
+
+def test_chats_keep_the_bos_of_their_template(
+    tiny_params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer puts one before each text; a template that writes it must not double it."""
+    teacher = with_bos(tmp_path / "with_bos", puts_it=True)
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    chats = tmp_path / "chats.jsonl"
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n}?"},
+                {"role": "assistant", "content": "Yes"},
+            ]
+        }
+        for n in range(60)
+    ]
+    chats.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for template, wanted in (("{{ bos_token }}" + turn, 1), (turn, 0)):
+        (teacher / "chat_template.jinja").write_text(template)
+        files = {"paths": [str(chats)], "column": "messages"}
+        changes = {"files": files, "train_tokens": None, "packing": "best_fit"}
+        params = change(tiny_params, paths={"teacher": str(teacher)}, corpus=changes)
+        build_corpus(params.corpus, teacher, params.paths.corpus)
+        documents = documents_of(params, "train")
+        assert {text.count("<bos>") for text in documents} == {wanted}
+        assert all(text.startswith("<bos>") for text in documents) == bool(wanted)
+    assert "texts begin with" not in capsys.readouterr().out  # there are none
 
 
 def test_a_bos_that_the_tokenizer_lacks_is_refused(tiny_params: Params) -> None:

@@ -14,7 +14,14 @@ from pipeline.errors import MismatchError
 from pipeline.losses import chunked, kernels_torch
 from pipeline.losses.chunked import LossSums, distillation_loss_sums
 from pipeline.losses.divergences import DIVERGENCES
-from pipeline.losses.reference import bucketed, cross_entropy, distillation_loss, sampled_kl
+from pipeline.losses.reference import (
+    bucketed,
+    cross_entropy,
+    distillation_loss,
+    sampled_kl,
+    transformed,
+)
+from pipeline.model.logit_transform import LogitTransform
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
 
@@ -99,6 +106,24 @@ def test_rows_in_several_blocks(tau: float, monkeypatch: pytest.MonkeyPatch) -> 
     labels = torch.randint(0, 50, (17,))
     sums = distillation_loss_sums(hidden, weight, labels, topk, alpha=0.6, temperature=tau, chunk=7)
     assert_equals_plain(sums, (hidden, weight), hidden @ weight.T, labels, topk, 0.6, tau)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("num_sampled", [0, 9])
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(0.3), LogitTransform(1.0, 2.0), LogitTransform(3.0, 5.0)], ids=str
+)
+def test_scaled_and_capped_logits(transform: LogitTransform, num_sampled: int, tau: float) -> None:
+    topk = top_k_from_logits(torch.randn(17, 50) * 3, 7, TAUS, torch.rand(17, num_sampled))
+    hidden = torch.randn(17, 8, requires_grad=True)
+    weight = torch.randn(55, 8, requires_grad=True)
+    labels = torch.randint(0, 50, (17,))
+    sums = distillation_loss_sums(
+        hidden, weight, labels, topk, alpha=0.6, temperature=tau, transform=transform, chunk=7
+    )
+    logits = transformed(hidden @ weight.T, transform)
+    torch.testing.assert_close(transform.apply_((hidden @ weight.T).detach()), logits.detach())
+    assert_equals_plain(sums, (hidden, weight), logits, labels, topk, 0.6, tau)
 
 
 def test_without_a_teacher_it_is_cross_entropy() -> None:

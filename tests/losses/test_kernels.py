@@ -16,6 +16,7 @@ from pipeline.config.train_params import Divergence
 from pipeline.losses import chunked, kernels_torch
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.kernels_torch import SoftmaxKernels
+from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.targets.reduce import top_k_from_logits
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def check_losses(fused: SoftmaxKernels, device: str) -> None:
     cases += [(None, "forward_kl"), (drawn, "forward_kl"), (everything, "reverse_kl")]
     chosen = chunked.kernels_for
     for topk, divergence in cases:
-        for tau in (1.0, 2.0):
+        for tau, transform in ((1.0, UNCHANGED), (2.0, UNCHANGED), (2.0, LogitTransform(0.5, 4.0))):
             results = []
             for over in (kernels_torch, fused):
                 chunked.kernels_for = lambda _, over=over: over
@@ -69,6 +70,7 @@ def check_losses(fused: SoftmaxKernels, device: str) -> None:
                     alpha=0.6,
                     temperature=tau,
                     divergence=divergence,
+                    transform=transform,
                     chunk=4,
                 )
                 grads = torch.autograd.grad(sums.total, (hidden, weight))

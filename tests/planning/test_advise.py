@@ -29,7 +29,6 @@ from pipeline.planning.advise import (
     KeptAtK,
     advise,
     break_even_epochs,
-    nats_lost,
     sample_blocks,
     usable_ks,
 )
@@ -38,6 +37,7 @@ from pipeline.runtime.console import readable_bytes, readable_seconds
 from pipeline.runtime.device import DTYPES
 from pipeline.runtime.optional import install_hint
 from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.topk import nats_lost
 from tests.helpers import RunPython, change, live_teacher, open_cache
 
 WHOLE = {"sample": 1.0, "ks": [1, 4, 16, 64, 300, 301]}

@@ -14,12 +14,12 @@ from pipeline.data.corpus import build_corpus
 from pipeline.evaluation.results import (
     CalibrationBin,
     HumanEvalScores,
-    Interval,
     Samples,
     TaskMetric,
 )
 from pipeline.export.check_result import ExportCheck, PathResult, TokenizerResult
 from pipeline.io.files import write_json, write_text
+from pipeline.runtime.bootstrap import Interval
 from pipeline.verify.gate_report import (
     FitTest,
     Found,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pipeline.evaluation.results import (
-    Interval,
     KLStatistics,
     ModelScores,
     Passage,
     PassageModel,
 )
 from pipeline.report.sweep import SweepRun
+from pipeline.runtime.bootstrap import Interval
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=alert(1)>\"'&"
 

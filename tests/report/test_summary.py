@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
-from pipeline.evaluation.results import Interval, ModelScores
+from pipeline.evaluation.results import ModelScores
 from pipeline.report import scores_markdown
 from pipeline.report.summary import (
     gap_closed,
@@ -17,6 +17,7 @@ from pipeline.report.summary import (
     readable_count,
     student_of,
 )
+from pipeline.runtime.bootstrap import Interval
 from tests.helpers import change
 from tests.report.made_up import scores
 

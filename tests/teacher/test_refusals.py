@@ -21,6 +21,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError
+from pipeline.model import logit_transform
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import run_training
 from tests.helpers import SMALL, capture_all, change
@@ -43,16 +44,16 @@ def open_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> HuggingFac
     return HuggingFaceTeacher(folder, vocab_size=300, dtype=dtype, device=torch.device("cpu"))
 
 
+RECURRENT_GEMMA = RecurrentGemmaConfig(
+    **BASE, num_key_value_heads=1, lru_width=64, attention_window_size=16
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("config", "where"),
     [
-        (
-            RecurrentGemmaConfig(
-                **BASE, num_key_value_heads=1, lru_width=64, attention_window_size=16
-            ),
-            "after the head",  # a cap, under a name of its own
-        ),
+        (RECURRENT_GEMMA, "after the head"),  # a cap, whose name this test makes unknown
         (
             ModernBertDecoderConfig(
                 **BASE,
@@ -68,12 +69,19 @@ def open_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> HuggingFac
     ids=lambda value: getattr(value, "model_type", value),
 )
 def test_a_model_with_more_between_body_and_logits_is_refused(
-    config: Any, where: str, dtype: torch.dtype, tmp_path: Path
+    config: Any, where: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logit_transform, "_SOFT_CAPS", ())
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     message = f"a '{config.model_type}' model does more {where}, which Decant does not support"
     with pytest.raises(DecantError, match=message):
         open_teacher(tmp_path, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_after_the_head_is_no_difference(dtype: torch.dtype, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(RECURRENT_GEMMA).save_pretrained(tmp_path)
+    assert open_teacher(tmp_path, dtype).dtype == dtype
 
 
 def test_rows_longer_than_the_teachers_positions_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,25 @@ def test_an_architecture_without_a_plan_is_refused_by_name(tmp_path: Path) -> No
     assert choose_parallel(tmp_path, "auto", 2) == "fsdp"
 
 
+def test_quantised_weights_are_not_divided(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for wanted in ("auto", "tensor", "fsdp"):
+        with pytest.raises(ParamsError, match=r"is quantised \(fp8\), and its weights are not"):
+            choose_parallel(tmp_path, wanted, 2)
+
+
 def test_an_error_of_rank_0_is_the_only_one(
     tiny_corpus: Params, tmp_path: Path, forkserver: ForkServerContext
 ) -> None:
-    words = ["--params", str(tmp_path / "params.yaml"), "--set", "prepare.k=1000"]
-    statuses, printed = run_on_two(forkserver, tmp_path / "log", "prepare", *words)
-    assert statuses == [2, 2]
-    assert printed.count("error: ") == 1
-    assert "prepare.k=1000 exceeds" in printed
+    for words, sentence in (
+        (("--set", "prepare.k=1000"), "prepare.k=1000 exceeds"),
+        (("--executor", "ray"), "--executor ray starts processes of its own, and torchrun started"),
+    ):
+        words = ("--params", str(tmp_path / "params.yaml"), *words)
+        statuses, printed = run_on_two(forkserver, tmp_path / "log", "prepare", *words)
+        assert statuses == [2, 2]
+        assert printed.count("error: ") == 1
+        assert sentence in printed

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.evaluation import bootstrap
-from pipeline.evaluation.bootstrap import intervals, outside_share
+from pipeline.runtime import bootstrap
+from pipeline.runtime.bootstrap import intervals, outside_share
 
 DOCUMENT_SHARE = 0.7  # of the standard deviation that a document's positions have in common
 

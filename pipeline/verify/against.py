@@ -1,0 +1,255 @@
+"""What a change of the teacher costs, for example quantisation, beside what the cache's cut costs.
+
+Teacher and another model run over the same rows, and their distributions over the whole vocabulary
+are compared at each position that is not padding, a few positions at a time. The divergence is
+KL(other || teacher): the nats per token that are lost by taking the teacher for the other model,
+which is usually the one that it was quantised from.
+
+The cut is measured on the teacher's own distribution p, with T the K kept ids and p_t the mass
+outside them: p_t itself; the entropy within the tail, p_t H(p | tail), which no student can learn
+from the cache (`nats_lost`); and KL(p renormalised over T || p) = -log(1 - p_t), the error of
+targets without the tail.
+
+Shapes: n positions, V valid vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config.params import Params
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import IGNORE, PADDING, Rows, next_token_labels
+from pipeline.data.vocabulary import require_shared_ids, require_tokenizer
+from pipeline.errors import DecantError, ParamsError
+from pipeline.model.attention_mask import documents_apart
+from pipeline.model.folder import teacher_folder
+from pipeline.runtime.bootstrap import Interval, clusters_of, intervals
+from pipeline.runtime.console import announce, progress
+from pipeline.runtime.device import pick_device, seconds_of
+from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.topk import nats_lost
+from pipeline.teacher.engines import open_teacher, teacher_dtype
+from pipeline.teacher.teacher import Teacher
+from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.verify.power import spread
+
+_HEAD_CHUNK = 64  # positions; a comparison makes several copies of a chunk of logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutCost:
+    """Means over positions of what the K most probable ids of the teacher leave out."""
+
+    k: int
+    tail_mass: float
+    nats_lost: float  # entropy within the tail
+    renormalised_kl: float  # KL(renormalised top K || teacher)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstReport:
+    """The comparison of the teacher with another model; divergences in nats per token."""
+
+    teacher: str  # described, as the next
+    against: str
+    batches: int
+    rows: int
+    tokens: int
+    kl: float  # KL(against || teacher)
+    max_kl: float
+    top1: float  # share of positions with the same most probable id
+    cosine: float  # of the probabilities
+    tokens_in_loss: int
+    teacher_loss: float | None  # cross-entropy of the next token; None if none is in the loss
+    against_loss: float | None
+    cut: CutCost | None  # None for prepare.k=0
+    interval: dict[str, Interval]  # of `kl`, `top1` and `loss_difference`, teacher minus against
+    resampled: str  # what intervals are resampled from, for example "29 documents"
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines for the terminal."""
+        kl, top1 = (self._spread(name) for name in ("kl", "top1"))
+        yield f"{'KL(against || teacher)':24} {self.kl:.6f}{kl} nats per token"
+        yield f"{'top-1 agreement':24} {self.top1:.4f}{top1}, mean cosine {self.cosine:.6f}"
+        if self.teacher_loss is not None and self.against_loss is not None:
+            difference = self.teacher_loss - self.against_loss
+            yield (
+                f"{'cross-entropy':24} teacher {self.teacher_loss:.4f}, against "
+                f"{self.against_loss:.4f}, difference {difference:+.6f}"
+                f"{self._spread('loss_difference')}"
+            )
+        if self.cut is not None:
+            name = f"top {self.cut.k} of the teacher"
+            yield (
+                f"{name:24} leaves out {self.cut.tail_mass:.2%} of the mass and "
+                f"{self.cut.nats_lost:.6f} nats; renormalised, its KL is "
+                f"{self.cut.renormalised_kl:.6f} nats"
+            )
+        if self.interval:
+            yield f"±: half of a 95 % interval, by resampling {self.resampled}"
+
+    def _spread(self, name: str) -> str:
+        found = self.interval.get(name)
+        return "" if found is None else f" ± {found.half_width:.6f}"
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Values at n positions, on the CPU; `labelled` says where there is a next token."""
+
+    values: dict[str, Tensor]
+    labelled: Tensor  # bool [n]
+
+
+def compare_with(folder: Path, params: Params) -> AgainstReport:
+    """Compare the teacher of paths.teacher, as prepare opens it, with the model of a folder.
+
+    Both are in memory. The rows are verify.batches x verify.batch_rows of the validation split.
+
+    Raises:
+        DecantError: the folder holds no model, or one with other ids, or it cannot run.
+    """
+    if not (folder / "config.json").exists():
+        raise ParamsError(f"--against {folder} holds no config.json: name a model folder")
+    corpus = CorpusSplit(params.paths.corpus, "validation")
+    ours = teacher_folder(params.paths.teacher)
+    require_tokenizer(ours, corpus)
+    require_shared_ids(folder, [corpus], ours)
+    device = pick_device(params.device)
+    dtype = teacher_dtype(params, device)
+    vocab_size = corpus.info.vocab_size
+    teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=_HEAD_CHUNK)
+    against = HuggingFaceTeacher(
+        folder, vocab_size=vocab_size, dtype=dtype, device=device, head_chunk=_HEAD_CHUNK
+    )
+    return compare(teacher, against, corpus, params)
+
+
+@torch.no_grad()
+def compare(
+    teacher: Teacher, against: Teacher, corpus: CorpusSplit, params: Params
+) -> AgainstReport:
+    """Compare two models on rows of a split, with logits in chunks of the same positions."""
+    size = params.verify.batch_rows
+    numbers = spread([len(corpus)], params.verify.batches * size, params.seed)
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    _announce(teacher, against, corpus, params, batches)
+    found: list[_Positions] = []
+    documents: list[NDArray[np.int32]] = []
+    row_numbers: list[NDArray[np.int64]] = []
+    for batch in progress(batches, what="verify", unit="batch"):
+        rows = _read(corpus, batch)
+        found += _compare(teacher, against, rows, params)
+        real = rows.doc_ids != PADDING
+        documents.append(rows.doc_ids[real])
+        row_numbers.append(np.asarray(batch)[real.nonzero()[0]])
+    values = {name: torch.cat([part.values[name] for part in found]) for name in found[0].values}
+    if not bool(torch.isfinite(values["kl"]).all()):
+        raise DecantError(
+            "the logits of the teacher or of the model of --against overflow, or a probability is "
+            "0: set prepare.dtype to bfloat16 or float32"
+        )
+    labelled = torch.cat([part.labelled for part in found])
+    clusters, resampled = clusters_of(documents, row_numbers)
+    interval = intervals({name: values[name].numpy() for name in ("kl", "top1")}, clusters)
+    losses = {name: values[name][labelled] for name in ("teacher_loss", "against_loss")}
+    in_loss = int(labelled.sum())
+    if in_loss:
+        difference = (losses["teacher_loss"] - losses["against_loss"]).numpy()
+        interval |= intervals({"loss_difference": difference}, clusters[labelled.numpy()])
+    means = {name: float(value.double().mean()) for name, value in values.items()}
+    cut = None
+    if params.prepare.k:
+        cut = CutCost(
+            k=params.prepare.k,
+            tail_mass=means["tail_mass"],
+            nats_lost=means["nats_lost"],
+            renormalised_kl=means["renormalised_kl"],
+        )
+    return AgainstReport(
+        teacher=teacher.describe(),
+        against=against.describe(),
+        batches=len(batches),
+        rows=len(numbers),
+        tokens=len(labelled),
+        kl=means["kl"],
+        max_kl=float(values["kl"].max()),
+        top1=means["top1"],
+        cosine=means["cosine"],
+        tokens_in_loss=in_loss,
+        teacher_loss=float(losses["teacher_loss"].double().mean()) if in_loss else None,
+        against_loss=float(losses["against_loss"].double().mean()) if in_loss else None,
+        cut=cut,
+        interval=interval,
+        resampled=resampled,
+    )
+
+
+def _announce(
+    teacher: Teacher,
+    against: Teacher,
+    corpus: CorpusSplit,
+    params: Params,
+    batches: list[list[int]],
+) -> None:
+    row = _read(corpus, batches[0][:1])
+    a_row = seconds_of(lambda: _compare(teacher, against, row, params), teacher.device)
+    announce(
+        "verify",
+        f"compares {teacher.describe()} with {against.describe()} on {len(batches)} batches",
+        a_row * sum(map(len, batches)),
+    )
+
+
+def _read(corpus: CorpusSplit, numbers: list[int]) -> Rows:
+    return Rows.cat([corpus.rows(number, number + 1) for number in numbers])
+
+
+def _compare(teacher: Teacher, against: Teacher, rows: Rows, params: Params) -> list[_Positions]:
+    tokens, doc_ids, in_loss = map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss))
+    apart = documents_apart(doc_ids, params.prepare.document_mask)
+    real = (doc_ids != PADDING).flatten()
+    labels = next_token_labels(tokens, doc_ids, in_loss).flatten()
+    both = (model.logits_by_chunk(tokens, apart) for model in (teacher, against))
+    return [
+        _positions(
+            ours[real[place]],
+            theirs[real[place]].to(ours.device),
+            labels[place][real[place]],
+            min(params.prepare.k, teacher.vocab_size),
+        )
+        for (place, ours), (_, theirs) in zip(*both, strict=True)
+    ]
+
+
+def _positions(ours: Tensor, theirs: Tensor, labels: Tensor, k: int) -> _Positions:
+    """Compare the teacher's logits, float32 [n, V], with another model's at the same positions."""
+    log_q, log_p = ours.log_softmax(-1), theirs.log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    label = labels.clamp_min(0).to(ours.device)[:, None]
+    values = {
+        # Negative only by rounding.
+        "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).clamp_min(0.0),
+        "top1": (ours.max(-1).indices == theirs.max(-1).indices).float(),
+        "cosine": F.cosine_similarity(q, p, dim=-1),
+        "teacher_loss": -log_q.gather(-1, label)[:, 0],
+        "against_loss": -log_p.gather(-1, label)[:, 0],
+    }
+    if k:
+        topk = top_k_from_logits(ours, k, ())
+        _, tail_mass = topk.target(1.0)
+        values |= {
+            "tail_mass": tail_mass,
+            "nats_lost": nats_lost(topk).float(),
+            "renormalised_kl": -torch.log1p(-tail_mass),
+        }
+    return _Positions({name: value.cpu() for name, value in values.items()}, labels != IGNORE)
