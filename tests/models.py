@@ -11,6 +11,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -259,6 +261,30 @@ def make_qwen3(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
         attention_dropout=0.0,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_gpt_oss(folder: Path) -> Path:
+    """A random gpt-oss whose weights are not quantised, with the corpus's tokenizer."""
+    torch.manual_seed(6)
+    config = GptOssConfig(
+        vocab_size=VOCABULARY_ROWS,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+    GptOssForCausalLM(config).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 

@@ -23,7 +23,7 @@ from pipeline.planning.plan_text import plan_lines
 from pipeline.runtime.console import readable_bytes
 from stages import corpus, evaluate, fetch, prepare, train, verify
 from tests.helpers import ROOT
-from tests.models import make_teacher
+from tests.models import make_gpt_oss, make_qwen3, make_teacher
 
 FOLDER = ROOT / "docs" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -153,6 +153,20 @@ def test_the_long_recipe_is_what_was_asked_for() -> None:
     assert smoke.student == params.student
 
 
+@pytest.mark.parametrize("name", ["qwen3-32b-4x24gb", "qwen3-32b-fp8-h100", "gpt-oss-20b"])
+def test_the_recipes_for_large_teachers_fit(name: str) -> None:
+    params = params_of(["--params", f"docs/recipes/{name}.yaml"])
+    plan = make_plan(params)
+    text = "\n".join(plan_lines(plan, params))
+    assert "prepare fits" in text
+    assert "train fits" in text
+    assert "no kernels" not in text
+    shares = (4, "tensor") if name == "qwen3-32b-4x24gb" else (1, "tensor")
+    assert (plan.sharing.devices, plan.sharing.parallel) == shares
+    assert ("evaluate does NOT fit" in text) == (name == "qwen3-32b-4x24gb")
+    assert plan.seconds < 12 * 3600
+
+
 def run(stage: Command, words: list[str]) -> str:
     """A stage in this process; what it printed."""
     done = CliRunner().invoke(stage, words, catch_exceptions=False)
@@ -165,6 +179,17 @@ def start_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student to start from: smaller than the teacher, of the same tokenizer."""
     folder = tmp_path_factory.mktemp("start") / "model"
     return make_teacher(folder, seed=1, num_hidden_layers=2, hidden_size=32)
+
+
+@pytest.fixture(scope="module")
+def teachers(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny teachers by the recipes' own model type; none is quantised, since it runs on a CPU."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "qwen2": teacher_folder,
+        "qwen3": make_qwen3(folder / "qwen3"),
+        "gpt_oss": make_gpt_oss(folder / "gpt_oss"),
+    }
 
 
 def tiny(teacher: Path, text: Path, start: Path, work: Path) -> list[str]:
@@ -206,9 +231,10 @@ def tiny(teacher: Path, text: Path, start: Path, work: Path) -> list[str]:
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_runs_through_the_stages(
-    file: Path, teacher_folder: Path, text_folder: Path, start_folder: Path, tmp_path: Path
+    file: Path, teachers: dict[str, Path], text_folder: Path, start_folder: Path, tmp_path: Path
 ) -> None:
-    words = ["--params", str(file), *tiny(teacher_folder, text_folder, start_folder, tmp_path)]
+    teacher = teachers[plan_for(["--params", str(file)]).teacher_shape.model_type]
+    words = ["--params", str(file), *tiny(teacher, text_folder, start_folder, tmp_path)]
     if load_params(file).student.init == "checkpoint":
         words += ["--set", f"student.checkpoint={start_folder}"]
     for stage in (fetch, corpus, prepare):

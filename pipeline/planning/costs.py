@@ -66,21 +66,21 @@ def capture_memory(teacher: Shape, params: Params, dtype: str, sharing: Sharing 
 def _forward_bytes(teacher: Shape, params: Params, size: int, columns: int) -> float:
     """Return the bytes per token of a forward without backward, at its worst moment.
 
-    That is a block's feed-forward: the residual stream, its normalised copy, and for each expert
-    at work (one, if it is dense) three tensors of width F, five with biases, and its input and
-    output, which a mixture copies. Or it is attention without a fused kernel, which holds three
-    copies of its scores.
+    That is a block's feed-forward, beside the residual stream and its normalised copy: three
+    tensors of width F, or those of transformers' `grouped_mm_experts_forward` for each expert at
+    work, either while it gates or while it puts the tokens back in order. Without a fused kernel
+    for attention it is the scores, in three copies, and two masks.
 
     Args:
         columns: number of devices that divide heads and columns among them.
     """
-    d, wide, copies = teacher.hidden_size, 3 * teacher.intermediate_size, 0
+    d, f, length = teacher.hidden_size, teacher.intermediate_size, params.corpus.row_length
+    wide = 3 * f / columns
     if teacher.experts:
-        wide += 2 * teacher.intermediate_size if teacher.experts.biased else 0
-        wide *= teacher.experts.per_token
-        copies = 2 * d * teacher.experts.per_token
-    scores = 3 * teacher.num_heads * params.corpus.row_length if teacher.sinks else 0
-    return size * (4 * d + max(copies + wide / columns, scores / columns)) + mask_bytes(params)
+        gating, ordering = (9, 5) if teacher.experts.biased else (4, 4)
+        wide = teacher.experts.per_token * max(d + gating * f / columns, ordering * d)
+    scores = (3 * teacher.num_heads / columns + 2) * length if teacher.sinks else 0.0
+    return size * (4 * d + max(wide, scores)) + mask_bytes(params)
 
 
 def mask_bytes(params: Params) -> int:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.params import Params
+from pipeline.config.source_params import TeacherParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.planning.costs import (
     activation_bytes,
@@ -18,6 +26,7 @@ from pipeline.planning.costs import (
     training_memory,
 )
 from pipeline.planning.known_shapes import KNOWN
+from pipeline.planning.shapes import teacher_shape
 from pipeline.runtime.device import DTYPES
 from pipeline.runtime.ranks import ALONE
 from pipeline.target_sources.tokens_only import TokensOnly
@@ -131,6 +140,71 @@ def test_adapters_need_no_moments_for_frozen_weights(tiny_params: Params) -> Non
     assert training_memory(shape, params).weights == 4 * 494_032_768 + 12 * trained
     whole = step_operations(shape, change(params, student={"lora": None}))
     assert step_operations(shape, params) == pytest.approx(whole * 2 / 3)
+
+
+class Peak(TorchDispatchMode):
+    """The largest sum of tensors that were made within it and are alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3", {"intermediate_size": 256}),
+        ("qwen3_moe", {"hidden_size": 256, "moe_intermediate_size": 32}),
+        ("qwen3_moe", {"hidden_size": 64, "moe_intermediate_size": 256}),
+        ("gpt_oss", {"hidden_size": 256, "intermediate_size": 32}),
+        ("gpt_oss", {"hidden_size": 64, "intermediate_size": 256}),
+        ("gpt_oss", {"hidden_size": 64, "intermediate_size": 16, "length": 512}),
+    ],
+)
+def test_a_capture_holds_what_a_forward_of_transformers_holds(
+    model_type: str, changes: dict[str, int], tiny_params: Params, tmp_path: Path
+) -> None:
+    """Two documents in each of two rows, in float32."""
+    length = changes.pop("length", 64)
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 4, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64}
+    config = AutoConfig.for_model(model_type, **(sizes | changes))
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    positions = torch.arange(length // 2).repeat(2)[None].expand(2, -1)
+    peak = Peak()
+    for tensor in (*model.parameters(), *model.buffers()):
+        peak.alive[tensor.untyped_storage()._cdata] = 0
+    with torch.no_grad(), peak:
+        model.base_model(
+            input_ids=torch.zeros(2, length, dtype=torch.int64),
+            position_ids=positions,
+            use_cache=False,
+        )
+    params = change(
+        tiny_params,
+        capture={"batch_rows": 2},
+        corpus={"row_length": length},
+        student={"max_seq_len": length},
+    )
+    folder = TeacherParams.model_validate({"source": "folder", "folder": {"path": tmp_path}})
+    memory = capture_memory(teacher_shape(folder, tmp_path)[1], params, "float32")
+    assert memory.activations == pytest.approx(peak.peak, rel=0.1)
 
 
 def test_capture_holds_weights_and_a_chunk_of_logits(tiny_params: Params) -> None:

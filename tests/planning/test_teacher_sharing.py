@@ -76,22 +76,6 @@ def test_memory_of_the_first_device_worked_by_hand(tiny_params: Params) -> None:
     assert both.weights == tensor.weights + 8 * student.parameters
 
 
-def test_memory_of_experts_and_of_plain_attention_worked_by_hand(tiny_params: Params) -> None:
-    experts, plain = KNOWN["Qwen3-30B-A3B"], KNOWN["gpt-oss-20b"]
-    memory = capture_memory(experts, tiny_params, "bfloat16")
-    width = 4 * 2048 + 8 * (2 * 2048 + 3 * 768)
-    assert memory.activations == 4 * 32 * (2 * width + 32)
-    assert memory.weights == 2 * experts.parameters
-    memory = capture_memory(plain, tiny_params, "bfloat16")
-    width = 4 * 2880 + 4 * (2 * 2880 + 5 * 2880)
-    assert memory.activations == 4 * 32 * (2 * width + 32)
-    long = change(tiny_params, corpus={"row_length": 1000}, student={"max_seq_len": 1000})
-    scores = 3 * 64 * 1000
-    assert capture_memory(plain, long, "bfloat16").activations == 4000 * (
-        2 * (4 * 2880 + scores) + 1000
-    )
-
-
 def planned(params: Params, tmp_path: Path, **sections: dict[str, object]) -> tuple[Plan, str]:
     """A plan for Qwen3-32B on four cards of 24 GB, and its text."""
     changes: dict[str, dict[str, object]] = {
