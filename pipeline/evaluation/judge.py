@@ -47,10 +47,6 @@ def judge(
     length = params.evaluate.passage_tokens
     passage = view_passage(teacher, models, corpus, tokenizer, length)
     del teacher, models  # sampling loads its own models and may need the memory
-    here = folders
-    if led_ranks() is not None:
-        here = others
-        say("evaluate: the teacher, which several processes share, writes no sample texts")
     continuations = {
         name: sample(
             folder,
@@ -60,7 +56,7 @@ def judge(
                 dtype, device, dequantize=name == TEACHER and params.prepare.dequantize
             ),
         )
-        for name, folder in here.items()
+        for name, folder in _opened_whole(folders, params, "writes no sample texts").items()
     }
     metrics = {
         name: ModelScores(
@@ -79,6 +75,18 @@ def judge(
     return comparison
 
 
+def _opened_whole(folders: Mapping[str, Path], params: Params, what: str) -> dict[str, Path]:
+    """Return the models that transformers can open in this process: not a divided teacher.
+
+    Args:
+        what: what the teacher is left out of, for the message.
+    """
+    if led_ranks() is None and params.prepare.engine == "transformers":
+        return dict(folders)
+    say(f"evaluate: the teacher {what}, since it is not whole in this process")
+    return {name: folder for name, folder in folders.items() if name != TEACHER}
+
+
 def run_harness(
     harness: Harness,
     params: Params,
@@ -88,7 +96,8 @@ def run_harness(
 ) -> None:
     """Run the harness on each model; write and show each model's results as soon as it is done."""
     results: dict[str, HarnessResults] = {}
-    for name, folder in folders.items():
+    here = _opened_whole(folders, params, "is left out of lm-evaluation-harness")
+    for name, folder in here.items():
         results[name] = harness.run(
             folder,
             dtype=dtype,

@@ -127,6 +127,8 @@ def test_a_cache_from_two_ranks_passes_the_gate_of_one_process(
     for stage, more in (("verify", []), ("evaluate", models), ("advise", [])):
         statuses, printed = run_on_two(forkserver, tmp_path / stage, stage, *words, *more)
         assert statuses == [0, 0], printed
+        if stage == "evaluate":
+            assert "the teacher writes no sample texts, since it is not whole" in printed
 
 
 SMALL_SHARDS = ("prepare.chunk_rows=1", "prepare.shard_rows=1", "capture.batch_rows=1")
