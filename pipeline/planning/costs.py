@@ -43,6 +43,8 @@ def capture_memory(teacher: Shape, params: Params, dtype: str, sharing: Sharing 
     are gathered besides, on every device.
     """
     size = _SIZES[dtype]
+    if params.prepare.dequantize:
+        teacher = replace(teacher, weight_format=None)
     weights, number = teacher.weight_bytes(size), sharing.devices
     rows, columns = params.capture.batch_rows, number
     tokens = rows * params.corpus.row_length

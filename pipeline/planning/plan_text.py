@@ -126,12 +126,12 @@ def _fits(plan: Plan, params: Params) -> list[str]:
             "with teacher, student and baseline side by side; judge one run at a time (--run), or "
             "use a larger device"
         )
-    weight_format = plan.teacher_shape.weight_format
+    weight_format = None if params.prepare.dequantize else plan.teacher_shape.weight_format
     if weight_format and weight_format.capability and device.capability < weight_format.capability:
         wanted = ".".join(map(str, weight_format.capability))
         lines.append(
             f"{params.advise.device} has no kernels for {weight_format.name}: transformers needs a "
-            f"GPU of compute capability {wanted}, or the unquantised model"
+            f"GPU of compute capability {wanted}, prepare.dequantize=true or the unquantised model"
         )
     dtypes = (plan.teacher_dtype, plan.student_dtype, plan.evaluate_dtype)
     for key, dtype in zip(("prepare", "train", "evaluate"), dtypes, strict=True):

@@ -161,3 +161,7 @@ def test_a_quantised_teacher_is_told(tiny_params: Params, tmp_path: Path) -> Non
     sections["advise"] = {"device": "a100-80gb", "devices": 1}
     _, text = planned(tiny_params, tmp_path, **sections)
     assert "a100-80gb has no kernels for fp8: transformers needs a GPU of compute" in text
+    plan, text = planned(tiny_params, tmp_path, **sections, prepare={"dequantize": True})
+    assert "has no kernels" not in text
+    assert (plan.stage("prepare").memory or 0) > 2 * QWEN.parameters
+    assert (plan.stage("fetch").written or 0) < 1.2 * QWEN.parameters
