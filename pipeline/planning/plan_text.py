@@ -65,7 +65,7 @@ def _sharing(plan: Plan) -> list[str]:
         return []
     return [
         f"prepare, verify and evaluate: {sharing.devices} devices share one teacher "
-        f"({sharing.command()}, {sharing.parallel})"
+        f"({sharing.describe()})"
     ]
 
 

@@ -2,7 +2,8 @@
 
 A teacher that fits on one device runs there whole, and further devices run others. One that does
 not is divided among all of advise.devices under torchrun, by the rules of
-pipeline/teacher/sharded.py.
+pipeline/teacher/sharded.py, if its weights are not quantised. vLLM takes the devices that
+prepare.vllm.options say.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from math import ceil
 from typing import Any, Literal
 
 from pipeline.config.params import Params
+from pipeline.errors import ParamsError
 from pipeline.planning.decoder_shape import Shape
 from pipeline.runtime.optional import import_transformers
 
@@ -21,20 +23,22 @@ class Sharing:
     """The devices that share one teacher, and how its weights are divided among them."""
 
     devices: int = 1
-    parallel: Literal["tensor", "fsdp"] = "tensor"  # without meaning for one device
+    parallel: Literal["tensor", "fsdp", "vllm"] = "tensor"  # without meaning for one device
 
     def speedup(self, rows: int) -> float:
         """Return how many times faster a forward of so many rows is than on one device.
 
         Under fsdp, each device computes whole rows, so fewer rows than devices leave some idle.
         """
-        if self.parallel == "tensor":
+        if self.parallel != "fsdp":
             return float(self.devices)
         return rows / ceil(rows / self.devices)
 
-    def command(self) -> str:
-        """Return the beginning of the command that starts a stage so."""
-        return f"torchrun --nproc-per-node {self.devices}"
+    def describe(self) -> str:
+        """Say how a stage is started so, and how the weights are divided."""
+        if self.parallel == "vllm":
+            return "by prepare.vllm.options"
+        return f"torchrun --nproc-per-node {self.devices}, {self.parallel}"
 
 
 ALONE = Sharing()
@@ -45,9 +49,20 @@ def share_teacher(teacher: Shape, params: Params, *, fits_alone: bool) -> Sharin
 
     Args:
         fits_alone: whether its capture fits on one device.
+
+    Raises:
+        ParamsError: vLLM takes more devices than there are.
     """
     number = params.advise.devices
-    if fits_alone or number == 1:
+    if params.prepare.engine == "vllm":
+        taken = params.prepare.vllm.num_devices
+        if taken > number:
+            raise ParamsError(
+                f"prepare.vllm.options take {taken} devices, and advise.devices={number}: raise "
+                "that, or lower tensor_parallel_size"
+            )
+        return ALONE if taken == 1 else Sharing(taken, "vllm")
+    if fits_alone or number == 1 or teacher.weight_format is not None:
         return ALONE
     wanted = params.prepare.parallel
     tensor = wanted == "tensor" or (wanted == "auto" and _divides(teacher, number))

@@ -351,7 +351,7 @@ def _distributed_config() -> Any:
 
 def _why_not_tensor(model: Any, number: int) -> str:
     """Say why a model cannot be divided by heads and columns; empty if it can."""
-    if not model.tp_plan:
+    if not any("*" in rule for rule in model.tp_plan):  # some plans divide the head alone
         return f"transformers has no tensor-parallel plan for a {model.config.model_type!r} model"
     config = model.config.get_text_config(decoder=True)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):

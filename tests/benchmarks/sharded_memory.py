@@ -117,15 +117,22 @@ def run_limited(command: list[str], limit: int) -> tuple[int, float, str]:
     return process.returncode, most / MIB, printed
 
 
-def processes_of(session: int) -> Iterator[tuple[int, int]]:
-    """Yield number and private resident memory (bytes) of each process of a session (Linux)."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):
-            pid = int(folder.name)
-            if os.getsid(pid) == session:
-                lines = (folder / "status").read_text().splitlines()
-                held = [line for line in lines if line.startswith("RssAnon")]  # not of a zombie
-                yield pid, int(held[0].split()[1]) * 1024 if held else 0
+def processes_of(root: int) -> Iterator[tuple[int, int]]:
+    """Yield number and private resident memory (bytes) of a process and its descendants (Linux)."""
+    held: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for file in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            values = dict(line.split(":", 1) for line in file.read_text().splitlines())
+            pid, anonymous = int(values["Pid"]), values.get("RssAnon", "0 kB")  # not of a zombie
+            held[pid] = int(anonymous.split()[0]) * 1024
+            children.setdefault(int(values["PPid"]), []).append(pid)
+    todo = [root]
+    while todo:
+        pid = todo.pop()
+        todo += children.get(pid, [])
+        if pid in held:
+            yield pid, held[pid]
 
 
 @click.command()

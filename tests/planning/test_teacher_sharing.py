@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.params import Params
+from pipeline.errors import ParamsError
 from pipeline.planning.costs import capture_memory, evaluation_memory
 from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.known_shapes import KNOWN
@@ -44,12 +45,24 @@ def test_a_teacher_is_divided_as_prepare_divides_it(tiny_params: Params, tmp_pat
 
 def test_what_transformers_has_no_plan_for_is_not_divided_by_heads(tiny_params: Params) -> None:
     """gpt-oss has a plan for its head alone."""
-    assert sharing_of(KNOWN["gpt-oss-20b"], tiny_params, 4) == Sharing(4, "fsdp")
+    plain = replace(KNOWN["gpt-oss-20b"], weight_format=None)
+    assert sharing_of(plain, tiny_params, 4) == Sharing(4, "fsdp")
     assert sharing_of(KNOWN["Qwen3-30B-A3B"], tiny_params, 4) == Sharing(4, "tensor")
     unknown = replace(QWEN, model_type="of another library")
     assert sharing_of(unknown, tiny_params, 4) == Sharing(4, "fsdp")
     assert sharing_of(unknown, tiny_params, 4, "tensor") == Sharing(4, "tensor")
     assert sharing_of(QWEN, tiny_params, 1) == ALONE
+
+
+def test_quantised_weights_are_divided_by_vllm_alone(tiny_params: Params) -> None:
+    quantised = KNOWN["gpt-oss-20b"]
+    assert sharing_of(quantised, tiny_params, 4) == ALONE
+    options = {"engine": "vllm", "vllm": {"options": {"tensor_parallel_size": 4}}}
+    by_vllm = change(tiny_params, prepare=options)
+    assert sharing_of(quantised, by_vllm, 8) == Sharing(4, "vllm")
+    assert Sharing(4, "vllm").speedup(1) == 4
+    with pytest.raises(ParamsError, match=r"take 4 devices, and advise\.devices=2: raise that"):
+        sharing_of(quantised, by_vllm, 2)
 
 
 def test_rows_that_leave_devices_idle_do_not_speed_up() -> None:
