@@ -62,7 +62,7 @@ def _run_gate(params: Params) -> None:
     from pipeline.io.files import write_json
     from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.teacher.engines import describe_engine, open_teacher
+    from pipeline.teacher.engines import describe_engine, differ_in_ranks_alone, open_teacher
     from pipeline.verify.gate import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
@@ -74,18 +74,19 @@ def _run_gate(params: Params) -> None:
         key="the cache's dtype",
         remedy="verify it where it was captured, or capture it again with another prepare.dtype",
     )
+    engine_now = describe_engine(params)
     for corpus, reader in splits:
         stored = reader.fingerprint
-        # The cache may have other values of these parameters; only its inputs must match. Ranks
-        # that share a teacher of transformers may be others now, while vLLM must be the same.
-        same = params.prepare.engine == "transformers" and stored.engine.startswith("transformers")
+        # The cache may have other values of these parameters; only its inputs must match. Other
+        # ranks than those that shared the teacher may share it now.
+        same = differ_in_ranks_alone(stored.engine, engine_now)
         names = ("k", "num_sampled", "temperatures", "document_mask")
         kept = {name: getattr(stored, name) for name in names}
         prepare = params.prepare.model_copy(update=kept)
         seed = stored.sampling_seed if stored.num_sampled else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})
         stored.require_equal(
-            fingerprint_of(as_stored, corpus, dtype, engine=stored.engine if same else None),
+            fingerprint_of(as_stored, corpus, dtype, engine=stored.engine if same else engine_now),
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )
@@ -100,7 +101,7 @@ def _run_gate(params: Params) -> None:
         params.verify,
         seed=params.seed,
         noise_teacher=teachers[params.prepare.engine],
-        engines=(describe_engine(params), describe_engine(params, params.verify.engine)),
+        engines=(engine_now, describe_engine(params, params.verify.engine)),
     )
     write_json(params.paths.verify / "metrics.json", {"passed": report.passed, **vars(report)})
     write_json(params.paths.verify / "histogram.json", histogram)

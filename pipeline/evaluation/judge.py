@@ -40,8 +40,9 @@ def judge(
     corpus = CorpusSplit(params.paths.corpus, "validation")
     require_tokenizer(folders[TEACHER], corpus)
     others = {name: folder for name, folder in folders.items() if name != TEACHER}
-    models = open_models(others, corpus, folders[TEACHER], dtype=dtype, device=device)
+    # The teacher first, since vLLM takes its share of a GPU's memory when it starts.
     teacher = open_teacher(params, corpus.info.vocab_size, dtype, device, head_chunk=_HEAD_CHUNK)
+    models = open_models(others, corpus, folders[TEACHER], dtype=dtype, device=device)
     comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
     tokenizer = load_tokenizer(folders[TEACHER])
     length = params.evaluate.passage_tokens

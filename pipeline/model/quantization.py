@@ -279,7 +279,7 @@ def _is_row_wise_fp8(part: Any) -> bool:
 def _remedy(what: str, dequantize: bool) -> str:
     if what != "teacher":
         return "or use the unquantised model"
-    remedies = ["set prepare.engine=vllm, ", "or use the unquantised model"]
+    remedies = ["set prepare.engine=vllm and verify.engine=vllm, ", "or use the unquantised model"]
     if dequantize:
         remedies.insert(
             1, "set prepare.dequantize=true, which takes an unquantised model's memory, "

@@ -102,7 +102,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         _join(here, own)
         yield Ranks(own, here.rank, here.ranks, grouped=True)
     except (RuntimeError, CheckpointException) as error:
-        if not _lost_touch(error):
+        if not lost_touch(error):
             raise
         raise DecantError(
             "the connection to another rank broke, because it exited or its machine went down: "
@@ -138,11 +138,11 @@ def _own_gpu(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _lost_touch(error: BaseException) -> bool:
+def lost_touch(error: BaseException) -> bool:
     """Return whether a torch error says that a peer is gone; gloo has no error type for it."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     return (
         isinstance(error, dist.DistError)
         or any(sign in str(error) for sign in ("gloo", "NCCL", "Connection"))
-        or any(_lost_touch(failure) for failure, _ in failures)
+        or any(lost_touch(failure) for failure, _ in failures)
     )

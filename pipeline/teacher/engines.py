@@ -18,6 +18,8 @@ from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.teacher.vllm import VllmTeacher, describe_vllm
 
+_TENSOR = ", tensor parallel "
+
 
 def teacher_dtype(params: Params, device: torch.device) -> torch.dtype:
     """Return the dtype that prepare.dtype stands for on this device.
@@ -49,7 +51,12 @@ def describe_engine(params: Params, engine: Engine | None = None) -> str:
         return name
     number = group.ranks.world_size
     parallel = choose_parallel(folder, params.prepare.parallel, number)
-    return f"{name}, tensor parallel {number}" if parallel == "tensor" else name
+    return f"{name}{_TENSOR}{number}" if parallel == "tensor" else name
+
+
+def differ_in_ranks_alone(one: str, other: str) -> bool:
+    """Return whether two engines are the same, except for the ranks that share the teacher."""
+    return one.partition(_TENSOR)[0] == other.partition(_TENSOR)[0]
 
 
 def open_teacher(
@@ -98,16 +105,17 @@ def _open_vllm(
     device: torch.device,
     head_chunk: int,
 ) -> VllmTeacher:
+    key = "prepare.engine" if params.prepare.engine == "vllm" else "verify.engine"
     if (group := led_ranks()) is not None:
         raise ParamsError(
-            "prepare.engine=vllm starts processes of its own, and torchrun started "
+            f"{key}=vllm starts processes of its own, and torchrun started "
             f"{group.ranks.world_size}: leave torchrun out, and set "
             "prepare.vllm.options.tensor_parallel_size to the number of devices"
         )
     if params.prepare.dequantize:
         raise ParamsError(
             "prepare.dequantize=true, and vLLM never dequantises: set it to false, or "
-            "prepare.engine=transformers"
+            f"{key}=transformers"
         )
     row_length = CorpusSplit(params.paths.corpus, "train").info.row_length
     return VllmTeacher(

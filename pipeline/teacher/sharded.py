@@ -24,9 +24,10 @@ Shapes: B batch, L length, D hidden, V vocabulary, n ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,7 @@ from pipeline.model.logit_transform import LogitTransform
 from pipeline.model.quantization import read_quantization
 from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.runtime.optional import import_transformers
-from pipeline.runtime.ranks import Ranks, join_ranks
+from pipeline.runtime.ranks import Ranks, join_ranks, lost_touch
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import mixes_documents
 
@@ -136,7 +137,8 @@ def lead(device: str) -> Iterator[None]:
             yield
         except (DecantError, SystemExit) as end:
             code = getattr(end, "exit_code", getattr(end, "code", 1))
-            _leads.send(_Stop(exit_code=int(code or 0)))
+            with suppress(RuntimeError):  # the others may have failed in the same way, and be gone
+                _leads.send(_Stop(exit_code=int(code or 0)))
             raise
         else:
             _leads.send(_Stop(exit_code=0))
@@ -195,7 +197,8 @@ class ShardedTeacher(Teacher):
         self._part = _Part(request, group.ranks)
         head, bias = self._part.head()
         self._config = self._part.model.config
-        self._num_parameters = int(empty_model(folder).num_parameters())  # fsdp unties the head
+        # Counted without weights, since fsdp unties the head.
+        self._num_parameters = int(without_other_inputs(empty_model(folder)).num_parameters())
         super().__init__(
             folder,
             head=head,
@@ -235,6 +238,18 @@ class _Part:
     def __init__(self, request: _Open, ranks: Ranks) -> None:
         self._ranks = ranks
         self._parallel = request.parallel
+        try:
+            self._open(request)
+        except DecantError as error:
+            cause = error.__cause__
+            while cause is not None:
+                if lost_touch(cause):  # another rank went away, and the model is not to blame
+                    raise cause from None
+                cause = cause.__cause__
+            raise
+
+    def _open(self, request: _Open) -> None:
+        ranks = self._ranks
         target = compute_dtype(request.dtype, ranks.device)
         distributed = _distributed_config()
         if request.parallel == "tensor":
@@ -260,7 +275,8 @@ class _Part:
             raise self._undivided(request.folder, str(error.__cause__ or error)) from error
         if not bool(body_states(self.model, probe_tokens(self.model)).isfinite().all()):
             raise self._undivided(request.folder, "its states are not finite")
-        self.keeps_apart = keeps_documents_apart(self.model, request.vocab_size)
+        # Gathered, since a rank that goes away during the probe looks like a model that fails it.
+        self.keeps_apart = all(ranks.gather(keeps_documents_apart(self.model, request.vocab_size)))
 
     def _undivided(self, folder: Path, reason: str) -> DecantError:
         other = "fsdp" if self._parallel == "tensor" else "tensor"
@@ -310,6 +326,7 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
 
 
+@cache
 def choose_parallel(folder: Path, wanted: str, number: int) -> Parallel:
     """Return the way in which a model is divided among a number of processes.
 
@@ -354,7 +371,8 @@ def _why_not_tensor(model: Any, number: int) -> str:
     if not any("*" in rule for rule in model.tp_plan):  # some plans divide the head alone
         return f"transformers has no tensor-parallel plan for a {model.config.model_type!r} model"
     config = model.config.get_text_config(decoder=True)
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    heads = ("num_attention_heads", "num_key_value_heads")
+    for name in (*heads, "intermediate_size", "moe_intermediate_size"):
         size = getattr(config, name, None)
         if isinstance(size, int) and size % number:
             return f"{name}={size} does not divide by it"

@@ -41,6 +41,7 @@ class HuggingFaceTeacher(Teacher):
         vocab_size, dtype, device, head_chunk: see `Teacher`. The dtype of a quantised model is that
             of its activations and of what is not quantised.
         dequantize: convert quantised weights to `dtype`; nothing if there are none.
+        what: the model's role, for error messages.
 
     Raises:
         DecantError: the folder is not a model, its head is smaller than the vocabulary, or its own
@@ -56,14 +57,22 @@ class HuggingFaceTeacher(Teacher):
         device: torch.device,
         head_chunk: int = 64,
         dequantize: bool = False,
+        what: str = "teacher",
     ) -> None:
-        model = load_causal_lm(folder, dtype, what="teacher", device=device, dequantize=dequantize)
+        model = load_causal_lm(folder, dtype, what=what, device=device, dequantize=dequantize)
         quantization = read_quantization(folder)
         if quantization is not None:
             require_plain_head_weight(folder, model)
         self._stored = describe_weights(quantization, dequantize=dequantize)
         model = without_other_inputs(model)
-        self.model = place_rounded(model, dtype, device).eval().requires_grad_(False)
+        try:
+            self.model = place_rounded(model, dtype, device).eval().requires_grad_(False)
+        except torch.OutOfMemoryError:
+            raise DecantError(
+                f"the teacher {folder}, {model.num_parameters() / 1e9:.1f} B parameters, does not "
+                f"fit into the memory of {device} in {dtype_name(dtype)}: divide it among devices "
+                "by torchrun, or take a quantised one (docs/teachers.md)"
+            ) from None
         require_own_logits(folder, self.model)
         self._keeps_apart: bool | None = None  # unknown yet
         head = self.model.get_output_embeddings()

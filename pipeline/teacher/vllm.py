@@ -44,7 +44,6 @@ _ROUNDING_ONLY = frozenset(
         "distributed_executor_backend",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
-        "load_format",
         "max_num_batched_tokens",
         "max_num_seqs",
         "max_parallel_loading_workers",

@@ -160,10 +160,13 @@ class VllmProcess:
             vllm_worker.send(self._stream, message, data, wait)
             said, answer = vllm_worker.receive(self._stream, wait)
         except (EOFError, ConnectionError):
-            code = self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # its own processes may keep it from ending
+                self._process.wait(_END_SECONDS)
+            code = self._process.poll()
+            status = "" if code is None else f" with status {code}"
             when = " while it started" if start else ""
             self._fail(
-                f"vLLM ended{when} with status {code} ({_last_line(self.log)})",
+                f"vLLM ended{when}{status} ({_last_line(self.log)})",
                 "if memory ran out, lower capture.batch_rows or "
                 "prepare.vllm.options.gpu_memory_utilization",
             )

@@ -39,7 +39,7 @@ from pipeline.target_sources.cached import CachedTargets
 from pipeline.target_sources.online import OnlineTargets
 from pipeline.target_sources.target_source import TargetSource
 from pipeline.target_sources.tokens_only import TokensOnly
-from pipeline.teacher.engines import open_teacher, teacher_dtype
+from pipeline.teacher.engines import describe_engine, open_teacher, teacher_dtype
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.distillation import DistillationLoss
@@ -264,6 +264,7 @@ def _identity(
     if params.train.targets == "online":
         kept = params.prepare.model_dump(mode="json", include={"k", "num_sampled"})
         kept["dtype"] = dtype_name(teacher_dtype(params, device))
+        kept["engine"] = describe_engine(params, "transformers")
         identity |= {"online": kept, "teacher_sha256": hash_weights(teacher)}
     if start := start_folder(params.student, teacher):
         identity["start_sha256"] = hash_weights(start)

@@ -129,7 +129,12 @@ def compare_with(folder: Path, params: Params) -> AgainstReport:
     vocab_size = corpus.info.vocab_size
     teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=_HEAD_CHUNK)
     against = HuggingFaceTeacher(
-        folder, vocab_size=vocab_size, dtype=dtype, device=device, head_chunk=_HEAD_CHUNK
+        folder,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        device=device,
+        head_chunk=_HEAD_CHUNK,
+        what="model to compare with",
     )
     return compare(teacher, against, corpus, params)
 

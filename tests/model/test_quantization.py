@@ -32,6 +32,7 @@ from pipeline.model.weights import open_student
 from pipeline.runtime.device import place_rounded
 from pipeline.teacher import engines
 from pipeline.teacher.transformers import HuggingFaceTeacher
+from pipeline.training.run import _identity
 from pipeline.verify.gate import run_gate
 from stages.evaluate import main as evaluate
 from stages.verify import main as verify
@@ -372,6 +373,36 @@ def test_evaluate_and_verify_take_a_dequantised_teacher(
     report = json.loads((tiny_corpus.paths.verify / "against.json").read_text())
     assert report["kl"] > 0.0
     assert report["teacher_loss"] == pytest.approx(scores["teacher"]["loss"], rel=1e-5)
+    plain_words = ["--params", file, "--against", str(folder)]
+    refused = CliRunner().invoke(verify, plain_words)
+    assert "or use the unquantised model" in refused.output
+    assert "prepare." not in refused.output  # no key changes how that model is opened
+
+
+def test_the_gate_refuses_a_cache_of_the_same_weights_run_otherwise(
+    tiny_corpus: Params, tmp_path: Path
+) -> None:
+    folder = quantize(make_teacher(tmp_path / "fp8"), FP8, "weight_scale_inv")
+    params = change(tiny_corpus, paths={"teacher": str(folder)}, prepare={"dequantize": True})
+    capture_locally(params)
+    words = ["--params", str(tmp_path / "params.yaml"), "--set", f"paths.teacher={folder}"]
+    refused = CliRunner().invoke(verify, words)
+    assert refused.exit_code == 1
+    said = "was made with engine=transformers, fp8 dequantized, wanted is transformers, fp8"
+    assert said in refused.output
+
+
+def test_an_online_run_knows_how_its_teacher_ran(tiny_corpus: Params, tmp_path: Path) -> None:
+    folder = quantize(make_teacher(tmp_path / "fp8"), FP8, "weight_scale_inv")
+    corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
+    params = change(tiny_corpus, paths={"teacher": str(folder)}, train={"targets": "online"})
+    engines = [
+        _identity(change(params, prepare={"dequantize": dequantize}), corpus, CPU, torch.float32)[
+            "online"
+        ]["engine"]
+        for dequantize in (False, True)
+    ]
+    assert engines == ["transformers, fp8", "transformers, fp8 dequantized"]
 
 
 def _hash_with(folder: Path, **changes: Any) -> str:

@@ -156,3 +156,14 @@ def test_ids_without_a_row_are_no_matter_where_the_corpus_holds_none(
     params = change(params, corpus=files, paths={"corpus": str(tmp_path / "other.zarr")})
     with pytest.raises(DecantError, match=r"holds id 300 \('<image>'\), and .* has 300 embedding"):
         build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+
+
+def test_a_teacher_larger_than_the_device_is_one_sentence(
+    teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("pipeline.teacher.transformers.place_rounded", full)
+    with pytest.raises(DecantError, match="does not fit into the memory of cpu in float32: divide"):
+        open_teacher(teacher_folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -19,8 +21,10 @@ from transformers import (
 )
 
 from pipeline.config.params import Params
-from pipeline.errors import ParamsError
+from pipeline.errors import DecantError, ParamsError
 from pipeline.runtime.launch import launch
+from pipeline.runtime.ranks import ALONE
+from pipeline.teacher import sharded
 from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, follow, lead, led_ranks
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from tests.helpers import change, open_cache
@@ -200,3 +204,37 @@ def test_an_error_of_rank_0_is_the_only_one(
         assert statuses == [2, 2]
         assert printed.count("error: ") == 1
         assert sentence in printed
+
+
+def test_every_rank_names_what_a_model_lacks(
+    tiny_corpus: Params, tmp_path: Path, forkserver: ForkServerContext
+) -> None:
+    folder = shutil.copytree(tiny_corpus.paths.teacher, tmp_path / "damaged")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = ["--params", str(tmp_path / "params.yaml"), "--set", f"paths.teacher={folder}"]
+    statuses, printed = run_on_two(forkserver, tmp_path / "log", "prepare", *words)
+    assert statuses == [1, 1], printed
+    for rank in range(2):  # none blames the connection
+        assert f"error: rank {rank}: {folder} lacks 1 tensors, for example model.norm" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("step", ["load_causal_lm", "require_own_logits"])
+def test_a_rank_that_goes_away_is_not_the_models_fault(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise DecantError("not a usable model") from RuntimeError("gloo: Connection closed by peer")
+
+    save_model(tmp_path, "llama")
+    load = sharded.load_causal_lm
+    monkeypatch.setattr(
+        sharded, "load_causal_lm", lambda *a, distributed_config, **o: load(*a, **o)
+    )
+    monkeypatch.setattr(sharded, step, fail)
+    request = sharded._Open(folder=tmp_path, dtype=torch.float32, vocab_size=V, parallel="tensor")
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        sharded._Part(request, ALONE)
