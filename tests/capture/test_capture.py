@@ -128,11 +128,14 @@ def test_overwrite_deletes_once_and_then_continues(tiny_cache: Params) -> None:
     assert open_cache(other).fingerprint.k == 8
 
 
-def test_a_teacher_that_scales_its_logits_is_refused(tiny_corpus: Params, tmp_path: Path) -> None:
+def test_a_scale_that_the_model_does_not_apply_is_refused(
+    tiny_corpus: Params, tmp_path: Path
+) -> None:
+    """A Llama does not know the key of Granite's scale, by which ours would divide."""
     folder = make_teacher(tmp_path / "scaled")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"logits_scaling": 8.0}))
-    with pytest.raises(DecantError, match=r"after the head \(logits_scaling=8\.0\)"):
+    with pytest.raises(DecantError, match="a 'llama' model does more after the head"):
         capture_all(change(tiny_corpus, paths={"teacher": str(folder)}))
 
 
