@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli import stage
 from pipeline.errors import ParamsError
-from pipeline.runtime.launch import launch
+from pipeline.runtime.launch import num_ranks
 from pipeline.teacher.stage_ranks import shares_teacher
 
 if TYPE_CHECKING:
@@ -66,13 +66,12 @@ def main(
             f"--repair with --shards {part} would undo what the other processes are "
             "writing: repair with one process, then go on with several"
         )
-    here = launch()
-    if executor == "ray" and here is not None and here.ranks > 1:
-        raise ParamsError(
-            f"--executor ray starts processes of its own, and torchrun started {here.ranks}: leave "
-            "out one of them (--shards I/N divides the work among several torchrun commands)"
-        )
     if executor == "ray":
+        if (ranks := num_ranks()) > 1:
+            raise ParamsError(
+                f"--executor ray starts processes of its own, and torchrun started {ranks}: leave "
+                "out one of them (--shards I/N divides the work among several torchrun commands)"
+            )
         if parts > 1:
             raise ParamsError(
                 f"--shards {part} and --executor ray both divide the work: leave out one of them"

@@ -25,8 +25,7 @@ from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.teacher.engines import open_teacher
 from pipeline.teacher.sharded import led_ranks
-
-_HEAD_CHUNK = 64  # positions; a comparison makes several copies of a chunk of logits
+from pipeline.teacher.teacher import COMPARED_AT_ONCE
 
 
 def judge(
@@ -41,7 +40,9 @@ def judge(
     require_tokenizer(folders[TEACHER], corpus)
     others = {name: folder for name, folder in folders.items() if name != TEACHER}
     # The teacher first, since vLLM takes its share of a GPU's memory when it starts.
-    teacher = open_teacher(params, corpus.info.vocab_size, dtype, device, head_chunk=_HEAD_CHUNK)
+    teacher = open_teacher(
+        params, corpus.info.vocab_size, dtype, device, head_chunk=COMPARED_AT_ONCE
+    )
     models = open_models(others, corpus, folders[TEACHER], dtype=dtype, device=device)
     comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
     tokenizer = load_tokenizer(folders[TEACHER])

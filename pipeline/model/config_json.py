@@ -142,6 +142,20 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
+def quantization_config(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the method that quantised the weights of a config.json, and its settings; or None.
+
+    A larger model's config.json may hold them in the language model's part. bitsandbytes left out
+    the method's name at first.
+    """
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if not found:
+        return None
+    bits = [number for number in (8, 4) if found.get(f"load_in_{number}bit")]
+    usual = "bitsandbytes" if bits else "an unnamed method"
+    return str(found.get("quant_method") or usual), found
+
+
 def embedding_rows(folder: Path) -> int | None:
     """Return the number of embedding rows in config.json, or None if it does not give one.
 
@@ -205,13 +219,17 @@ def stored_weights(folder: Path) -> StoredWeights | None:
     return StoredWeights(elements, layers) if files else None
 
 
+def load_config(folder: Path) -> Any:
+    """Return the config of a local folder as transformers' class; no code from it is run."""
+    return import_transformers().AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+
+
 def _with_defaults(folder: Path) -> Mapping[str, Any] | None:
     """Return the language model's config with its class's defaults; None for an unknown class."""
     try:
-        config = import_transformers().AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        inner = config.get_text_config(decoder=True)
+        inner = load_config(folder).get_text_config(decoder=True)
         return {names[0]: getattr(inner, names[0], None) for names in (_LAYERS, _HIDDEN)} | {
             "vocab_size": getattr(inner, "vocab_size", None)
         }

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import DecantError, reason_of
-from pipeline.model.huggingface import empty_model, without_other_inputs
+from pipeline.model.huggingface import empty_model, without_head, without_other_inputs
 
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,10 +41,7 @@ def load_head(folder: Path, dtype: torch.dtype) -> Head:
     model = without_other_inputs(empty_model(folder))
     module = model.get_output_embeddings()
     if module is None:
-        raise DecantError(
-            f"{folder} holds a {model.config.model_type!r} model without a head apart from its "
-            "body, which Decant needs: choose a model with one"
-        )
+        raise without_head(folder, model)
     stored = _files_of_tensors(folder)
     bias = getattr(module, "bias", None)
     return Head(

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.attention_mask import document_positions
-from pipeline.model.config_json import read_config_json
+from pipeline.model.config_json import load_config, read_config_json
 from pipeline.model.folder import require_regular_folder
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.model.quantization import read_quantization
@@ -86,7 +86,7 @@ def load_causal_lm(
     if (quantization := read_quantization(folder)) is not None:
         options |= quantization.load_options(dtype, device, what=what, dequantize=dequantize)
     try:
-        model, loading = _auto_class(_load_config(folder)).from_pretrained(
+        model, loading = _auto_class(load_config(folder)).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -127,17 +127,11 @@ def empty_model(folder: Path) -> Any:
     require_regular_folder(folder)
     read_config_json(folder)
     try:
-        config = _load_config(folder)
+        config = load_config(folder)
         with torch.device("meta"):
             return _auto_class(config).from_config(config)
     except Exception as error:  # as in load_causal_lm
         raise _unusable(folder, "model", error) from error
-
-
-def _load_config(folder: Path) -> Any:
-    return import_transformers().AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
 
 
 def _unusable(folder: Path, what: str, error: Exception) -> DecantError:
@@ -162,10 +156,7 @@ def require_own_logits(folder: Path, model: Any) -> None:
     """
     head = model.get_output_embeddings()
     if head is None or body_of(model) is model:
-        raise LogitsError(
-            f"{folder} holds a {model.config.model_type!r} model without a head apart from its "
-            "body, which Decant needs: choose a model with one"
-        )
+        raise without_head(folder, model)
     hidden, entered, left, logits = _watch_head(folder, model, head)
     transform = LogitTransform.of_config(model.config)
     exact = model.dtype == torch.float32
@@ -192,6 +183,14 @@ def require_own_logits(folder: Path, model: Any) -> None:
                 f"and capped as its config says: a {model.config.model_type!r} model does more "
                 f"{where} the head, which Decant does not support: choose a model without that"
             )
+
+
+def without_head(folder: Path, model: Any) -> LogitsError:
+    """Return the error for a model whose head is missing, or part of its body."""
+    return LogitsError(
+        f"{folder} holds a {model.config.model_type!r} model without a head apart from its body, "
+        "which Decant needs: choose a model with one"
+    )
 
 
 def _watch_head(

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import DecantError, ParamsError, reason_of
-from pipeline.model.config_json import read_config_json
+from pipeline.model.config_json import load_config, quantization_config, read_config_json
+from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
 
 _PARTS = ("scale", "zero", "absmax", "quant", "packed", "SCB")
@@ -142,7 +143,7 @@ class Quantization:
             )
         found = model.get_input_embeddings().weight.dtype
         if not dequantize and found != dtype:
-            shown = [str(d).removeprefix("torch.") for d in (found, dtype)]
+            shown = [dtype_name(d) for d in (found, dtype)]
             raise ParamsError(
                 f"{self.folder} ({self.name}) computes in {shown[0]} whatever is asked, and "
                 f"{shown[1]} was asked: set the dtype to {shown[0]}"
@@ -245,9 +246,7 @@ class Quantization:
 
     def _changed_config(self, changes: Mapping[str, Any]) -> Any:
         """Return the model's config, with changes of how the weights are loaded."""
-        config = import_transformers().AutoConfig.from_pretrained(
-            self.folder, local_files_only=True, trust_remote_code=False
-        )
+        config = load_config(self.folder)
         if changes:
             config.quantization_config = {**self.config, **changes}
         return config
@@ -295,16 +294,14 @@ def read_quantization(folder: Path) -> Quantization | None:
     """
     if not (folder / "config.json").exists():
         return None
-    content = read_config_json(folder)
-    inner = content.get("text_config")
-    config = content.get("quantization_config") or (inner or {}).get("quantization_config")
-    if not config:
+    found = quantization_config(read_config_json(folder))
+    if found is None:
         return None
-    bits = [b for b in (8, 4) if config.get(f"load_in_{b}bit")]
-    method = str(config.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
+    method, config = found
     detail: Any = None
     if method == "bitsandbytes":
-        detail = "int8" if bits == [8] else config.get("bnb_4bit_quant_type", "fp4")
+        is_int8 = config.get("load_in_8bit") and not config.get("load_in_4bit")
+        detail = "int8" if is_int8 else config.get("bnb_4bit_quant_type", "fp4")
     elif method == "torchao":
         detail = config.get("quant_type")
         while isinstance(detail, dict):

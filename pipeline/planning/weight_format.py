@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import DecantError
+from pipeline.model.config_json import quantization_config
 
 _FP8_CAPABILITY = (8, 9)
 
@@ -89,15 +90,12 @@ def read_format(config: Mapping[str, Any]) -> WeightFormat | None:
     Raises:
         DecantError: the weights are quantised in a way whose size is not known here.
     """
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, Mapping) else {}
-    found = config.get("quantization_config") or inner.get("quantization_config")
-    if not found:
+    found = quantization_config(config)
+    if found is None:
         return None
-    bits = [b for b in (4, 8) if found.get(f"load_in_{b}bit")]
-    method = str(found.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
+    method, settings = found
     try:
-        known = _by_method(method, found)
+        known = _by_method(method, settings)
     except (LookupError, TypeError, ValueError, AttributeError):
         known = None
     if known is None:

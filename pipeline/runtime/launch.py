@@ -31,6 +31,12 @@ def launch() -> Launch | None:
     return Launch(rank=rank, ranks=ranks, local_rank=local_rank, attempt=attempt)
 
 
+def num_ranks() -> int:
+    """Return the number of processes that torchrun started together; 1 if it started none."""
+    here = launch()
+    return 1 if here is None else here.ranks
+
+
 def is_first_rank() -> bool:
     """Return whether this process prints the messages: it is rank 0, or the only process."""
     here = launch()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config.delivery_params import StudyParams
 from pipeline.errors import DecantError, ParamsError, reason_of
-from pipeline.model.config_json import read_config_json
+from pipeline.model.config_json import load_config, read_config_json
 from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.folder import require_regular_folder
 from pipeline.model.quantization import refuse_quantized
@@ -89,9 +89,7 @@ class Subject:
         """Hugging Face's configuration."""
         read_config_json(self.folder)
         try:
-            return import_transformers().AutoConfig.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False
-            )
+            return load_config(self.folder)
         except Exception as error:
             raise _unusable(self.folder, error) from error
 

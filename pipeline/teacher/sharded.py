@@ -53,7 +53,7 @@ from pipeline.model.huggingface import (
 )
 from pipeline.model.logit_transform import LogitTransform
 from pipeline.model.quantization import read_quantization
-from pipeline.runtime.device import compute_dtype, dtype_name
+from pipeline.runtime.device import compute_dtype
 from pipeline.runtime.optional import import_transformers
 from pipeline.runtime.ranks import Ranks, join_ranks, lost_touch
 from pipeline.teacher.teacher import Teacher
@@ -197,8 +197,6 @@ class ShardedTeacher(Teacher):
         self._part = _Part(request, group.ranks)
         head, bias = self._part.head()
         self._config = self._part.model.config
-        # Counted without weights, since fsdp unties the head.
-        self._num_parameters = int(without_other_inputs(empty_model(folder)).num_parameters())
         super().__init__(
             folder,
             head=head,
@@ -213,15 +211,12 @@ class ShardedTeacher(Teacher):
 
     @property
     def num_parameters(self) -> int:
-        return self._num_parameters
+        return self._part.num_parameters
 
     def describe(self) -> str:
         ranks = self._group.ranks
-        return (
-            f"a {self._config.model_type} of {self.num_parameters / 1e6:.1f} M parameters in "
-            f"{dtype_name(self.dtype)} on {ranks.world_size} processes ({self.parallel}, "
-            f"{ranks.device.type})"
-        )
+        where = f"{ranks.world_size} processes ({self.parallel}, {ranks.device.type})"
+        return self._described(self._config.model_type, where)
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
         if doc_ids is not None and not self._part.keeps_apart:
@@ -252,10 +247,12 @@ class _Part:
         ranks = self._ranks
         target = compute_dtype(request.dtype, ranks.device)
         distributed = _distributed_config()
+        empty = without_other_inputs(empty_model(request.folder))
+        self.num_parameters = int(empty.num_parameters())  # before fsdp unties the head
         if request.parallel == "tensor":
             how = distributed(tp_plan="auto")
         else:
-            stack = _layer_stack(empty_model(request.folder))
+            stack = _layer_stack(empty)
             how = distributed(
                 fsdp_size=ranks.world_size, fsdp_plan={f"{stack}.*": "free_full_weight"}
             )

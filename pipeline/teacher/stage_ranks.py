@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.runtime.launch import launch
+from pipeline.runtime.launch import is_first_rank, num_ranks
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -23,13 +23,12 @@ def shares_teacher(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(params: Params, *words: Any, **options: Any) -> None:
-        here = launch()
-        if here is None or here.ranks == 1:
+        if num_ranks() == 1:
             function(params, *words, **options)
             return
         from pipeline.teacher.sharded import follow, lead
 
-        if here.rank:
+        if not is_first_rank():
             follow(params.device)
             return
         with lead(params.device):

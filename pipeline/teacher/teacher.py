@@ -26,6 +26,9 @@ from pipeline.runtime.numerics import as_factor, matmul_float32
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
 
+COMPARED_AT_ONCE = 64
+"""Positions whose logits exist at once in comparisons, which make several copies of a chunk."""
+
 
 class Teacher(ABC):
     """A causal language model that is only read.
@@ -85,6 +88,18 @@ class Teacher(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Describe the model, for example "a llama of 134.5 M parameters in float32 on cpu"."""
+
+    def _described(self, model_type: str, where: str, stored: str = "") -> str:
+        """Return the text of `describe`.
+
+        Args:
+            where: what runs the model.
+            stored: how its weights are quantised, as `describe_weights` says it.
+        """
+        return (
+            f"a {model_type} of {self.num_parameters / 1e6:.1f} M parameters"
+            f"{stored}{',' if stored else ''} in {dtype_name(self.dtype)} on {where}"
+        )
 
     @abstractmethod
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from pipeline.model.quantization import (
     require_plain_head_weight,
 )
 from pipeline.runtime.device import dtype_name, place_rounded
-from pipeline.teacher.teacher import Teacher
+from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
 
 
 class HuggingFaceTeacher(Teacher):
@@ -55,7 +55,7 @@ class HuggingFaceTeacher(Teacher):
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        head_chunk: int = 64,
+        head_chunk: int = COMPARED_AT_ONCE,
         dequantize: bool = False,
         what: str = "teacher",
     ) -> None:
@@ -93,12 +93,7 @@ class HuggingFaceTeacher(Teacher):
         return int(self.model.num_parameters())
 
     def describe(self) -> str:
-        """Describe the model, for example "a llama of 134.5 M parameters in float32 on cpu"."""
-        stored = f"{self._stored}," if self._stored else ""
-        return (
-            f"a {self.model.config.model_type} of {self.num_parameters / 1e6:.1f} M "
-            f"parameters{stored} in {dtype_name(self.dtype)} on {self.device.type}"
-        )
+        return self._described(self.model.config.model_type, self.device.type, self._stored)
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
         if doc_ids is None:

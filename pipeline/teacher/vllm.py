@@ -30,8 +30,8 @@ from pipeline.model.head import load_head
 from pipeline.model.huggingface import max_positions
 from pipeline.model.logit_transform import LogitTransform
 from pipeline.model.quantization import Quantization, describe_weights, read_quantization
-from pipeline.runtime.device import compute_dtype, dtype_name
-from pipeline.teacher.teacher import Teacher
+from pipeline.runtime.device import dtype_name
+from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.teacher.vllm_process import VllmProcess, vllm_version
 
@@ -101,7 +101,7 @@ class VllmTeacher(Teacher):
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        head_chunk: int = 64,
+        head_chunk: int = COMPARED_AT_ONCE,
     ) -> None:
         head = load_head(folder, dtype)
         quantization = read_quantization(folder)
@@ -125,8 +125,7 @@ class VllmTeacher(Teacher):
             "max_model_len": min(row_length, longest or row_length),
             "enable_prefix_caching": False,  # positions read from a cache have no states
         }
-        stored = describe_weights(quantization, dequantize=False)
-        self._stored = f"{stored}," if stored else ""
+        self._stored = describe_weights(quantization, dequantize=False)
         threads = torch.get_num_threads() if device.type == "cpu" else None
         self._engine = VllmProcess(params.python, arguments, threads=threads)
         self._model_type, self._num_parameters = head.config.model_type, head.num_parameters
@@ -153,12 +152,8 @@ class VllmTeacher(Teacher):
         return self._num_parameters
 
     def describe(self) -> str:
-        """Describe the model and its engine, as `Teacher` says."""
-        return (
-            f"a {self._model_type} of {self.num_parameters / 1e6:.1f} M parameters{self._stored} "
-            f"in {dtype_name(self.dtype)} on {self._engine.about['device']} by vLLM "
-            f"{self._engine.version}"
-        )
+        where = f"{self._engine.about['device']} by vLLM {self._engine.version}"
+        return self._described(self._model_type, where, self._stored)
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
         if doc_ids is None:
@@ -168,8 +163,7 @@ class VllmTeacher(Teacher):
         first = starts.flatten().nonzero().flatten()
         lengths = torch.diff(first, append=torch.tensor([tokens.numel()])).tolist()
         states = self._engine.states(tokens.flatten().int().cpu().numpy(), lengths)
-        dtype = compute_dtype(self.dtype, self.device)
-        return states.view(*tokens.shape, -1).to(self.device, dtype)
+        return states.view(*tokens.shape, -1).to(self.device, self._compute_dtype)
 
     def close(self) -> None:
         """End vLLM. This happens too when the teacher is deleted, and when this process ends."""

@@ -333,7 +333,7 @@ def _first_json(places: Sequence[Folder], key: str) -> dict[str, Any] | None:
 
 def _difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
     """Return the first key at which two identities differ, with both values, or an empty text."""
-    for key in (*before, *(key for key in now if key not in before)):
+    for key in before | now:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             if inner := _difference(old, new, f"{prefix}{key}."):

@@ -38,11 +38,9 @@ from pipeline.runtime.device import pick_device, seconds_of
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import nats_lost
 from pipeline.teacher.engines import open_teacher, teacher_dtype
-from pipeline.teacher.teacher import Teacher
+from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.power import spread
-
-_HEAD_CHUNK = 64  # positions; a comparison makes several copies of a chunk of logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +125,13 @@ def compare_with(folder: Path, params: Params) -> AgainstReport:
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)
     vocab_size = corpus.info.vocab_size
-    teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=_HEAD_CHUNK)
+    teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=COMPARED_AT_ONCE)
     against = HuggingFaceTeacher(
         folder,
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,
-        head_chunk=_HEAD_CHUNK,
+        head_chunk=COMPARED_AT_ONCE,
         what="model to compare with",
     )
     return compare(teacher, against, corpus, params)
