@@ -25,9 +25,12 @@ from pipeline.io.zarr_shards import object_hash
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.device import DTYPES
+from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training import trainer
 from pipeline.training.run import run_training
+from pipeline.verify.gate import run_gate
+from pipeline.verify.gate_report import GateReport, HistogramBin
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,6 +170,20 @@ def capture_all(params: Params, *, repair: bool = False) -> list[CaptureResult]:
 def open_cache(params: Params, split: str = "train", k: int | None = None) -> CacheReader:
     """A reader of the cache bound to its corpus."""
     return CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, split), k=k)
+
+
+def gate(params: Params, teacher: Teacher | None = None, *, seed: int = 0) -> GateReport:
+    """The gate's judgement of the cache, by default with the live teacher of params."""
+    return gate_and_histogram(params, teacher, seed=seed)[0]
+
+
+def gate_and_histogram(
+    params: Params, teacher: Teacher | None = None, *, seed: int = 0
+) -> tuple[GateReport, list[HistogramBin]]:
+    splits = [
+        (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
+    ]
+    return run_gate(teacher or live_teacher(params), splits, params.verify, seed=seed)
 
 
 def rewrite_checksums(folder: Path) -> None:

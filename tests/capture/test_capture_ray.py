@@ -30,7 +30,7 @@ from pipeline.io.folders import LocalFolder
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.runtime.optional import import_ray
-from tests.helpers import ROOT, RunPython, capture_all, change
+from tests.helpers import ROOT, RunPython, change
 from tests.models import make_teacher
 
 pytest.importorskip("ray")
@@ -65,13 +65,19 @@ def arrays_of(params: Params, split: str) -> dict[str, np.ndarray]:
     return {name: np.asarray(array[:]) for name, array in group.arrays()}
 
 
-def require_same_as_local(params: Params) -> None:
-    """The cache is whole, and array by array what the local engine makes."""
+def require_same_as_local(params: Params, *, threads: int = 1) -> None:
+    """The cache is whole, and array by array what a local capture makes.
+
+    Args:
+        threads: of an actor; another number may change a sum's last bit.
+    """
     local = change(params, paths={"logits": str(params.paths.logits.with_name("local.zarr"))})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as an actor has: more of them may change a sum's last bit
-    capture_all(local)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        capture_locally(local)
+    finally:
+        torch.set_num_threads(before)
     for split in SPLITS:
         check = check_cache(params.paths.logits, CorpusSplit(params.paths.corpus, split))
         assert (check.damages, check.missing) == ((), 0)
@@ -147,23 +153,13 @@ def test_actor_lost_again_and_again_is_one_sentence(
 
 
 def test_an_actor_can_be_an_engine_of_vllm(
-    cluster: None, many_shards: Params, vllm_python: Path, tmp_path: Path
+    cluster: None, many_shards: Params, vllm_python: Path
 ) -> None:
     params = change(
         many_shards, prepare={"engine": "vllm", "vllm": {"python": str(vllm_python), "options": {}}}
     )
     capture_on_ray(params, actors=1)
-    local = change(params, paths={"logits": str(tmp_path / "local.zarr")})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # as the one actor has
-    try:
-        capture_locally(local)
-    finally:
-        torch.set_num_threads(threads)
-    for split in SPLITS:
-        made, expected = arrays_of(params, split), arrays_of(local, split)
-        for name in expected:
-            np.testing.assert_array_equal(made[name], expected[name], err_msg=name)
+    require_same_as_local(params, threads=min(2, os.cpu_count() or 1))
 
 
 class GpuCluster:

@@ -29,8 +29,7 @@ from pipeline.logit_cache.integrity import check_cache
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.run import run_training
-from pipeline.verify.gate import run_gate
-from tests.helpers import capture_all, change, live_teacher, open_cache
+from tests.helpers import capture_all, change, gate, open_cache
 from tests.training.ranks import run_ranks
 
 pytest.importorskip("obstore")
@@ -254,10 +253,7 @@ def test_capture_check_and_train_in_an_object_store(
         for name, tensor in vars(local).items():
             if isinstance(tensor, torch.Tensor):
                 assert torch.equal(tensor, getattr(stored, name)), name
-    splits = [
-        (CorpusSplit(remote.paths.corpus, split), open_cache(remote, split)) for split in SPLITS
-    ]
-    assert run_gate(live_teacher(remote), splits, remote.verify, seed=0)[0].passed
+    assert gate(remote).passed
     server.requests.clear()
     there = run_training(remote, "there").state
     reads = server.requests["GET"]

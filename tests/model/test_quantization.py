@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.capture.capture import open_captures
 from pipeline.capture.local import capture_locally
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.samples import QuantizedRun, sample
@@ -33,10 +33,9 @@ from pipeline.runtime.device import place_rounded
 from pipeline.teacher import engines
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import _identity
-from pipeline.verify.gate import run_gate
 from stages.evaluate import main as evaluate
 from stages.verify import main as verify
-from tests.helpers import change, open_cache
+from tests.helpers import change, gate, open_cache
 from tests.models import edit_json, make_teacher, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -495,16 +494,11 @@ def test_a_capture_through_it_passes_the_gate(
     make_tokenizer(folder)
     params = change(tiny_corpus, paths={"teacher": str(folder)})
     capture_locally(params)
-    splits = [
-        (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
-    ]
-    assert splits[0][1].fingerprint.engine == f"transformers, {name}"
-    teacher = engines.open_teacher(params, 300, torch.float32, CPU)
-    report, _ = run_gate(teacher, splits, params.verify, seed=0)
+    assert open_cache(params).fingerprint.engine == f"transformers, {name}"
+    report = gate(params, engines.open_teacher(params, 300, torch.float32, CPU))
     assert report.passed, report.failures
     of_plain = HuggingFaceTeacher(plain, vocab_size=300, dtype=torch.float32, device=CPU)
-    report, _ = run_gate(of_plain, splits, params.verify, seed=0)
-    assert not report.passed  # so the quantised model is the one that was captured
+    assert not gate(params, of_plain).passed  # so the quantised model is the one that was captured
 
 
 @needs("torchao")

@@ -12,15 +12,13 @@ from click.testing import CliRunner
 
 from pipeline.config.cache_params import DeviceName
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.planning.cache_size import Mode, bytes_a_token
 from pipeline.planning.devices import DEVICES
 from pipeline.planning.plan import make_plan
 from pipeline.planning.plan_text import advice, plan_lines
-from pipeline.verify.gate import run_gate
 from stages.advise import main
-from tests.helpers import change, live_teacher, open_cache
+from tests.helpers import change, gate, live_teacher
 
 BIG = {
     "corpus": {"train_tokens": 10_000_000, "validation_tokens": 100_000, "row_length": 1000},
@@ -119,13 +117,9 @@ def test_verify_counts_what_the_gate_computes(tiny_cache: Params) -> None:
         return original(tokens, doc_ids)
 
     teacher.logits_by_chunk = counting  # type: ignore[method-assign, assignment]
-    splits = [
-        (CorpusSplit(tiny_cache.paths.corpus, split), open_cache(tiny_cache, split))
-        for split in SPLITS
-    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.verify.gate._announce", lambda *_: None)
-        run_gate(teacher, splits, tiny_cache.verify, seed=0)
+        gate(tiny_cache, teacher)
     plan = make_plan(tiny_cache)
     seconds = plan.stage("verify").seconds
     assert seconds is not None

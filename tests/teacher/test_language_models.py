@@ -12,7 +12,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import DecantError
 from pipeline.export.to_huggingface import write_huggingface
 from pipeline.model.config_json import describe
@@ -22,8 +21,7 @@ from pipeline.planning.shapes import teacher_shape
 from pipeline.teacher.fetch import fetch_teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import run_training
-from pipeline.verify.gate import run_gate
-from tests.helpers import SMALL, capture_all, change, from_folder, live_teacher, open_cache
+from tests.helpers import SMALL, capture_all, change, from_folder, gate
 from tests.model.architectures import FAMILIES
 from tests.models import VOCABULARY_ROWS, make_tokenizer
 
@@ -65,8 +63,7 @@ def test_from_folder_to_trained_student(kind: str, tiny_params: Params, tmp_path
     assert teacher_shape(params.teacher, params.paths.teacher)[1].num_layers == 2
     build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
     capture_all(params)
-    splits = [(CorpusSplit(params.paths.corpus, s), open_cache(params, s)) for s in SPLITS]
-    assert run_gate(live_teacher(params), splits, params.verify, seed=0)[0].passed
+    assert gate(params).passed
     run_training(params, "random")
     own = from_folder(params, folder)
     run_training(own, "own")

@@ -27,9 +27,8 @@ from pipeline.runtime.ranks import ALONE
 from pipeline.teacher import sharded
 from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, follow, lead, led_ranks
 from pipeline.teacher.transformers import HuggingFaceTeacher
-from tests.helpers import change, open_cache
+from tests.helpers import change, gate, open_cache
 from tests.training.ranks import run_ranks, run_stage, start_ranks
-from tests.verify.test_gate import gate
 from tests.waiting import PATIENCE, wait_until
 
 V = 101

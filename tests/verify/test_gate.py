@@ -13,31 +13,25 @@ import pytest
 import torch
 
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.corpus_zarr import hash_rows
 from pipeline.losses.reference import tail_bucket_kl
 from pipeline.model.attention_mask import documents_apart
 from pipeline.targets.reduce import row_uniforms, top_k_from_logits
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.agreement import agreement
-from pipeline.verify.gate import as_stored, run_gate
-from pipeline.verify.gate_report import GateReport, HistogramBin
-from tests.helpers import capture_all, change, live_teacher, make_capture, open_cache
+from pipeline.verify.gate import as_stored
+from tests.helpers import (
+    capture_all,
+    change,
+    gate,
+    gate_and_histogram,
+    live_teacher,
+    make_capture,
+    open_cache,
+)
 from tests.models import make_teacher
 from tests.verify.faults import SAMPLING_FAULTS
-
-
-def gate(params: Params, teacher: HuggingFaceTeacher | None = None, *, seed: int = 0) -> GateReport:
-    return gate_and_histogram(params, teacher, seed=seed)[0]
-
-
-def gate_and_histogram(
-    params: Params, teacher: HuggingFaceTeacher | None = None, *, seed: int = 0
-) -> tuple[GateReport, list[HistogramBin]]:
-    splits = [
-        (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
-    ]
-    return run_gate(teacher or live_teacher(params), splits, params.verify, seed=seed)
 
 
 def rewrite(params: Params, change_rows: Callable[[TopK], TopK]) -> None:
