@@ -56,16 +56,16 @@ def capture(params: Params) -> float:
         device=pick_device("cpu"),
     )
     fingerprint = fingerprint_of(params, corpus, teacher.dtype)
-    before = forget_peak()
+    before = forget_peak("cpu")
     work = open_capture(teacher, corpus, fingerprint, params)
     work.run(work.writer.missing())
-    return peak_mib() - before
+    return peak_mib("cpu") - before
 
 
 def read(params: Params) -> float:
     """MiB that one epoch of shuffled batches takes at its peak."""
     reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
-    before = forget_peak()
+    before = forget_peak("cpu")
     stream = BatchStream(
         CachedTargets(reader), batch_rows=32, window_shards=params.train.shuffle_shards, seed=0
     )
@@ -73,7 +73,7 @@ def read(params: Params) -> float:
     for _ in range(len(reader.corpus) // 32):
         next(batches)
     batches.close()
-    return peak_mib() - before
+    return peak_mib("cpu") - before
 
 
 # 2,048 rows of 128 tokens are 70 MB of TopK in the formats that losses take.

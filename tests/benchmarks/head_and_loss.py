@@ -14,11 +14,13 @@ targets; a step is forward, backward, clipping and AdamW of
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import click
 import torch
-from measure import forget_peak, in_child, made_up_targets, medians, peak_mib
+from head_memory import LIGER, Loss
+from measure import DEVICE, forget_peak, in_child, made_up_targets, medians, peak_mib, processor
 from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
@@ -76,23 +78,29 @@ def sums_of(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK, variant:
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK) -> Tensor:
     """KL + CE at temperature 1 by autograd on full rows of logits."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         logits = hidden @ weight.T
     return distillation_loss(logits.float(), labels, topk, alpha=0.5, temperature=1.0).sum()
+
+
+def liger() -> dict[str, Loss]:
+    """Liger-Kernel's losses, which need it and a GPU; the second has a live teacher."""
+    usable = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return LIGER if usable else {}
 
 
 class Step:
     """A student and its optimizer, to be trained by any variant."""
 
     def __init__(self, config: ModelConfig, tokens: int) -> None:
-        self.student = StudentModel(config)
+        self.student = StudentModel(config).to(DEVICE)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
-        self.tokens = torch.randint(config.vocab_size, (tokens // LENGTH, LENGTH))
-        self.labels = torch.randint(config.vocab_size, (tokens,))
+        self.tokens = torch.randint(config.vocab_size, (tokens // LENGTH, LENGTH), device=DEVICE)
+        self.labels = torch.randint(config.vocab_size, (tokens,), device=DEVICE)
 
     def take(self, topk: TopK, variant: str) -> None:
         """One optimizer step."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             hidden = self.student.hidden_states(self.tokens).flatten(0, 1)
         loss = sums_of(hidden, self.student.head_weight, self.labels, topk, variant)
         (loss / len(self.labels)).backward()
@@ -102,9 +110,13 @@ class Step:
 
 
 def head_inputs(config: ModelConfig, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.randn(tokens, config.hidden_size, requires_grad=True)
-    weight = (torch.randn(config.vocab_size, config.hidden_size) * 0.12).requires_grad_()
-    return hidden, weight, torch.randint(config.vocab_size, (tokens,))
+    hidden = torch.randn(tokens, config.hidden_size, device=DEVICE, requires_grad=True)
+    weight = torch.randn(config.vocab_size, config.hidden_size, device=DEVICE) * 0.12
+    return (
+        hidden,
+        weight.requires_grad_(),
+        torch.randint(config.vocab_size, (tokens,), device=DEVICE),
+    )
 
 
 def peak_of(what: str, case: str, variant: str) -> float:
@@ -125,7 +137,7 @@ def peak_of(what: str, case: str, variant: str) -> float:
 def show(title: str, values: dict[str, float], scale: float, unit: str) -> None:
     print(title)
     for name, value in values.items():
-        print(f"  {name:24} {value / values['CE']:6.3f} x CE ({value * scale:.0f} {unit})")
+        print(f"  {name:38} {value / values['CE']:6.3f} x CE ({value * scale:.0f} {unit})")
 
 
 def compare(case: str, rounds: int, busy: bool) -> None:
@@ -133,16 +145,16 @@ def compare(case: str, rounds: int, busy: bool) -> None:
     tokens, config = CASES[case]
     torch.manual_seed(0)
     topk = made_up_targets(tokens, config.vocab_size, K)
-    hidden, weight, labels = inputs = head_inputs(config, tokens)
-    shape = f"{tokens} tokens x {config.vocab_size} ids, K={K}, bfloat16 factors"
+    inputs = head_inputs(config, tokens)
+    shape = f"{tokens} tokens x {config.vocab_size} ids, K={K}, bfloat16 factors, {processor()}"
 
     def head(variant: str) -> Callable[[], object]:
         return lambda: torch.autograd.grad(sums_of(*inputs, topk, variant), inputs[:2])
 
     timed: dict[str, Callable[[], object]] = {variant: head(variant) for variant in VARIANTS}
-    timed["the same, tau 1, plain"] = lambda: torch.autograd.grad(
-        plain(hidden, weight, labels, topk), (hidden, weight)
-    )
+    others: dict[str, Loss] = {"the same, tau 1, plain": plain} | liger()
+    for name, loss in others.items():
+        timed[name] = lambda loss=loss: torch.autograd.grad(loss(*inputs, topk), inputs[:2])
     show(f"head and loss: {shape}", medians(timed, rounds, busy=busy), 1e6 / tokens, "us per token")
     step = Step(config, tokens)
     timed = {variant: lambda v=variant: step.take(topk, v) for variant in VARIANTS}
@@ -160,7 +172,7 @@ def main(case: tuple[str, ...], rounds: int, busy: bool) -> None:
     """Print the tables."""
     for name in case:
         compare(name, rounds, busy)
-    logits = torch.randn(64, 49_152)
+    logits = torch.randn(64, 49_152, device=DEVICE)
     seconds = medians(
         {"torch.topk": lambda: logits.topk(K), "block_top_k": lambda: block_top_k(logits, K)},
         rounds * 4,

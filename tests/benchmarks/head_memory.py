@@ -23,7 +23,15 @@ from collections.abc import Callable
 import click
 import torch
 import torch.nn.functional as F
-from measure import available_mib, forget_peak, in_child, made_up_targets, peak_mib
+from measure import (
+    DEVICE,
+    available_mib,
+    forget_peak,
+    in_child,
+    made_up_targets,
+    peak_mib,
+    processor,
+)
 from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
@@ -31,7 +39,6 @@ from pipeline.targets.topk import TopK
 
 K = 64
 FULL_ROWS = 7.0  # float32 copies of tokens x ids that a variant holds at most
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Loss = Callable[[Tensor, Tensor, Tensor, TopK], Tensor]
 
 
@@ -101,18 +108,10 @@ def peak_of(variant: str, tokens: int, vocabulary: int, size: int) -> float:
     hidden = torch.randn(tokens, size, device=DEVICE, requires_grad=True)
     weight = (torch.randn(vocabulary, size, device=DEVICE) * 0.02).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), device=DEVICE)
-    topk = made_up_targets(tokens, vocabulary, K, DEVICE)
+    topk = made_up_targets(tokens, vocabulary, K)
     before = forget_peak()
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
     ALL[variant](hidden, weight, labels, topk).backward()
-    after = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else peak_mib()
-    return after - before
-
-
-def available() -> float:
-    return torch.cuda.mem_get_info()[0] / 2**20 if DEVICE == "cuda" else available_mib()
+    return peak_mib() - before
 
 
 @click.command()
@@ -121,7 +120,7 @@ def available() -> float:
 @click.option("--size", default=896, help="Of a hidden state.")
 def main(tokens: int, vocabulary: int, size: int) -> None:
     """Print the table."""
-    print(f"head and loss, {tokens} tokens x {vocabulary} ids, D={size}, on {DEVICE}")
+    print(f"head and loss, {tokens} tokens x {vocabulary} ids, D={size}, on {processor()}")
 
     def peak(name: str, count: int = tokens) -> float:
         return in_child(peak_of, name, count, vocabulary, size)
@@ -132,7 +131,7 @@ def main(tokens: int, vocabulary: int, size: int) -> None:
 
     for name in CHUNKED:
         show(name, peak(name))
-    fits = FULL_ROWS * tokens * vocabulary * 4 / 2**20 < available()
+    fits = FULL_ROWS * tokens * vocabulary * 4 / 2**20 < available_mib()
     for name in FULL:
         if fits:
             show(name, peak(name))

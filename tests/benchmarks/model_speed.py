@@ -23,6 +23,7 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
+from measure import DEVICE, finish, processor
 from transformers import AutoModelForCausalLM
 
 from pipeline.generation.decode import DecodeStep, product
@@ -77,8 +78,10 @@ def ratio_by_turns(
 
 def seconds(call: Callable[[], object]) -> float:
     """Time of a call, of the clock that `main` chose."""
+    finish()
     started = clock()
     call()
+    finish()
     return clock() - started
 
 
@@ -106,17 +109,17 @@ def products(rounds: int, inner: int, outer: int) -> None:
 
 def forwards(theirs: Any, ours: StudentModel, rows: int, length: int, rounds: int) -> None:
     """Forward alone without gradients, and forward, cross-entropy and backward."""
-    tokens = torch.randint(0, ours.config.vocab_size, (rows, length))
+    tokens = torch.randint(0, ours.config.vocab_size, (rows, length), device=DEVICE)
     their_logits = lambda: theirs(tokens, use_cache=False).logits  # noqa: E731
     our_logits = lambda: ours(tokens)  # noqa: E731
 
     @torch.no_grad()
     def forward(logits: Callable[[], Any], half: bool) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=half):
             logits()
 
     def train(logits: Callable[[], Any], half: bool) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=half):
             found = logits()
         F.cross_entropy(found.flatten(0, 1).float(), tokens.flatten()).backward()
         theirs.zero_grad()
@@ -129,14 +132,17 @@ def forwards(theirs: Any, ours: StudentModel, rows: int, length: int, rounds: in
                 partial(seconds, partial(step, our_logits, half)),
                 rounds,
             )
-            print(f"  {what:20} {name:18} {ratio:5.2f}  ({a:.2f} s, ours {b:.2f} s)", flush=True)
+            print(
+                f"  {what:20} {name:18} {ratio:5.2f}  ({1e3 * a:.1f} ms, ours {1e3 * b:.1f} ms)",
+                flush=True,
+            )
 
 
 @torch.inference_mode()
 def one_decoder(ours: StudentModel, rounds: int, prompt: int = 64) -> None:
     """A token by the decoder's ordinary forward with its cache, over one by `DecodeStep`."""
     for rows in (1, 8):
-        tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt))
+        tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt), device=DEVICE)
         plain, own = (ours.new_cache(rows, prompt + rounds + 1) for _ in range(2))
         for cache in (plain, own):
             ours.hidden_states(tokens, cache=cache)
@@ -157,7 +163,7 @@ def decoding(theirs: Any, ours: StudentModel, rounds: int, new: int = 32, prompt
         theirs.to(dtype)
         ours.to(dtype)
         for rows in (1, 8):
-            tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt))
+            tokens = torch.randint(5, ours.config.vocab_size, (rows, prompt), device=DEVICE)
 
             def their_run(count: int, tokens: torch.Tensor) -> None:
                 theirs.generate(
@@ -208,17 +214,18 @@ def main(
     """Time ours and theirs by turns."""
     global clock
     clock = time.process_time if cpu_time else time.perf_counter
-    print(f"{torch.get_num_threads()} threads; theirs / ours, medians of {rounds} turns")
-    if only != "forward":
+    print(f"{processor()}; theirs / ours, medians of {rounds} turns")
+    if only != "forward" and DEVICE == "cpu":
         largest = SHAPES[shape[-1]]
         products(rounds, largest.hidden_size, largest.intermediate_size)
     for name in shape:
         config = SHAPES[name]
         torch.manual_seed(0)
-        ours = StudentModel(config).eval()
+        ours = StudentModel(config).to(DEVICE).eval()
         with tempfile.TemporaryDirectory() as folder:
             save_student(ours, Path(folder) / "model", tokenizer_from=None)
-            theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
+            theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
+            theirs = theirs.to(DEVICE).eval()
         print(f"{NAMES[name]}, {rows} x {length}")
         if only != "decode":
             forwards(theirs, ours, rows, length, rounds)
@@ -227,8 +234,8 @@ def main(
             decoding(theirs, ours, rounds)
     if teacher is not None and only != "forward":
         print(f"{teacher}")
-        theirs = AutoModelForCausalLM.from_pretrained(teacher).eval()
-        decoding(theirs, load_student(teacher).eval(), rounds)
+        theirs = AutoModelForCausalLM.from_pretrained(teacher).to(DEVICE).eval()
+        decoding(theirs, load_student(teacher).to(DEVICE).eval(), rounds)
 
 
 if __name__ == "__main__":

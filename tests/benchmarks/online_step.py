@@ -20,7 +20,7 @@ from functools import partial
 import click
 import torch
 from head_and_loss import CASES, LENGTH, TINY, K
-from measure import forget_peak, in_child, made_up_targets, medians, peak_mib
+from measure import DEVICE, forget_peak, in_child, made_up_targets, medians, peak_mib, processor
 from torch import Tensor
 
 from pipeline.losses.chunked import distillation_loss_sums
@@ -53,17 +53,18 @@ class Step:
 
     def __init__(self, case: str) -> None:
         self.shapes = SHAPES[case]
-        self.student = StudentModel(self.shapes[0])
+        self.student = StudentModel(self.shapes[0]).to(DEVICE)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
-        self.tokens = torch.randint(self.shapes[0].vocab_size, (TOKENS // LENGTH, LENGTH))
-        self.labels = torch.randint(self.shapes[0].vocab_size, (TOKENS,))
-        self.cached = made_up_targets(TOKENS, self.shapes[0].vocab_size, K)
+        vocabulary = self.shapes[0].vocab_size
+        self.tokens = torch.randint(vocabulary, (TOKENS // LENGTH, LENGTH), device=DEVICE)
+        self.labels = torch.randint(vocabulary, (TOKENS,), device=DEVICE)
+        self.cached = made_up_targets(TOKENS, vocabulary, K)
         self.teachers: dict[int, StudentModel] = {}
 
     def take(self, variant: str) -> None:
         """One optimizer step."""
         kind, number = VARIANTS[variant]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             hidden = self.student.hidden_states(self.tokens).flatten(0, 1)
         if kind == "dense":
             loss = self.dense(hidden, self.teacher(number))
@@ -77,7 +78,7 @@ class Step:
 
     def teacher(self, number: int) -> StudentModel:
         if number not in self.teachers:
-            model = StudentModel(self.shapes[number]).bfloat16()
+            model = StudentModel(self.shapes[number]).to(DEVICE, torch.bfloat16)
             self.teachers[number] = model.requires_grad_(False)
         return self.teachers[number]
 
@@ -95,7 +96,7 @@ class Step:
     def dense(self, hidden: Tensor, teacher: StudentModel) -> Tensor:
         with torch.no_grad():
             wanted = teacher(self.tokens).flatten(0, 1).float()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             logits = (hidden @ self.student.head_weight.T).float()
         kl, ce = full_kl(wanted, logits, 1.0), cross_entropy(logits, self.labels)
         return (ALPHA * kl + (1.0 - ALPHA) * ce).sum()
@@ -128,10 +129,11 @@ def main(rounds: int, busy: bool, case: str) -> None:
     seconds = medians({name: partial(step.take, name) for name in VARIANTS}, rounds, busy=busy)
     peaks = {name: in_child(peak_of, name, case) for name in VARIANTS}
     cached = "cached, top 64"
-    print(f"{TOKENS} tokens per step, times and memory of the cached step")
+    print(f"{TOKENS} tokens per step, times and memory of the cached step, {processor()}")
     for name in VARIANTS:
         print(
-            f"  {name:40} time {seconds[name] / seconds[cached]:5.2f} ({seconds[name]:.2f} s), "
+            f"  {name:40} time {seconds[name] / seconds[cached]:5.2f} "
+            f"({1e3 * seconds[name]:.1f} ms), "
             f"memory {peaks[name] / peaks[cached]:5.2f} ({peaks[name]:.0f} MiB)",
             flush=True,
         )
