@@ -8,7 +8,8 @@ machines that round alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -132,8 +133,7 @@ class Capture:
         bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
         pending: Future[None] | None = None
         with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
-            for shard in shards:
-                topk, tokens_sha256 = self.compute(shard, bar)
+            for shard, topk, tokens_sha256 in self._computed(shards, bar):
                 if pending is not None:
                     pending.result()
                 pending = thread.submit(self.writer.write, shard, topk, tokens_sha256)
@@ -151,37 +151,81 @@ class Capture:
         bounds = map(self.writer.layout.rows_of, shards)
         return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
 
-    def compute(self, shard: int, bar: object | None = None) -> tuple[TopK, str]:
+    def compute(self, shard: int) -> tuple[TopK, str]:
         """Return a shard's TopK [rows, L, ...] on the CPU, and the hash of its corpus rows."""
-        start, stop = self.writer.layout.rows_of(shard)
-        rows = self.corpus.rows(start, stop)
+        [(_, topk, tokens_sha256)] = self._computed([shard])
+        return topk, tokens_sha256
+
+    def _computed(
+        self, shards: list[int], bar: object | None = None
+    ) -> Iterator[tuple[int, TopK, str]]:
+        """Yield each shard with what `compute` returns for it.
+
+        A GPU is given its next batch, of the next shard too, before the result of this one is
+        waited for, so that it always has work.
+        """
         parts: list[TopK] = []
-        for first in range(0, stop - start, self._batch_rows):
-            batch = rows[first : first + self._batch_rows]
-            parts.append(self._top_k(batch, start + first).map(torch.Tensor.cpu))
+        for batch in _lagging(self._begun(shards), 1 if self.teacher.device.type == "cuda" else 0):
+            parts.append(batch.result())
             if bar is not None:
-                bar.update(batch.tokens.size)  # type: ignore[attr-defined]
-        return TopK.cat(parts), hash_rows(rows)
+                bar.update(parts[-1].lse.numel())  # type: ignore[attr-defined]
+            if batch.completes is not None:
+                yield batch.shard, TopK.cat(parts), hash_rows(batch.completes)
+                parts = []
+
+    def _begun(self, shards: list[int]) -> Iterator[_Batch]:
+        """Begin the batches of these shards, one each time one is asked for."""
+        for shard in shards:
+            start, stop = self.writer.layout.rows_of(shard)
+            rows = self.corpus.rows(start, stop)
+            for first in range(0, stop - start, self._batch_rows):
+                last = first + self._batch_rows >= stop - start
+                yield _Batch(
+                    shard=shard,
+                    result=self._begin(rows[first : first + self._batch_rows], start + first),
+                    completes=rows if last else None,
+                )
 
     def seconds_per_token(self) -> float:
         """Time teacher and reduction on this machine, on one row, or on one batch on a GPU."""
         rows = self._batch_rows if self.teacher.device.type == "cuda" else 1
         batch = self.corpus.rows(0, min(rows, len(self.corpus)))
-        seconds = seconds_of(lambda: self._top_k(batch, 0), self.teacher.device)
+        seconds = seconds_of(lambda: self._begin(batch, 0)(), self.teacher.device)
         return seconds / batch.tokens.size
 
-    def _top_k(self, rows: Rows, first_row: int) -> TopK:
-        return top_k_of(self.teacher, self.fingerprint, rows, first_row)
+    def _begin(self, rows: Rows, first_row: int) -> Callable[[], TopK]:
+        return begin_top_k_of(self.teacher, self.fingerprint, rows, first_row)
 
 
-def top_k_of(teacher: Teacher, fingerprint: Fingerprint, rows: Rows, first_row: int) -> TopK:
-    """Return what a cache with this fingerprint stores for rows of the corpus.
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """A batch of a shard on which the teacher is at work, or was."""
+
+    shard: int
+    result: Callable[[], TopK]  # waits for it
+    completes: Rows | None  # the shard's rows, if it is the shard's last batch
+
+
+def _lagging(batches: Iterator[_Batch], lag: int) -> Iterator[_Batch]:
+    """Yield each batch once `lag` more have begun, or none is left."""
+    waiting: deque[_Batch] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > lag:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def begin_top_k_of(
+    teacher: Teacher, fingerprint: Fingerprint, rows: Rows, first_row: int
+) -> Callable[[], TopK]:
+    """Begin what a cache with this fingerprint stores for rows of the corpus.
 
     Args:
         first_row: number of the first of `rows` in the corpus.
 
     Returns:
-        TopK [len(rows), L, ...] on the teacher's device.
+        A function that waits for TopK [len(rows), L, ...] in CPU memory.
     """
     numbers = range(first_row, first_row + len(rows))
     uniforms = row_uniforms(
@@ -189,14 +233,14 @@ def top_k_of(teacher: Teacher, fingerprint: Fingerprint, rows: Rows, first_row: 
     )
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
     apart = documents_apart(doc_ids, fingerprint.document_mask)
-    return teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
+    return teacher.begin_top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
 
 
 def make_id_order(teacher: Teacher, corpus: CorpusSplit, fingerprint: Fingerprint) -> IdOrder:
     """Make the id order of a new cache from the teacher's ids on a few evenly spaced rows."""
     number = min(COUNTED_ROWS, len(corpus))
     rows = (np.arange(number) * len(corpus) // number).tolist()
-    parts = [top_k_of(teacher, fingerprint, corpus.rows(row, row + 1), row) for row in rows]
+    parts = [begin_top_k_of(teacher, fingerprint, corpus.rows(row, row + 1), row)() for row in rows]
     return IdOrder.of(TopK.cat(parts))
 
 

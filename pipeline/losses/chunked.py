@@ -118,17 +118,12 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if of_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         divergence_sum, ce_sum = (torch.zeros((), device=hidden.device) for _ in range(2))
-        on_cpu = hidden.device.type == "cpu"
-        # On other devices matmul_float32 cannot multiply into `out` directly, and would have to
-        # copy.
-        size = min(chunk, len(hidden))
-        buffer = torch.empty(size, len(weight), device=hidden.device) if on_cpu else None
+        buffer = torch.empty(min(chunk, len(hidden)), len(weight), device=hidden.device)
         head = as_factor(weight, dtype)  # once, not once per chunk
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             h = as_factor(hidden[rows], dtype)
-            out = buffer[: len(h)] if buffer is not None else None
-            logits = matmul_float32(h, head.T, dtype, out=out, prepared=True)
+            logits = matmul_float32(h, head.T, dtype, out=buffer[: len(h)], prepared=True)
             slope = None
             if soft_cap is not None:
                 LogitTransform(soft_cap=soft_cap).apply_(logits)

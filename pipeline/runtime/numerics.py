@@ -48,10 +48,9 @@ def matmul_float32(
     if not prepared:
         a, b = as_factor(a, dtype), as_factor(b, dtype)
     if a.device.type == "cuda" and dtype != torch.float32:
-        product = torch.mm(a, b, out_dtype=torch.float32)
         if add_to is not None:
-            return add_to.add_(product)
-        return product if out is None else out.copy_(product)
+            return torch.addmm(add_to, a, b, out_dtype=torch.float32, out=add_to)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     with _cpu_matmul_precision("bf16" if _rounded_by_units(dtype, a) else "ieee"):
         if add_to is not None:
             return add_to.addmm_(a, b)

@@ -13,16 +13,18 @@ Shapes: B batch, L length, D hidden, V valid vocabulary, K kept ids.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pipeline.config.resolved import padded_vocabulary
 from pipeline.errors import DecantError
 from pipeline.model.logit_transform import LogitTransform
 from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.runtime.numerics import as_factor, matmul_float32
+from pipeline.runtime.transfer import begin_copy_to_host, to_device
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
 
@@ -77,7 +79,7 @@ class Teacher(ABC):
                 "tokenizer and model do not belong together"
             )
         # Once, since converting the head for each chunk of positions costs 10 times the product.
-        self._head = as_factor(head[:vocab_size].to(device), self._compute_dtype).T
+        self._head = as_factor(_whole_tiles(head, vocab_size, device), self._compute_dtype).T
         self._bias = None if bias is None else bias[:vocab_size].to(device).float()
 
     @property
@@ -135,12 +137,14 @@ class Teacher(ABC):
         The tensor is a work space: the next chunk overwrites it. For doc_ids see `hidden_states`.
         """
         hidden = self.hidden_states(tokens, doc_ids).flatten(0, 1)
-        work = torch.empty(min(self.head_chunk, len(hidden)), self.vocab_size, device=self.device)
+        columns = self._head.shape[1]
+        work = torch.empty(min(self.head_chunk, len(hidden)), columns, device=self.device)
         for start in range(0, len(hidden), self.head_chunk):
             rows = slice(start, min(start + self.head_chunk, len(hidden)))
-            logits = work[: rows.stop - rows.start]
+            out = work[: rows.stop - rows.start]
             states = as_factor(hidden[rows], self._compute_dtype)
-            matmul_float32(states, self._head, self._compute_dtype, out=logits, prepared=True)
+            matmul_float32(states, self._head, self._compute_dtype, out=out, prepared=True)
+            logits = out[:, : self.vocab_size]
             if self._bias is not None:
                 logits += self._bias
             yield rows, self._transform.apply_(logits)
@@ -162,18 +166,71 @@ class Teacher(ABC):
         Raises:
             DecantError: the teacher produced a logit that is not finite.
         """
+        topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids)
+        self._require_finite(topk)
+        return topk
+
+    def begin_top_k(
+        self,
+        tokens: Tensor,
+        k: int,
+        temperatures: tuple[float, ...],
+        uniforms: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Callable[[], TopK]:
+        """Begin `top_k`; return a function that waits for its result, in CPU memory.
+
+        On a GPU this returns when the work is queued, so that the caller can queue more before it
+        waits. Errors are those of `top_k`, raised by either call.
+        """
+        topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids).map(begin_copy_to_host)
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+
+        def result() -> TopK:
+            if done is not None:
+                done.synchronize()
+            self._require_finite(topk)
+            return topk
+
+        return result
+
+    def _reduced(
+        self,
+        tokens: Tensor,
+        k: int,
+        temperatures: tuple[float, ...],
+        uniforms: Tensor | None,
+        doc_ids: Tensor | None,
+    ) -> TopK:
         if uniforms is None:
             uniforms = torch.empty(*tokens.shape, 0)
-        chances = uniforms.flatten(0, 1).to(self.device)
+        chances = to_device(uniforms.flatten(0, 1), self.device)
         parts = [
             top_k_from_logits(logits, k, temperatures, chances[rows])
             for rows, logits in self.logits_by_chunk(tokens, doc_ids)
         ]
-        topk = TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
+        return TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
+
+    def _require_finite(self, topk: TopK) -> None:
         sums = (topk.lse[..., None], topk.entropy[..., None], topk.lse_tau)
         if not bool(torch.isfinite(torch.cat(sums, -1)).all()):
             raise DecantError(
                 f"the teacher's logits overflow in {dtype_name(self.dtype)}: set prepare.dtype to "
                 "bfloat16 or float32"
             )
-        return topk
+
+
+def _whole_tiles(head: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+    """Return the head's rows of the valid ids; on a GPU with more, up to a multiple of 64.
+
+    A product that writes rows of 151,665 numbers cannot use the fast kernels, which write 16 bytes
+    at a time: on an H100 it took most of a small teacher's capture.
+    """
+    if device.type != "cuda":
+        return head[:vocab_size].to(device)
+    wanted = padded_vocabulary(vocab_size)
+    rows = head[:wanted].to(device)
+    return torch.nn.functional.pad(rows, (0, 0, 0, wanted - len(rows)))

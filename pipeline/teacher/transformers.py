@@ -30,6 +30,7 @@ from pipeline.model.quantization import (
     require_plain_head_weight,
 )
 from pipeline.runtime.device import dtype_name, place_rounded
+from pipeline.runtime.transfer import to_device
 from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
 
 
@@ -97,13 +98,13 @@ class HuggingFaceTeacher(Teacher):
 
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
         if doc_ids is None:
-            return body_states(self.model, tokens.to(self.device))
+            return body_states(self.model, to_device(tokens, self.device))
         if self._keeps_apart is None:
             self._keeps_apart = keeps_documents_apart(self.model, self.vocab_size)
         if not self._keeps_apart:
             raise mixes_documents(self.model.config.model_type)
-        positions = document_positions(doc_ids).to(self.device)
-        return body_states(self.model, tokens.to(self.device), positions)
+        positions = to_device(document_positions(doc_ids), self.device)
+        return body_states(self.model, to_device(tokens, self.device), positions)
 
 
 def mixes_documents(model_type: str) -> DecantError:

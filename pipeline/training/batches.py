@@ -37,7 +37,7 @@ class Batch:
 
     Attributes:
         tokens: int64 [B, L]: B rows of this rank, of L tokens each.
-        labels: int64 [B, L], IGNORE where a position is not in the loss.
+        labels: int64 [B, L], IGNORE where a position is not in the loss; on the CPU, like tokens.
         topk: the targets, TopK [B, L, ...], or None if training has none.
         doc_ids: int32 [B, L], which documents the model must keep apart; None if plain causal
             attention over the rows gives the same result or is wanted
@@ -48,6 +48,11 @@ class Batch:
     labels: Tensor
     topk: TopK | None
     doc_ids: Tensor | None = None
+
+    @property
+    def in_loss(self) -> Tensor:
+        """The positions in the loss, int64 [n], in ascending order, counted over [B * L]."""
+        return (self.labels != IGNORE).flatten().nonzero()[:, 0]
 
     @property
     def num_labels(self) -> int:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.train_params import Divergence
-from pipeline.data.packing import IGNORE
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.model.student import Student
+from pipeline.runtime.transfer import to_device
 from pipeline.training.batches import Batch
 
 
@@ -40,24 +40,25 @@ class DistillationLoss(nn.Module):
         that need gradients in tuples, not in dataclasses.
         """
         device = self.student.head_weight.device
-        labels = batch.labels.to(device, non_blocking=True)
-        wanted = labels != IGNORE
-        doc_ids = batch.doc_ids
-        if doc_ids is not None:
-            doc_ids = doc_ids.to(device, non_blocking=True)
+        doc_ids = None if batch.doc_ids is None else to_device(batch.doc_ids, device)
         # No weight is used twice in a forward, so autocast's cache would only hold copies longer.
         with torch.autocast(
             device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):
-            hidden = self.student.hidden_states(batch.tokens.to(device, non_blocking=True), doc_ids)
-        topk = None
-        if batch.topk is not None:
-            topk = batch.topk.map(lambda t: t.to(device, non_blocking=True))[wanted]
+            hidden = self.student.hidden_states(to_device(batch.tokens, device), doc_ids)
+        in_loss = batch.in_loss  # found on the CPU, since a GPU would have to be waited for
+        index = to_device(in_loss, device) if len(in_loss) < batch.labels.numel() else None
+
+        def chosen(tensor: Tensor) -> Tensor:
+            """Move [B, L, ...] to the student's device, and take the positions in the loss."""
+            flat = to_device(tensor, device).flatten(0, 1)
+            return flat if index is None else flat.index_select(0, index)
+
         sums = distillation_loss_sums(
-            hidden[wanted],
+            chosen(hidden),
             self.student.head_weight,
-            labels[wanted],
-            topk,
+            chosen(batch.labels),
+            batch.topk.map(chosen) if batch.topk is not None else None,
             alpha=alpha,
             temperature=temperature,
             divergence=divergence,
