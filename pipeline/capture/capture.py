@@ -35,6 +35,7 @@ from pipeline.logit_cache.writer import CacheWriter, create_cache, has_cache
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.model.named_models import teacher_model
+from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.console import progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
@@ -275,7 +276,9 @@ def open_capture(
         corpus,
         fingerprint,
         writer,
-        batch_rows=params.capture.batch_rows,
+        batch_rows=resolve_batch_rows(
+            params.capture.batch_rows, fingerprint.row_length, teacher.device.type
+        ),
         repaired=repaired,
     )
 

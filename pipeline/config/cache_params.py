@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from pipeline.config.section import (
     Count,
+    CountOrAuto,
     CountOrZero,
     Dtype,
     Fraction,
@@ -142,10 +143,12 @@ class PrepareParams(Section):
 class CaptureParams(Section):
     """Memory and time of the teacher's forward passes; beyond rounding, no result depends on it."""
 
-    batch_rows: Count = 8
-    """Rows per forward pass of the teacher."""
-    head_chunk: Count = 256
-    """Positions whose logits are in memory at once."""
+    batch_rows: CountOrAuto = "auto"
+    """Rows per forward pass of the teacher; auto is 8 on a CPU, and those of 16,384 tokens on a
+    GPU."""
+    head_chunk: CountOrAuto = "auto"
+    """Positions whose logits are in memory at once; auto is 256 on a CPU, and as many as a 64th of
+    its memory holds on a GPU, 256 to 4,096."""
 
 
 class VerifyParams(Section):

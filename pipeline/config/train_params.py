@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.section import (
     BelowOne,
     Count,
+    CountOrAuto,
     CountOrZero,
     Fraction,
     Positive,
@@ -19,16 +20,6 @@ from pipeline.config.section import (
     Temperature,
 )
 
-
-def _count_or_auto(value: object) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise ValueError("it must be auto or a whole number of at least 1")
-
-
-CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto)]
 Divergence = Literal[
     "forward_kl",
     "renormalised_kl",
@@ -211,8 +202,8 @@ class RunParams(Section):
     A run that was stopped may continue with other values.
     """
 
-    head_chunk: Count = 256
-    """Positions whose logits are in memory at once."""
+    head_chunk: CountOrAuto = "auto"
+    """Positions whose logits are in memory at once; auto is as in capture.head_chunk."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism of several processes started by torchrun: ddp keeps a whole student on each, fsdp
     shards one over all."""

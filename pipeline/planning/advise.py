@@ -45,6 +45,7 @@ from pipeline.logit_cache.codec import IdOrder, encode, restore, to_topk
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.logit_cache.layout import CacheLayout, id_order_name
 from pipeline.model.attention_mask import documents_apart
+from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.console import (
     announce,
     progress,
@@ -273,12 +274,15 @@ def _measure_kept(
 ) -> tuple[KeptAtK, ...]:
     """Run the teacher once over all blocks at the largest K, the last of `ks`; one result per K."""
     meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
+    batch_rows = resolve_batch_rows(
+        params.capture.batch_rows, fingerprint.row_length, teacher.device.type
+    )
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:
         for block in blocks:
             rows = _rows_at(corpus, block)
             parts: list[TopK] = []
-            for tokens, doc_ids in _batches(rows, params.capture.batch_rows, fingerprint):
+            for tokens, doc_ids in _batches(rows, batch_rows, fingerprint):
                 topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures, doc_ids=doc_ids)
                 parts.append(topk.map(Tensor.cpu))
                 bar.update(tokens.numel())
@@ -299,15 +303,14 @@ def _measure_costs(
     rows = _rows_at(corpus, block)
     length, num_sampled = fingerprint.row_length, fingerprint.num_sampled
     uniforms = row_uniforms(block, length, num_sampled, fingerprint.sampling_seed)
-    chances = torch.split(uniforms, params.capture.batch_rows)
+    batch_rows = resolve_batch_rows(params.capture.batch_rows, length, teacher.device.type)
+    chances = torch.split(uniforms, batch_rows)
 
     def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
         topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance, doc_ids)
         return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
 
-    batches = list(
-        zip(_batches(rows, params.capture.batch_rows, fingerprint), chances, strict=True)
-    )
+    batches = list(zip(_batches(rows, batch_rows, fingerprint), chances, strict=True))
     (tokens, doc_ids), chance = batches[0]  # a warm-up, since the very first call is slow
     top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
     forward, reduced, parts = 0.0, 0.0, []

@@ -10,11 +10,14 @@ Symbols are those of decoder_shape.py, and L row length, N parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipeline.config.params import Params
 from pipeline.config.train_params import StudentParams
 from pipeline.planning.decoder_shape import Shape
+from pipeline.planning.devices import DEVICES
 from pipeline.planning.teacher_sharing import ALONE, Sharing
+from pipeline.runtime.batch_sizes import CHUNK_ON_CPU, chunk_on_gpu, resolve_batch_rows
 
 FITS = 0.9  # usable share of a device's memory
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -46,7 +49,7 @@ def capture_memory(teacher: Shape, params: Params, dtype: str, sharing: Sharing 
     if params.prepare.dequantize:
         teacher = replace(teacher, weight_format=None)
     weights, number = teacher.weight_bytes(size), sharing.devices
-    rows, columns = params.capture.batch_rows, number
+    rows, columns = planned_batch_rows(params), number
     tokens = rows * params.corpus.row_length
     gathered = 0.0
     if number > 1:
@@ -61,8 +64,22 @@ def capture_memory(teacher: Shape, params: Params, dtype: str, sharing: Sharing 
     return Memory(
         weights=float(weights),
         activations=tokens * _forward_bytes(teacher, params, size, columns) + gathered,
-        logits=float(_LOGIT_COPIES * 4 * params.capture.head_chunk * teacher.vocab_size),
+        logits=_logit_bytes(params.capture.head_chunk, teacher.vocab_size, params),
     )
+
+
+def planned_batch_rows(params: Params) -> int:
+    """Return capture.batch_rows as a number on advise.device."""
+    kind = "cpu" if DEVICES[params.advise.device].is_cpu else "cuda"
+    return resolve_batch_rows(params.capture.batch_rows, params.corpus.row_length, kind)
+
+
+def _logit_bytes(wanted: int | Literal["auto"], vocab_size: int, params: Params) -> float:
+    """Return the bytes of a chunk of logits; `wanted` is a parameter head_chunk."""
+    device = DEVICES[params.advise.device]
+    if wanted == "auto":
+        wanted = CHUNK_ON_CPU if device.is_cpu else chunk_on_gpu(device.memory, vocab_size)
+    return float(_LOGIT_COPIES * 4 * wanted * vocab_size)
 
 
 def _forward_bytes(teacher: Shape, params: Params, size: int, columns: int) -> float:
@@ -107,7 +124,7 @@ def training_memory(student: Shape, params: Params) -> Memory:
     rows = -(-train.batch_rows // devices)
     tokens = rows * params.corpus.row_length
     head_gradient = 0 if params.student.lora else 4 * student.head
-    chunk = _LOGIT_COPIES * 4 * run.head_chunk * student.vocab_size
+    chunk = _logit_bytes(run.head_chunk, student.vocab_size, params)
     return Memory(
         weights=state + rounded,
         activations=tokens * (activation_bytes(student, params) + mask_bytes(params)),

@@ -23,6 +23,7 @@ from pipeline.planning.costs import (
     FITS,
     capture_memory,
     evaluation_memory,
+    planned_batch_rows,
     step_operations,
     training_memory,
 )
@@ -233,7 +234,7 @@ def _rates(params: Params, teacher: Shape, student: Shape, dtype: str, sharing: 
         return _groups(params, sharing) / seconds
 
     return Rates(
-        teacher=rate(dtype, params.capture.batch_rows),
+        teacher=rate(dtype, planned_batch_rows(params)),
         student=share * device.peak(params.train.dtype) / student.forward_operations(length),
         train=share * device.peak(params.train.dtype) / step_operations(student, params),
         checked=rate(dtype, params.verify.batch_rows),

@@ -12,6 +12,7 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.model.quantization import describe_weights, read_quantization
+from pipeline.runtime.batch_sizes import resolve_batch_rows, resolve_head_chunk
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, led_ranks
 from pipeline.teacher.teacher import Teacher
@@ -75,16 +76,16 @@ def open_teacher(
         engine: another one than prepare.engine.
     """
     folder = teacher_folder(params.paths.teacher)
-    head_chunk = head_chunk or params.capture.head_chunk
+    chunk = head_chunk or resolve_head_chunk(params.capture.head_chunk, vocab_size, device)
     if (engine or params.prepare.engine) == "vllm":
-        return _open_vllm(params, folder, vocab_size, dtype, device, head_chunk)
+        return _open_vllm(params, folder, vocab_size, dtype, device, chunk)
     if (group := led_ranks()) is not None:
         return ShardedTeacher(
             group,
             folder,
             vocab_size=vocab_size,
             dtype=dtype,
-            head_chunk=head_chunk,
+            head_chunk=chunk,
             parallel=params.prepare.parallel,
         )
     return HuggingFaceTeacher(
@@ -92,7 +93,7 @@ def open_teacher(
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,
-        head_chunk=head_chunk,
+        head_chunk=chunk,
         dequantize=params.prepare.dequantize,
     )
 
@@ -122,7 +123,8 @@ def _open_vllm(
         folder,
         params.prepare.vllm,
         row_length=row_length,
-        batch_tokens=params.capture.batch_rows * row_length,
+        batch_tokens=row_length
+        * resolve_batch_rows(params.capture.batch_rows, row_length, device.type),
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,
