@@ -14,6 +14,7 @@ do not wait for PyTorch and other slow imports (tests/test_stages.py names them)
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import os
 import select
@@ -25,13 +26,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import DecantError, OtherRankError, accident, is_full, place_of, printable
+from pipeline.errors import (
+    DecantError,
+    OtherRankError,
+    accident,
+    is_full,
+    memory_shortage,
+    place_of,
+    printable,
+)
 from pipeline.runtime.launch import launch
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
 
 _INTERRUPTED = 130
+_SAVES_MEMORY = {
+    "advise": "lower capture.batch_rows or capture.head_chunk",
+    "prepare": "lower capture.batch_rows or capture.head_chunk, or divide the teacher among GPUs "
+    "by torchrun (docs/teachers.md)",
+    "verify": "lower verify.batch_rows, or divide the teacher among GPUs by torchrun "
+    "(docs/teachers.md)",
+    "train": "set run.activation_checkpointing=true, lower run.head_chunk, or lower "
+    "train.batch_rows and raise train.gradient_accumulation_steps by the same factor",
+    "evaluate": "lower evaluate.batch_rows",
+    "humaneval": "lower humaneval.batch_rows",
+    "generate": "lower generate.batch_rows or generate.max_new_tokens",
+}
+"""What each stage can be told to do with less memory."""
 
 
 def stage(function: Callable[..., None]) -> click.Command:
@@ -73,6 +95,10 @@ def stage(function: Callable[..., None]) -> click.Command:
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _has_no_reader():
                 _stop("the output was closed: run the same command to continue", 1)
+            if shortage := memory_shortage(error):
+                stage = Path(inspect.unwrap(function).__code__.co_filename).stem
+                remedy = _SAVES_MEMORY.get(stage, "close other programs or set device=cpu")
+                _stop(f"{shortage}: {remedy}, then run the same command", 1)
             what = accident(error)
             if what is None:
                 raise

@@ -34,6 +34,9 @@ _ACCIDENTS = {
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 """The form in which safetensors and tokenizers, written in Rust, report a system error."""
 
+_OF_CUDA = re.compile(r"[Tt]ried to allocate .*?(?= Including non-PyTorch| Of the allocated|$)")
+"""The part of PyTorch's message that says how much of a GPU was wanted, and how much is free."""
+
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+")
 """The form in which NumPy's tofile and torch.save report a write that was cut short."""
 
@@ -52,6 +55,17 @@ _shortened.maxlevel = 3
 def accident(error: BaseException) -> str | None:
     """Describe a disk error for the user; None if the error may be a bug in Decant."""
     return _ACCIDENTS.get(_number(error))
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """Describe an allocation that failed on a GPU or in the machine's memory; None if none did."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text:
+        details = _OF_CUDA.search(text)
+        return f"the GPU's memory is full ({details[0]})" if details else "the GPU's memory is full"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "the machine's memory is full"
+    return None
 
 
 def is_full(error: BaseException) -> bool:

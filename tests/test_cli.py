@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from pipeline.config.params import Params
 from pipeline.errors import DecantError, accident, place_of, printable, shortened
 from pipeline.io.ownership import MARK, atomic_folder, find_damage
 from stages.generate import hand_out, say_reply
+from stages.train import main as train
 from tests.helpers import ROOT
 
 SCRIPT = """
@@ -118,6 +120,28 @@ def test_a_full_disk_is_named_by_the_file_that_was_written() -> None:
     of_rust = SafetensorError("I/O error: No space left on device (os error 28)")
     assert accident(of_rust) == "the disk is full"
     assert "the disk is full" in run_stage(of_rust)
+
+
+CUDA_FULL = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.58 GiB of "
+    "which 1.10 GiB is free. Including non-PyTorch memory, this process has 13.47 GiB in use."
+)
+
+
+def test_full_memory_is_one_sentence_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_stage(CUDA_FULL) == (
+        "error: the GPU's memory is full (Tried to allocate 2.00 GiB. GPU 0 has a total capacity "
+        "of 14.58 GiB of which 1.10 GiB is free.): close other programs or set device=cpu, then "
+        "run the same command\n"
+    )
+    assert run_stage(MemoryError()).startswith("error: the machine's memory is full: close other")
+
+    def full(*_: object, **__: object) -> None:
+        raise CUDA_FULL
+
+    monkeypatch.setattr("pipeline.training.run.run_training", full)
+    result = CliRunner().invoke(train, ["--params", str(ROOT / "params.yaml")])
+    assert "set run.activation_checkpointing=true, lower run.head_chunk" in result.stderr
 
 
 @pytest.mark.parametrize(

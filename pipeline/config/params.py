@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from pydantic import Field, ValidationError
 
@@ -68,8 +68,8 @@ class Params(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of sampled ids, initial weights, order of rows and generated text."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run: cpu, cuda or auto, a GPU if there is one."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Where models run: cpu, cuda, cuda:N for GPU N (from 0), or auto, a GPU if there is one."""
     paths: Paths = Paths()
     teacher: TeacherParams = TeacherParams()
     corpus: CorpusParams = CorpusParams()

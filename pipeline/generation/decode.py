@@ -22,12 +22,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.model.decoder import StudentModel, TransformerBlock
 from pipeline.model.kv_cache import KVCache, LayerCache
 
 _FEW = 32
 """Rows up to which W x^T beats x W^T in bfloat16 on a CPU (tests/benchmarks/model_speed.py)."""
+
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which H100 and newer GPUs prefer, and which builds a new graph for each number
+of keys, that is for each token."""
 
 
 class DecodeStep:
@@ -50,6 +56,10 @@ class DecodeStep:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Map tokens, int64 [B], to logits [B, V] of the next tokens, in the model's dtype."""
+        with sdpa_kernel(_KERNELS):
+            return self._logits(tokens)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         mask = self.cache.mask(1)
         cos, sin = self.rotary(self.cache.positions(1))
         half = self.config.head_size // 2

@@ -173,26 +173,29 @@ def decode_steps(
     cache = student.new_cache(num_rows, prompt_len + most - 1, real)  # the last token is never read
     ids = torch.cat((tokens, tokens.new_zeros(num_rows, most)), 1)
     draws = draws or torch.Generator(device).manual_seed(settings.seed)
-    eos = torch.tensor(settings.eos_ids or (), dtype=torch.int64, device=device)
-    ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    eos = torch.tensor(settings.eos_ids or (), dtype=torch.int64)
+    ended = torch.zeros(num_rows, dtype=torch.bool)  # on the CPU, which thus waits once per step
     rows = torch.arange(num_rows)  # the rows still in the batch
     logits = _prefill(student, tokens, cache)
     read = DecodeStep(student, cache)
     for end in range(prompt_len, prompt_len + most):
         chosen = choose(logits, ids[:, :end], settings, draws)
+        found = chosen.cpu()
         step = torch.full((num_rows,), ENDED)
-        step[rows] = chosen.masked_fill(ended, ENDED).cpu()
+        step[rows] = found.masked_fill(ended, ENDED)
         yield step
         if len(eos):
-            ended |= torch.isin(chosen, eos)
+            ended |= torch.isin(found, eos)
         if ends is not None:
-            ended |= ends(step)[rows].to(device)
+            ended |= ends(step)[rows]
         if bool(ended.all()):
             return
         if ends is not None and bool(ended.any()):
             left = (~ended).nonzero()[:, 0]
+            rows, ended = rows[left], ended[left]
+            left = left.to(device)
             cache.keep(left)
-            rows, chosen, ids, ended = rows[left.cpu()], chosen[left], ids[left], ended[left]
+            chosen, ids = chosen[left], ids[left]
         if end + 1 < prompt_len + most:
             ids[:, end] = chosen
             logits = read(chosen)

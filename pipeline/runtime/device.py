@@ -34,14 +34,27 @@ _SLOWER = 1.2
 def pick_device(name: str) -> torch.device:
     """Return the device by name; `auto` is the GPU if there is one, else the CPU.
 
+    A GPU that is named by its number becomes PyTorch's current one, on which Triton's kernels and
+    tensors on plain "cuda" are.
+
     Raises:
-        ParamsError: the name is `cuda`, and PyTorch cannot use a GPU.
+        ParamsError: the name is `cuda` or `cuda:N`, and PyTorch cannot use that GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ParamsError(f"device=cuda, but {_why_no_gpu()}: set device to auto or cpu")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ParamsError(f"device={name}, but {_why_no_gpu()}: set device to auto or cpu")
+    device = torch.device(name)
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ParamsError(
+                f"device={name}, but PyTorch finds {torch.cuda.device_count()} GPUs, numbered from "
+                "0: choose one of them (CUDA_VISIBLE_DEVICES may hide others)"
+            )
+        torch.cuda.set_device(device)
+    return device
 
 
 def _why_no_gpu() -> str:

@@ -88,13 +88,18 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             rank.
 
     Raises:
-        ParamsError: there are more processes than GPUs.
+        ParamsError: there are more processes than GPUs, or `device` names a single one.
         DecantError: another rank went away, so this one ends too.
     """
     here = launch()
     if here is None:
         yield Ranks(pick_device(device))
         return
+    if here.ranks > 1 and device.startswith("cuda:"):
+        raise ParamsError(
+            f"device={device} is one GPU for {here.ranks} processes of torchrun: set device=cuda, "
+            "which gives each process its own"
+        )
     own = pick_device(device)
     if own.type == "cuda":
         own = _own_gpu(here.local_rank)

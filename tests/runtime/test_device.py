@@ -229,6 +229,17 @@ def test_cuda_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     assert pick_device("auto") == CPU
 
 
+def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == torch.device("cuda", 1) == current[0]
+    assert pick_device("cuda") == torch.device("cuda")
+    with pytest.raises(ParamsError, match=r"device=cuda:2, but PyTorch finds 2 GPUs, numbered"):
+        pick_device("cuda:2")
+
+
 def test_what_was_chosen_is_in_the_fingerprint(tiny_corpus: Params) -> None:
     """In a process of its own that may use AVX2 alone, where auto is float32."""
     params = change(tiny_corpus, prepare={"dtype": "auto"})
