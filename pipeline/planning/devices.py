@@ -39,6 +39,11 @@ class Device:
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability; nothing of a CPU
     has_float16: bool = True  # a CPU computes products of float16 factors in float32
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return self.capability > (0, 0)
+
     def peak(self, dtype: str) -> float:
         """Return the operations per second in "float32", "bfloat16" or "float16"."""
         has_units = {"bfloat16": self.has_bfloat16, "float16": self.has_float16, "float32": False}
