@@ -90,9 +90,7 @@ def test_auto_is_what_the_planned_device_computes_fastest(
 def test_evaluate_counts_on_its_own_format(tiny_params: Params, tmp_path: Path) -> None:
     """Worked by hand for a T4, whose float16 is 65 / 8.1 times as fast as its float32."""
     half, single, auto = (
-        make_plan(
-            big(tiny_params, tmp_path, evaluate={"dtype": name}, train={"dtype": "float16"})
-        )
+        make_plan(big(tiny_params, tmp_path, evaluate={"dtype": name}, train={"dtype": "float16"}))
         .stage("evaluate")
         .seconds
         for name in ("float16", "float32", "auto")

@@ -31,6 +31,7 @@ from tests.helpers import (
 from tests.models import make_qwen3
 from tests.training.ranks import run_ranks
 
+
 def in_float16(params: Params, **sections: dict[str, Any]) -> Params:
     params = change(params, train={"dtype": "float16"})
     return change(params, **sections)
@@ -220,4 +221,4 @@ def test_two_ranks_skip_the_same_steps_and_end_like_one(
     for name in ("train/loss", "validation/loss"):
         assert first[name][1] == pytest.approx(second[name][1], rel=1e-3), name
     for name, tensor in weights(one).items():
-        assert torch.allclose(tensor, weights(two)[name], atol=1e-3), name
+        assert (tensor - weights(two)[name]).norm() < 0.01 * tensor.norm(), name
