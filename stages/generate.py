@@ -55,7 +55,8 @@ def main(
     """
     from pipeline.generation.sampling import GenerationSettings
     from pipeline.generation.text_generator import TextGenerator
-    from pipeline.model.named_models import model_dtype, model_folder
+    from pipeline.model.model_dtype import model_dtype
+    from pipeline.model.named_models import model_folder
     from pipeline.runtime.device import dtype_name, pick_device
 
     if prompt is not None and prompts is not None:

@@ -54,7 +54,8 @@ def main(
     from pipeline.evaluation.humaneval import keep_scores, load_problems
     from pipeline.evaluation.sandbox import require_sandbox
     from pipeline.generation.text_generator import TextGenerator
-    from pipeline.model.named_models import model_dtype, name_models
+    from pipeline.model.model_dtype import model_dtype
+    from pipeline.model.named_models import name_models
     from pipeline.runtime.console import announce
     from pipeline.runtime.device import describe_dtypes, pick_device
 

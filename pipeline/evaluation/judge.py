@@ -21,7 +21,7 @@ from pipeline.evaluation.samples import QuantizedRun, sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
-from pipeline.model.named_models import model_dtype
+from pipeline.model.model_dtype import model_dtype
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
 from pipeline.runtime.device import inference_dtype

@@ -18,7 +18,7 @@ from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.config_json import load_config, read_config_json
 from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.folder import require_regular_folder
-from pipeline.model.named_models import model_dtype
+from pipeline.model.model_dtype import model_dtype
 from pipeline.model.quantization import refuse_quantized
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student, read_config
