@@ -1,10 +1,10 @@
 """Dynamic loss scaling for training in float16.
 
-float16 rounds values below 6e-8 to zero, and most gradients of a mean loss are smaller in some
-layer. The loss is therefore multiplied by a scale before backward, and the gradients, which are
-float32 like the parameters, are divided by it before they are clipped. If a gradient overflows, the
-step is skipped and the scale halved; after many steps without overflow it is doubled (Micikevicius
-et al. 2018, section 3.2).
+float16 rounds values below about 3e-8 to zero and keeps few digits below 6e-5, where gradients of a
+mean over thousands of tokens often lie. The loss is therefore multiplied by a scale before
+backward, and the gradients, which are float32 like the parameters, are divided by it before they
+are clipped. If a gradient overflows, the step is skipped and the scale halved; after many steps
+without overflow it is doubled (Micikevicius et al. 2018, section 3.2).
 
 The rule and its constants are those of `torch.amp.GradScaler` (tests/training/test_loss_scale.py
 compares them). GradScaler itself keeps scale and overflow on the device, where logging the scale
