@@ -71,11 +71,11 @@ def main(
     since it would tell of other models.
     """
     from pipeline.evaluation.harness import Harness
-    from pipeline.evaluation.judge import judge, run_harness
+    from pipeline.evaluation.judge import choose_dtypes, judge, run_harness
     from pipeline.evaluation.results import TEACHER
     from pipeline.evaluation.tables import comparison_lines
     from pipeline.model.named_models import name_models
-    from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
+    from pipeline.runtime.device import describe_dtypes, pick_device
 
     if not runs and not models:
         runs = DEFAULT_RUNS
@@ -88,15 +88,15 @@ def main(
     elif any(option is not None for option in (lm_eval_folder, lm_eval_shots, lm_eval_limit)):
         raise ParamsError("--lm-eval-folder, -shots and -limit say how: name tasks by --lm-eval")
     device = pick_device(params.device)
-    dtype = inference_dtype(params.evaluate.dtype, device, key="evaluate.dtype")
-    comparison = judge(params, folders, dtype, device)
+    dtypes = choose_dtypes(params, folders, device)
+    comparison = judge(params, folders, dtypes, device)
     for line in comparison_lines(comparison):
         click.echo(printable(line))
     (params.paths.evaluate / "lm_eval.json").unlink(missing_ok=True)
     if harness is not None:
-        run_harness(harness, params, folders, dtype, device)
+        run_harness(harness, params, folders, dtypes, device)
     tokens = comparison.scores[TEACHER].tokens
-    click.echo(f"evaluate: {len(folders)} models on {tokens:,} tokens in {dtype_name(dtype)}")
+    click.echo(f"evaluate: {len(folders)} models on {tokens:,} tokens in {describe_dtypes(dtypes)}")
 
 
 if __name__ == "__main__":

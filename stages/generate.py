@@ -55,8 +55,9 @@ def main(
     """
     from pipeline.generation.sampling import GenerationSettings
     from pipeline.generation.text_generator import TextGenerator
+    from pipeline.model.model_dtype import model_dtype
     from pipeline.model.named_models import model_folder
-    from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
+    from pipeline.runtime.device import dtype_name, pick_device
 
     if prompt is not None and prompts is not None:
         raise ParamsError("--prompt and --prompts exclude each other: give one of them")
@@ -65,7 +66,7 @@ def main(
     texts = None if prompts is None else read_prompts(prompts)
     folder = model_folder(params.paths.runs, "student", model)
     device = pick_device(params.device)
-    dtype = inference_dtype(params.generate.dtype, device, key="generate.dtype")
+    dtype = model_dtype(params.generate.dtype, folder, device, key="generate.dtype")
     generator = TextGenerator(folder, device=device, dtype=dtype)
     settings = GenerationSettings(
         seed=params.seed, **params.generate.model_dump(exclude={"batch_rows", "dtype"})

@@ -54,9 +54,10 @@ def main(
     from pipeline.evaluation.humaneval import keep_scores, load_problems
     from pipeline.evaluation.sandbox import require_sandbox
     from pipeline.generation.text_generator import TextGenerator
+    from pipeline.model.model_dtype import model_dtype
     from pipeline.model.named_models import name_models
     from pipeline.runtime.console import announce
-    from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
+    from pipeline.runtime.device import describe_dtypes, pick_device
 
     if models or runs:
         folders = name_models(params.paths, runs, models)
@@ -66,16 +67,20 @@ def main(
     if not unsandboxed:
         require_sandbox()
     device = pick_device(params.device)
-    dtype = inference_dtype(params.humaneval.dtype, device, key="humaneval.dtype")
+    dtypes = {
+        name: model_dtype(params.humaneval.dtype, folder, device, key="humaneval.dtype")
+        for name, folder in folders.items()
+    }
     announce(
         "humaneval",
         f"{params.humaneval.samples} x {len(problems)} programs of up to "
-        f"{params.humaneval.max_new_tokens} tokens by {', '.join(folders)}, in {dtype_name(dtype)}",
+        f"{params.humaneval.max_new_tokens} tokens by {', '.join(folders)}, in "
+        f"{describe_dtypes(dtypes)}",
     )
     click.echo(f"  {'model':12} {'pass@1':>7} {'95 %':>14} {'tokens/s':>9}  programs")
     for name, folder in folders.items():
         scores = evaluate_model(
-            TextGenerator(folder, device=device, dtype=dtype),
+            TextGenerator(folder, device=device, dtype=dtypes[name]),
             problems,
             params.humaneval,
             params.paths.humaneval / name,
@@ -87,7 +92,7 @@ def main(
         _show(name, scores)
     click.echo(
         f"humaneval: {len(folders)} models on {len(problems)} problems, "
-        f"{params.humaneval.samples} samples each, in {dtype_name(dtype)}; "
+        f"{params.humaneval.samples} samples each, in {describe_dtypes(dtypes)}; "
         f"{params.paths.humaneval / 'metrics.json'}"
     )
 

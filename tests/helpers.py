@@ -146,7 +146,11 @@ def judge(params: Params, folders: dict[str, Path]) -> Comparison:
     corpus = CorpusSplit(params.paths.corpus, "validation")
     teacher = live_teacher(params)
     models = open_models(
-        folders, corpus, params.paths.teacher, dtype=teacher.dtype, device=teacher.device
+        folders,
+        corpus,
+        params.paths.teacher,
+        dtypes=dict.fromkeys(folders, teacher.dtype),
+        device=teacher.device,
     )
     return compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
 

@@ -21,6 +21,7 @@ TINY_RUNS = {  # options, and what it must print
     "cache_speed": ("--rounds 1 --batches 2", "share of a training step: median "),
     "capture_cost": ("--rows 2 --rounds 1 --peak 1", "of the peak FLOP/s"),
     "engine_cost": ("--rows 2 --rounds 1", "by vLLM 1.2.3, over transformers': "),
+    "float16_curve": ("--steps 2 --size 32", "float16 against float32: training loss at most "),
     "head_and_loss": ("--case tiny --rounds 1", "of torch.topk's time"),
     "head_memory": ("--tokens 64 --vocabulary 512 --size 32", "DistillKit's KL, missing uniform"),
     "model_speed": ("--shape tiny --rounds 1 --rows 1 --length 8", "decode, batch 8 "),

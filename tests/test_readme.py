@@ -53,8 +53,10 @@ def test_make_has_the_targets(text: str) -> None:
 
 
 def test_the_hours_of_the_recipe_are_those_at_its_head(text: str) -> None:
-    (hours,) = re.findall(r"# advise: ([\d.]+) h in all on 1 x t4", (ROOT / RECIPE).read_text())
-    assert re.search(rf"{re.escape(hours)} (?:h|小时)", text)
+    plan = (ROOT / RECIPE).read_text()
+    [(time, unit)] = re.findall(r"# advise: ([\d.]+) (h|min) in all on 1 x t4", plan)
+    words = {"h": "h|小时", "min": "min|分钟"}[unit]
+    assert re.search(rf"\b{re.escape(f'{float(time):g}')} (?:{words})", text)
 
 
 def test_chinese_introduction_is_short_and_names_the_english_one() -> None:

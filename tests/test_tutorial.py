@@ -141,7 +141,7 @@ def test_a_recipe_is_taken_by_name_on_a_t4(
     params = values["params"]
     assert params.prepare.k == 64
     assert (params.prepare.dtype, params.evaluate.dtype) == ("float16", "float16")
-    assert params.train.dtype == "float32"
+    assert params.train.dtype == "float16"
     assert params.advise.device == "t4"
     assert params.paths.teacher == tmp_path / "teacher"
     assert params.train.steps == (32 if size == "small" else 500)

@@ -26,8 +26,8 @@ class EvaluateParams(Section):
     batch_rows: Count = 8
     """Rows per forward pass."""
     dtype: Dtype = "auto"
-    """Dtype of the teacher and the models: auto, float32, bfloat16 or float16, as in
-    prepare.dtype."""
+    """Dtype of the teacher and the models: float32, bfloat16, float16 or auto, for the teacher that
+    of prepare.dtype and for a run's model on a GPU the one it was trained in."""
     calibration_bins: Count = 15
     """Bins of confidence, for the calibration error and the reliability diagram."""
     prompts: tuple[str, ...] = (
@@ -63,7 +63,7 @@ class HumanevalParams(Section):
     batch_rows: Count = 16
     """Programs written at once."""
     dtype: Dtype = "auto"
-    """Dtype of the model: auto, float32, bfloat16 or float16, as in prepare.dtype."""
+    """Dtype of the model: float32, bfloat16, float16 or auto, as in evaluate.dtype."""
     timeout: Annotated[float, Field(gt=0.0, le=3600.0)] = 3.0
     """Seconds of wall-clock time that a program may run."""
     memory: Annotated[int, Field(ge=64, le=2**20)] = 512
@@ -131,14 +131,14 @@ class GenerateParams(Section):
     batch_rows: Count = 8
     """Prompts of a file that are continued at once."""
     dtype: Dtype = "auto"
-    """Dtype of the model: auto, float32, bfloat16 or float16, as in prepare.dtype."""
+    """Dtype of the model: float32, bfloat16, float16 or auto, as in evaluate.dtype."""
 
 
 class StudyParams(Section):
     """The inputs with which a model is examined, number by number."""
 
     dtype: Dtype = "auto"
-    """Dtype in which speed is measured: auto, float32, bfloat16 or float16, as in prepare.dtype;
+    """Dtype in which speed is measured: float32, bfloat16, float16 or auto, as in evaluate.dtype;
     comparisons are in float32."""
     prompt: Annotated[str, Field(min_length=1)] = "The capital of France is"
     """The text that is run through the model."""

@@ -12,6 +12,7 @@ from pipeline.config.section import (
     Count,
     CountOrAuto,
     CountOrZero,
+    Dtype,
     Fraction,
     Positive,
     PositiveOrZero,
@@ -148,9 +149,9 @@ class TrainParams(Section):
     """Decay rates of AdamW's first and second moments."""
     max_grad_norm: Positive = 1.0
     """Norm to which larger gradients are clipped."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """The autocast dtype: bfloat16, float32 or auto, bfloat16 if the hardware has units for it,
-    otherwise float32."""
+    dtype: Dtype = "auto"
+    """The autocast dtype: bfloat16, float16 with loss scaling, float32 or auto, bfloat16 if the
+    hardware has units for it, otherwise float16 on a GPU and float32 on a CPU."""
     shuffle_shards: Count = 4
     """Shards whose rows are shuffled together."""
     log_every: Count = 1
@@ -212,7 +213,9 @@ class RunParams(Section):
     compile: bool = False
     """Whether the blocks are compiled by torch.compile, which needs a C or C++ compiler."""
     max_skipped_steps: CountOrZero = 10
-    """Steps with a non-finite loss or gradient that are skipped before the run fails."""
+    """Steps with a non-finite loss or gradient that are skipped before the run fails; in float16,
+    steps whose gradients overflow are counted apart and end the run when the loss scale falls below
+    1."""
     min_retained_mass: Fraction = 0.5
     """Probability mass on the kept ids below which a warning is printed."""
     checkpoint_every: Count = 32

@@ -21,29 +21,60 @@ from pipeline.evaluation.samples import QuantizedRun, sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
+from pipeline.model.model_dtype import model_dtype
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import say
+from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.engines import open_teacher
 from pipeline.teacher.sharded import led_ranks
 from pipeline.teacher.teacher import COMPARED_AT_ONCE
 
 
+def choose_dtypes(
+    params: Params, folders: Mapping[str, Path], device: torch.device
+) -> dict[str, torch.dtype]:
+    """Return the dtype of each model: evaluate.dtype, or for `auto` on a GPU the one it belongs to.
+
+    That is the dtype of the capture for the teacher, and that of its training for a run's model.
+
+    Args:
+        folders: model folders by name, including the teacher's.
+
+    Raises:
+        ParamsError: bfloat16 is requested on a GPU without bfloat16 units.
+    """
+    key = "evaluate.dtype"
+    wanted = params.evaluate.dtype
+    dtypes = {
+        name: model_dtype(wanted, folder, device, key=key) for name, folder in folders.items()
+    }
+    if wanted == "auto" and device.type == "cuda":
+        dtypes[TEACHER] = inference_dtype(
+            params.prepare.dtype, device, key="prepare.dtype", remedy=f"set {key}=float32"
+        )
+    return dtypes
+
+
 def judge(
-    params: Params, folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device
+    params: Params,
+    folders: Mapping[str, Path],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
 ) -> Comparison:
     """Compare models with the teacher, view a passage, sample texts, and write all results.
 
     Args:
         folders: model folders by name, including the teacher's.
+        dtypes: the dtype of each, as `choose_dtypes` returns them.
     """
     corpus = CorpusSplit(params.paths.corpus, "validation")
     require_tokenizer(folders[TEACHER], corpus)
     others = {name: folder for name, folder in folders.items() if name != TEACHER}
     # The teacher first, since vLLM takes its share of a GPU's memory when it starts.
     teacher = open_teacher(
-        params, corpus.info.vocab_size, dtype, device, head_chunk=COMPARED_AT_ONCE
+        params, corpus.info.vocab_size, dtypes[TEACHER], device, head_chunk=COMPARED_AT_ONCE
     )
-    models = open_models(others, corpus, folders[TEACHER], dtype=dtype, device=device)
+    models = open_models(others, corpus, folders[TEACHER], dtypes=dtypes, device=device)
     comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
     tokenizer = load_tokenizer(folders[TEACHER])
     length = params.evaluate.passage_tokens
@@ -55,7 +86,7 @@ def judge(
             params.evaluate.prompts,
             params.evaluate.max_new_tokens,
             quantized=QuantizedRun(
-                dtype, device, dequantize=name == TEACHER and params.prepare.dequantize
+                dtypes[name], device, dequantize=name == TEACHER and params.prepare.dequantize
             ),
         )
         for name, folder in _opened_whole(folders, params, "writes no sample texts").items()
@@ -93,7 +124,7 @@ def run_harness(
     harness: Harness,
     params: Params,
     folders: Mapping[str, Path],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     device: torch.device,
 ) -> None:
     """Run the harness on each model; write and show each model's results as soon as it is done."""
@@ -102,7 +133,7 @@ def run_harness(
     for name, folder in here.items():
         results[name] = harness.run(
             folder,
-            dtype=dtype,
+            dtype=dtypes[name],
             device=device,
             batch_rows=params.evaluate.batch_rows,
             dequantize=name == TEACHER and params.prepare.dequantize,

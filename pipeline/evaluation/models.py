@@ -119,14 +119,14 @@ def open_models(
     corpus: CorpusSplit,
     tokenizer: Path,
     *,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     device: torch.device,
 ) -> dict[str, JudgedModel]:
     """Open the models of Hugging Face folders by name, ours or of any architecture, for judging.
 
     Args:
         tokenizer: folder that holds the corpus's tokenizer, which is the teacher's.
-        dtype: dtype of matrix products; in float32 nothing is rounded.
+        dtypes: dtype of each model's matrix products; in float32 nothing is rounded.
 
     Raises:
         MismatchError: a model's ids are not the corpus's (pipeline/data/vocabulary.py).
@@ -135,7 +135,7 @@ def open_models(
     models = {}
     for name, folder in folders.items():
         require_shared_ids(folder, [corpus], tokenizer)
-        model = _open(folder, dtype, device)
+        model = _open(folder, dtypes[name], device)
         _require_room(folder, model, corpus)
         models[name] = model
     return models

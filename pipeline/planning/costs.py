@@ -70,7 +70,7 @@ def capture_memory(teacher: Shape, params: Params, dtype: str, sharing: Sharing 
 
 def planned_batch_rows(params: Params) -> int:
     """Return capture.batch_rows as a number on advise.device."""
-    kind = "cpu" if DEVICES[params.advise.device].is_cpu else "cuda"
+    kind = "cuda" if DEVICES[params.advise.device].is_gpu else "cpu"
     return resolve_batch_rows(params.capture.batch_rows, params.corpus.row_length, kind)
 
 
@@ -78,7 +78,7 @@ def _logit_bytes(wanted: int | Literal["auto"], vocab_size: int, params: Params)
     """Return the bytes of a chunk of logits; `wanted` is a parameter head_chunk."""
     device = DEVICES[params.advise.device]
     if wanted == "auto":
-        wanted = CHUNK_ON_CPU if device.is_cpu else chunk_on_gpu(device.memory, vocab_size)
+        wanted = chunk_on_gpu(device.memory, vocab_size) if device.is_gpu else CHUNK_ON_CPU
     return float(_LOGIT_COPIES * 4 * wanted * vocab_size)
 
 

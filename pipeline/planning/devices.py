@@ -40,9 +40,9 @@ class Device:
     has_float16: bool = True  # a CPU computes products of float16 factors in float32
 
     @property
-    def is_cpu(self) -> bool:
-        """Whether the device is a CPU."""
-        return self.capability == (0, 0)
+    def is_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return self.capability > (0, 0)
 
     def peak(self, dtype: str) -> float:
         """Return the operations per second in "float32", "bfloat16" or "float16"."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
+from pipeline.config.section import Dtype
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.planning.advise import break_even_epochs
@@ -28,7 +29,7 @@ from pipeline.planning.costs import (
     training_memory,
 )
 from pipeline.planning.decoder_shape import Shape
-from pipeline.planning.devices import DEVICES, Device
+from pipeline.planning.devices import DEVICES
 from pipeline.planning.shapes import student_shape, teacher_shape, tokenizer_ids
 from pipeline.planning.teacher_sharing import Sharing, share_teacher
 
@@ -73,8 +74,8 @@ class Rates:
     student: float  # student's forward, in train.dtype
     train: float  # student's forward and backward
     checked: float  # teacher's forward over verify.batch_rows rows, in prepare.dtype
-    judged_teacher: float  # teacher's forward over evaluate.batch_rows rows, in evaluate.dtype
-    judged_student: float  # student's forward, in evaluate.dtype
+    judged_teacher: float  # teacher's forward over evaluate.batch_rows rows, as evaluate runs it
+    judged_student: float  # student's forward, as evaluate runs it
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Plan:
     student: str
     student_shape: Shape
     student_dtype: str  # dtype of autocast
-    evaluate_dtype: str
+    evaluate_dtypes: tuple[str, str]  # of the teacher and of the student
     steps: int  # steps of a run with train.*
     extent: Extent
     rates: Rates
@@ -126,8 +127,9 @@ def make_plan(params: Params) -> Plan:
     """Compute the plan of params.
 
     Raises:
-        ParamsError: a model's shape is unknown, the corpus has no stated size, or prepare.k or
-            student.layers exceed the teacher's vocabulary or layers.
+        ParamsError: a model's shape is unknown, the corpus has no stated size, prepare.k or
+            student.layers exceed the teacher's vocabulary or layers, or a stage would refuse its
+            dtype on the device.
     """
     folder = teacher_folder(params.paths.teacher)
     teacher_name, teacher = teacher_shape(params.teacher, folder)
@@ -141,7 +143,7 @@ def make_plan(params: Params) -> Plan:
     student_name, student = student_shape(params.student, teacher)
     student_name += said
     device = DEVICES[params.advise.device]
-    dtype = _inference_dtype(params.prepare.dtype, device)
+    dtype = _inference_dtype(params, "prepare")
     extent = _extent(params)
     alone = capture_memory(teacher, params, dtype).total
     sharing = share_teacher(teacher, params, fits_alone=alone <= FITS * device.memory)
@@ -161,7 +163,7 @@ def make_plan(params: Params) -> Plan:
         student=student_name,
         student_shape=student,
         student_dtype=params.train.dtype,
-        evaluate_dtype=_inference_dtype(params.evaluate.dtype, device),
+        evaluate_dtypes=_judged_dtypes(params),
         steps=params.train.num_steps,
         extent=extent,
         rates=rates,
@@ -172,23 +174,50 @@ def make_plan(params: Params) -> Plan:
     )
 
 
-def _inference_dtype(asked: str, device: Device) -> str:
-    """Resolve prepare.dtype or evaluate.dtype on the planned device."""
+def _inference_dtype(params: Params, section: Literal["prepare", "evaluate"]) -> str:
+    """Resolve prepare.dtype or evaluate.dtype on the planned device, as the stage would."""
+    asked, device = getattr(params, section).dtype, DEVICES[params.advise.device]
     if asked != "auto":
-        return asked
-    return "float16" if device.has_float16 else _wide_range(device)
-
-
-def _wide_range(device: Device) -> Literal["bfloat16", "float32"]:
+        return _possible(asked, params, f"{section}.dtype")
+    if device.is_gpu:
+        return "float16"
     return "bfloat16" if device.has_bfloat16 else "float32"
+
+
+def _training_dtype(params: Params) -> Dtype:
+    """Resolve train.dtype on the planned device, as the stage would."""
+    device = DEVICES[params.advise.device]
+    if params.train.dtype != "auto":
+        return _possible(params.train.dtype, params, "train.dtype")
+    if device.has_bfloat16:
+        return "bfloat16"
+    return "float16" if device.is_gpu else "float32"
+
+
+def _judged_dtypes(params: Params) -> tuple[str, str]:
+    """Return the dtypes of teacher and students in evaluate; train.dtype must be resolved."""
+    if params.evaluate.dtype == "auto" and DEVICES[params.advise.device].is_gpu:
+        return _inference_dtype(params, "prepare"), params.train.dtype
+    judged = _inference_dtype(params, "evaluate")
+    return judged, judged
+
+
+def _possible(dtype: Dtype, params: Params, key: str) -> Dtype:
+    name = params.advise.device
+    device = DEVICES[name]
+    if dtype == "bfloat16" and device.is_gpu and not device.has_bfloat16:
+        raise ParamsError(
+            f"{key}=bfloat16, but advise.device={name} has no bfloat16 units (NVIDIA GPUs have "
+            "them from compute capability 8.0, Ampere, on), so the stage would refuse it: set "
+            f"{key} to auto, float16 or float32"
+        )
+    return dtype
 
 
 def _settled(params: Params, num_ids: int) -> Params:
     """Return the parameters with train.dtype, train.steps and student.vocab_size resolved."""
-    if params.train.dtype == "auto":
-        dtype = _wide_range(DEVICES[params.advise.device])
-        train = params.train.model_copy(update={"dtype": dtype})
-        params = params.model_copy(update={"train": train})
+    train = params.train.model_copy(update={"dtype": _training_dtype(params)})
+    params = params.model_copy(update={"train": train})
     return resolve(params, train_rows=_train_rows(params), num_ids=num_ids)
 
 
@@ -225,7 +254,7 @@ def _groups(params: Params, sharing: Sharing) -> int:
 def _rates(params: Params, teacher: Shape, student: Shape, dtype: str, sharing: Sharing) -> Rates:
     device, length = DEVICES[params.advise.device], params.corpus.row_length
     share = params.advise.mfu * params.advise.devices
-    judged = _inference_dtype(params.evaluate.dtype, device)
+    judged_teacher, judged_student = _judged_dtypes(params)
 
     def rate(name: str, batch_rows: int) -> float:
         """Return the rate of all teachers; the head runs on one of the devices that share one."""
@@ -238,8 +267,8 @@ def _rates(params: Params, teacher: Shape, student: Shape, dtype: str, sharing: 
         student=share * device.peak(params.train.dtype) / student.forward_operations(length),
         train=share * device.peak(params.train.dtype) / step_operations(student, params),
         checked=rate(dtype, params.verify.batch_rows),
-        judged_teacher=rate(judged, params.evaluate.batch_rows),
-        judged_student=share * device.peak(judged) / student.forward_operations(length),
+        judged_teacher=rate(judged_teacher, params.evaluate.batch_rows),
+        judged_student=share * device.peak(judged_student) / student.forward_operations(length),
     )
 
 
@@ -264,7 +293,7 @@ def _stages(
     # verify and evaluate run one teacher, and students on one device; seconds per token
     judged = groups / rates.judged_teacher + 2.0 * alone / rates.judged_student
     capture = capture_memory(teacher, params, dtype, sharing).total
-    judged_dtype = _inference_dtype(params.evaluate.dtype, DEVICES[params.advise.device])
+    judged_dtype, _ = _judged_dtypes(params)  # students keep float32 weights
     judging = evaluation_memory(teacher, student, params, judged_dtype, sharing).total
     training = training_memory(student, params).total
     beside = 0.0

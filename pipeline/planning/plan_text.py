@@ -133,13 +133,16 @@ def _fits(plan: Plan, params: Params) -> list[str]:
             f"{params.advise.device} has no kernels for {weight_format.name}: transformers needs a "
             f"GPU of compute capability {wanted}, prepare.dequantize=true or the unquantised model"
         )
-    dtypes = (plan.teacher_dtype, plan.student_dtype, plan.evaluate_dtype)
-    for key, dtype in zip(("prepare", "train", "evaluate"), dtypes, strict=True):
-        if dtype == "bfloat16" and not device.has_bfloat16:
-            lines.append(
-                f"{params.advise.device} has no units for bfloat16 and computes at the rate of "
-                f"float32: set {key}.dtype to another"
+    dtypes = (plan.teacher_dtype, plan.student_dtype, *plan.evaluate_dtypes)
+    for key, dtype in zip(("prepare", "train", "evaluate", "evaluate"), dtypes, strict=True):
+        emulated = dtype == "bfloat16" and not device.has_bfloat16
+        # Only training computes in float16 on a CPU; the other stages round weights to it.
+        if emulated or (key == "train" and dtype == "float16" and not device.has_float16):
+            line = (
+                f"{params.advise.device} has no units for {dtype} and computes at most at the rate "
+                f"of float32: set {key}.dtype to another"
             )
+            lines += [] if line in lines else [line]
     return lines
 
 

@@ -3,7 +3,8 @@
 `auto` takes the fastest format for which the hardware has units of its own. A processor without
 units for bfloat16 emulates it, 6 to 60 times slower than float32 (measured with PyTorch 2.13 on
 AVX2), so `auto` is float32 there. A GPU runs inference in float16 and trains in bfloat16, which
-needs no loss scaling because of its range.
+needs no loss scaling because of its range. GPUs before Ampere have no units for bfloat16; they
+train in float16 with loss scaling.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TypeVar
 
@@ -98,22 +99,29 @@ def inference_dtype(name: str, device: torch.device, *, key: str, remedy: str = 
     """
     if name == "auto":
         return torch.float16 if device.type == "cuda" else _fastest_wide_range(device)
-    return _asked_for(name, device, key, remedy or f"set {key} to auto or float32")
+    dtype = DTYPES[name]
+    computed = compute_dtype(dtype, device)
+    _check_units(dtype, computed, device, key, remedy or f"set {key} to auto or float32")
+    return dtype
 
 
 def training_dtype(name: str, device: torch.device, *, key: str = "train.dtype") -> torch.dtype:
-    """Return autocast's format in training; `auto` is bfloat16 if there are units, else float32.
+    """Return autocast's format in training; `auto` is bfloat16 if there are units for it.
 
-    float16 is not offered, since its gradients need loss scaling.
+    Otherwise it is float16 with loss scaling on a GPU, and float32 on a CPU. On a CPU, float16
+    really is computed in float16 here, which only serves to check it.
 
     Raises:
         ParamsError: bfloat16 is requested on a GPU without bfloat16 units.
     """
     if name != "auto":
-        return _asked_for(name, device, key, f"set {key} to auto or float32")
+        dtype = DTYPES[name]
+        _check_units(dtype, dtype, device, key, f"set {key} to auto or float32")
+        return dtype
     dtype = _fastest_wide_range(device)
     if device.type == "cuda" and dtype == torch.float32:
-        say(f"{key}=auto is float32 here: {_gpu_name(device)} has no bfloat16 units")
+        say(f"{key}=auto is float16 here: {_gpu_name(device)} has no bfloat16 units")
+        return torch.float16
     return dtype
 
 
@@ -185,16 +193,21 @@ def _fastest_wide_range(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16_units(device) else torch.float32
 
 
-def _asked_for(name: str, device: torch.device, key: str, remedy: str) -> torch.dtype:
-    dtype = DTYPES[name]
+def _check_units(
+    dtype: torch.dtype, computed: torch.dtype, device: torch.device, key: str, remedy: str
+) -> None:
+    """Warn of a format that is slow on a CPU; refuse bfloat16 on a GPU without units for it.
+
+    Args:
+        computed: the format of the products, which may differ from that of the weights.
+    """
     if device.type == "cpu":
-        _warn_if_slow(key, compute_dtype(dtype, device), remedy)
+        _warn_if_slow(key, computed, remedy)
     elif dtype == torch.bfloat16 and not has_bfloat16_units(device):
         raise ParamsError(
             f"{key}=bfloat16, but {_gpu_name(device)} has no bfloat16 units (NVIDIA GPUs have them "
             f"from compute capability 8.0, Ampere, on): {remedy}"
         )
-    return dtype
 
 
 def _gpu_name(device: torch.device) -> str:
@@ -205,7 +218,8 @@ def _gpu_name(device: torch.device) -> str:
 @cache
 def _warn_if_slow(key: str, dtype: torch.dtype, remedy: str) -> None:
     """Warn in one line how much slower than float32 a format is on this CPU, once per key."""
-    if dtype == torch.float32 or _cpu_has_bfloat16_units():
+    has_units = dtype == torch.bfloat16 and _cpu_has_bfloat16_units()
+    if dtype == torch.float32 or has_units:
         return
     factor = _linear_seconds(dtype) / _linear_seconds(torch.float32)
     if factor >= _SLOWER:
@@ -239,6 +253,19 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name used in params.yaml and fingerprints: torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def describe_dtypes(dtypes: Mapping[str, torch.dtype]) -> str:
+    """Describe the formats of several models by name: "float16", or "float16 (one), float32 (two)".
+
+    Only models with different formats are named.
+    """
+    names: dict[str, list[str]] = {}
+    for model, dtype in dtypes.items():
+        names.setdefault(dtype_name(dtype), []).append(model)
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{dtype} ({', '.join(models)})" for dtype, models in names.items())
 
 
 def seed_everything(seed: int) -> None:

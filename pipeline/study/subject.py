@@ -18,10 +18,10 @@ from pipeline.errors import DecantError, ParamsError, reason_of
 from pipeline.model.config_json import load_config, read_config_json
 from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.folder import require_regular_folder
+from pipeline.model.model_dtype import model_dtype
 from pipeline.model.quantization import refuse_quantized
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.model.weights import load_student, read_config
-from pipeline.runtime.device import inference_dtype
 from pipeline.runtime.optional import import_transformers
 from pipeline.teacher.fetch import download_snapshot
 
@@ -70,7 +70,7 @@ class Subject:
         self.params = params
         self.layer = layer
         self.device = device
-        self.speed_dtype = inference_dtype(params.dtype, device, key="study.dtype")
+        self.speed_dtype = model_dtype(params.dtype, folder, device, key="study.dtype")
         self.seed = seed
         self.tokenizer = load_tokenizer(folder)
         layers = self.config.num_hidden_layers

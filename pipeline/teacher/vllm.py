@@ -199,7 +199,7 @@ class VllmTeacher(Teacher):
         if not bool(states.isfinite().all()):
             raise DecantError(
                 f"the states that {engine} computes overflow in {dtype_name(self.dtype)}: set "
-                "prepare.dtype to bfloat16 or float32"
+                "prepare.dtype, or in evaluate evaluate.dtype, to bfloat16 or float32"
             )
         if bool((states.norm(dim=-1) - 1.0).abs().max() < _UNIT):
             raise DecantError(

@@ -3,7 +3,7 @@
 A checkpoint `step_<step, eight digits>` is a folder of
 
     __<rank>_<i>.distcp, .metadata   tensors, sharded: see dist_checkpoint.py
-    state.json                       step, skipped steps, history, number of ranks
+    state.json                       step, skipped steps, history, loss scale, number of ranks
     complete.json                    length and crc32c of each of the above; written last
 
 The position in the data is not stored, because it follows from the step.
@@ -38,6 +38,7 @@ from pipeline.io.ownership import MARK
 from pipeline.runtime.console import say
 from pipeline.runtime.ranks import ALONE, Ranks
 from pipeline.training.dist_checkpoint import Learner, read_tensors, write_tensors
+from pipeline.training.loss_scale import LossScale
 
 Kind = TypeVar("Kind")
 _KEEP = 2
@@ -56,6 +57,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)  # logged values, with "step"
     best_step: int | None = None  # step with the lowest validation loss, with train.keep_best
     best_loss: float | None = None
+    loss_scale: LossScale | None = None  # only in float16; it counts steps dropped for overflow
 
 
 @dataclass

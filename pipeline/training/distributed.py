@@ -97,12 +97,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Scale gradients to a global norm of at most `limit`; return the norm before scaling.
+def clip_gradients(module: nn.Module, limit: float, loss_scale: float = 1.0) -> float:
+    """Divide gradients by the loss scale, then clip their global norm to `limit`.
+
+    Returns the norm before clipping.
 
     The norm covers all ranks and is the same on all of them. If any rank has a non-finite gradient,
     the norm is non-finite everywhere, so all ranks take or skip the step together.
     """
+    if loss_scale != 1.0:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / loss_scale)
     norm: Any = nn.utils.clip_grad_norm_(module.parameters(), limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

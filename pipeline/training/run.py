@@ -105,7 +105,9 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
         start_again=overwrite,
     )
     dtype = _same_dtype(params, ranks)
-    identity = _identity(params, corpus, ranks.device, dtype)
+    recipe = params.train.model_copy(update={"dtype": dtype_name(dtype)})
+    params = params.model_copy(update={"train": recipe})
+    identity = _identity(params, corpus, ranks.device)
     if ranks.on_first(lambda: _claim(folder, checkpoints, identity, overwrite)):
         return RunResult(folder, None)
     seed_everything(params.seed)
@@ -250,13 +252,10 @@ def _same_dtype(params: Params, ranks: Ranks) -> torch.dtype:
     return dtype
 
 
-def _identity(
-    params: Params, corpus: CorpusSplit, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _identity(params: Params, corpus: CorpusSplit, device: torch.device) -> dict[str, Any]:
     """Return the inputs of a run; two runs with the same identity are the same run."""
     teacher = teacher_folder(params.paths.teacher)
     identity: dict[str, Any] = params.model_dump(mode="json", include={"seed", "student", "train"})
-    identity["train"]["dtype"] = dtype_name(dtype)
     identity["corpus_sha256"] = corpus.info.sha256
     identity["shard_rows"] = params.prepare.shard_rows  # the order of shuffled rows depends on it
     if params.train.targets == "cached":

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.config.params import Params
-from pipeline.config.train_params import RunParams, TrainParams
+from pipeline.config.train_params import TrainParams
 from pipeline.errors import DecantError
 from pipeline.model.student import Student
 from pipeline.runtime.console import StopRequest, announce, progress, say
@@ -27,6 +27,7 @@ from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.curves import Curves
 from pipeline.training.dist_checkpoint import Learner
 from pipeline.training.distributed import clip_gradients, evaluating, local_gradients
+from pipeline.training.loss_scale import LossScale
 from pipeline.training.optim import alpha_at, build_optimizer, learning_rate
 from pipeline.training.validation import Validation, validate
 
@@ -48,18 +49,22 @@ def train(
     ends with the weights of its lowest validation loss, counted from step 0.
 
     Args:
-        params: the parameters as `pipeline.config.resolved.resolve` returns them.
+        params: the parameters as `pipeline.config.resolved.resolve` returns them, with
+            `train.dtype` resolved, too.
         model: the student in its DistillationLoss, as `parallelise` returns it.
         student: the student itself; its parameters are trained in place, under its own names.
         folder: the run's folder, where curves are written.
 
     Raises:
-        DecantError: more than `run.max_skipped_steps` steps had a non-finite loss or gradient.
+        DecantError: more than `run.max_skipped_steps` steps had a non-finite loss or gradient, or
+            gradients overflow float16 at any loss scale.
     """
     recipe = params.train
     optimizer = build_optimizer(student, recipe)
     learner = Learner(student, optimizer)
-    state = checkpoints.load_newest(learner) or TrainState()
+    state = checkpoints.load_newest(learner) or TrainState(
+        loss_scale=LossScale() if recipe.dtype == "float16" else None
+    )
     if state.step:
         say(f"continuing from step {state.step} of {recipe.num_steps}")
     batches = stream.starting_at(state.step * recipe.gradient_accumulation_steps)
@@ -70,7 +75,7 @@ def train(
         bar = progress(range(state.step, recipe.num_steps), what="train", unit="step")
         for _ in bar:
             values = _train_step(model, optimizer, batches, state, recipe, ranks)
-            _require_few_skipped(state, params.run)
+            _require_few_skipped(state, params)
             state.step += 1
             bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
             due = state.step % recipe.eval_every == 0 or state.step == recipe.num_steps
@@ -186,12 +191,12 @@ def _train_step(
         sum(batch.tokens.numel() for batch in micro_batches),
     )
     alpha = alpha_at(state.step, params)
-    means = _forward_backward(model, micro_batches, max(1.0, num_labels), alpha, params, ranks)
-    norm = clip_gradients(model, params.max_grad_norm)
-    if math.isfinite(means["train/loss"]) and math.isfinite(norm):
-        optimizer.step()
-    else:  # all ranks skip this step
-        state.skipped += 1
+    scale = state.loss_scale.value if state.loss_scale else 1.0
+    means = _forward_backward(
+        model, micro_batches, max(1.0, num_labels), alpha, scale, params, ranks
+    )
+    norm = clip_gradients(model, params.max_grad_norm, scale)
+    _step_or_skip(optimizer, state, means["train/loss"], norm)
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return {
@@ -200,9 +205,35 @@ def _train_step(
         "train/learning_rate": rate,
         "train/gradient_norm": norm,
         "train/skipped_steps": float(state.skipped),
+        **_loss_scale_values(state, scale),
         "train/tokens_per_second": num_tokens / seconds,
         "train/data_wait": waited / seconds,
     }
+
+
+def _step_or_skip(
+    optimizer: torch.optim.Optimizer, state: TrainState, loss: float, norm: float
+) -> None:
+    """Take the step if loss and gradients are finite; otherwise all ranks skip and count it.
+
+    Gradients that are not finite under a finite loss are an overflow if the loss is scaled, and the
+    scale follows. A loss that is not finite would be so at any scale.
+    """
+    finite = math.isfinite(norm)
+    if not math.isfinite(loss) or not (finite or state.loss_scale):
+        state.skipped += 1
+        return
+    if finite:
+        optimizer.step()
+    if state.loss_scale:
+        state.loss_scale.update(overflowed=not finite)
+
+
+def _loss_scale_values(state: TrainState, used: float) -> dict[str, float]:
+    if state.loss_scale is None:
+        return {}
+    overflowed = float(state.loss_scale.overflowed)
+    return {"train/loss_scale": used, "train/overflowed_steps": overflowed}
 
 
 def _forward_backward(
@@ -210,10 +241,14 @@ def _forward_backward(
     micro_batches: list[Batch],
     num_labels: float,
     alpha: float,
+    scale: float,
     params: TrainParams,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Compute gradients of the mean loss over all ranks' labels of the step; return mean losses."""
+    """Compute gradients of the mean loss over all ranks' labels of the step; return mean losses.
+
+    The gradients are `scale` times as large.
+    """
     sums = [0.0, 0.0, 0.0]
     for number, batch in enumerate(micro_batches, 1):
         with local_gradients(model, last=number == len(micro_batches)):
@@ -221,16 +256,19 @@ def _forward_backward(
                 batch, alpha=alpha, temperature=params.temperature, divergence=params.divergence
             )
             # Both engines divide gradients by the number of ranks: see distributed.py.
-            (losses[0] * ranks.world_size / num_labels).backward()
+            (losses[0] * (ranks.world_size * scale) / num_labels).backward()
         sums = [total + loss.detach() for total, loss in zip(sums, losses, strict=True)]
     total, ce, divergence = (value / num_labels for value in ranks.sum(*map(float, sums)))
     means = {"train/loss": total, "train/ce": ce}
     return means | ({"train/divergence": divergence} if params.targets != "none" else {})
 
 
-def _require_few_skipped(state: TrainState, params: RunParams) -> None:
-    if state.skipped > params.max_skipped_steps:
+def _require_few_skipped(state: TrainState, params: Params) -> None:
+    limit = params.run.max_skipped_steps
+    if state.skipped > limit:
+        half = state.loss_scale is not None
+        range_ends = ", or set train.dtype=float32, since float16 ends at 65,504" if half else ""
         raise DecantError(
             f"{state.skipped} steps had a non-finite loss or gradient, the limit is "
-            f"run.max_skipped_steps={params.max_skipped_steps}: lower train.learning_rate"
+            f"run.max_skipped_steps={limit}: lower train.learning_rate{range_ends}"
         )

@@ -152,7 +152,11 @@ def compare_targets(work: Path, seeds: int, steps: int) -> None:
         names = [target.run_name(seed) for seed in range(seeds)]
         folders = {name: work / "runs" / name / "model" for name in names}
         models = open_models(
-            folders, corpus, params.paths.teacher, dtype=teacher.dtype, device=device
+            folders,
+            corpus,
+            params.paths.teacher,
+            dtypes=dict.fromkeys(folders, teacher.dtype),
+            device=device,
         )
         found = compare(
             teacher, models, corpus, params.evaluate, params.prepare.document_mask

@@ -119,7 +119,7 @@ def test_any_architecture_against_float64(kind: str, tiny_corpus: Params, tmp_pa
     for name, interval in scores.interval.items():
         assert interval.low <= getattr(scores, name) <= interval.high
     (model,) = open_models(
-        {"it": folder}, corpus, teacher, dtype=torch.float32, device=torch.device("cpu")
+        {"it": folder}, corpus, teacher, dtypes={"it": torch.float32}, device=torch.device("cpu")
     ).values()
     assert isinstance(model, WholeModel if kind in WHOLE else ProductModel)
 

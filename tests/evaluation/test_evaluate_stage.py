@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from pipeline.config.params import Params
+from pipeline.errors import DecantError, ParamsError
+from pipeline.evaluation.judge import choose_dtypes
 from stages.evaluate import main
+from tests.helpers import change
 from tests.models import make_teacher
 
 
@@ -68,3 +72,42 @@ def test_mistakes_are_one_sentence(
     assert done.exit_code == code
     assert sentence in done.output
     assert not tiny_corpus.paths.evaluate.exists()
+
+
+GPU = torch.device("cuda")
+FORMATS = ("float32", "bfloat16", "float16")
+
+
+@pytest.fixture
+def runs(tiny_params: Params, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The teacher, a run trained in each format, and a folder that is not of a run; on an A100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    folders = {"teacher": tiny_params.paths.teacher, "other": tiny_params.paths.runs / "model"}
+    for name in FORMATS:
+        folders[name] = tiny_params.paths.runs / name / "model"
+        folders[name].mkdir(parents=True)
+        (folders[name].parent / "run.json").write_text(json.dumps({"train": {"dtype": name}}))
+    return folders
+
+
+def test_on_a_gpu_auto_is_how_each_model_was_made(
+    runs: dict[str, Path], tiny_params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = change(tiny_params, evaluate={"dtype": "auto"}, prepare={"dtype": "bfloat16"})
+    trained = {name: getattr(torch, name) for name in FORMATS}
+    as_made = {"teacher": torch.bfloat16, "other": torch.float16} | trained
+    assert choose_dtypes(auto, runs, GPU) == as_made
+    asked = change(auto, evaluate={"dtype": "float32"})
+    assert set(choose_dtypes(asked, runs, GPU).values()) == {torch.float32}
+    on_cpu = set(choose_dtypes(auto, runs, torch.device("cpu")).values())
+    assert len(on_cpu) == 1  # the fastest, whatever a GPU did
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(ParamsError, match=r"prepare\.dtype=bfloat16, but .* set evaluate\.dtype="):
+        choose_dtypes(auto, runs, GPU)
+    captured = change(auto, prepare={"dtype": "auto"})
+    of_t4 = as_made | {"teacher": torch.float16, "bfloat16": torch.float32}
+    assert choose_dtypes(captured, runs, GPU) == of_t4
+    (runs["float16"].parent / "run.json").write_text("{")
+    with pytest.raises(DecantError, match=r"run\.json is damaged"):
+        choose_dtypes(captured, runs, GPU)

@@ -119,7 +119,7 @@ def test_views_against_float64(tiny_corpus: Params, tmp_path: Path) -> None:
         {"other": other},
         corpus,
         tiny_corpus.paths.teacher,
-        dtype=torch.float32,
+        dtypes={"other": torch.float32},
         device=torch.device("cpu"),
     )
     view = view_passage(teacher, opened, corpus, tokenizer, 20)

@@ -126,6 +126,26 @@ def test_scaled_and_capped_logits(transform: LogitTransform, num_sampled: int, t
     assert_equals_plain(sums, (hidden, weight), logits, labels, topk, 0.6, tau)
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+def test_the_loss_scale_reaches_gradients_before_they_are_rounded(loss_scale: float) -> None:
+    """Hidden states in float16 whose unscaled gradients are below float16's least number, 6e-8."""
+    hidden = torch.randn(5, 8, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(20, 8) * 1e-9
+    labels = torch.randint(0, 20, (5,))
+    sums = distillation_loss_sums(
+        hidden, weight, labels, None, alpha=0.0, temperature=1.0, dtype=torch.float32
+    )
+    (found,) = torch.autograd.grad(sums.total * loss_scale, hidden)
+    exact = hidden.detach().float().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(exact @ weight.T, labels, reduction="sum")
+    (wanted,) = torch.autograd.grad(loss * loss_scale, exact)
+    assert found.dtype == torch.float16
+    if loss_scale == 1.0:
+        assert not found.any()
+    else:
+        torch.testing.assert_close(found.float(), wanted, rtol=0.03, atol=1e-7)
+
+
 def test_without_a_teacher_it_is_cross_entropy() -> None:
     hidden = torch.randn(9, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)

@@ -396,9 +396,9 @@ def test_an_online_run_knows_how_its_teacher_ran(tiny_corpus: Params, tmp_path: 
     corpus = CorpusSplit(tiny_corpus.paths.corpus, "train")
     params = change(tiny_corpus, paths={"teacher": str(folder)}, train={"targets": "online"})
     engines = [
-        _identity(change(params, prepare={"dequantize": dequantize}), corpus, CPU, torch.float32)[
-            "online"
-        ]["engine"]
+        _identity(change(params, prepare={"dequantize": dequantize}), corpus, CPU)["online"][
+            "engine"
+        ]
         for dequantize in (False, True)
     ]
     assert engines == ["transformers, fp8", "transformers, fp8 dequantized"]
@@ -474,9 +474,9 @@ def test_a_quantised_teacher_runs_quantised(
     assert 1e-3 < error < 0.5  # quantised, and not something else
     if dtype == torch.float32:
         corpus = CorpusSplit(tiny_corpus.paths.corpus, "validation")
-        judged = open_models({"quantised": folder}, corpus, plain, dtype=dtype, device=CPU)[
-            "quantised"
-        ]
+        judged = open_models(
+            {"quantised": folder}, corpus, plain, dtypes={"quantised": dtype}, device=CPU
+        )["quantised"]
         states = judged.states(torch.arange(40).view(2, 20), None)
         torch.testing.assert_close(judged.logits(states)[:, :300], wanted, rtol=0.0, atol=1e-5)
         texts = sample(folder, ("the cat",), 3, quantized=QuantizedRun(dtype, CPU, False))

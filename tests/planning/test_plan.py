@@ -71,7 +71,7 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
     [
         ("cpu", "bfloat16", "bfloat16"),
         ("cpu-avx2", "float32", "float32"),
-        ("t4", "float16", "float32"),
+        ("t4", "float16", "float16"),
         ("a100-40gb", "float16", "bfloat16"),
     ],
 )
@@ -90,7 +90,9 @@ def test_auto_is_what_the_planned_device_computes_fastest(
 def test_evaluate_counts_on_its_own_format(tiny_params: Params, tmp_path: Path) -> None:
     """Worked by hand for a T4, whose float16 is 65 / 8.1 times as fast as its float32."""
     half, single, auto = (
-        make_plan(big(tiny_params, tmp_path, evaluate={"dtype": name})).stage("evaluate").seconds
+        make_plan(big(tiny_params, tmp_path, evaluate={"dtype": name}, train={"dtype": "float16"}))
+        .stage("evaluate")
+        .seconds
         for name in ("float16", "float32", "auto")
     )
     assert half is not None
@@ -101,8 +103,12 @@ def test_evaluate_counts_on_its_own_format(tiny_params: Params, tmp_path: Path) 
     teacher, student = plan.teacher_shape, plan.student_shape
     operations = teacher.forward_operations(1000) + 2 * student.forward_operations(1000)
     assert single == pytest.approx(100_000 * operations / (0.5 * 8.1e12))
-    text = sentences(tiny_params, tmp_path, evaluate={"dtype": "bfloat16"})
-    assert "computes at the rate of float32: set evaluate.dtype to another" in text
+    models = {"prepare": {"dtype": "float16"}, "train": {"dtype": "float32"}}
+    apart = make_plan(big(tiny_params, tmp_path, evaluate={"dtype": "auto"}, **models))
+    assert apart.evaluate_dtypes == ("float16", "float32")  # as captured, as trained
+    operations = teacher.forward_operations(1000) / 65 + 2 * student.forward_operations(1000) / 8.1
+    seconds = apart.stage("evaluate").seconds
+    assert seconds == pytest.approx(100_000 * operations / (0.5 * 1e12))
 
 
 def test_verify_counts_what_the_gate_computes(tiny_cache: Params) -> None:
@@ -223,10 +229,34 @@ def test_advice_says_what_fits(tiny_params: Params, tmp_path: Path) -> None:
     assert "prepare fits: " in text
     assert "train fits: " in text
     assert "bfloat16" not in text
-    text = sentences(tiny_params, tmp_path, train={"batch_rows": 500, "dtype": "bfloat16"})
+    text = sentences(tiny_params, tmp_path, train={"batch_rows": 500, "dtype": "float16"})
     assert "train does NOT fit: " in text
     assert "set run.activation_checkpointing" in text
-    assert "t4 has no units for bfloat16 and computes at the rate of float32: set train" in text
+    cpu = {"device": "cpu-avx2"}
+    for dtype in ("bfloat16", "float16"):
+        text = sentences(tiny_params, tmp_path, train={"dtype": dtype}, advise=cpu)
+        assert f"cpu-avx2 has no units for {dtype} and computes at most at the rate of" in text
+    text = sentences(tiny_params, tmp_path, evaluate={"dtype": "bfloat16"}, advise=cpu)
+    assert "at the rate of float32: set evaluate.dtype to another" in text
+
+
+@pytest.mark.parametrize("section", ["prepare", "train", "evaluate"])
+def test_bfloat16_is_refused_where_the_stage_would_refuse_it(
+    section: str, tiny_params: Params, tmp_path: Path
+) -> None:
+    bfloat16 = {section: {"dtype": "bfloat16"}}
+    with pytest.raises(ParamsError, match=rf"{section}\.dtype=bfloat16, but advise\.device=t4 has"):
+        make_plan(big(tiny_params, tmp_path, **bfloat16))
+    make_plan(big(tiny_params, tmp_path, **bfloat16, advise={"device": "l4"}))
+
+
+def test_a_t4_trains_in_float16_at_its_rate(tiny_params: Params, tmp_path: Path) -> None:
+    half, single = (
+        make_plan(big(tiny_params, tmp_path, train={"dtype": dtype}))
+        for dtype in ("auto", "float32")
+    )
+    assert half.rates.train / single.rates.train == pytest.approx(65 / 8.1)
+    assert half.student_dtype == "float16"
 
 
 def test_advice_says_how_much_is_read_and_when_to_go_online(

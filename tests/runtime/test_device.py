@@ -88,7 +88,7 @@ def test_without_onednn_there_are_no_units(units: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "training"), [((7, 5), FLOAT32), ((8, 0), BFLOAT16), ((9, 0), BFLOAT16)]
+    ("capability", "training"), [((7, 5), FLOAT16), ((8, 0), BFLOAT16), ((9, 0), BFLOAT16)]
 )
 def test_auto_on_a_gpu(
     units: pytest.MonkeyPatch,
@@ -100,8 +100,8 @@ def test_auto_on_a_gpu(
     assert inference_dtype("auto", GPU, key="prepare.dtype") == FLOAT16
     assert training_dtype("auto", GPU) == training
     said = capsys.readouterr().out
-    expected = "train.dtype=auto is float32 here: Some GPU (compute capability 7.5) has no bfloat16"
-    assert (expected in said) is (training == FLOAT32)
+    expected = "train.dtype=auto is float16 here: Some GPU (compute capability 7.5) has no bfloat16"
+    assert (expected in said) is (training == FLOAT16)
 
 
 def test_bfloat16_is_refused_on_a_gpu_that_has_none(units: pytest.MonkeyPatch) -> None:
@@ -111,13 +111,14 @@ def test_bfloat16_is_refused_on_a_gpu_that_has_none(units: pytest.MonkeyPatch) -
     with pytest.raises(ParamsError, match=r"train\.dtype=bfloat16, but Some GPU"):
         training_dtype("bfloat16", GPU)
     assert inference_dtype("float16", GPU, key="generate.dtype") == FLOAT16
+    assert training_dtype("float16", GPU) == FLOAT16
 
 
 def test_a_slow_format_is_told_once_with_the_factor(
     units: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of_cpu(units, onednn=False, amx=False, avx512_bf16=False)
-    seconds = {FLOAT32: 0.001, BFLOAT16: 0.0072}
+    seconds = {FLOAT32: 0.001, BFLOAT16: 0.0072, FLOAT16: 0.05}
     units.setattr(hardware, "_linear_seconds", seconds.__getitem__)
     for _ in range(2):
         assert training_dtype("bfloat16", CPU) == BFLOAT16
@@ -130,6 +131,14 @@ def test_a_slow_format_is_told_once_with_the_factor(
     assert inference_dtype("bfloat16", CPU, key="prepare.dtype") == BFLOAT16
     assert inference_dtype("float16", CPU, key="prepare.dtype") == FLOAT16  # computed in float32
     assert not capsys.readouterr().out
+    assert training_dtype("float16", CPU) == FLOAT16  # computed in float16
+    assert "train.dtype=float16 takes 50.0 times as long" in capsys.readouterr().out
+
+
+def test_models_are_named_only_where_their_formats_differ() -> None:
+    assert hardware.describe_dtypes({"teacher": FLOAT16, "student": FLOAT16}) == "float16"
+    formats = {"teacher": FLOAT16, "student": BFLOAT16, "baseline": BFLOAT16}
+    assert hardware.describe_dtypes(formats) == "float16 (teacher), bfloat16 (student, baseline)"
 
 
 def test_the_factor_is_measured() -> None:

@@ -265,7 +265,7 @@ def test_an_online_teacher_is_refused(tiny_corpus: Params, vllm_python: Path) ->
 def test_evaluate_takes_vllm(teacher: VllmTeacher, tiny_corpus: Params) -> None:
     corpus = CorpusSplit(tiny_corpus.paths.corpus, "validation")
     folder = tiny_corpus.paths.teacher
-    models = open_models({"copy": folder}, corpus, folder, dtype=FLOAT32, device=CPU)
+    models = open_models({"copy": folder}, corpus, folder, dtypes={"copy": FLOAT32}, device=CPU)
     found = compare(teacher, models, corpus, tiny_corpus.evaluate, document_mask=True).scores
     wanted = judge(tiny_corpus, {"copy": folder}).scores
     assert found["teacher"].loss == pytest.approx(wanted["teacher"].loss, abs=1e-4)
