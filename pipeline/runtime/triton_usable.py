@@ -23,19 +23,17 @@ def triton_usable(device: torch.device) -> bool:
 
     If they do not, one line says what is missing, and the caller uses PyTorch's operators.
     """
-    if device.type != "cuda":
-        return False
-    return _runs_on(torch.cuda.current_device() if device.index is None else device.index)
+    return device.type == "cuda" and _runs_on(device)
 
 
 @cache
-def _runs_on(index: int) -> bool:
+def _runs_on(device: torch.device) -> bool:
     # Any error: of the import, of the C compiler, of the driver, of the assembler for this GPU.
     try:
-        _launch(torch.device("cuda", index))
+        _launch(device)
     except Exception as error:
         say(
-            f"warning: Triton kernels do not run on cuda:{index}, and PyTorch's operators, which "
+            f"warning: Triton kernels do not run on {device}, and PyTorch's operators, which "
             f"take more time, replace them: {_cause(error)}"
         )
         return False

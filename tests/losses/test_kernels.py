@@ -14,7 +14,7 @@ from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.kernels_torch import SoftmaxKernels
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.targets.reduce import top_k_from_logits
-from tests.kernels import run_apart
+from tests.kernels import interpret_fast, run_apart  # noqa: F401  # for the other process
 
 TAUS = (1.0, 2.0, 0.5)
 needs_triton = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def check_losses(fused: SoftmaxKernels, device: str) -> None:
 def test_interpreted_kernels_equal_the_plain_passes() -> None:
     run_apart(
         "tests.losses.test_kernels",
-        "from pipeline.losses import kernels_triton; torch.manual_seed(0); "
+        "from pipeline.losses import kernels_triton; interpret_fast(); torch.manual_seed(0); "
         "check_passes(kernels_triton, 'cpu'); check_losses(kernels_triton, 'cpu')",
         TRITON_INTERPRET="1",
     )
