@@ -27,6 +27,7 @@ TINY_RUNS = {  # options, and what it must print
     "model_speed": ("--shape tiny --rounds 1 --rows 1 --length 8", "decode, batch 8 "),
     "online_step": ("--case tiny --rounds 1", "online, dense, teacher of 4.3x the size "),
     "quality": ("--work quality --seeds 1 --steps 1", "| dense, live teacher | 600.0 "),
+    "reduce_speed": ("--case tiny --rounds 1", "of the product of 3584"),
     "sharded_memory": (
         "--limit 1500 --size 4 --hidden 32 --processes 2 --way tensor",
         "2 processes under 1,500 MiB each, tensor: exit status 0",

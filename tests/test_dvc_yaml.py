@@ -53,6 +53,8 @@ NO_EFFECT = {
     "pipeline.runtime.launch": "ranks, of which DVC starts one",
     "pipeline.runtime.ranks": "ranks, of which DVC starts one",
     "pipeline.runtime.optional": "imports of packages that may be missing",
+    "pipeline.runtime.triton_probe": "whether a GPU runs Triton kernels",
+    "pipeline.runtime.triton_usable": "which of two equal passes a GPU takes",
     "pipeline.teacher.sharded": "ranks, of which DVC starts one",
     "pipeline.teacher.stage_ranks": "ranks, of which DVC starts one",
     "pipeline.capture.ray": "prepare --executor ray, which DVC does not use: the same bytes",

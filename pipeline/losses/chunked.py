@@ -45,7 +45,7 @@ from pipeline.losses.divergences import (
 from pipeline.losses.kernels_torch import SoftmaxKernels
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform, soft_cap_slope
 from pipeline.runtime.numerics import as_factor, matmul_float32
-from pipeline.runtime.optional import has_triton
+from pipeline.runtime.triton_usable import triton_usable
 from pipeline.targets.topk import TopK
 
 
@@ -246,8 +246,8 @@ def _losses(
 
 
 def kernels_for(device: torch.device) -> SoftmaxKernels:
-    """Return the passes over the vocabulary: Triton's on a GPU if installed, else PyTorch's."""
-    if device.type == "cuda" and has_triton():
+    """Return the passes over the vocabulary: Triton's on a GPU where they run, else PyTorch's."""
+    if triton_usable(device):
         from pipeline.losses import kernels_triton  # it imports triton
 
         return kernels_triton

@@ -8,9 +8,7 @@ checks this.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -61,9 +59,3 @@ def import_ray() -> Any:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # applies to clusters that this process starts
     return require("ray", "ray", "--executor ray")
-
-
-@cache
-def has_triton() -> bool:
-    """Return whether Triton can be imported; PyTorch's CUDA builds for Linux depend on it."""
-    return importlib.util.find_spec("triton") is not None

@@ -40,7 +40,8 @@ from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
-from pipeline.targets.reduce import row_uniforms, sample_by_inversion, top_k_from_logits
+from pipeline.targets.block_search import sample_by_inversion
+from pipeline.targets.reduce import row_uniforms, top_k_from_logits
 from pipeline.targets.topk import TopK
 from pipeline.teacher.teacher import Teacher
 from pipeline.verify.agreement import Agreement, agreement, said_ids, signed_names

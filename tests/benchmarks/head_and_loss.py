@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import distillation_loss
 from pipeline.model.decoder import ModelConfig, StudentModel
-from pipeline.targets.reduce import block_top_k
+from pipeline.targets.block_search import block_top_k
 from pipeline.targets.topk import TopK
 
 K, LENGTH = 64, 256

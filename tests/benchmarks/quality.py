@@ -29,8 +29,8 @@ from pipeline.evaluation.compare import compare
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.models import open_models
 from pipeline.logit_cache.reader import CacheReader
-from pipeline.targets import reduce
-from pipeline.targets.reduce import block_top_k
+from pipeline.targets import block_search
+from pipeline.targets.block_search import block_top_k
 from pipeline.teacher.engines import teacher_dtype
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training.run import run_training
@@ -127,7 +127,7 @@ def way(scores: dict[str, list[Scores]], name: str, field: str) -> str:
 @click.option("--steps", default=48)
 def main(work: Path, seeds: int, steps: int) -> None:
     """Train, evaluate, print the README's table."""
-    with patch.object(reduce, "block_top_k", keep_all_unsorted):
+    with patch.object(block_search, "block_top_k", keep_all_unsorted):
         compare_targets(work, seeds, steps)
 
 

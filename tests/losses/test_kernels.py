@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -18,8 +14,8 @@ from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.kernels_torch import SoftmaxKernels
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.targets.reduce import top_k_from_logits
+from tests.kernels import interpret_fast, run_apart  # noqa: F401  # for the other process
 
-ROOT = Path(__file__).parents[2]
 TAUS = (1.0, 2.0, 0.5)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux alone"
@@ -79,55 +75,14 @@ def check_losses(fused: SoftmaxKernels, device: str) -> None:
     chunked.kernels_for = chosen
 
 
-def check_compilation() -> None:
-    """What the interpreter runs need not compile; for the GPU that is meant, none is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from pipeline.losses import kernels_triton
-
-    tensors = {
-        kernels_triton._softmax_stats: ("logits", "peak", "at_tau", "at_one"),
-        kernels_triton._softmax_grad_: ("logits", "peak", "of_tau", "of_one"),
-    }
-    for kernel, names in tensors.items():
-        for two in (False, True):
-            signature = dict.fromkeys(names, "*fp32")
-            signature |= {"stride": "i64", "vocab_size": "i32", "inverse_tau": "fp32"}
-            source = ASTSource(
-                kernel,
-                signature | {"two": "constexpr", "block": "constexpr"},
-                {"two": two, "block": kernels_triton._BLOCK},
-            )
-            assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-
-
-def run_apart(code: str, **variables: str) -> None:
-    """In a process of its own: Triton looks at the environment when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests.losses.test_kernels import *; {code}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @needs_triton
 def test_interpreted_kernels_equal_the_plain_passes() -> None:
     run_apart(
-        "from pipeline.losses import kernels_triton; torch.manual_seed(0); "
+        "tests.losses.test_kernels",
+        "from pipeline.losses import kernels_triton; interpret_fast(); torch.manual_seed(0); "
         "check_passes(kernels_triton, 'cpu'); check_losses(kernels_triton, 'cpu')",
         TRITON_INTERPRET="1",
     )
-
-
-@needs_triton
-def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    run_apart("check_compilation()", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.targets.reduce import block_top_k, row_uniforms, top_k_from_logits
+from pipeline.targets.block_search import block_top_k
+from pipeline.targets.reduce import row_uniforms, top_k_from_logits
 from pipeline.targets.topk import TopK
 
 TAUS = (1.0, 2.0, 4.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pipeline.targets.reduce import sample_by_inversion
+from pipeline.targets.block_search import sample_by_inversion
 
 
 def _at_temperature(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.targets.reduce import sample_by_inversion
+from pipeline.targets.block_search import sample_by_inversion
 from pipeline.verify.sampled_ids import fit_tests, sample_sums, sampled_overlap
 from tests.verify.faults import SAMPLING_FAULTS
 
