@@ -97,10 +97,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def clip_gradients(module: nn.Module, limit: float, loss_scale: float = 1.0) -> float:
+def clip_gradients(module: nn.Module, limit: float, loss_scale: float = 1.0) -> Tensor:
     """Divide gradients by the loss scale, then clip their global norm to `limit`.
 
-    Returns the norm before clipping.
+    Returns the norm before clipping, a float32 scalar on the device.
 
     The norm covers all ranks and is the same on all of them. If any rank has a non-finite gradient,
     the norm is non-finite everywhere, so all ranks take or skip the step together.
@@ -109,7 +109,8 @@ def clip_gradients(module: nn.Module, limit: float, loss_scale: float = 1.0) -> 
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / loss_scale)
     norm: Any = nn.utils.clip_grad_norm_(module.parameters(), limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole
 
 
 def gather_parameters(module: nn.Module, ranks: Ranks) -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.params import Params
 from pipeline.config.train_params import TrainParams
@@ -192,15 +192,19 @@ def _train_step(
     )
     alpha = alpha_at(state.step, params)
     scale = state.loss_scale.value if state.loss_scale else 1.0
-    means = _forward_backward(
-        model, micro_batches, max(1.0, num_labels), alpha, scale, params, ranks
-    )
-    norm = clip_gradients(model, params.max_grad_norm, scale)
-    _step_or_skip(optimizer, state, means["train/loss"], norm)
+    count = max(1.0, num_labels)
+    sums = _forward_backward(model, micro_batches, count, alpha, scale, params, ranks)
+    gradient_norm = clip_gradients(model, params.max_grad_norm, scale)
+    # The only wait for a GPU in a step
+    total, ce, divergence, norm = torch.stack((*sums, gradient_norm)).tolist()
+    total, ce, divergence = (value / count for value in ranks.sum(total, ce, divergence))
+    _step_or_skip(optimizer, state, total, norm)
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return {
-        **means,
+        "train/loss": total,
+        "train/ce": ce,
+        **({"train/divergence": divergence} if params.targets != "none" else {}),
         **({"train/alpha": alpha} if params.alpha_end is not None else {}),
         "train/learning_rate": rate,
         "train/gradient_norm": norm,
@@ -244,12 +248,13 @@ def _forward_backward(
     scale: float,
     params: TrainParams,
     ranks: Ranks,
-) -> dict[str, float]:
-    """Compute gradients of the mean loss over all ranks' labels of the step; return mean losses.
+) -> tuple[Tensor, ...]:
+    """Compute gradients of the mean loss over all ranks' labels of the step, times `scale`.
 
-    The gradients are `scale` times as large.
+    Returns:
+        This rank's sums of the total loss, CE and divergence, float32 scalars on its device.
     """
-    sums = [0.0, 0.0, 0.0]
+    sums: tuple[Tensor, ...] = ()
     for number, batch in enumerate(micro_batches, 1):
         with local_gradients(model, last=number == len(micro_batches)):
             losses = model(
@@ -257,10 +262,9 @@ def _forward_backward(
             )
             # Both engines divide gradients by the number of ranks: see distributed.py.
             (losses[0] * (ranks.world_size * scale) / num_labels).backward()
-        sums = [total + loss.detach() for total, loss in zip(sums, losses, strict=True)]
-    total, ce, divergence = (value / num_labels for value in ranks.sum(*map(float, sums)))
-    means = {"train/loss": total, "train/ce": ce}
-    return means | ({"train/divergence": divergence} if params.targets != "none" else {})
+        own = tuple(loss.detach() for loss in losses)
+        sums = tuple(a + b for a, b in zip(sums, own, strict=True)) if sums else own
+    return sums
 
 
 def _require_few_skipped(state: TrainState, params: Params) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from pipeline.config.train_params import TrainParams
@@ -39,7 +40,8 @@ def validate(
     Raises:
         DecantError: the loss is not finite, which no later step can undo, or no position is in it.
     """
-    ce, kl, count = 0.0, 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # of CE and KL
+    count = 0
     has_targets = False
     with evaluating(model):
         for batch in first_rows(
@@ -53,8 +55,9 @@ def validate(
             _, batch_ce, batch_kl = model(
                 batch, alpha=params.alpha, temperature=1.0, divergence="forward_kl"
             )
-            ce, kl, count = ce + float(batch_ce), kl + float(batch_kl), count + batch.num_labels
-    ce, kl, total = ranks.sum(ce, kl, count)
+            sums += torch.stack((batch_ce, batch_kl))
+            count += batch.num_labels
+    ce, kl, total = ranks.sum(*sums.tolist(), count)
     if not total:
         raise DecantError("the validation rows hold no position in the loss: enlarge the corpus")
     if not math.isfinite(ce):
