@@ -117,8 +117,6 @@ def _judge(
     """Add the scores of teacher and models on the positions of these rows that have a label."""
     tokens = torch.from_numpy(rows.tokens).to(teacher.device)
     apart = documents_apart(torch.from_numpy(rows.doc_ids), document_mask)
-    if apart is not None:
-        apart = apart.to(teacher.device)
     targets = labels.flatten().to(teacher.device)
     states = {name: model.states(tokens, apart) for name, model in models.items()}
     for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart):

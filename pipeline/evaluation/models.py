@@ -33,6 +33,7 @@ from pipeline.model.student import Student
 from pipeline.model.weights import open_student
 from pipeline.runtime.device import compute_dtype, place_rounded
 from pipeline.runtime.numerics import as_factor, matmul_float32
+from pipeline.runtime.transfer import to_device
 
 
 class JudgedModel(Protocol):
@@ -46,7 +47,8 @@ class JudgedModel(Protocol):
         """Map tokens, int64 [B, L] on the model's device, to states of positions [B * L, ...].
 
         Args:
-            doc_ids: integers [B, L], the documents to keep apart; None for plain causal attention.
+            doc_ids: integers [B, L] on the CPU, the documents to keep apart; None for plain causal
+                attention.
 
         Raises:
             DecantError: this architecture cannot keep documents apart.
@@ -106,7 +108,8 @@ class WholeModel:
                     f"a {self._model.config.model_type!r} model always attends across "
                     "documents: set prepare.document_mask=false, or leave it out"
                 )
-            options = document_options(self._model, document_positions(doc_ids))
+            positions = to_device(document_positions(doc_ids), tokens.device)
+            options = document_options(self._model, positions)
         logits: Tensor = self._model(input_ids=tokens, use_cache=False, **options).logits
         return logits.flatten(0, 1)
 

@@ -9,13 +9,42 @@ Padding continues the document before it. No real token attends to padding, beca
 last, and no row of the mask is empty, so there is no NaN. The output for a document does not depend
 on whether its batch needs a mask.
 
-Shapes: B batch, L length.
+A mask is L x L numbers per row, all of which attention computes. On GPUs whose FlashAttention takes
+sequences of different lengths, models get `Segments` instead, and nothing between documents is
+computed.
+
+Shapes: B batch, L length, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from pipeline.runtime.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The documents of a batch as consecutive parts of its B * L tokens."""
+
+    bounds: Tensor  # int32 [N + 1], the first token of each document, and B * L
+    longest: int  # no document has more tokens
+
+    @classmethod
+    def of(cls, doc_ids: Tensor, device: torch.device) -> Segments:
+        """Find the documents of integer doc_ids [B, L], on the CPU; `bounds` is on the device."""
+        starts = _starts(doc_ids)
+        starts[:, 0] = True
+        end = torch.tensor([doc_ids.numel()])
+        bounds = torch.cat((starts.flatten().nonzero()[:, 0], end)).int()
+        return cls(to_device(bounds, device), doc_ids.shape[1])
 
 
 def documents_apart(doc_ids: Tensor, document_mask: bool) -> Tensor | None:
@@ -48,6 +77,55 @@ def document_mask(doc_ids: Tensor) -> Tensor:
     """
     number = _starts(doc_ids).cumsum(1)
     return (number[:, :, None] == number[:, None, :]).tril()[:, None]
+
+
+def attention_within(
+    doc_ids: Tensor, device: torch.device, dtype: torch.dtype, dropout: float
+) -> Tensor | Segments:
+    """Return what keeps documents apart in the form that is fastest on a device.
+
+    Args:
+        doc_ids: integer [B, L], on the CPU.
+        dtype: format of queries, keys and values.
+        dropout: of attention weights, which FlashAttention's form for segments does not have.
+    """
+    if dropout or flash_within(device.type, dtype) is None:
+        return document_mask(to_device(doc_ids, device))
+    return Segments.of(doc_ids, device)
+
+
+@cache
+def flash_within(device: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Return PyTorch's causal attention within segments, or None if the device has none.
+
+    It takes queries [T, H, E], keys and values [T, G, E], their bounds twice, and the length of the
+    longest segment twice. It exists for half formats on GPUs from compute capability 8.0 on, in
+    this form since PyTorch 2.11.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:
+        return None
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return partial(varlen_attn, **options)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Attend within segments: q [B, H, L, E], k and v [B, G, L, E] -> [B, H, L, E]."""
+    flash = flash_within(q.device.type, q.dtype)
+    assert flash is not None
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    bounds, longest = segments.bounds, segments.longest
+    mixed = flash(*flat, bounds, bounds, longest, longest)
+    return mixed.view(q.shape[0], q.shape[2], *mixed.shape[1:]).transpose(1, 2)
 
 
 def _starts(doc_ids: Tensor) -> Tensor:

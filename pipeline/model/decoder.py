@@ -21,10 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ParamsError
-from pipeline.model.attention_mask import document_mask, document_positions
+from pipeline.model.attention_mask import (
+    Segments,
+    attend_within,
+    attention_within,
+    document_positions,
+)
 from pipeline.model.kv_cache import KVCache, LayerCache
 from pipeline.model.rope import RopeScaling, inverse_frequencies
 from pipeline.model.student import Student
+from pipeline.runtime.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +168,15 @@ class GQAAttention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from x [B, L, D] to x and to the cached tokens; return [B, L, D].
 
         Args:
             cos, sin: angles of the L positions, from `RotaryEmbedding`.
-            mask: bool [1 or B, 1, L, S], True where a query may see a key; None for causal.
+            mask: bool [1 or B, 1, L, S], True where a query may see a key; segments within which
+                attention is causal; None if it is causal over the row.
             cache: the new keys and values are appended to it.
         """
 
@@ -185,12 +192,16 @@ class GQAAttention(nn.Module):
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, dropout: float
+) -> Tensor:
     """Attend with queries [B, H, L, E] to keys and values [B, G, S, E]; return [B, H, L, E].
 
     Without a mask, a single query sees all keys, and several queries see the keys up to their own
     position (then S = L). With a mask, it must include causality.
     """
+    if isinstance(mask, Segments):
+        return attend_within(q, k, v, mask)
     grouped = k.shape[1] != q.shape[1]
     if grouped and (mask is not None or not _has_grouped_kernel(q)):
         groups = q.shape[1] // k.shape[1]
@@ -277,7 +288,7 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
@@ -294,15 +305,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = RotaryEmbedding(config.head_size, config.rope_theta, config.rope_scaling)
+        self.dropout = config.dropout
 
     def forward(
         self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        mask: Tensor | None = None
+        mask: Tensor | Segments | None = None
         if cache is not None:
             positions, mask = cache.positions(tokens.shape[1]), cache.mask(tokens.shape[1])
         elif doc_ids is not None:
-            positions, mask = document_positions(doc_ids), document_mask(doc_ids)
+            positions = to_device(document_positions(doc_ids), tokens.device)
+            mask = attention_within(doc_ids, tokens.device, self._dtype(), self._dropout())
         else:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         cos, sin = self.rotary(positions)
@@ -312,6 +325,15 @@ class Decoder(nn.Module):
             x = block(x, cos, sin, mask, layer_cache)
         out: Tensor = self.norm(x)
         return out
+
+    def _dtype(self) -> torch.dtype:
+        """Return the format of queries, keys and values."""
+        weight = self.embed_tokens.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
 
 class StudentModel(Student):
@@ -351,9 +373,8 @@ class StudentModel(Student):
         """Map tokens, integers [B, L], to final normalised hidden states [B, L, D].
 
         Args:
-            doc_ids: integers [B, L], the documents to keep apart
-            (pipeline/model/attention_mask.py);
-                None for plain causal attention over the row.
+            doc_ids: integers [B, L] on the CPU, the documents to keep apart
+                (pipeline/model/attention_mask.py); None for plain causal attention over the row.
             cache: the tokens read before; `tokens` continue them and are added to the cache.
         """
         length = tokens.shape[1] + (0 if cache is None else cache.length)

@@ -41,6 +41,7 @@ from pipeline.model.quantization import read_quantization
 from pipeline.model.student import Student
 from pipeline.runtime.device import dtype_name
 from pipeline.runtime.optional import import_transformers
+from pipeline.runtime.transfer import to_device
 
 _PROBE_TOKENS = 8
 _REPEATED = 1e-3  # relative to the largest value: the body run twice; kernels may add in any order
@@ -415,7 +416,9 @@ class HuggingFaceStudent(Student):
                 f"a {self.model.config.model_type!r} student always attends across "
                 "documents: train it without document masks, or choose another architecture"
             )
-        return body_states(self.model, tokens, document_positions(doc_ids))
+        return body_states(
+            self.model, tokens, to_device(document_positions(doc_ids), tokens.device)
+        )
 
 
 def _keep_layers(model: Any, layers: Sequence[int], folder: Path) -> Any:

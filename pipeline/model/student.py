@@ -25,8 +25,8 @@ class Student(nn.Module, ABC):
         """Map tokens, int64 [B, L], to final normalised hidden states [B, L, D].
 
         Args:
-            doc_ids: integers [B, L]; positions attend only within their own document and are
-                counted from its start. If None, each row is one document.
+            doc_ids: integers [B, L] on the CPU; positions attend only within their own document and
+                are counted from its start. If None, each row is one document.
         """
 
     @property

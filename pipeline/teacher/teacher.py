@@ -112,9 +112,8 @@ class Teacher(ABC):
         """Map tokens, int64 [B, L], to final hidden states [B, L, D], as the body computes them.
 
         Args:
-            doc_ids: integers [B, L], the documents to keep apart (see
-                pipeline/model/attention_mask.py);
-                None for plain causal attention over the row.
+            doc_ids: integers [B, L] on the CPU, the documents to keep apart (see
+                pipeline/model/attention_mask.py); None for plain causal attention over the row.
 
         Raises:
             DecantError: this architecture cannot keep documents apart, or the rows are longer than

@@ -39,8 +39,8 @@ class Batch:
         tokens: int64 [B, L]: B rows of this rank, of L tokens each.
         labels: int64 [B, L], IGNORE where a position is not in the loss; on the CPU, like tokens.
         topk: the targets, TopK [B, L, ...], or None if training has none.
-        doc_ids: int32 [B, L], which documents the model must keep apart; None if plain causal
-            attention over the rows gives the same result or is wanted
+        doc_ids: int32 [B, L] on the CPU, which documents the model must keep apart; None if plain
+            causal attention over the rows gives the same result or is wanted
             (pipeline/model/attention_mask.py).
     """
 
@@ -64,14 +64,8 @@ class Batch:
         topk = self.topk  # an online teacher's TopK is already on the GPU
         if topk is not None and topk.lse.device.type == "cpu":
             topk = topk.map(Tensor.pin_memory)
-        doc_ids = self.doc_ids.pin_memory() if self.doc_ids is not None else None
-        return replace(
-            self,
-            tokens=self.tokens.pin_memory(),
-            labels=self.labels.pin_memory(),
-            topk=topk,
-            doc_ids=doc_ids,
-        )
+        tokens, labels = self.tokens.pin_memory(), self.labels.pin_memory()
+        return replace(self, tokens=tokens, labels=labels, topk=topk)
 
 
 def make_batch(source: TargetSource, places: list[Place]) -> Batch:

@@ -40,12 +40,11 @@ class DistillationLoss(nn.Module):
         that need gradients in tuples, not in dataclasses.
         """
         device = self.student.head_weight.device
-        doc_ids = None if batch.doc_ids is None else to_device(batch.doc_ids, device)
         # No weight is used twice in a forward, so autocast's cache would only hold copies longer.
         with torch.autocast(
             device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):
-            hidden = self.student.hidden_states(to_device(batch.tokens, device), doc_ids)
+            hidden = self.student.hidden_states(to_device(batch.tokens, device), batch.doc_ids)
         in_loss = batch.in_loss  # found on the CPU, since a GPU would have to be waited for
         index = to_device(in_loss, device) if len(in_loss) < batch.labels.numel() else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.data.packing import PADDING
-from pipeline.model.attention_mask import document_mask, document_positions, documents_apart
-from pipeline.model.decoder import ModelConfig, StudentModel
+from pipeline.model import attention_mask
+from pipeline.model.attention_mask import (
+    Segments,
+    document_mask,
+    document_positions,
+    documents_apart,
+)
+from pipeline.model.decoder import ModelConfig, StudentModel, attention_plain
 from pipeline.model.weights import load_student
+from tests.helpers import SMALL
 from tests.models import hugging_face
 
 LENGTHS = (7, 1, 12, 4)  # of the documents in one row
@@ -108,3 +116,68 @@ def test_student_and_hugging_face_keep_the_same_documents_apart(kind: str, tmp_p
     torch.testing.assert_close(
         load_student(tmp_path)(tokens, doc_ids), expected, atol=1e-5, rtol=1e-5
     )
+
+
+def flash_on_a_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    bounds_k: Tensor,
+    longest: int,
+    longest_k: int,
+) -> Tensor:
+    """What PyTorch's varlen_attn computes, document by document."""
+    assert torch.equal(bounds, bounds_k)
+    assert bounds.dtype == torch.int32
+    assert int(bounds.diff().max()) <= longest == longest_k
+    parts = []
+    for start, stop in pairwise(bounds.tolist()):
+        part = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
+        parts.append(attention_plain(*part)[0][0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_segments_are_the_documents() -> None:
+    doc_ids = torch.tensor([[5, 5, 6, PADDING], [6, 6, 7, 7]], dtype=torch.int32)
+    found = Segments.of(doc_ids, torch.device("cpu"))
+    assert found.bounds.tolist() == [0, 2, 4, 6, 8]  # padding continues its document
+    assert found.longest == 4
+
+
+def test_attention_within_segments_is_attention_under_the_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = StudentModel(ModelConfig(**SMALL))
+    tokens = torch.randint(0, 300, (2, 9))
+    doc_ids = torch.tensor([[0, 0, 1, 1, 1, 1, 2, PADDING, PADDING], [3] * 5 + [4] * 4])
+    student.eval()
+    expected = student(tokens, doc_ids)
+    monkeypatch.setattr(attention_mask, "flash_within", lambda *_: flash_on_a_cpu)
+    torch.testing.assert_close(student(tokens, doc_ids), expected, atol=1e-5, rtol=1e-5)
+    assert isinstance(
+        attention_mask.attention_within(doc_ids, tokens.device, torch.float32, 0.1), Tensor
+    ), "segments have no dropout"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_segments_and_masks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients in bfloat16, where PyTorch has attention within segments."""
+    if attention_mask.flash_within("cuda", torch.bfloat16) is None:
+        pytest.skip("no attention within segments here")
+    config = ModelConfig(**SMALL | {"hidden_size": 256})
+    student = StudentModel(config).cuda()
+    tokens = torch.randint(0, 300, (2, 64), device="cuda")
+    doc_ids = torch.tensor([[0] * 20 + [1] * 44, [2] * 50 + [3] * 10 + [PADDING] * 4])
+    found = []
+    for flash in (attention_mask.flash_within, lambda *_: None):
+        monkeypatch.setattr(attention_mask, "flash_within", flash)
+        student.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            states = student.hidden_states(tokens, doc_ids)
+        states.float().square().sum().backward()
+        weight = student.model.layers[0].self_attn.q_proj.weight
+        assert weight.grad is not None
+        found.append((states.float(), weight.grad))
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.02
