@@ -25,6 +25,7 @@ from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.bootstrap import Interval, clusters_of, intervals
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
+from pipeline.runtime.transfer import to_device
 from pipeline.teacher.teacher import Teacher
 
 
@@ -115,12 +116,15 @@ def _judge(
     found: Mapping[str, PositionScores],
 ) -> None:
     """Add the scores of teacher and models on the positions of these rows that have a label."""
-    tokens = torch.from_numpy(rows.tokens).to(teacher.device)
+    tokens = to_device(torch.from_numpy(rows.tokens), teacher.device)
     apart = documents_apart(torch.from_numpy(rows.doc_ids), document_mask)
-    targets = labels.flatten().to(teacher.device)
+    labels = labels.flatten()
+    targets = to_device(labels, teacher.device)
     states = {name: model.states(tokens, apart) for name, model in models.items()}
     for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart):
-        wanted = targets[chunk] != IGNORE
+        # Found on the CPU, since a GPU would have to be waited for
+        places = (labels[chunk] != IGNORE).nonzero()[:, 0]
+        wanted = to_device(places, teacher.device)
         target = targets[chunk][wanted]
         log_p = teacher_logits[wanted].log_softmax(-1)
         found[TEACHER].add(teacher_logits[wanted], target, log_p)

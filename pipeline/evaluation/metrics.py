@@ -44,8 +44,7 @@ class PositionScores:
             teacher_log_p: float32 [n, V_teacher] with V_teacher <= V; further ids of the student
                 have no teacher mass.
 
-        Raises:
-            DecantError: a loss or a divergence is not finite.
+        The scores stay on the device of the logits, which is not waited for.
         """
         log_q = logits.log_softmax(-1)
         top_log_q, guess = log_q.max(-1)
@@ -57,22 +56,27 @@ class PositionScores:
             "top1_agreement": guess == teacher_log_p.max(-1).indices,
             "accuracy": correct,
         }
-        if not bool(torch.isfinite(found["loss"] + found["kl_to_teacher"]).all()):
+        for name, values in found.items():
+            self._parts[name].append(values)
+        confidence = top_log_q.exp().double()
+        bins = self._bins.shape[1]
+        index = (confidence.nan_to_num() * bins).long().clamp_max(bins - 1)
+        values = torch.stack([torch.ones_like(confidence), confidence, correct.double()])
+        self._bins = self._bins.to(values.device).index_add_(1, index, values)
+
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Return each metric that is a mean over positions, [n], in the order they were added.
+
+        Raises:
+            DecantError: a loss or a divergence is not finite.
+        """
+        values = {name: torch.cat(parts).float().cpu() for name, parts in self._parts.items()}
+        if not bool(torch.isfinite(values["loss"] + values["kl_to_teacher"]).all()):
             raise DecantError(
                 f"{self._name} predicts probabilities that are 0 or not numbers: its training has "
                 "diverged, or its logits overflow: set evaluate.dtype=float32, or leave it out"
             )
-        for name, values in found.items():
-            self._parts[name].append(values.cpu())
-        confidence = top_log_q.exp().double().cpu()
-        bins = self._bins.shape[1]
-        index = (confidence * bins).long().clamp_max(bins - 1)
-        values = torch.stack([torch.ones_like(confidence), confidence, correct.double().cpu()])
-        self._bins.index_add_(1, index, values)
-
-    def values(self) -> dict[str, NDArray[np.float32]]:
-        """Return each metric that is a mean over positions, [n], in the order they were added."""
-        return {name: torch.cat(parts).float().numpy() for name, parts in self._parts.items()}
+        return {name: tensor.numpy() for name, tensor in values.items()}
 
     def scores(self, clusters: NDArray[np.int64]) -> Scores:
         """Return the means over all positions added so far, with their intervals.
@@ -82,7 +86,7 @@ class PositionScores:
         """
         values = self.values()
         mean = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
-        _, confidence, right = self._bins
+        _, confidence, right = self._bins.cpu()
         return Scores(
             **mean,
             perplexity=math.exp(min(mean["loss"], 700.0)),
@@ -94,7 +98,8 @@ class PositionScores:
 
     def calibration(self) -> list[CalibrationBin]:
         """Return the reliability diagram."""
-        total = self._bins[0].sum()
+        bins = self._bins.cpu()
+        total = bins[0].sum()
         return [
             CalibrationBin(
                 model=self._name,
@@ -102,7 +107,7 @@ class PositionScores:
                 accuracy=float(right / count),
                 share=float(count / total),
             )
-            for count, confidence, right in self._bins.T
+            for count, confidence, right in bins.T
             if count
         ]
 

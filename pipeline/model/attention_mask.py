@@ -95,7 +95,7 @@ def attention_within(
 
 
 @cache
-def flash_within(device: str, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+def flash_within(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
     """Return PyTorch's causal attention within segments, or None if the device has none.
 
     It takes queries [T, H, E], keys and values [T, G, E], their bounds twice, and the length of the
@@ -124,7 +124,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor
     assert flash is not None
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     bounds, longest = segments.bounds, segments.longest
-    mixed = flash(*flat, bounds, bounds, longest, longest)
+    mixed: Tensor = flash(*flat, bounds, bounds, longest, longest)
     return mixed.view(q.shape[0], q.shape[2], *mixed.shape[1:]).transpose(1, 2)
 
 

@@ -36,8 +36,10 @@ def test_what_is_no_number_is_one_sentence(bad: float) -> None:
     """Not an index out of range, nor a NaN that the report would have to show."""
     teacher = torch.zeros(2, 4).log_softmax(-1)
     logits = torch.tensor([[0.0, bad, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
+    scores = PositionScores(10, "far")
+    scores.add(logits, torch.tensor([0, 1]), teacher)
     with pytest.raises(DecantError, match="far predicts probabilities that are 0 or not numbers"):
-        PositionScores(10, "far").add(logits, torch.tensor([0, 1]), teacher)
+        scores.scores(np.zeros(2, np.int64))
 
 
 def test_chunks_do_not_matter() -> None:
