@@ -41,10 +41,11 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ParamsError: the name is `cuda` or `cuda:N`, and PyTorch cannot use that GPU.
     """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    _sum_in_float32()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device(name)
+        return torch.device("cuda")
     if not torch.cuda.is_available():
         raise ParamsError(f"device={name}, but {_why_no_gpu()}: set device to auto or cpu")
     device = torch.device(name)
@@ -56,6 +57,18 @@ def pick_device(name: str) -> torch.device:
             )
         torch.cuda.set_device(device)
     return device
+
+
+def _sum_in_float32() -> None:
+    """Let matrix products on GPUs keep float32's precision, whatever PyTorch's defaults are.
+
+    float32 then means float32 and not TF32, whose factors have 10 bits, and products of half
+    formats add up in float32 throughout, where PyTorch may otherwise round partial sums.
+    """
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _why_no_gpu() -> str:

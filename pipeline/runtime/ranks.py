@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +77,10 @@ class Ranks:
         return outcome[0]  # type: ignore[no-any-return]
 
 
+_PATIENCE = timedelta(hours=2)
+"""How long ranks wait for one of them. PyTorch's ten minutes are less than it takes rank 0 to hash
+or copy a large model while the others wait; ranks that are gone are noticed at once."""
+
 ALONE = Ranks(torch.device("cpu"))
 
 
@@ -127,6 +132,7 @@ def _join(here: Launch, device: torch.device) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore(f"attempt_{here.attempt}", store),
+        timeout=_PATIENCE,
         rank=rank,
         world_size=count,
     )
