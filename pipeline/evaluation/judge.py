@@ -17,7 +17,7 @@ from pipeline.evaluation.harness import Harness
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import view_passage
 from pipeline.evaluation.results import TEACHER, HarnessResults, ModelScores, Samples
-from pipeline.evaluation.samples import QuantizedRun, sample
+from pipeline.evaluation.samples import Run, sample
 from pipeline.evaluation.tables import harness_lines
 from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
@@ -85,9 +85,7 @@ def judge(
             folder,
             params.evaluate.prompts,
             params.evaluate.max_new_tokens,
-            quantized=QuantizedRun(
-                dtypes[name], device, dequantize=name == TEACHER and params.prepare.dequantize
-            ),
+            Run(dtypes[name], device, dequantize=name == TEACHER and params.prepare.dequantize),
         )
         for name, folder in _opened_whole(folders, params, "writes no sample texts").items()
     }

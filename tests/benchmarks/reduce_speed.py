@@ -23,6 +23,7 @@ import torch
 from measure import medians
 from torch import Tensor
 
+from pipeline.config.resolved import padded_vocabulary
 from pipeline.runtime.device import pick_device
 from pipeline.targets import reduce_torch
 from pipeline.targets.reduce import Reduction, reduction_for
@@ -54,7 +55,8 @@ def median_seconds(variants: Variants, rounds: int, device: torch.device) -> dic
 
 
 def product(rows: int, hidden: int, vocabulary: int, device: torch.device) -> Callable[[], object]:
-    """The product of states and head, with float32 results."""
+    """The product of states and head, with float32 results, in whole tiles as a teacher's is."""
+    vocabulary = padded_vocabulary(vocabulary)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     states = torch.randn(rows, hidden, device=device, dtype=dtype)
     head = torch.randn(vocabulary, hidden, device=device, dtype=dtype)
@@ -70,7 +72,8 @@ def reduction(passes: Reduction, logits: Tensor, k: int, num_sampled: int) -> Ca
 
 def compare(vocabulary: int, rows: int, rounds: int, device: torch.device) -> None:
     """One table."""
-    logits = torch.randn(rows, vocabulary, device=device) * 4
+    logits = torch.randn(rows, padded_vocabulary(vocabulary), device=device) * 4
+    logits = logits[:, :vocabulary]
     chosen = reduction_for(device)
     named = {"PyTorch": reduce_torch} | ({} if chosen is reduce_torch else {"Triton": chosen})
     variants: Variants = {}

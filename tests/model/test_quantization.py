@@ -20,7 +20,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import DecantError, ParamsError
 from pipeline.evaluation.models import open_models
-from pipeline.evaluation.samples import QuantizedRun, sample
+from pipeline.evaluation.samples import Run, sample
 from pipeline.model import quantization
 from pipeline.model.quantization import (
     QuantizedError,
@@ -479,7 +479,7 @@ def test_a_quantised_teacher_runs_quantised(
         )["quantised"]
         states = judged.states(torch.arange(40).view(2, 20), None)
         torch.testing.assert_close(judged.logits(states)[:, :300], wanted, rtol=0.0, atol=1e-5)
-        texts = sample(folder, ("the cat",), 3, quantized=QuantizedRun(dtype, CPU, False))
+        texts = sample(folder, ("the cat",), 3, Run(dtype, CPU))
         assert len(texts) == 1
 
 
