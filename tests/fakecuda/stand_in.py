@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -74,13 +75,35 @@ def total(counts: Counts, kind: str) -> int:
     return sum(number for (found, _), number in counts.items() if kind in found)
 
 
+_shown: list[str] = []
+
+
 def show(title: str, counts: Counts) -> None:
-    """Print the counts, the most frequent first."""
+    """Show counts at the end of the run, the most frequent first."""
     rows = [f"  {n:3d} x {kind:23s} {place}" for (kind, place), n in counts.most_common()]
-    sys.stdout.write("\n".join(["", title, *rows, ""]))
+    _shown.extend(["", title, *rows])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in _shown:
+        terminalreporter.write_line(line)
 
 
 # ---- Values: each operation is computed on the CPU, in the memory of the CUDA tensors
+
+
+_with_values = True
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Compute nothing within the block, so that sizes of real models fit: values are undefined."""
+    global _with_values
+    _with_values = False
+    try:
+        yield
+    finally:
+        _with_values = True
 
 
 class Values(TorchDispatchMode):
@@ -89,10 +112,16 @@ class Values(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if not _with_values or FakeTensor in types:  # DTensor asks fake tensors for shapes
+            return func(*args, **kwargs)
         if not all(t in (Tensor, torch.nn.Parameter) for t in types):
             return NotImplemented  # DTensor comes back with its local tensors
-        kwargs = kwargs or {}
-        if func.namespace != "aten" or func in _WITHOUT_VALUES or not _on_gpu(args, kwargs):
+        if (
+            func.namespace not in ("aten", "fsdp")
+            or func in _WITHOUT_VALUES
+            or not _on_gpu(args, kwargs)
+        ):
             return func(*args, **kwargs)
         if func in _OF_UNKNOWN_SIZE:
             return _of_unknown_size(func, args, kwargs)
@@ -335,6 +364,10 @@ _WITHOUT_VALUES = {
     aten._pin_memory.default,
     aten._fused_sdp_choice.default,
     aten._local_scalar_dense.default,
+    aten.set_.source_Storage,
+    aten.set_.source_Storage_storage_offset,
+    aten.set_.source_Tensor,
+    aten.resize_.default,
 }
 
 # ---- Triton's kernels: compiled and launched as on a GPU, then interpreted in the same memory
@@ -348,7 +381,7 @@ def _interpret_kernels() -> None:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
-        if not warmup:
+        if _with_values and not warmup:
             host_args, host_kwargs = tree_map(_for_cpu, (args, kwargs))
             kernel = interpreter.InterpretedFunction(self.fn)
             kernel.run(*host_args, grid=grid, warmup=False, **host_kwargs)
@@ -369,6 +402,11 @@ def _interpret_kernels() -> None:
 
 
 def pytest_configure() -> None:
+    install()
+
+
+def install() -> None:
+    """Prepare this process; values are computed within `with Values()`, and in pools' threads."""
     ctypes.CDLL(os.environ["LD_PRELOAD"]).fakecuda_report_to(_report)
     _interpret_kernels()
     work = futures._WorkItem.run
