@@ -117,6 +117,9 @@ class Values(TorchDispatchMode):
             return func(*args, **kwargs)
         if not all(t in (Tensor, torch.nn.Parameter) for t in types):
             return NotImplemented  # DTensor comes back with its local tensors
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:  # composite operations arrive whole; their parts are what runs
+                return func.decompose(*args, **kwargs)
         if (
             func.namespace not in ("aten", "fsdp")
             or func in _WITHOUT_VALUES
