@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test deliver docs lint clean
+.PHONY: demo test fakecuda deliver docs lint clean
 
 demo: $(VENV)/demo
 	dvc repro
@@ -17,6 +17,12 @@ demo: $(VENV)/demo
 JOBS ?= 2
 test: $(VENV)/ready
 	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# GPU paths without a GPU, by gcc and PyTorch's CUDA build, which is in .venv unless TORCH_INDEX chose
+# another; else FAKECUDA is the interpreter of an environment that has it.
+FAKECUDA ?= $(CURDIR)/$(BIN)/python
+fakecuda: $(VENV)/ready
+	DECANT_TEST_FAKECUDA='$(FAKECUDA)' python -m pytest -m fakecuda -rP tests/fakecuda
 
 # Prepare a finished run for others: evaluate it, export it as Hugging Face folder and GGUF files
 # that are checked on three paths, and write its page. All results go to INTO, so that those of

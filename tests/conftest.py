@@ -43,6 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest files come first, so that no process begins one when the others have finished.
     items.sort(key=lambda item: item.path.name not in LONG)
     conditions = {
+        "fakecuda": ("DECANT_TEST_FAKECUDA" in os.environ, "set DECANT_TEST_FAKECUDA"),
         "gpu": (torch.cuda.is_available(), "needs a CUDA GPU"),
         "network": (os.environ.get("DECANT_TEST_NETWORK") == "1", "set DECANT_TEST_NETWORK=1"),
         "vllm": ("DECANT_TEST_VLLM" in os.environ, "set DECANT_TEST_VLLM to an interpreter"),
