@@ -36,15 +36,16 @@ class Segments:
 
     bounds: Tensor  # int32 [N + 1], the first token of each document, and B * L
     longest: int  # no document has more tokens
+    kernel: Callable[..., Any]  # what `flash_within` returns
 
     @classmethod
-    def of(cls, doc_ids: Tensor, device: torch.device) -> Segments:
+    def of(cls, doc_ids: Tensor, device: torch.device, kernel: Callable[..., Any]) -> Segments:
         """Find the documents of integer doc_ids [B, L], on the CPU; `bounds` is on the device."""
         starts = _starts(doc_ids)
         starts[:, 0] = True
         end = torch.tensor([doc_ids.numel()])
         bounds = torch.cat((starts.flatten().nonzero()[:, 0], end)).int()
-        return cls(to_device(bounds, device), doc_ids.shape[1])
+        return cls(to_device(bounds, device), doc_ids.shape[1], kernel)
 
 
 def documents_apart(doc_ids: Tensor, document_mask: bool) -> Tensor | None:
@@ -89,9 +90,10 @@ def attention_within(
         dtype: format of queries, keys and values.
         dropout: of attention weights, which FlashAttention's form for segments does not have.
     """
-    if dropout or flash_within(device.type, dtype) is None:
+    kernel = None if dropout else flash_within(device.type, dtype)
+    if kernel is None:
         return document_mask(to_device(doc_ids, device))
-    return Segments.of(doc_ids, device)
+    return Segments.of(doc_ids, device, kernel)
 
 
 @cache
@@ -120,11 +122,9 @@ def flash_within(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Attend within segments: q [B, H, L, E], k and v [B, G, L, E] -> [B, H, L, E]."""
-    flash = flash_within(q.device.type, q.dtype)
-    assert flash is not None
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     bounds, longest = segments.bounds, segments.longest
-    mixed: Tensor = flash(*flat, bounds, bounds, longest, longest)
+    mixed: Tensor = segments.kernel(*flat, bounds, bounds, longest, longest)
     return mixed.view(q.shape[0], q.shape[2], *mixed.shape[1:]).transpose(1, 2)
 
 

@@ -22,6 +22,7 @@ from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.model.attention_mask import documents_apart
+from pipeline.runtime.batch_sizes import resolve_batch_rows, resolve_head_chunk
 from pipeline.runtime.device import pick_device, training_dtype
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.engines import open_teacher, teacher_dtype
@@ -54,7 +55,10 @@ def ratio_of(call: Callable[[str], None], rounds: int) -> tuple[float, float]:
 
 def capture(teacher: Teacher, corpus: CorpusSplit, params: Params, rows: int, way: str) -> None:
     """Teacher, head and reduction to the top K."""
-    wanted, batch_rows = params.prepare, params.capture.batch_rows
+    wanted = params.prepare
+    batch_rows = resolve_batch_rows(
+        params.capture.batch_rows, corpus.info.row_length, teacher.device.type
+    )
     for first in range(0, rows, batch_rows):
         batch = corpus.rows(first, min(first + batch_rows, rows))
         apart = documents_apart(torch.from_numpy(batch.doc_ids), WAYS[way])
@@ -102,7 +106,7 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     distillation = DistillationLoss(
         student,
         dtype=training_dtype(params.train.dtype, device),
-        head_chunk=params.run.head_chunk,
+        head_chunk=resolve_head_chunk(params.run.head_chunk, student.vocab_size, device),
     )
 
     def step(way: str) -> None:

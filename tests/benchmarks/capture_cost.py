@@ -22,6 +22,7 @@ from pipeline.capture.capture import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.model.attention_mask import documents_apart
+from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.device import pick_device
 from pipeline.teacher.engines import open_teacher, teacher_dtype
 from pipeline.teacher.teacher import Teacher
@@ -29,7 +30,9 @@ from pipeline.teacher.teacher import Teacher
 
 def bare(teacher: Teacher, corpus: CorpusSplit, rows: range, params: Params) -> None:
     """Hidden states and all logits, chunk by chunk, thrown away."""
-    batch_rows = params.capture.batch_rows
+    batch_rows = resolve_batch_rows(
+        params.capture.batch_rows, corpus.info.row_length, teacher.device.type
+    )
     for first in range(rows.start, rows.stop, batch_rows):
         batch = corpus.rows(first, min(first + batch_rows, rows.stop))
         doc_ids = documents_apart(torch.from_numpy(batch.doc_ids), params.prepare.document_mask)

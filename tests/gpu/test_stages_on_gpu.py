@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +21,7 @@ from pipeline.config.params import Params
 from pipeline.config.train_params import Divergence
 from pipeline.io.files import read_json_object
 from pipeline.targets.topk import TopK
-from tests.helpers import LORA, change, open_cache
+from tests.helpers import LORA, ROOT, change, open_cache
 
 pytestmark = pytest.mark.gpu
 
@@ -91,6 +93,7 @@ def test_every_divergence_trains(
 TRAINED: dict[str, dict[str, Any]] = {
     "float32": {"train": {"dtype": "float32"}},
     "bfloat16": {"train": {"dtype": "bfloat16"}},
+    "float16": {"train": {"dtype": "float16"}},
     "cross-entropy alone": {"train": {"targets": "none"}},
     "a live teacher": {"train": {"targets": "online"}, "prepare": {"dtype": "auto"}},
     "adapters": {"student": {"lora": LORA}},
@@ -118,12 +121,29 @@ def test_a_student_learns_on_the_gpu_as_on_the_cpu(tiny_cache: Params) -> None:
         assert ours["validation"][name] == pytest.approx(theirs["validation"][name], rel=2e-3)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_group_of_one_rank_learns_as_one_process_does(tiny_cache: Params, parallel: str) -> None:
+    params = on_gpu(tiny_cache, prepare={"dtype": "float32"}, train={"dtype": "float32"})
+    run("train", params, "--run", "alone")
+    file = params.paths.corpus.parent / "params-gpu.yaml"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    words = ["--params", str(file), "--run", "grouped", "--set", f"run.parallel={parallel}"]
+    done = subprocess.run(
+        [*command, "stages/train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    alone, grouped = (metrics_of(params, name) for name in ("alone", "grouped"))
+    for name in ("loss", "kl"):
+        expected = alone["validation"][name]
+        assert grouped["validation"][name] == pytest.approx(expected, rel=1e-3)
+
+
 def test_what_follows_a_run(tiny_cache: Params) -> None:
     params = on_gpu(tiny_cache, prepare={"dtype": "float32"})
     run("train", params)
     run("train", params, "--run", "baseline", "--set", "train.targets=none")
     run("evaluate", params)
     run("generate", params, "--prompt", "the cat", "--set", "generate.max_new_tokens=8")
-    run("study", params)
+    run("study", params, "--set", "study.prompt_tokens=16", "--set", "study.max_new_tokens=8")
     run("advise", params)
     run("export", params)

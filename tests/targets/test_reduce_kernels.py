@@ -104,7 +104,7 @@ def check_extremes(fused: Reduction, device: str) -> None:
     view = fused.reduce_rows(wide[:, :301], 5, (2.0,), None)
     copied = fused.reduce_rows(wide[:, :301].contiguous(), 5, (2.0,), None)
     assert torch.equal(view.ids, copied.ids)
-    assert torch.equal(view.entropy, copied.entropy)
+    torch.testing.assert_close(view.entropy, copied.entropy)  # sums in another order, on a GPU
     equal = fused.reduce_rows(torch.zeros(1, 1000, device=device), 7, (), None)
     assert equal.ids.tolist() == [list(range(7))]
     logits = torch.full((1, 200), -torch.inf, device=device)
