@@ -1,9 +1,9 @@
 """What capture costs on top of the teacher: bare forward (body and head) over capture, end to end.
 
-    python tests/benchmarks/capture_cost.py [--rows 32] [--peak TFLOPS] [--set KEY=VALUE]
+    python tests/benchmarks/capture_cost.py [--rows 32] [--shards 2] [--set KEY=VALUE]
 
 Takes the teacher and corpus of params.yaml, those of `dvc repro` or others by --set. Both variants
-take turns on the same rows in one run: the ratio is what counts. With --peak also the share of the
+take turns on the same rows in one run: the ratio is what counts. With --peak TFLOPS also the share of the
 machine's peak FLOP/s in the teacher's format.
 """
 
@@ -43,11 +43,10 @@ def bare(teacher: Teacher, corpus: CorpusSplit, rows: range, params: Params) -> 
 
 
 def measure(
-    teacher: Teacher, corpus: CorpusSplit, params: Params, rounds: int
+    teacher: Teacher, corpus: CorpusSplit, params: Params, shards: list[int], rounds: int
 ) -> tuple[float, float]:
     """Median ratio of bare forward to capture over the same shards; median seconds of capture."""
     times: dict[str, list[float]] = {"bare": [], "capture": []}
-    shards = [0, 1]
     for turn in range(rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
             paths = params.paths.model_copy(update={"logits": Path(folder)})
@@ -73,11 +72,12 @@ def measure(
 
 
 @click.command()
-@click.option("--rows", default=32, help="Rows a shard; two shards are captured.")
+@click.option("--rows", default=32, help="Rows per shard.")
+@click.option("--shards", default=2, help="Shards that are captured.")
 @click.option("--rounds", default=8)
 @click.option("--set", "overrides", multiple=True, help="As the stages take it.")
 @click.option("--peak", default=0.0, help="Peak TFLOP/s of the machine in the teacher's format.")
-def main(rows: int, rounds: int, overrides: tuple[str, ...], peak: float) -> None:
+def main(rows: int, shards: int, rounds: int, overrides: tuple[str, ...], peak: float) -> None:
     """Print the ratio."""
     sizes = [f"prepare.shard_rows={rows}", f"prepare.chunk_rows={min(32, rows)}"]
     params = load_params(Path("params.yaml"), [*sizes, *overrides])
@@ -89,8 +89,8 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...], peak: float) -> Non
         teacher_dtype(params, device),
         device,
     )
-    ratio, capture_seconds = measure(teacher, corpus, params, rounds)
-    tokens = 2 * rows * corpus.info.row_length
+    ratio, capture_seconds = measure(teacher, corpus, params, list(range(shards)), rounds)
+    tokens = shards * rows * corpus.info.row_length
     print(f"capture runs at {ratio:.3f} of the bare forward's speed, the median of {rounds} rounds")
     print(f"{tokens / capture_seconds:.0f} tokens/s captured, K={params.prepare.k}")
     if peak:

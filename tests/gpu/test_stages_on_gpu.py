@@ -75,7 +75,7 @@ def test_a_cache_of_the_gpu_is_that_of_the_cpu(tiny_corpus: Params, tmp_path: Pa
     elsewhere = gpu.paths.model_copy(update={"logits": tmp_path / "of-cpu"})
     cpu = gpu.model_copy(update={"device": "cpu", "paths": elsewhere})
     run("prepare", cpu)
-    run("verify", cpu.model_copy(update={"device": "cuda"}))
+    run("verify", cpu.model_copy(update={"device": "cuda:0"}))
     torch.testing.assert_close(stored(gpu).lse, stored(cpu).lse, atol=2e-3, rtol=1e-3)
 
 
