@@ -134,10 +134,10 @@ class Capture:
         bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
         pending: Future[None] | None = None
         with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
-            for shard, topk, tokens_sha256 in self._computed(shards, bar):
+            for shard, parts, rows in self._computed(shards, bar):
                 if pending is not None:
                     pending.result()
-                pending = thread.submit(self.writer.write, shard, topk, tokens_sha256)
+                pending = thread.submit(self._write, shard, parts, rows)
             if pending is not None:
                 pending.result()
         return CaptureResult(
@@ -154,13 +154,16 @@ class Capture:
 
     def compute(self, shard: int) -> tuple[TopK, str]:
         """Return a shard's TopK [rows, L, ...] on the CPU, and the hash of its corpus rows."""
-        [(_, topk, tokens_sha256)] = self._computed([shard])
-        return topk, tokens_sha256
+        [(_, parts, rows)] = self._computed([shard])
+        return TopK.cat(parts), hash_rows(rows)
+
+    def _write(self, shard: int, parts: list[TopK], rows: Rows) -> None:
+        self.writer.write(shard, TopK.cat(parts), hash_rows(rows))
 
     def _computed(
         self, shards: list[int], bar: object | None = None
-    ) -> Iterator[tuple[int, TopK, str]]:
-        """Yield each shard with what `compute` returns for it.
+    ) -> Iterator[tuple[int, list[TopK], Rows]]:
+        """Yield each shard with the TopK of its batches, on the CPU, and its corpus rows.
 
         A GPU is given its next batch, of the next shard too, before the result of this one is
         waited for, so that it always has work.
@@ -171,7 +174,7 @@ class Capture:
             if bar is not None:
                 bar.update(parts[-1].lse.numel())  # type: ignore[attr-defined]
             if batch.completes is not None:
-                yield batch.shard, TopK.cat(parts), hash_rows(batch.completes)
+                yield batch.shard, parts, batch.completes
                 parts = []
 
     def _begun(self, shards: list[int]) -> Iterator[_Batch]:

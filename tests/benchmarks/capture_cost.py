@@ -3,8 +3,8 @@
     python tests/benchmarks/capture_cost.py [--rows 32] [--shards 2] [--set KEY=VALUE]
 
 Takes the teacher and corpus of params.yaml, those of `dvc repro` or others by --set. Both variants
-take turns on the same rows in one run: the ratio is what counts. With --peak TFLOPS also the share of the
-machine's peak FLOP/s in the teacher's format.
+take turns on the same rows in one run: the ratio is what counts. With --peak TFLOPS also the share
+of the machine's peak FLOP/s in the teacher's format.
 """
 
 from __future__ import annotations

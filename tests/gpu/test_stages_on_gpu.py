@@ -126,7 +126,7 @@ def test_a_group_of_one_rank_learns_as_one_process_does(tiny_cache: Params, para
     params = on_gpu(tiny_cache, prepare={"dtype": "float32"}, train={"dtype": "float32"})
     run("train", params, "--run", "alone")
     file = params.paths.corpus.parent / "params-gpu.yaml"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--"]
     words = ["--params", str(file), "--run", "grouped", "--set", f"run.parallel={parallel}"]
     done = subprocess.run(
         [*command, "stages/train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
