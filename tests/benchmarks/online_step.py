@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import cross_entropy, full_kl
 from pipeline.model.decoder import StudentModel
+from pipeline.runtime.batch_sizes import resolve_head_chunk
 from pipeline.runtime.numerics import matmul_float32
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
@@ -91,6 +92,7 @@ class Step:
             alpha=ALPHA,
             temperature=1.0,
             dtype=torch.bfloat16,
+            chunk=resolve_head_chunk("auto", len(self.student.head_weight), hidden.device),
         ).total
 
     def dense(self, hidden: Tensor, teacher: StudentModel) -> Tensor:
