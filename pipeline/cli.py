@@ -45,11 +45,12 @@ _SAVES_MEMORY = {
     "advise": "lower capture.batch_rows or capture.head_chunk",
     "prepare": "lower capture.batch_rows or capture.head_chunk, or divide the teacher among GPUs "
     "by torchrun (docs/teachers.md)",
-    "verify": "lower verify.batch_rows, or divide the teacher among GPUs by torchrun "
-    "(docs/teachers.md)",
+    "verify": "lower verify.batch_rows or capture.head_chunk, or divide the teacher among GPUs by "
+    "torchrun (docs/teachers.md)",
     "train": "set run.activation_checkpointing=true, lower run.head_chunk, or lower "
     "train.batch_rows and raise train.gradient_accumulation_steps by the same factor",
-    "evaluate": "lower evaluate.batch_rows",
+    "evaluate": "lower evaluate.batch_rows, or divide the teacher among GPUs by torchrun "
+    "(docs/teachers.md)",
     "humaneval": "lower humaneval.batch_rows",
     "generate": "lower generate.batch_rows or generate.max_new_tokens",
 }
@@ -97,7 +98,7 @@ def stage(function: Callable[..., None]) -> click.Command:
                 _stop("the output was closed: run the same command to continue", 1)
             if shortage := memory_shortage(error):
                 stage = Path(inspect.unwrap(function).__code__.co_filename).stem
-                remedy = _SAVES_MEMORY.get(stage, "close other programs or set device=cpu")
+                remedy = _SAVES_MEMORY.get(stage, "close other programs")
                 _stop(f"{shortage}: {remedy}, then run the same command", 1)
             what = accident(error)
             if what is None:

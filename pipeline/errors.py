@@ -34,6 +34,11 @@ _ACCIDENTS = {
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 """The form in which safetensors and tokenizers, written in Rust, report a system error."""
 
+_GPU_IS_FULL = re.compile(
+    r"CUDA out of memory|CUDA error: (out of memory|\w*ALLOC_FAILED)|\[CUDA\]: out of memory"
+)
+"""What PyTorch, cuBLAS and Triton say of a GPU without room."""
+
 _OF_CUDA = re.compile(r"[Tt]ried to allocate .*?(?= Including non-PyTorch| Of the allocated|$)")
 """The part of PyTorch's message that says how much of a GPU was wanted, and how much is free."""
 
@@ -60,7 +65,7 @@ def accident(error: BaseException) -> str | None:
 def memory_shortage(error: BaseException) -> str | None:
     """Describe an allocation that failed on a GPU or in the machine's memory; None if none did."""
     text = " ".join(str(error).split())
-    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text:
+    if type(error).__name__ == "OutOfMemoryError" or _GPU_IS_FULL.search(text):
         details = _OF_CUDA.search(text)
         return f"the GPU's memory is full ({details[0]})" if details else "the GPU's memory is full"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

@@ -72,6 +72,11 @@ def main(
                 f"--executor ray starts processes of its own, and torchrun started {ranks}: leave "
                 "out one of them (--shards I/N divides the work among several torchrun commands)"
             )
+        if params.device.startswith("cuda:"):
+            raise ParamsError(
+                f"device={params.device} names one GPU, and Ray gives each actor its own: set "
+                "device=cuda"
+            )
         if parts > 1:
             raise ParamsError(
                 f"--shards {part} and --executor ray both divide the work: leave out one of them"

@@ -24,6 +24,7 @@ from pipeline.io.zarr_groups import write_group
 from pipeline.io.zarr_shards import object_hash
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
+from pipeline.runtime.batch_sizes import resolve_head_chunk
 from pipeline.runtime.device import DTYPES
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
@@ -137,7 +138,7 @@ def live_teacher(params: Params) -> HuggingFaceTeacher:
         vocab_size=CorpusSplit(params.paths.corpus, "train").info.vocab_size,
         dtype=DTYPES[params.prepare.dtype],
         device=torch.device("cpu"),
-        head_chunk=params.capture.head_chunk,
+        head_chunk=resolve_head_chunk(params.capture.head_chunk, 300, torch.device("cpu")),
     )
 
 

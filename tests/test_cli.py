@@ -131,8 +131,8 @@ CUDA_FULL = torch.OutOfMemoryError(
 def test_full_memory_is_one_sentence_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_stage(CUDA_FULL) == (
         "error: the GPU's memory is full (Tried to allocate 2.00 GiB. GPU 0 has a total capacity "
-        "of 14.58 GiB of which 1.10 GiB is free.): close other programs or set device=cpu, then "
-        "run the same command\n"
+        "of 14.58 GiB of which 1.10 GiB is free.): close other programs, then run the "
+        "same command\n"
     )
     assert run_stage(MemoryError()).startswith("error: the machine's memory is full: close other")
 

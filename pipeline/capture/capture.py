@@ -134,10 +134,10 @@ class Capture:
         bar = progress_bar(what=f"prepare {self.corpus.split}", total=tokens, unit="tok")
         pending: Future[None] | None = None
         with bar, ThreadPoolExecutor(max_workers=1) as thread, disk_errors("", self.writer):
-            for shard, parts, rows in self._computed(shards, bar):
+            for computed in self._computed(shards, bar):
                 if pending is not None:
                     pending.result()
-                pending = thread.submit(self._write, shard, parts, rows)
+                pending = thread.submit(self.write, computed)
             if pending is not None:
                 pending.result()
         return CaptureResult(
@@ -152,18 +152,18 @@ class Capture:
         bounds = map(self.writer.layout.rows_of, shards)
         return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
 
-    def compute(self, shard: int) -> tuple[TopK, str]:
-        """Return a shard's TopK [rows, L, ...] on the CPU, and the hash of its corpus rows."""
-        [(_, parts, rows)] = self._computed([shard])
-        return TopK.cat(parts), hash_rows(rows)
+    def compute(self, shard: int) -> ComputedShard:
+        """Run the teacher on the rows of a shard."""
+        [computed] = self._computed([shard])
+        return computed
 
-    def _write(self, shard: int, parts: list[TopK], rows: Rows) -> None:
-        self.writer.write(shard, TopK.cat(parts), hash_rows(rows))
+    def write(self, computed: ComputedShard) -> None:
+        """Join the batches of a shard, compress and commit them."""
+        topk = TopK.cat(computed.batches)
+        self.writer.write(computed.shard, topk, hash_rows(computed.rows))
 
-    def _computed(
-        self, shards: list[int], bar: object | None = None
-    ) -> Iterator[tuple[int, list[TopK], Rows]]:
-        """Yield each shard with the TopK of its batches, on the CPU, and its corpus rows.
+    def _computed(self, shards: list[int], bar: object | None = None) -> Iterator[ComputedShard]:
+        """Yield what `compute` returns for each shard.
 
         A GPU is given its next batch, of the next shard too, before the result of this one is
         waited for, so that it always has work.
@@ -174,7 +174,7 @@ class Capture:
             if bar is not None:
                 bar.update(parts[-1].lse.numel())  # type: ignore[attr-defined]
             if batch.completes is not None:
-                yield batch.shard, parts, batch.completes
+                yield ComputedShard(batch.shard, parts, batch.completes)
                 parts = []
 
     def _begun(self, shards: list[int]) -> Iterator[_Batch]:
@@ -201,9 +201,18 @@ class Capture:
         return begin_top_k_of(self.teacher, self.fingerprint, rows, first_row)
 
 
+@dataclass(frozen=True)
+class ComputedShard:
+    """What the teacher said of a shard."""
+
+    shard: int
+    batches: list[TopK]  # [rows, L, ...] on the CPU
+    rows: Rows  # of the corpus
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """A batch of a shard on which the teacher is at work, or was."""
+    """A batch of a shard that the teacher has begun."""
 
     shard: int
     result: Callable[[], TopK]  # waits for it

@@ -45,7 +45,7 @@ from pipeline.capture.capture import (
     say_repaired,
 )
 from pipeline.config.params import Params
-from pipeline.errors import DecantError, ParamsError, reason_of
+from pipeline.errors import DecantError, ParamsError, memory_shortage, reason_of
 from pipeline.logit_cache.integrity import Damage
 from pipeline.runtime.console import announce, progress_bar
 from pipeline.runtime.optional import import_ray
@@ -135,9 +135,9 @@ class CaptureActor:
         capture = self._captures[split]
         if not capture.writer.is_committed(shard):  # it is if an actor was lost before it answered
             with self._turn:
-                topk, tokens_sha256 = capture.compute(shard)
+                computed = capture.compute(shard)
             with disk_errors("", capture.writer):
-                capture.writer.write(shard, topk, tokens_sha256)
+                capture.write(computed)
         return capture.tokens_of([shard])
 
     def _open_once(self) -> None:
@@ -239,7 +239,7 @@ def _errors_unwrapped(ray: Any) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DecantError):
+        if isinstance(error.cause, DecantError) or memory_shortage(error.cause):
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:

@@ -144,11 +144,11 @@ class CaptureParams(Section):
     """Memory and time of the teacher's forward passes; beyond rounding, no result depends on it."""
 
     batch_rows: CountOrAuto = "auto"
-    """Rows per forward pass of the teacher; auto is 8 on a CPU, and those of 16,384 tokens on a
-    GPU."""
+    """Rows per forward pass of the teacher; auto is 8 on a CPU, and as many as hold 16,384
+    tokens on a GPU."""
     head_chunk: CountOrAuto = "auto"
-    """Positions whose logits are in memory at once; auto is 256 on a CPU, and as many as a 64th of
-    its memory holds on a GPU, 256 to 4,096."""
+    """Positions whose logits are in memory at once; auto is 256 on a CPU, and on a GPU the power
+    of 2 from 256 to 4,096 that a 64th of its memory holds."""
 
 
 class VerifyParams(Section):

@@ -26,8 +26,8 @@ class EvaluateParams(Section):
     batch_rows: Count = 8
     """Rows per forward pass."""
     dtype: Dtype = "auto"
-    """Dtype of the teacher and the models: float32, bfloat16, float16 or auto, for the teacher that
-    of prepare.dtype and for a run's model on a GPU the one it was trained in."""
+    """Dtype of the teacher and the models: float32, bfloat16, float16 or auto, on a GPU
+    prepare.dtype for the teacher and the dtype of its training for a run's model."""
     calibration_bins: Count = 15
     """Bins of confidence, for the calibration error and the reliability diagram."""
     prompts: tuple[str, ...] = (

@@ -11,11 +11,12 @@ override grammar), so a recipe works in both.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PlainValidator, ValidationError
 
 from pipeline.config.cache_params import AdviseParams, CaptureParams, PrepareParams, VerifyParams
 from pipeline.config.delivery_params import (
@@ -63,12 +64,18 @@ class Paths(Section):
     """What a model is made of: report, metrics and tensors."""
 
 
+def _device(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        return value
+    raise ValueError("it must be auto, cpu, cuda or cuda:N, for example cuda:1")
+
+
 class Params(Section):
     """All parameters of the pipeline."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of sampled ids, initial weights, order of rows and generated text."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, PlainValidator(_device)] = "auto"
     """Where models run: cpu, cuda, cuda:N for GPU N (from 0), or auto, a GPU if there is one."""
     paths: Paths = Paths()
     teacher: TeacherParams = TeacherParams()

@@ -99,6 +99,8 @@ def _announce(
             name: PositionScores(params.calibration_bins, name) for name in (TEACHER, *models)
         }
         _judge(teacher, models, rows, _labels(rows), document_mask, unused)
+        for scores in unused.values():
+            scores.values()  # a model that has diverged is reported now, not after all rows
 
     announce(
         "evaluate",

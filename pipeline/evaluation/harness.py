@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import DecantError, ParamsError, reason_of
+from pipeline.errors import DecantError, ParamsError, memory_shortage, reason_of
 from pipeline.evaluation.results import HarnessResults, TaskMetric
 from pipeline.model.huggingface import load_causal_lm
 from pipeline.model.tokenizer import load_tokenizer
@@ -105,6 +105,8 @@ class Harness:
                 log_samples=False,
             )
         except Exception as error:  # tasks are programs and can raise anything
+            if memory_shortage(error):
+                raise
             raise DecantError(
                 f"lm-evaluation-harness fails on {folder} ({_reason(error)}): leave the task out, "
                 "or fix it"

@@ -23,17 +23,17 @@ from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
 from pipeline.model.model_dtype import model_dtype
 from pipeline.model.tokenizer import load_tokenizer
+from pipeline.runtime.batch_sizes import compared_at_once
 from pipeline.runtime.console import say
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.engines import open_teacher
 from pipeline.teacher.sharded import led_ranks
-from pipeline.teacher.teacher import COMPARED_AT_ONCE
 
 
 def choose_dtypes(
     params: Params, folders: Mapping[str, Path], device: torch.device
 ) -> dict[str, torch.dtype]:
-    """Return the dtype of each model: evaluate.dtype, or for `auto` on a GPU the one it belongs to.
+    """Return the dtype of each model: evaluate.dtype, or for `auto` on a GPU a dtype of its own.
 
     That is the dtype of the capture for the teacher, and that of its training for a run's model.
 
@@ -71,9 +71,9 @@ def judge(
     require_tokenizer(folders[TEACHER], corpus)
     others = {name: folder for name, folder in folders.items() if name != TEACHER}
     # The teacher first, since vLLM takes its share of a GPU's memory when it starts.
-    teacher = open_teacher(
-        params, corpus.info.vocab_size, dtypes[TEACHER], device, head_chunk=COMPARED_AT_ONCE
-    )
+    num_ids = corpus.info.vocab_size
+    head_chunk = compared_at_once(num_ids, device)
+    teacher = open_teacher(params, num_ids, dtypes[TEACHER], device, head_chunk=head_chunk)
     models = open_models(others, corpus, folders[TEACHER], dtypes=dtypes, device=device)
     comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)
     tokenizer = load_tokenizer(folders[TEACHER])

@@ -7,7 +7,7 @@ same formulas, so everything that depends on the divergence stays in the small t
 once, then read and write it once; PyTorch's separate kernels read or write it eight times.
 
 Maximum and sum are computed together; the sum is rescaled whenever the maximum rises (Milakov &
-Gimelshein 2018, algorithm 3). This module is imported only if Triton is installed: see
+Gimelshein 2018, algorithm 3). This module is imported only if Triton is usable: see
 `pipeline.losses.chunked`.
 """
 

@@ -81,29 +81,31 @@ def document_mask(doc_ids: Tensor) -> Tensor:
 
 
 def attention_within(
-    doc_ids: Tensor, device: torch.device, dtype: torch.dtype, dropout: float
+    doc_ids: Tensor, device: torch.device, dtype: torch.dtype, head_size: int, dropout: float
 ) -> Tensor | Segments:
     """Return what keeps documents apart in the form that is fastest on a device.
 
     Args:
         doc_ids: integer [B, L], on the CPU.
-        dtype: format of queries, keys and values.
+        dtype, head_size: of queries, keys and values.
         dropout: of attention weights, which FlashAttention's form for segments does not have.
     """
-    kernel = None if dropout else flash_within(device.type, dtype)
+    kernel = None if dropout else flash_within(device.type, dtype, head_size)
     if kernel is None:
         return document_mask(to_device(doc_ids, device))
     return Segments.of(doc_ids, device, kernel)
 
 
 @cache
-def flash_within(device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+def flash_within(device: str, dtype: torch.dtype, head_size: int) -> Callable[..., Any] | None:
     """Return PyTorch's causal attention within segments, or None if the device has none.
 
     It takes queries [T, H, E], keys and values [T, G, E], their bounds twice, and the length of the
-    longest segment twice. It exists for half formats on GPUs from compute capability 8.0 on, in
-    this form since PyTorch 2.11.
+    longest segment twice. It exists for half formats on GPUs from compute capability 8.0 on, and
+    for heads whose size is a multiple of 8 up to 256, in this form since PyTorch 2.11.
     """
+    if head_size % 8 or head_size > 256:
+        return None
     half = dtype in (torch.float16, torch.bfloat16)
     if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
         return None

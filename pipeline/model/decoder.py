@@ -308,7 +308,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = RotaryEmbedding(config.head_size, config.rope_theta, config.rope_scaling)
-        self.dropout = config.dropout
+        self.head_size, self.dropout = config.head_size, config.dropout
 
     def forward(
         self, tokens: Tensor, doc_ids: Tensor | None = None, cache: KVCache | None = None
@@ -318,7 +318,9 @@ class Decoder(nn.Module):
             positions, mask = cache.positions(tokens.shape[1]), cache.mask(tokens.shape[1])
         elif doc_ids is not None:
             positions = to_device(document_positions(doc_ids), tokens.device)
-            mask = attention_within(doc_ids, tokens.device, self._dtype(), self._dropout())
+            mask = attention_within(
+                doc_ids, tokens.device, self._dtype(), self.head_size, self._dropout()
+            )
         else:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         cos, sin = self.rotary(positions)

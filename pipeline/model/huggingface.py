@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline.errors import DecantError, ParamsError, reason_of
+from pipeline.errors import DecantError, ParamsError, memory_shortage, reason_of
 from pipeline.model.attention_mask import document_positions
 from pipeline.model.config_json import load_config, read_config_json
 from pipeline.model.folder import require_regular_folder
@@ -97,6 +97,8 @@ def load_causal_lm(
             **options,
         )
     except Exception as error:  # damage can raise errors of four libraries
+        if memory_shortage(error):
+            raise
         raise _unusable(folder, what, error) from error
     if missing := loading["missing_keys"]:  # transformers would initialise these at random
         raise DecantError(

@@ -17,7 +17,13 @@ from pipeline.config.train_params import StudentParams
 from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.devices import DEVICES
 from pipeline.planning.teacher_sharing import ALONE, Sharing
-from pipeline.runtime.batch_sizes import CHUNK_ON_CPU, chunk_on_gpu, resolve_batch_rows
+from pipeline.runtime.batch_sizes import (
+    CHUNK_ON_CPU,
+    COMPARED_ON_CPU,
+    chunk_on_gpu,
+    compared_on_gpu,
+    resolve_batch_rows,
+)
 
 FITS = 0.9  # usable share of a device's memory
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -136,10 +142,17 @@ def evaluation_memory(
     teacher: Shape, student: Shape, params: Params, dtype: str, sharing: Sharing = ALONE
 ) -> Memory:
     """Return the memory of teacher, student and baseline side by side, these in float32."""
-    rows = {"batch_rows": params.evaluate.batch_rows}
-    judged = params.model_copy(update={"capture": params.capture.model_copy(update=rows)})
+    device, chunk = DEVICES[params.advise.device], COMPARED_ON_CPU
+    if device.is_gpu:
+        chunk = compared_on_gpu(device.memory, teacher.vocab_size)
+    judged = with_sizes(params, batch_rows=params.evaluate.batch_rows, head_chunk=chunk)
     memory = capture_memory(teacher, judged, dtype, sharing)
     return replace(memory, weights=memory.weights + 2 * 4.0 * student.parameters)
+
+
+def with_sizes(params: Params, **sizes: int) -> Params:
+    """Return params with other sizes of the teacher's batches (`capture.*`)."""
+    return params.model_copy(update={"capture": params.capture.model_copy(update=sizes)})
 
 
 def trained_parameters(student: Shape, params: StudentParams) -> int:
@@ -166,15 +179,18 @@ def block_bytes(student: Shape, params: Params) -> float:
 
     In float32: the input of each norm and its normalised copy. In autocast's dtype: the factors of
     the matrices, which autocast copies for each matrix; queries and attention's result; keys and
-    values, repeated if a mask keeps documents apart; the angles that rotated them; gate, its silu,
-    up and product. `size` is that of autocast's dtype.
+    values, repeated where no fused kernel takes grouped heads, as with a mask; the angles that
+    rotated them; gate, its silu, up and product. `size` is that of autocast's dtype.
     """
     size = _SIZES[params.train.dtype]
     d, a = student.hidden_size, student.query_size
     f = student.active_experts * student.intermediate_size
     copies, turned = (2, 0) if size == 4 else (5, 4 * student.head_size)
-    masked = params.prepare.document_mask
-    keys_and_values = 2 * (a if masked else student.kv_size)
+    device = DEVICES[params.advise.device]
+    repeated = params.prepare.document_mask
+    if device.is_gpu and (size == 4 or device.capability < (8, 0)):
+        repeated = True  # no fused kernel takes grouped heads there
+    keys_and_values = 2 * (a if repeated else student.kv_size)
     rounded = copies * d + 2 * a + keys_and_values + turned + 4 * f
     return 4.0 * (4 * d + student.num_heads) + size * rounded
 

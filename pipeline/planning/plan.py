@@ -27,6 +27,7 @@ from pipeline.planning.costs import (
     planned_batch_rows,
     step_operations,
     training_memory,
+    with_sizes,
 )
 from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.devices import DEVICES
@@ -293,18 +294,22 @@ def _stages(
     # verify and evaluate run one teacher, and students on one device; seconds per token
     judged = groups / rates.judged_teacher + 2.0 * alone / rates.judged_student
     capture = capture_memory(teacher, params, dtype, sharing).total
+    checked = with_sizes(params, batch_rows=params.verify.batch_rows)
+    checking = capture_memory(teacher, checked, dtype, sharing).total
     judged_dtype, _ = _judged_dtypes(params)  # students keep float32 weights
     judging = evaluation_memory(teacher, student, params, judged_dtype, sharing).total
     training = training_memory(student, params).total
     beside = 0.0
     if params.train.targets == "online":  # each process has a teacher of its own
-        beside = capture_memory(teacher, params, dtype).total
+        live_rows = -(-params.train.batch_rows // params.advise.devices)
+        taught = with_sizes(params, batch_rows=live_rows)
+        beside = capture_memory(teacher, taught, dtype).total
     saved = 4.0 * student.parameters
     return (
         StagePlan("fetch", folder, None, None),
         StagePlan("corpus", CORPUS_BYTES * extent.tokens, extent.tokens / TOKENIZED, None),
         StagePlan("prepare", cache_bytes, extent.tokens / rates.teacher, capture),
-        StagePlan("verify", None, gate / rates.checked * groups, capture),
+        StagePlan("verify", None, gate / rates.checked * groups, checking),
         StagePlan("train", saved, distilled, training + beside),
         StagePlan("baseline", saved, run, training),
         StagePlan("evaluate", None, extent.held_out_rows * length * judged, judging),

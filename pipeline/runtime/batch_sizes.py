@@ -1,7 +1,7 @@
 """How much is computed at once where a parameter says `auto`: rows of a forward, rows of logits.
 
 A GPU gets a few launches per layer and some thirty per chunk of logits, whatever their size. If
-these are small, it waits for them: an H100 worked a third of the time on a teacher of 135 M
+these are small, it waits for them: an H100 was busy a third of the time with a teacher of 135 M
 parameters with 8,192 tokens per forward and chunks of 256 positions (docs/benchmarks.md).
 """
 
@@ -13,6 +13,7 @@ import torch
 
 ROWS_ON_CPU = 8
 CHUNK_ON_CPU = 256
+COMPARED_ON_CPU = 64
 _TOKENS_ON_GPU = 16_384
 _LEAST_CHUNK, _LARGEST_CHUNK = 256, 4096
 _SHARE_OF_MEMORY = 1 / 64  # that a chunk of float32 logits takes of a GPU's memory at most
@@ -43,6 +44,18 @@ def resolve_head_chunk(wanted: int | Literal["auto"], vocab_size: int, device: t
     if device.type == "cpu":
         return CHUNK_ON_CPU
     return chunk_on_gpu(torch.cuda.get_device_properties(device).total_memory, vocab_size)
+
+
+def compared_at_once(vocab_size: int, device: torch.device) -> int:
+    """Return the positions per chunk where models are compared, which makes copies of a chunk."""
+    if device.type == "cpu":
+        return COMPARED_ON_CPU
+    return compared_on_gpu(torch.cuda.get_device_properties(device).total_memory, vocab_size)
+
+
+def compared_on_gpu(memory: float, vocab_size: int) -> int:
+    """Return `compared_at_once` for a GPU with `memory` bytes."""
+    return max(COMPARED_ON_CPU, chunk_on_gpu(memory, vocab_size) // 8)
 
 
 def chunk_on_gpu(memory: float, vocab_size: int) -> int:

@@ -52,8 +52,9 @@ def pick_device(name: str) -> torch.device:
     if device.index is not None:
         if device.index >= torch.cuda.device_count():
             raise ParamsError(
-                f"device={name}, but PyTorch finds {torch.cuda.device_count()} GPUs, numbered from "
-                "0: choose one of them (CUDA_VISIBLE_DEVICES may hide others)"
+                f"device={name}, but GPUs are numbered from 0 and PyTorch finds "
+                f"{torch.cuda.device_count()}: choose one of them (CUDA_VISIBLE_DEVICES may hide "
+                "others)"
             )
         torch.cuda.set_device(device)
     return device
@@ -67,6 +68,7 @@ def _sum_in_float32() -> None:
     """
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # convolutions, of some teachers
     matmul.allow_fp16_reduced_precision_reduction = False
     matmul.allow_bf16_reduced_precision_reduction = False
 

@@ -100,10 +100,10 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if here is None:
         yield Ranks(pick_device(device))
         return
-    if here.ranks > 1 and device.startswith("cuda:"):
+    if device.startswith("cuda:"):
         raise ParamsError(
-            f"device={device} is one GPU for {here.ranks} processes of torchrun: set device=cuda, "
-            "which gives each process its own"
+            f"device={device} names one GPU, and torchrun gives each process its own: set "
+            "device=cuda"
         )
     own = pick_device(device)
     if own.type == "cuda":

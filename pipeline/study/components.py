@@ -198,7 +198,7 @@ def gqa(subject: Subject) -> Part:
             ),
             compare(
                 "shared heads against heads repeated in memory",
-                attend(query, key, value, None, dropout=0.0),
+                F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
                 attend(query, *repeated, None, dropout=0.0),
             ),
         ],

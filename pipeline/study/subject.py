@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.delivery_params import StudyParams
-from pipeline.errors import DecantError, ParamsError, reason_of
+from pipeline.errors import DecantError, ParamsError, memory_shortage, reason_of
 from pipeline.model.config_json import load_config, read_config_json
 from pipeline.model.decoder import ModelConfig, StudentModel, TransformerBlock
 from pipeline.model.folder import require_regular_folder
@@ -91,6 +91,8 @@ class Subject:
         try:
             return load_config(self.folder)
         except Exception as error:
+            if memory_shortage(error):
+                raise
             raise _unusable(self.folder, error) from error
 
     @cached_property
@@ -113,6 +115,8 @@ class Subject:
                 trust_remote_code=False,
             )
         except Exception as error:
+            if memory_shortage(error):
+                raise
             raise _unusable(self.folder, error) from error
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends

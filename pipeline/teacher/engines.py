@@ -113,6 +113,11 @@ def _open_vllm(
             f"{group.ranks.world_size}: leave torchrun out, and set "
             "prepare.vllm.options.tensor_parallel_size to the number of devices"
         )
+    if device.index is not None:
+        raise ParamsError(
+            f"device={device} does not reach vLLM, which takes the first GPUs that it sees: set "
+            "device=cuda, and CUDA_VISIBLE_DEVICES to the GPU's number"
+        )
     if params.prepare.dequantize:
         raise ParamsError(
             "prepare.dequantize=true, and vLLM never dequantises: set it to false, or "

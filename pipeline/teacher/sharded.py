@@ -56,6 +56,7 @@ from pipeline.model.quantization import read_quantization
 from pipeline.runtime.device import compute_dtype
 from pipeline.runtime.optional import import_transformers
 from pipeline.runtime.ranks import Ranks, join_ranks, lost_touch
+from pipeline.runtime.transfer import to_device
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import mixes_documents
 
@@ -221,7 +222,7 @@ class ShardedTeacher(Teacher):
     def states(self, tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
         if doc_ids is not None and not self._part.keeps_apart:
             raise mixes_documents(self._config.model_type)
-        positions = None if doc_ids is None else document_positions(doc_ids).cpu()
+        positions = None if doc_ids is None else document_positions(doc_ids)
         request = _Compute(tokens=tokens.cpu(), positions=positions)
         self._group.send(request)
         return self._part.compute(request)
@@ -296,13 +297,13 @@ class _Part:
         inputs = [request.tokens] + ([] if request.positions is None else [request.positions])
         device = self._ranks.device
         if self._parallel == "tensor":
-            return body_states(self.model, *(tensor.to(device) for tensor in inputs))
+            return body_states(self.model, *(to_device(tensor, device) for tensor in inputs))
         rows, number = len(request.tokens), self._ranks.world_size
         share = ceil(rows / number)
         # Every rank takes part in every gathering of weights, so the last row fills up the shares.
         first = self._ranks.rank * share
         mine = torch.arange(first, first + share).clamp(max=rows - 1)
-        hidden = body_states(self.model, *(tensor[mine].to(device) for tensor in inputs))
+        hidden = body_states(self.model, *(to_device(tensor[mine], device) for tensor in inputs))
         hidden = hidden.contiguous()
         parts = [torch.empty_like(hidden) for _ in range(number)] if first == 0 else None
         dist.gather(hidden, parts)

@@ -28,9 +28,6 @@ from pipeline.runtime.transfer import begin_copy_to_host, to_device
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
 
-COMPARED_AT_ONCE = 64
-"""Positions whose logits exist at once in comparisons, which make several copies of a chunk."""
-
 
 class Teacher(ABC):
     """A causal language model that is only read.
@@ -232,4 +229,6 @@ def _whole_tiles(head: Tensor, vocab_size: int, device: torch.device) -> Tensor:
         return head[:vocab_size].to(device)
     wanted = padded_vocabulary(vocab_size)
     rows = head[:wanted].to(device)
+    if len(rows) == wanted:  # a view of the model's own head, if it is on the device
+        return rows
     return torch.nn.functional.pad(rows, (0, 0, 0, wanted - len(rows)))

@@ -29,9 +29,10 @@ from pipeline.model.quantization import (
     read_quantization,
     require_plain_head_weight,
 )
+from pipeline.runtime.batch_sizes import COMPARED_ON_CPU
 from pipeline.runtime.device import dtype_name, place_rounded
 from pipeline.runtime.transfer import to_device
-from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
+from pipeline.teacher.teacher import Teacher
 
 
 class HuggingFaceTeacher(Teacher):
@@ -56,7 +57,7 @@ class HuggingFaceTeacher(Teacher):
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        head_chunk: int = COMPARED_AT_ONCE,
+        head_chunk: int = COMPARED_ON_CPU,
         dequantize: bool = False,
         what: str = "teacher",
     ) -> None:

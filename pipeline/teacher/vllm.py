@@ -30,8 +30,9 @@ from pipeline.model.head import load_head
 from pipeline.model.huggingface import max_positions
 from pipeline.model.logit_transform import LogitTransform
 from pipeline.model.quantization import Quantization, describe_weights, read_quantization
+from pipeline.runtime.batch_sizes import COMPARED_ON_CPU
 from pipeline.runtime.device import dtype_name
-from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
+from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.teacher.vllm_process import VllmProcess, vllm_version
 
@@ -101,7 +102,7 @@ class VllmTeacher(Teacher):
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        head_chunk: int = COMPARED_AT_ONCE,
+        head_chunk: int = COMPARED_ON_CPU,
     ) -> None:
         head = load_head(folder, dtype)
         quantization = read_quantization(folder)
@@ -159,7 +160,7 @@ class VllmTeacher(Teacher):
         if doc_ids is None:
             starts = torch.arange(tokens.shape[1]).eq(0).expand_as(tokens)
         else:
-            starts = document_positions(doc_ids.cpu()) == 0
+            starts = document_positions(doc_ids) == 0
         first = starts.flatten().nonzero().flatten()
         lengths = torch.diff(first, append=torch.tensor([tokens.numel()])).tolist()
         states = self._engine.states(tokens.flatten().int().cpu().numpy(), lengths)

@@ -32,13 +32,14 @@ from pipeline.data.vocabulary import require_shared_ids, require_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import teacher_folder
+from pipeline.runtime.batch_sizes import compared_at_once
 from pipeline.runtime.bootstrap import Interval, clusters_of, intervals
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import pick_device, seconds_of
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import nats_lost
 from pipeline.teacher.engines import open_teacher, teacher_dtype
-from pipeline.teacher.teacher import COMPARED_AT_ONCE, Teacher
+from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.power import spread
 
@@ -125,13 +126,14 @@ def compare_with(folder: Path, params: Params) -> AgainstReport:
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)
     vocab_size = corpus.info.vocab_size
-    teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=COMPARED_AT_ONCE)
+    head_chunk = compared_at_once(vocab_size, device)
+    teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=head_chunk)
     against = HuggingFaceTeacher(
         folder,
         vocab_size=vocab_size,
         dtype=dtype,
         device=device,
-        head_chunk=COMPARED_AT_ONCE,
+        head_chunk=head_chunk,
         what="model to compare with",
     )
     return compare(teacher, against, corpus, params)

@@ -126,7 +126,7 @@ def test_a_write_that_fails_at_any_object_leaves_no_shard(
     params = change(tiny_corpus, prepare={"shard_rows": 4})
     capture = make_capture(params, "train")
     corpus = CorpusSplit(params.paths.corpus, "train")
-    topk, tokens_sha256 = capture.compute(0)
+    computed = capture.compute(0)
     write, objects = LocalFolder.write, len(capture.writer.layout.specs) + 1
     for failing in range(objects):
         writes = iter(range(objects))
@@ -139,8 +139,8 @@ def test_a_write_that_fails_at_any_object_leaves_no_shard(
         with monkeypatch.context() as patch:
             patch.setattr(LocalFolder, "write", fails)
             with pytest.raises(OSError, match="full"):
-                capture.writer.write(0, topk, tokens_sha256)
+                capture.write(computed)
         assert not capture.writer.is_committed(0), f"committed before object {failing}"
         assert check_cache(params.paths.logits, corpus).damages == ()
-    capture.writer.write(0, topk, tokens_sha256)
+    capture.write(computed)
     assert capture.writer.is_committed(0)

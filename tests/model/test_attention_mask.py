@@ -145,6 +145,17 @@ def test_segments_are_the_documents() -> None:
     assert found.longest == 4
 
 
+def test_a_head_that_flash_attention_would_have_to_pad_gets_a_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    attention_mask.flash_within.cache_clear()
+    assert attention_mask.flash_within("cuda", torch.bfloat16, 64) is not None
+    for head_size in (12, 20, 264):
+        assert attention_mask.flash_within("cuda", torch.bfloat16, head_size) is None
+    attention_mask.flash_within.cache_clear()
+
+
 def test_attention_within_segments_is_attention_under_the_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -156,14 +167,14 @@ def test_attention_within_segments_is_attention_under_the_mask(
     monkeypatch.setattr(attention_mask, "flash_within", lambda *_: flash_on_a_cpu)
     torch.testing.assert_close(student(tokens, doc_ids), expected, atol=1e-5, rtol=1e-5)
     assert isinstance(
-        attention_mask.attention_within(doc_ids, tokens.device, torch.float32, 0.1), Tensor
+        attention_mask.attention_within(doc_ids, tokens.device, torch.float32, 8, 0.1), Tensor
     ), "segments have no dropout"
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_segments_and_masks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients in bfloat16, where PyTorch has attention within segments."""
-    if attention_mask.flash_within("cuda", torch.bfloat16) is None:
+    if attention_mask.flash_within("cuda", torch.bfloat16, 64) is None:
         pytest.skip("no attention within segments here")
     config = ModelConfig(**SMALL | {"hidden_size": 256})
     student = StudentModel(config).cuda()

@@ -14,6 +14,7 @@ from pipeline.config.cache_params import DeviceName
 from pipeline.config.params import Params
 from pipeline.errors import ParamsError
 from pipeline.planning.cache_size import Mode, bytes_a_token
+from pipeline.planning.costs import capture_memory, with_sizes
 from pipeline.planning.devices import DEVICES
 from pipeline.planning.plan import make_plan
 from pipeline.planning.plan_text import advice, plan_lines
@@ -52,18 +53,18 @@ def test_stage_times_worked_by_hand(tiny_params: Params, tmp_path: Path) -> None
     assert plan.stage("train").seconds == pytest.approx(run)
     assert plan.stage("baseline").seconds == pytest.approx(run)
     assert plan.seconds == pytest.approx(sum(stage.seconds or 0 for stage in plan.stages))
-    online = make_plan(
-        big(
-            tiny_params,
-            tmp_path,
-            student={"init": "layers", "layers": [0, 1, 2]},
-            train={"targets": "online"},
-        )
+    params = big(
+        tiny_params,
+        tmp_path,
+        student={"init": "layers", "layers": [0, 1, 2]},
+        train={"targets": "online"},
     )
+    online = make_plan(params)
     more = (online.stage("train").seconds or 0) - (plan.stage("train").seconds or 0)
     assert more == pytest.approx((5e6 + validated) / plan.rates.teacher)
-    both = (plan.stage("train").memory or 0) + (plan.stage("prepare").memory or 0)
-    assert online.stage("train").memory == both
+    taught = with_sizes(params, batch_rows=params.train.batch_rows)
+    beside = capture_memory(online.teacher_shape, taught, online.teacher_dtype).total
+    assert online.stage("train").memory == (plan.stage("train").memory or 0) + beside
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,9 @@ def test_a_shared_teacher_is_planned_as_one(tiny_params: Params, tmp_path: Path)
     rows = plan.extent.train_rows + plan.extent.held_out_rows
     assert plan.stage("prepare").seconds == pytest.approx(rows * 32 * seconds)
     verify, prepare = plan.stage("verify"), plan.stage("prepare")
-    assert verify.memory == prepare.memory
+    assert verify.memory is not None
+    assert prepare.memory is not None
+    assert 0.99 * prepare.memory < verify.memory < prepare.memory  # fewer rows at once
     student = 2 * plan.student_shape.forward_operations(32) / rate  # on one device
     judged = plan.extent.held_out_rows * 32 * (seconds + student)
     assert plan.stage("evaluate").seconds == pytest.approx(judged)

@@ -245,7 +245,7 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device("cuda:1") == torch.device("cuda", 1) == current[0]
     assert pick_device("cuda") == torch.device("cuda")
-    with pytest.raises(ParamsError, match=r"device=cuda:2, but PyTorch finds 2 GPUs, numbered"):
+    with pytest.raises(ParamsError, match=r"device=cuda:2, but GPUs are .* PyTorch finds 2: "):
         pick_device("cuda:2")
 
 
