@@ -38,6 +38,7 @@ from pipeline.runtime import triton_usable
 
 ROOT = f"{Path(__file__).parents[2]}/"
 PROJECT = (f"{ROOT}pipeline/", f"{ROOT}stages/")
+PROBE = "pipeline.runtime.triton_probe"
 aten, torch_attn = torch.ops.aten, torch.ops.torch_attn
 
 # ---- Counts: copies and waits, by the line of the project that caused them
@@ -113,6 +114,20 @@ def _set_values(on: bool) -> Iterator[None]:
 def without_values() -> AbstractContextManager[None]:
     """Compute nothing within the block, so that sizes of real models fit: values are undefined."""
     return _set_values(False)
+
+
+_with_kernels = True
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Interpret no Triton kernels within the block, which takes 0.1 s for a row of logits."""
+    global _with_kernels
+    _with_kernels = False
+    try:
+        yield
+    finally:
+        _with_kernels = True
 
 
 class Values(TorchDispatchMode):
@@ -418,7 +433,7 @@ def _interpret_kernels() -> None:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
-        if _with_values and not warmup:
+        if _with_values and (_with_kernels or self.fn.__module__ == PROBE) and not warmup:
             host_args, host_kwargs = tree_map(_for_cpu, (args, kwargs))
             kernel = interpreter.InterpretedFunction(self.fn)
             # The interpreter remaps the names that the kernel sees, those of triton.language; the
