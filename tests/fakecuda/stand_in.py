@@ -19,21 +19,27 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import thread as futures
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytest
 import torch
+import torch.nn.attention.varlen  # it defines the operations of torch_attn
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from pipeline.runtime import triton_usable
+
 ROOT = f"{Path(__file__).parents[2]}/"
 PROJECT = (f"{ROOT}pipeline/", f"{ROOT}stages/")
-aten = torch.ops.aten
+PROBE = "pipeline.runtime.triton_probe"
+aten, torch_attn = torch.ops.aten, torch.ops.torch_attn
 
 # ---- Counts: copies and waits, by the line of the project that caused them
 
@@ -96,14 +102,32 @@ _with_values = True
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
-    """Compute nothing within the block, so that sizes of real models fit: values are undefined."""
+def _set_values(on: bool) -> Iterator[None]:
     global _with_values
-    _with_values = False
+    before, _with_values = _with_values, on
     try:
         yield
     finally:
-        _with_values = True
+        _with_values = before
+
+
+def without_values() -> AbstractContextManager[None]:
+    """Compute nothing within the block, so that sizes of real models fit: values are undefined."""
+    return _set_values(False)
+
+
+_with_kernels = True
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Interpret no Triton kernels within the block, which takes 0.1 s for a row of logits."""
+    global _with_kernels
+    _with_kernels = False
+    try:
+        yield
+    finally:
+        _with_kernels = True
 
 
 class Values(TorchDispatchMode):
@@ -121,7 +145,7 @@ class Values(TorchDispatchMode):
             with self:  # composite operations arrive whole; their parts are what runs
                 return func.decompose(*args, **kwargs)
         if (
-            func.namespace not in ("aten", "fsdp")
+            func.namespace not in ("aten", "fsdp", "torch_attn")
             or func in _WITHOUT_VALUES
             or not _on_gpu(args, kwargs)
         ):
@@ -317,14 +341,38 @@ def _attention_grads(
     )
 
 
-_ON_CPU: dict[Any, Callable[..., Any]] = {
+def _across(*, query: Tensor, key: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, **_: Any) -> Tensor:
+    """Return the bias [T, S] that keeps the segments of packed queries and keys apart."""
+    segments = [
+        torch.searchsorted(bounds, torch.arange(len(x), dtype=bounds.dtype), right=True)
+        for x, bounds in ((query, cu_seq_q), (key, cu_seq_k))
+    ]
+    return torch.where(segments[0][:, None] == segments[1], 0.0, -torch.inf)
+
+
+def _within_segments(attend: Callable[..., tuple[Tensor, ...]], **of: Any) -> tuple[Tensor, ...]:
+    """Attend, or compute the gradients, within segments that are packed: queries [T, H, E].
+
+    The only window that the project asks for is the one that makes attention causal.
+    """
+    assert of["window_size"] == ([-1, 0] if of["is_causal"] else [-1, -1])
+    of["attn_bias"] = _across(**of)
+    for name in {"query", "key", "value", "grad_out"} & set(of):
+        of[name] = of[name].transpose(0, 1)[None]
+    return tuple(x[0].transpose(0, 1) for x in attend(**of))
+
+
+_ON_CPU: dict[Any, Callable[..., Any]] = get_decompositions([aten._fused_rms_norm_backward]) | {
     aten._scaled_dot_product_flash_attention.default: _attention,
     aten._scaled_dot_product_efficient_attention.default: _attention,
     aten._scaled_dot_product_cudnn_attention.default: _attention,
     aten._scaled_dot_product_flash_attention_backward.default: _attention_grads,
     aten._scaled_dot_product_efficient_attention_backward.default: _attention_grads,
     aten._scaled_dot_product_cudnn_attention_backward.default: _attention_grads,
-} | {
+    torch_attn._varlen_attn.default: partial(_within_segments, _attention),
+    torch_attn._varlen_attn_backward.default: partial(_within_segments, _attention_grads),
+}
+_ON_CPU |= {
     overload: _product
     for operation in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
     for overload in (operation.dtype, operation.dtype_out)
@@ -377,6 +425,7 @@ _WITHOUT_VALUES = {
 
 
 def _interpret_kernels() -> None:
+    from triton import language as tl
     from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
@@ -384,21 +433,34 @@ def _interpret_kernels() -> None:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
-        if _with_values and not warmup:
+        if _with_values and (_with_kernels or self.fn.__module__ == PROBE) and not warmup:
             host_args, host_kwargs = tree_map(_for_cpu, (args, kwargs))
             kernel = interpreter.InterpretedFunction(self.fn)
-            kernel.run(*host_args, grid=grid, warmup=False, **host_kwargs)
+            # The interpreter remaps the names that the kernel sees, those of triton.language; the
+            # functions of triton.language itself see those of its module `core`.
+            scope = interpreter._patch_lang(tl.sum.fn)
+            try:
+                kernel.run(*host_args, grid=grid, warmup=False, **host_kwargs)
+            finally:
+                scope.restore()
         return compiled
 
+    @cache
+    def rewritten(function: Any) -> Any:
+        return interpreter.InterpretedFunction(function).rewrite()
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = interpreter._patch_lang(self.fn)
-        try:
-            return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
-        finally:
-            scope.restore()  # the interpreter itself does so for the outermost function only
+        return rewritten(self.fn)(*args, **kwargs)
 
     JITFunction.run = run
     JITFunction.__call__ = call  # of a function by a kernel; legal only while it is interpreted
+    probe = triton_usable._launch
+
+    def probe_with_values(device: torch.device) -> None:
+        with _set_values(True), Values():  # also for a caller that needs no values
+            probe(device)
+
+    triton_usable._launch = probe_with_values
 
 
 # ---- The plugin
