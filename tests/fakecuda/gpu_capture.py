@@ -18,12 +18,13 @@ from pipeline.training.batches import BatchStream
 from tests.fakecuda import stand_in
 from tests.helpers import make_capture
 
-MOST_SYNCS = 9
-"""Waits of the host for a batch of two chunks, with documents kept apart, results on the CPU."""
-MOST_PAGEABLE_COPIES = 7
+MOST_SYNCS = 2
+"""Waits of the host for a batch of two chunks, with documents kept apart, results on the CPU: for
+the result, and one of transformers', which looks for packed documents."""
+MOST_PAGEABLE_COPIES = 0
 
 TAUS = (1.0, 2.0)
-B, L, V, K = 4, 32, 300, 8
+B, L, V, K = 2, 12, 300, 8  # few rows, since interpreted kernels take 0.1 s for each
 
 
 def teacher(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> HuggingFaceTeacher:
@@ -75,10 +76,10 @@ def test_an_online_teacher_works_ahead(document_mask: bool, tiny_corpus: Params)
         )
         assert targets.in_background == (device == "cuda")
         stream = BatchStream(
-            targets, batch_rows=B, window_shards=2, seed=0, pin=targets.in_background
+            targets, batch_rows=1, window_shards=2, seed=0, pin=targets.in_background
         )
         streams.append(stream.starting_at(0))
-    for _ in range(3):
+    for _ in range(2):
         found, expected = (next(stream) for stream in streams)
         assert found.topk is not None
         assert expected.topk is not None
