@@ -35,7 +35,7 @@ PARAMETERS = {  # the longest row that begins a key counts
     "prepare": "prepare",
     "prepare.k": "prepare train",
     "prepare.num_sampled": "prepare train",
-    "prepare.dtype": "prepare train",
+    "prepare.dtype": "prepare train evaluate",
     "prepare.engine": "prepare evaluate",
     "prepare.vllm": "prepare evaluate",
     "prepare.dequantize": "prepare train evaluate",

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config.resolved import padded_vocabulary
 from pipeline.errors import DecantError
 from pipeline.model.logit_transform import LogitTransform
 from pipeline.runtime.device import compute_dtype, dtype_name
@@ -27,6 +26,8 @@ from pipeline.runtime.numerics import as_factor, matmul_float32
 from pipeline.runtime.transfer import begin_copy_to_host, to_device
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
+
+_TILE = 64  # columns of a product, a multiple of what any kernel writes at once
 
 
 class Teacher(ABC):
@@ -220,14 +221,14 @@ class Teacher(ABC):
 
 
 def _whole_tiles(head: Tensor, vocab_size: int, device: torch.device) -> Tensor:
-    """Return the head's rows of the valid ids; on a GPU with more, up to a multiple of 64.
+    """Return the head's rows of the valid ids; on a GPU with more, up to whole tiles.
 
     A product that writes rows of 151,665 numbers cannot use the fast kernels, which write 16 bytes
     at a time: on an H100 it took most of a small teacher's capture.
     """
     if device.type != "cuda":
         return head[:vocab_size].to(device)
-    wanted = padded_vocabulary(vocab_size)
+    wanted = -(-vocab_size // _TILE) * _TILE
     rows = head[:wanted].to(device)
     if len(rows) == wanted:  # a view of the model's own head, if it is on the device
         return rows
