@@ -14,7 +14,7 @@ from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.kernels_torch import SoftmaxKernels
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.targets.reduce import top_k_from_logits
-from tests.kernels import interpret_fast, run_apart  # noqa: F401  # for the other process
+from tests.triton_checks import interpret_fast, run_apart  # noqa: F401  # for the other process
 
 TAUS = (1.0, 2.0, 0.5)
 needs_triton = pytest.mark.skipif(

@@ -14,7 +14,7 @@ import torch
 from pipeline.losses import chunked, kernels_torch
 from pipeline.runtime import triton_usable
 from pipeline.targets import reduce, reduce_torch
-from tests.kernels import ARCHITECTURES, run_apart
+from tests.triton_checks import ARCHITECTURES, run_apart
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux alone"
@@ -23,7 +23,7 @@ needs_triton = pytest.mark.skipif(
 
 def compiled(tmp_path: Path, architectures: tuple[int, ...], *, large: bool) -> set[str]:
     code = f"sys.stdout.writelines(compile_all(*{architectures}, large={large}))"
-    printed = run_apart("tests.kernels", code, TRITON_CACHE_DIR=str(tmp_path))
+    printed = run_apart("tests.triton_checks", code, TRITON_CACHE_DIR=str(tmp_path))
     sys.stdout.write(printed)  # pytest -s shows it
     return set(re.findall(r"^sm_(\d+) \w+: ", printed, re.MULTILINE))
 

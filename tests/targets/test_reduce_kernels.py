@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.targets import reduce, reduce_torch
 from pipeline.targets.reduce import Reduction
 from pipeline.targets.topk import TopK
-from tests.kernels import interpret_fast, run_apart  # noqa: F401  # for the other process
+from tests.triton_checks import interpret_fast, run_apart  # noqa: F401  # for the other process
 
 TEMPERATURES = ((), (1.0,), (2.0,), (1.0, 2.0, 4.0), (0.5, 3.0))
 VOCABULARIES = (5, 63, 64, 65, 300, 4096, 9001)
