@@ -138,7 +138,7 @@ def live_teacher(params: Params) -> HuggingFaceTeacher:
         vocab_size=CorpusSplit(params.paths.corpus, "train").info.vocab_size,
         dtype=DTYPES[params.prepare.dtype],
         device=torch.device("cpu"),
-        head_chunk=resolve_head_chunk(params.capture.head_chunk, 300, torch.device("cpu")),
+        head_chunk=resolve_head_chunk(params.capture.head_chunk, 300, None),
     )
 
 

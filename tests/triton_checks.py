@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -13,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.targets.block_search import BLOCK
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = {75: "T4", 80: "A100", 89: "RTX 4090", 90: "H100", 100: "B200"}
 FIXED = ("block", "blocks", "group", "step", "columns", "column_of_one")  # not worth printing
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux alone"
+)
 FLOATS, INTS, LONGS = "*fp32", "*i32", "*i64"
 
 

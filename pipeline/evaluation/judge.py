@@ -23,7 +23,7 @@ from pipeline.io.files import write_json, write_text
 from pipeline.model.folder import hash_weights
 from pipeline.model.model_dtype import model_dtype
 from pipeline.model.tokenizer import load_tokenizer
-from pipeline.runtime.batch_sizes import compared_at_once
+from pipeline.runtime.batch_sizes import compared_at_once, gpu_memory
 from pipeline.runtime.console import say
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.engines import open_teacher
@@ -72,7 +72,7 @@ def judge(
     others = {name: folder for name, folder in folders.items() if name != TEACHER}
     # The teacher first, since vLLM takes its share of a GPU's memory when it starts.
     num_ids = corpus.info.vocab_size
-    head_chunk = compared_at_once(num_ids, device)
+    head_chunk = compared_at_once(num_ids, gpu_memory(device))
     teacher = open_teacher(params, num_ids, dtypes[TEACHER], device, head_chunk=head_chunk)
     models = open_models(others, corpus, folders[TEACHER], dtypes=dtypes, device=device)
     comparison = compare(teacher, models, corpus, params.evaluate, params.prepare.document_mask)

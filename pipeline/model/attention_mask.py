@@ -90,24 +90,29 @@ def attention_within(
         dtype, head_size: of queries, keys and values.
         dropout: of attention weights, which FlashAttention's form for segments does not have.
     """
-    kernel = None if dropout else flash_within(device.type, dtype, head_size)
+    kernel = None if dropout else flash_within(device, dtype, head_size)
     if kernel is None:
         return document_mask(to_device(doc_ids, device))
     return Segments.of(doc_ids, device, kernel)
 
 
+def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a GPU has FlashAttention: in half formats, from compute capability 8.0 on."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @cache
-def flash_within(device: str, dtype: torch.dtype, head_size: int) -> Callable[..., Any] | None:
+def flash_within(
+    device: torch.device, dtype: torch.dtype, head_size: int
+) -> Callable[..., Any] | None:
     """Return PyTorch's causal attention within segments, or None if the device has none.
 
     It takes queries [T, H, E], keys and values [T, G, E], their bounds twice, and the length of the
-    longest segment twice. It exists for half formats on GPUs from compute capability 8.0 on, and
-    for heads whose size is a multiple of 8 up to 256, in this form since PyTorch 2.11.
+    longest segment twice. It exists where FlashAttention does, for heads whose size is a multiple
+    of 8 up to 256, in this form since PyTorch 2.11.
     """
-    if head_size % 8 or head_size > 256:
-        return None
-    half = dtype in (torch.float16, torch.bfloat16)
-    if device != "cuda" or not half or torch.cuda.get_device_capability() < (8, 0):
+    if head_size % 8 or head_size > 256 or not has_flash_attention(device, dtype):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn

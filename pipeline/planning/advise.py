@@ -283,8 +283,8 @@ def _measure_kept(
             rows = _rows_at(corpus, block)
             parts: list[TopK] = []
             for tokens, doc_ids in _batches(rows, batch_rows, fingerprint):
-                topk = teacher.top_k(tokens, ks[-1], fingerprint.temperatures, doc_ids=doc_ids)
-                parts.append(topk.map(Tensor.cpu))
+                wanted = (ks[-1], fingerprint.temperatures)
+                parts.append(teacher.begin_top_k(tokens, *wanted, doc_ids=doc_ids)())
                 bar.update(tokens.numel())
             topk, real = TopK.cat(parts), torch.from_numpy(rows.doc_ids != PADDING)
             for meter in meters:
@@ -307,8 +307,8 @@ def _measure_costs(
     chances = torch.split(uniforms, batch_rows)
 
     def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
-        topk = teacher.top_k(tokens, fingerprint.k, fingerprint.temperatures, chance, doc_ids)
-        return topk.map(Tensor.cpu)  # waits for the GPU, as a capture does
+        wanted = (fingerprint.k, fingerprint.temperatures)
+        return teacher.begin_top_k(tokens, *wanted, chance, doc_ids)()
 
     batches = list(zip(_batches(rows, batch_rows, fingerprint), chances, strict=True))
     (tokens, doc_ids), chance = batches[0]  # a warm-up, since the very first call is slow

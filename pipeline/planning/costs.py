@@ -18,11 +18,9 @@ from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.devices import DEVICES
 from pipeline.planning.teacher_sharing import ALONE, Sharing
 from pipeline.runtime.batch_sizes import (
-    CHUNK_ON_CPU,
-    COMPARED_ON_CPU,
-    chunk_on_gpu,
-    compared_on_gpu,
+    compared_at_once,
     resolve_batch_rows,
+    resolve_head_chunk,
 )
 
 FITS = 0.9  # usable share of a device's memory
@@ -82,10 +80,8 @@ def planned_batch_rows(params: Params) -> int:
 
 def _logit_bytes(wanted: int | Literal["auto"], vocab_size: int, params: Params) -> float:
     """Return the bytes of a chunk of logits; `wanted` is a parameter head_chunk."""
-    device = DEVICES[params.advise.device]
-    if wanted == "auto":
-        wanted = chunk_on_gpu(device.memory, vocab_size) if device.is_gpu else CHUNK_ON_CPU
-    return float(_LOGIT_COPIES * 4 * wanted * vocab_size)
+    memory = DEVICES[params.advise.device].gpu_memory
+    return float(_LOGIT_COPIES * 4 * resolve_head_chunk(wanted, vocab_size, memory) * vocab_size)
 
 
 def _forward_bytes(teacher: Shape, params: Params, size: int, columns: int) -> float:
@@ -142,9 +138,7 @@ def evaluation_memory(
     teacher: Shape, student: Shape, params: Params, dtype: str, sharing: Sharing = ALONE
 ) -> Memory:
     """Return the memory of teacher, student and baseline side by side, these in float32."""
-    device, chunk = DEVICES[params.advise.device], COMPARED_ON_CPU
-    if device.is_gpu:
-        chunk = compared_on_gpu(device.memory, teacher.vocab_size)
+    chunk = compared_at_once(teacher.vocab_size, DEVICES[params.advise.device].gpu_memory)
     judged = with_sizes(params, batch_rows=params.evaluate.batch_rows, head_chunk=chunk)
     memory = capture_memory(teacher, judged, dtype, sharing)
     return replace(memory, weights=memory.weights + 2 * 4.0 * student.parameters)

@@ -44,6 +44,11 @@ class Device:
         """Whether the device is a CUDA GPU."""
         return self.capability > (0, 0)
 
+    @property
+    def gpu_memory(self) -> float | None:
+        """Bytes of a GPU's memory; None for a CPU."""
+        return self.memory if self.is_gpu else None
+
     def peak(self, dtype: str) -> float:
         """Return the operations per second in "float32", "bfloat16" or "float16"."""
         has_units = {"bfloat16": self.has_bfloat16, "float16": self.has_float16, "float32": False}

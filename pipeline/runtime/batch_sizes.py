@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-ROWS_ON_CPU = 8
-CHUNK_ON_CPU = 256
 COMPARED_ON_CPU = 64
+_ROWS_ON_CPU = 8
+_CHUNK_ON_CPU = 256
 _TOKENS_ON_GPU = 16_384
 _LEAST_CHUNK, _LARGEST_CHUNK = 256, 4096
 _SHARE_OF_MEMORY = 1 / 64  # that a chunk of float32 logits takes of a GPU's memory at most
@@ -29,32 +29,33 @@ def resolve_batch_rows(wanted: int | Literal["auto"], row_length: int, device: s
     """
     if wanted != "auto":
         return wanted
-    return ROWS_ON_CPU if device == "cpu" else max(1, _TOKENS_ON_GPU // row_length)
+    return _ROWS_ON_CPU if device == "cpu" else max(1, _TOKENS_ON_GPU // row_length)
 
 
-def resolve_head_chunk(wanted: int | Literal["auto"], vocab_size: int, device: torch.device) -> int:
+def gpu_memory(device: torch.device) -> float | None:
+    """Return the bytes of a GPU's memory; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    return float(torch.cuda.get_device_properties(device).total_memory)
+
+
+def resolve_head_chunk(wanted: int | Literal["auto"], vocab_size: int, memory: float | None) -> int:
     """Return capture.head_chunk or run.head_chunk as a number of positions.
 
     Args:
         wanted: the parameter.
         vocab_size: V, columns of the logits.
+        memory: of the device, as `gpu_memory` returns it.
     """
     if wanted != "auto":
         return wanted
-    if device.type == "cpu":
-        return CHUNK_ON_CPU
-    return chunk_on_gpu(torch.cuda.get_device_properties(device).total_memory, vocab_size)
+    return _CHUNK_ON_CPU if memory is None else chunk_on_gpu(memory, vocab_size)
 
 
-def compared_at_once(vocab_size: int, device: torch.device) -> int:
+def compared_at_once(vocab_size: int, memory: float | None) -> int:
     """Return the positions per chunk where models are compared, which makes copies of a chunk."""
-    if device.type == "cpu":
+    if memory is None:
         return COMPARED_ON_CPU
-    return compared_on_gpu(torch.cuda.get_device_properties(device).total_memory, vocab_size)
-
-
-def compared_on_gpu(memory: float, vocab_size: int) -> int:
-    """Return `compared_at_once` for a GPU with `memory` bytes."""
     return max(COMPARED_ON_CPU, chunk_on_gpu(memory, vocab_size) // 8)
 
 

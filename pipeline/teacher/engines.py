@@ -12,7 +12,7 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.model.quantization import describe_weights, read_quantization
-from pipeline.runtime.batch_sizes import resolve_batch_rows, resolve_head_chunk
+from pipeline.runtime.batch_sizes import gpu_memory, resolve_batch_rows, resolve_head_chunk
 from pipeline.runtime.device import inference_dtype
 from pipeline.teacher.sharded import ShardedTeacher, choose_parallel, led_ranks
 from pipeline.teacher.teacher import Teacher
@@ -76,7 +76,9 @@ def open_teacher(
         engine: another one than prepare.engine.
     """
     folder = teacher_folder(params.paths.teacher)
-    chunk = head_chunk or resolve_head_chunk(params.capture.head_chunk, vocab_size, device)
+    chunk = head_chunk or resolve_head_chunk(
+        params.capture.head_chunk, vocab_size, gpu_memory(device)
+    )
     if (engine or params.prepare.engine) == "vllm":
         return _open_vllm(params, folder, vocab_size, dtype, device, chunk)
     if (group := led_ranks()) is not None:

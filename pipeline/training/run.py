@@ -32,7 +32,7 @@ from pipeline.logit_cache.reader import CacheReader
 from pipeline.losses.divergences import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.model.named_models import run_folder
-from pipeline.runtime.batch_sizes import resolve_head_chunk
+from pipeline.runtime.batch_sizes import gpu_memory, resolve_head_chunk
 from pipeline.runtime.console import say
 from pipeline.runtime.device import dtype_name, seed_everything, training_dtype
 from pipeline.runtime.ranks import Ranks, join_ranks
@@ -127,7 +127,7 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
     )
     _warn_of_lost_mass(training, params)
     head_chunk = resolve_head_chunk(
-        params.run.head_chunk, len(student.model.head_weight), ranks.device
+        params.run.head_chunk, len(student.model.head_weight), gpu_memory(ranks.device)
     )
     step = DistillationLoss(student.model, dtype=dtype, head_chunk=head_chunk)
     state = train(

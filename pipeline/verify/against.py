@@ -32,7 +32,7 @@ from pipeline.data.vocabulary import require_shared_ids, require_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.folder import teacher_folder
-from pipeline.runtime.batch_sizes import compared_at_once
+from pipeline.runtime.batch_sizes import compared_at_once, gpu_memory
 from pipeline.runtime.bootstrap import Interval, clusters_of, intervals
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import pick_device, seconds_of
@@ -126,7 +126,7 @@ def compare_with(folder: Path, params: Params) -> AgainstReport:
     device = pick_device(params.device)
     dtype = teacher_dtype(params, device)
     vocab_size = corpus.info.vocab_size
-    head_chunk = compared_at_once(vocab_size, device)
+    head_chunk = compared_at_once(vocab_size, gpu_memory(device))
     teacher = open_teacher(params, vocab_size, dtype, device, head_chunk=head_chunk)
     against = HuggingFaceTeacher(
         folder,

@@ -22,7 +22,7 @@ from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.model.attention_mask import documents_apart
-from pipeline.runtime.batch_sizes import resolve_batch_rows, resolve_head_chunk
+from pipeline.runtime.batch_sizes import gpu_memory, resolve_batch_rows, resolve_head_chunk
 from pipeline.runtime.device import pick_device, training_dtype
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.engines import open_teacher, teacher_dtype
@@ -106,7 +106,9 @@ def main(rows: int, rounds: int, overrides: tuple[str, ...]) -> None:
     distillation = DistillationLoss(
         student,
         dtype=training_dtype(params.train.dtype, device),
-        head_chunk=resolve_head_chunk(params.run.head_chunk, student.vocab_size, device),
+        head_chunk=resolve_head_chunk(
+            params.run.head_chunk, student.vocab_size, gpu_memory(device)
+        ),
     )
 
     def step(way: str) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import distillation_loss
 from pipeline.model.decoder import ModelConfig, StudentModel
-from pipeline.runtime.batch_sizes import resolve_head_chunk
+from pipeline.runtime.batch_sizes import gpu_memory, resolve_head_chunk
 from pipeline.targets.block_search import block_top_k
 from pipeline.targets.topk import TopK
 
@@ -74,7 +74,7 @@ def sums_of(hidden: Tensor, weight: Tensor, labels: Tensor, topk: TopK, variant:
         alpha=0.5,
         temperature=temperature,
         dtype=torch.bfloat16,
-        chunk=resolve_head_chunk("auto", len(weight), weight.device),
+        chunk=resolve_head_chunk("auto", len(weight), gpu_memory(weight.device)),
     ).total
 
 

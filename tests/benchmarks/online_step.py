@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import cross_entropy, full_kl
 from pipeline.model.decoder import StudentModel
-from pipeline.runtime.batch_sizes import resolve_head_chunk
+from pipeline.runtime.batch_sizes import gpu_memory, resolve_head_chunk
 from pipeline.runtime.numerics import matmul_float32
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import TopK
@@ -92,7 +92,9 @@ class Step:
             alpha=ALPHA,
             temperature=1.0,
             dtype=torch.bfloat16,
-            chunk=resolve_head_chunk("auto", len(self.student.head_weight), hidden.device),
+            chunk=resolve_head_chunk(
+                "auto", len(self.student.head_weight), gpu_memory(hidden.device)
+            ),
         ).total
 
     def dense(self, hidden: Tensor, teacher: StudentModel) -> Tensor:

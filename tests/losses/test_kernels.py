@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, get_args
 
 import pytest
@@ -14,12 +13,9 @@ from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.kernels_torch import SoftmaxKernels
 from pipeline.model.logit_transform import UNCHANGED, LogitTransform
 from pipeline.targets.reduce import top_k_from_logits
-from tests.triton_checks import interpret_fast, run_apart  # noqa: F401  # for the other process
+from tests.triton_checks import interpret_fast, needs_triton, run_apart  # noqa: F401  # for the other process
 
 TAUS = (1.0, 2.0, 0.5)
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux alone"
-)
 
 
 def check_passes(fused: SoftmaxKernels, device: str) -> None:

@@ -148,11 +148,11 @@ def test_segments_are_the_documents() -> None:
 def test_a_head_that_flash_attention_would_have_to_pad_gets_a_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     attention_mask.flash_within.cache_clear()
-    assert attention_mask.flash_within("cuda", torch.bfloat16, 64) is not None
+    assert attention_mask.flash_within(torch.device("cuda"), torch.bfloat16, 64) is not None
     for head_size in (12, 20, 264):
-        assert attention_mask.flash_within("cuda", torch.bfloat16, head_size) is None
+        assert attention_mask.flash_within(torch.device("cuda"), torch.bfloat16, head_size) is None
     attention_mask.flash_within.cache_clear()
 
 
@@ -174,7 +174,7 @@ def test_attention_within_segments_is_attention_under_the_mask(
 @pytest.mark.gpu
 def test_on_a_gpu_segments_and_masks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients in bfloat16, where PyTorch has attention within segments."""
-    if attention_mask.flash_within("cuda", torch.bfloat16, 64) is None:
+    if attention_mask.flash_within(torch.device("cuda"), torch.bfloat16, 64) is None:
         pytest.skip("no attention within segments here")
     config = ModelConfig(**SMALL | {"hidden_size": 256})
     student = StudentModel(config).cuda()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.runtime.batch_sizes import chunk_on_gpu, resolve_batch_rows, resolve_head_chunk
+from pipeline.runtime.batch_sizes import (
+    chunk_on_gpu,
+    gpu_memory,
+    resolve_batch_rows,
+    resolve_head_chunk,
+)
 
 
 def test_a_number_stays_what_it_is() -> None:
     assert resolve_batch_rows(3, 1024, "cuda") == 3
-    assert resolve_head_chunk(50, 304, torch.device("cpu")) == 50
+    assert resolve_head_chunk(50, 304, gpu_memory(torch.device("cpu"))) == 50
 
 
 def test_on_a_cpu_auto_is_what_fits_its_cache() -> None:
     assert resolve_batch_rows("auto", 256, "cpu") == 8
-    assert resolve_head_chunk("auto", 151_936, torch.device("cpu")) == 256
+    assert resolve_head_chunk("auto", 151_936, gpu_memory(torch.device("cpu"))) == 256
 
 
 @pytest.mark.parametrize(("row_length", "rows"), [(256, 64), (1024, 16), (32_768, 1)])

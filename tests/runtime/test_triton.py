@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -14,11 +13,7 @@ import torch
 from pipeline.losses import chunked, kernels_torch
 from pipeline.runtime import triton_usable
 from pipeline.targets import reduce, reduce_torch
-from tests.triton_checks import ARCHITECTURES, run_apart
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux alone"
-)
+from tests.triton_checks import ARCHITECTURES, needs_triton, run_apart
 
 
 def compiled(tmp_path: Path, architectures: tuple[int, ...], *, large: bool) -> set[str]:

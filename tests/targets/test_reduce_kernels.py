@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from itertools import product
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from pipeline.targets import reduce, reduce_torch
 from pipeline.targets.reduce import Reduction
 from pipeline.targets.topk import TopK
-from tests.triton_checks import interpret_fast, run_apart  # noqa: F401  # for the other process
+from tests.triton_checks import interpret_fast, needs_triton, run_apart  # noqa: F401  # for the other process
 
 TEMPERATURES = ((), (1.0,), (2.0,), (1.0, 2.0, 4.0), (0.5, 3.0))
 VOCABULARIES = (5, 63, 64, 65, 300, 4096, 9001)
@@ -115,9 +114,7 @@ def check_extremes(fused: Reduction, device: str) -> None:
     assert drawn.sampled_ids.tolist() == [[64, 64, 64, 130, 130]]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux alone"
-)
+@needs_triton
 def test_interpreted_kernels_equal_the_plain_passes() -> None:
     run_apart(
         "tests.targets.test_reduce_kernels",
