@@ -321,5 +321,6 @@ def _array_specs(num_rows: int, row_length: int, vocab_size: int) -> dict[str, A
         "shape": (num_rows, row_length),
         "chunk_rows": chunk_rows,
         "shard_rows": chunk_rows * _CHUNKS_PER_SHARD,
+        "dimension_names": ("row", "position"),
     }
     return {name: ArraySpec(name=name, dtype=dtype, **common) for name, dtype in dtypes.items()}
