@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,20 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import IGNORE
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.logit_cache.reader import CacheReader
+from pipeline.losses.reference import cross_entropy, tail_bucket_kl
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.runtime.ranks import ALONE
+from pipeline.target_sources.cached import CachedTargets
 from pipeline.target_sources.tokens_only import TokensOnly
-from pipeline.training.batches import first_rows
+from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distillation import DistillationLoss
 from pipeline.training.distributed import parallelise
 from pipeline.training.run import run_training
+from pipeline.training.students import RunStudent
 from pipeline.training.trainer import forwards_a_batch
 from pipeline.training.validation import validate
 from tests.helpers import (
@@ -262,6 +268,52 @@ def test_training_on_draws(
     assert "warning" not in capsys.readouterr().out
     run_training(change(params, train={"temperature": 2.0, "steps": 1}), "warm")
     assert "sampled ids were taken at temperature 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("targets", ["cached", "online"])
+def test_positions_without_a_target_count_in_cross_entropy_alone(
+    targets: str, tiny_corpus: Params
+) -> None:
+    """The divergence is the mean over half of the positions, CE over all, in one step's loss."""
+    prepare = {"positions": "high_entropy", "entropy_quantile": 0.5, "top_p": 0.8}
+    params = change(
+        tiny_corpus,
+        prepare=prepare,
+        train={"targets": targets, "alpha": 0.6, "steps": 1, "gradient_accumulation_steps": 2},
+    )
+    capture_all(params)
+    state = run_training(params, "half").state
+    assert state is not None
+    step = next(values for values in state.history if "train/loss" in values)
+    total = 0.6 * step["train/divergence"] + 0.4 * step["train/ce"]
+    assert step["train/loss"] == pytest.approx(total, rel=1e-6)
+
+    source = CachedTargets(
+        CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
+    )
+    stream = BatchStream(
+        source,
+        batch_rows=params.train.batch_rows,
+        window_shards=params.train.shuffle_shards,
+        seed=0,
+    )
+    batches = list(islice(stream.starting_at(0), 2))
+    torch.manual_seed(params.seed)
+    student = RunStudent(params, source.corpus, source.corpus).model
+    divergence, ce, num_targets, num_labels = 0.0, 0.0, 0, 0
+    for batch in batches:
+        assert batch.topk is not None
+        hidden = student.hidden_states(batch.tokens, batch.doc_ids).detach()
+        logits = (hidden @ student.head_weight.detach().T).flatten(0, 1)
+        there, labels = batch.topk.has_target.flatten(), batch.labels.flatten()
+        topk = batch.topk.map(lambda t: t.flatten(0, 1))
+        divergence += float(tail_bucket_kl(logits[there], topk[there], 1.0).sum())
+        ce += float(cross_entropy(logits[labels != IGNORE], labels[labels != IGNORE]).sum())
+        assert batch.num_targets == int(there.sum())
+        num_targets, num_labels = num_targets + int(there.sum()), num_labels + batch.num_labels
+    assert 0.45 < num_targets / num_labels < 0.6
+    assert step["train/divergence"] == pytest.approx(divergence / num_targets, rel=1e-3)
+    assert step["train/ce"] == pytest.approx(ce / num_labels, rel=1e-4)
 
 
 def test_the_divergence_is_what_is_trained_and_kl_what_is_validated(tiny_cache: Params) -> None:
