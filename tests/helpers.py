@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pipeline.capture.capture import Capture, CaptureResult, fingerprint_of, open_capture
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.io.folders import LocalFolder
@@ -191,6 +192,18 @@ def gate_and_histogram(
         (CorpusSplit(params.paths.corpus, split), open_cache(params, split)) for split in SPLITS
     ]
     return run_gate(teacher or live_teacher(params), splits, params.verify, seed=seed)
+
+
+def rewrite_cache(
+    params: Params, change_rows: Callable[[TopK], TopK], *, split: str = "train"
+) -> None:
+    """Commit other contents under good markers, as a defect of ours would have."""
+    reader = open_cache(params, split)
+    changed = change_rows(reader.top_k(np.arange(len(reader.corpus))))
+    writer = make_capture(params, split).writer
+    for shard in range(writer.layout.num_shards):
+        start, stop = writer.layout.rows_of(shard)
+        writer.write(shard, changed[start:stop], hash_rows(reader.corpus.rows(start, stop)))
 
 
 def rewrite_checksums(folder: Path) -> None:

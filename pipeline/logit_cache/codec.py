@@ -86,23 +86,23 @@ def encode(topk: TopK, id_order: IdOrder, fingerprint: Fingerprint, chunk_rows: 
         arrays["num_kept"] = num.astype(count_dtype(fingerprint.k))
         indices = id_order.index_of[topk.ids.cpu().numpy()]
         deltas = to_deltas(_to_half(topk.logprobs).view(np.uint16))
-        arrays["id_indices"] = _ravel(indices, num, chunk_rows)
-        arrays["logprob_deltas"] = _ravel(deltas, num, chunk_rows, by_rank=True)
+        arrays["id_indices"] = _ravel(indices, num, chunk_rows, fingerprint.k)
+        arrays["logprob_deltas"] = _ravel(deltas, num, chunk_rows, fingerprint.k, by_rank=True)
     if fingerprint.num_sampled:
         counts = topk.sampled_counts.cpu().numpy()
         indices = id_order.index_of[topk.sampled_ids.cpu().numpy()]
         ends = np.where(counts > 0, indices.astype(np.int64), len(id_order.ids))
         order = np.argsort(ends, axis=-1, kind="stable")  # ascending, empty slots last
-        num = np.where(has_target, (counts > 0).sum(-1), 0)
-        dtype = count_dtype(fingerprint.num_sampled)
+        num, most = np.where(has_target, (counts > 0).sum(-1), 0), fingerprint.num_sampled
+        dtype = count_dtype(most)
         deltas = to_deltas(np.take_along_axis(indices, order, -1))
         arrays["num_distinct"] = num.astype(dtype)
-        arrays["sampled_index_deltas"] = _ravel(deltas, num, chunk_rows)
+        arrays["sampled_index_deltas"] = _ravel(deltas, num, chunk_rows, most)
         counts = np.take_along_axis(counts, order, -1).astype(dtype)
-        arrays["sampled_counts"] = _ravel(counts, num, chunk_rows)
+        arrays["sampled_counts"] = _ravel(counts, num, chunk_rows, most)
         if fingerprint.temperatures:
             logprobs = np.take_along_axis(_to_half(topk.sampled_logprobs), order, -1)
-            arrays["sampled_logprobs"] = _ravel(logprobs, num, chunk_rows)
+            arrays["sampled_logprobs"] = _ravel(logprobs, num, chunk_rows, most)
     return arrays
 
 
@@ -232,24 +232,24 @@ _SAMPLED = {
 
 
 def _ravel(
-    values: NDArray[Any], num: NDArray[Any], chunk_rows: int, *, by_rank: bool = False
+    values: NDArray[Any], num: NDArray[Any], chunk_rows: int, most: int, *, by_rank: bool = False
 ) -> NDArray[Any]:
-    """Concatenate the first `num` of each position's K values, chunk by chunk.
+    """Concatenate the first `num` of each position's values, chunk by chunk.
 
     Args:
-        values: [rows, L, K].
+        values: [rows, L, D], with D up to `most`, which is K or M.
         num: [rows, L].
         by_rank: take the first values of all positions, then the second ones, and so on.
 
     Returns:
-        [chunks, chunk_rows * L * K], filled up with zeros.
+        [chunks, chunk_rows * L * most], filled up with zeros.
     """
-    rows, length, k = values.shape
+    rows, length, width = values.shape
     chunks = -(-rows // chunk_rows)
-    out = np.zeros((chunks, chunk_rows * length * k), values.dtype)
+    out = np.zeros((chunks, chunk_rows * length * most), values.dtype)
     for chunk in range(chunks):
         part = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
-        of_chunk, is_filled = values[part].reshape(-1, k), _is_filled(num[part], k)
+        of_chunk, is_filled = values[part].reshape(-1, width), _is_filled(num[part], width)
         if by_rank:
             of_chunk, is_filled = _transposed(of_chunk), is_filled.T
         flat = of_chunk[is_filled]

@@ -20,7 +20,7 @@ def sample_by_inversion(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw ids, int64 [n, M], in proportion to weights [n, V]; uniforms [n, M] decide them."""
     size = weights.shape[-1]
     whole = size // BLOCK * BLOCK
-    sums = weights[:, :whole].view(len(weights), -1, BLOCK).sum(-1)
+    sums = weights[:, :whole].view(len(weights), whole // BLOCK, BLOCK).sum(-1)
     if size > whole:
         sums = torch.cat((sums, weights[:, whole:].sum(-1, keepdim=True)), -1)
 
@@ -78,7 +78,7 @@ def block_top_k(values: Tensor, k: int, maxima: Tensor | None = None) -> tuple[T
     largest = body.amax(-1) if maxima is None else maxima[:, :blocks]
     best = largest.topk(k, dim=-1, sorted=False).indices
     candidates = _taken(body, best)  # [n, k * BLOCK]
-    small = candidates.view(len(values), -1, _SMALL_BLOCK)
+    small = candidates.view(len(values), k * BLOCK // _SMALL_BLOCK, _SMALL_BLOCK)
     best_small = small.amax(-1).topk(k, dim=-1, sorted=False).indices
     candidates = _taken(small, best_small)  # [n, k * _SMALL_BLOCK]
     rest = values[:, blocks * BLOCK :]

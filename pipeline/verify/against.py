@@ -1,7 +1,7 @@
 """What a change of the teacher costs, for example quantisation, beside what the cache's cut costs.
 
 Teacher and another model run over the same rows, and their distributions over the whole vocabulary
-are compared at each position that is not padding, a few positions at a time. The divergence is
+are compared at each position in the loss, a few positions at a time. The divergence is
 KL(other || teacher): the nats per token that are lost by taking the teacher for the other model,
 which is usually the one that it was quantised from.
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, PADDING, Rows, next_token_labels
+from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.data.vocabulary import require_shared_ids, require_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention_mask import documents_apart
@@ -46,9 +46,10 @@ from pipeline.verify.power import spread
 
 @dataclass(frozen=True, kw_only=True)
 class CutCost:
-    """Means over positions of what the K most probable ids of the teacher leave out."""
+    """Means over positions of what the teacher's kept ids leave out."""
 
     k: int
+    top_p: float | None
     tail_mass: float
     nats_lost: float  # entropy within the tail
     renormalised_kl: float  # KL(renormalised top K || teacher)
@@ -62,14 +63,13 @@ class AgainstReport:
     against: str
     batches: int
     rows: int
-    tokens: int
+    tokens: int  # in the loss
     kl: float  # KL(against || teacher)
     max_kl: float
     top1: float  # share of positions with the same most probable id
     cosine: float  # of the probabilities
-    tokens_in_loss: int
-    teacher_loss: float | None  # cross-entropy of the next token; None if none is in the loss
-    against_loss: float | None
+    teacher_loss: float  # cross-entropy of the next token
+    against_loss: float
     cut: CutCost | None  # None for prepare.k=0
     interval: dict[str, Interval]  # of `kl`, `top1` and `loss_difference`, teacher minus against
     resampled: str  # what intervals are resampled from, for example "29 documents"
@@ -79,15 +79,15 @@ class AgainstReport:
         kl, top1 = self._spread("kl", 6), self._spread("top1", 4)
         yield f"{'KL(against || teacher)':24} {self.kl:.6f}{kl} nats per token"
         yield f"{'top-1 agreement':24} {self.top1:.4f}{top1}, mean cosine {self.cosine:.6f}"
-        if self.teacher_loss is not None and self.against_loss is not None:
-            difference = self.teacher_loss - self.against_loss
-            yield (
-                f"{'cross-entropy':24} teacher {self.teacher_loss:.4f}, against "
-                f"{self.against_loss:.4f}, difference {difference:+.4f}"
-                f"{self._spread('loss_difference', 4)}"
-            )
+        difference = self.teacher_loss - self.against_loss
+        yield (
+            f"{'cross-entropy':24} teacher {self.teacher_loss:.4f}, against "
+            f"{self.against_loss:.4f}, difference {difference:+.4f}"
+            f"{self._spread('loss_difference', 4)}"
+        )
         if self.cut is not None:
-            name = f"top {self.cut.k} of the teacher"
+            mass = "" if self.cut.top_p is None else f", cut at {self.cut.top_p:g},"
+            name = f"top {self.cut.k}{mass} of the teacher"
             yield (
                 f"{name:24} leaves out {self.cut.tail_mass:.2%} of the mass and "
                 f"{self.cut.nats_lost:.4f} nats; renormalised, its KL is "
@@ -99,14 +99,6 @@ class AgainstReport:
     def _spread(self, name: str, digits: int) -> str:
         found = self.interval.get(name)
         return "" if found is None else f" ± {found.half_width:.{digits}f}"
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Values at n positions, on the CPU; `labelled` says where there is a next token."""
-
-    values: dict[str, Tensor]
-    labelled: Tensor  # bool [n]
 
 
 def compare_with(folder: Path, params: Params) -> AgainstReport:
@@ -148,34 +140,42 @@ def compare(
     numbers = spread([len(corpus)], params.verify.batches * size, params.seed)
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     _announce(teacher, against, corpus, params, batches)
-    found: list[_Positions] = []
+    found: list[dict[str, Tensor]] = []
     documents: list[NDArray[np.int32]] = []
     row_numbers: list[NDArray[np.int64]] = []
     for batch in progress(batches, what="verify", unit="batch"):
         rows = _read(corpus, batch)
-        found += _compare(teacher, against, rows, params)
-        real = rows.doc_ids != PADDING
-        documents.append(rows.doc_ids[real])
-        row_numbers.append(np.asarray(batch)[real.nonzero()[0]])
-    values = {name: torch.cat([part.values[name] for part in found]) for name in found[0].values}
+        labels = _labels(rows)
+        wanted = (labels != IGNORE).numpy()
+        if not wanted.any():
+            continue
+        found += _compare(teacher, against, rows, labels, params)
+        documents.append(rows.doc_ids[wanted])
+        row_numbers.append(np.asarray(batch)[wanted.nonzero()[0]])
+    if not found:
+        raise DecantError(
+            f"none of {len(numbers):,} validation rows has a position in the loss, so there is "
+            "nothing to compare: raise verify.batches"
+        )
+    values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     if not bool(torch.isfinite(values["kl"]).all()):
         raise DecantError(
             "the logits of the teacher or of the model of --against overflow, or a probability is "
             "0: set prepare.dtype to bfloat16 or float32"
         )
-    labelled = torch.cat([part.labelled for part in found])
     clusters, resampled = clusters_of(documents, row_numbers)
-    interval = intervals({name: values[name].numpy() for name in ("kl", "top1")}, clusters)
-    losses = {name: values[name][labelled] for name in ("teacher_loss", "against_loss")}
-    in_loss = int(labelled.sum())
-    if in_loss:
-        difference = (losses["teacher_loss"] - losses["against_loss"]).numpy()
-        interval |= intervals({"loss_difference": difference}, clusters[labelled.numpy()])
+    resample = {
+        "kl": values["kl"],
+        "top1": values["top1"],
+        "loss_difference": values["teacher_loss"] - values["against_loss"],
+    }
+    interval = intervals({name: value.numpy() for name, value in resample.items()}, clusters)
     means = {name: float(value.double().mean()) for name, value in values.items()}
     cut = None
     if params.prepare.k:
         cut = CutCost(
             k=params.prepare.k,
+            top_p=params.prepare.top_p,
             tail_mass=means["tail_mass"],
             nats_lost=means["nats_lost"],
             renormalised_kl=means["renormalised_kl"],
@@ -185,14 +185,13 @@ def compare(
         against=against.describe(),
         batches=len(batches),
         rows=len(numbers),
-        tokens=len(labelled),
+        tokens=len(values["kl"]),
         kl=means["kl"],
         max_kl=float(values["kl"].max()),
         top1=means["top1"],
         cosine=means["cosine"],
-        tokens_in_loss=in_loss,
-        teacher_loss=float(losses["teacher_loss"].double().mean()) if in_loss else None,
-        against_loss=float(losses["against_loss"].double().mean()) if in_loss else None,
+        teacher_loss=means["teacher_loss"],
+        against_loss=means["against_loss"],
         cut=cut,
         interval=interval,
         resampled=resampled,
@@ -207,7 +206,8 @@ def _announce(
     batches: list[list[int]],
 ) -> None:
     row = _read(corpus, batches[0][:1])
-    a_row = seconds_of(lambda: _compare(teacher, against, row, params), teacher.device)
+    labels = _labels(row)
+    a_row = seconds_of(lambda: _compare(teacher, against, row, labels, params), teacher.device)
     announce(
         "verify",
         f"compares {teacher.describe()} with {against.describe()} on {len(batches)} batches",
@@ -219,28 +219,38 @@ def _read(corpus: CorpusSplit, numbers: list[int]) -> Rows:
     return Rows.cat([corpus.rows(number, number + 1) for number in numbers])
 
 
-def _compare(teacher: Teacher, against: Teacher, rows: Rows, params: Params) -> list[_Positions]:
+def _labels(rows: Rows) -> Tensor:
     tokens, doc_ids, in_loss = map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss))
+    return next_token_labels(tokens, doc_ids, in_loss)
+
+
+def _compare(
+    teacher: Teacher, against: Teacher, rows: Rows, labels: Tensor, params: Params
+) -> list[dict[str, Tensor]]:
+    """Return values at the positions with a label, on the CPU, by chunks of positions."""
+    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
     apart = documents_apart(doc_ids, params.prepare.document_mask)
-    real = (doc_ids != PADDING).flatten()
-    labels = next_token_labels(tokens, doc_ids, in_loss).flatten()
-    both = (model.logits_by_chunk(tokens, apart) for model in (teacher, against))
+    wanted = (labels != IGNORE).flatten().nonzero()[:, 0]
+    both = (model.logits_by_chunk(tokens, apart, wanted) for model in (teacher, against))
     return [
-        _positions(
-            ours[real[place]],
-            theirs[real[place]].to(ours.device),
-            labels[place][real[place]],
+        _values(
+            ours,
+            theirs.to(ours.device),
+            labels.flatten()[wanted[place]],
             min(params.prepare.k, teacher.vocab_size),
+            params.prepare.top_p,
         )
         for (place, ours), (_, theirs) in zip(*both, strict=True)
     ]
 
 
-def _positions(ours: Tensor, theirs: Tensor, labels: Tensor, k: int) -> _Positions:
+def _values(
+    ours: Tensor, theirs: Tensor, labels: Tensor, k: int, top_p: float | None
+) -> dict[str, Tensor]:
     """Compare the teacher's logits, float32 [n, V], with another model's at the same positions."""
     log_q, log_p = ours.log_softmax(-1), theirs.log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
-    label = labels.clamp_min(0).to(ours.device)[:, None]
+    label = labels.to(ours.device)[:, None]
     values = {
         # Negative only by rounding.
         "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).clamp_min(0.0),
@@ -250,11 +260,11 @@ def _positions(ours: Tensor, theirs: Tensor, labels: Tensor, k: int) -> _Positio
         "against_loss": -log_p.gather(-1, label)[:, 0],
     }
     if k:
-        topk = top_k_from_logits(ours, k, ())
+        topk = top_k_from_logits(ours, k, (), top_p=top_p)
         _, tail_mass = topk.target(1.0)
         values |= {
             "tail_mass": tail_mass,
             "nats_lost": nats_lost(topk).float(),
             "renormalised_kl": -torch.log1p(-tail_mass),
         }
-    return _Positions({name: value.cpu() for name, value in values.items()}, labels != IGNORE)
+    return {name: value.cpu() for name, value in values.items()}

@@ -32,6 +32,32 @@ def test_block_top_k_equals_torch_topk(size: int, k: int, seed: int, ties: bool)
     assert all(len(set(row.tolist())) == k for row in ids)
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "k", "num_sampled"), [(300, 0, 5), (4000, 3, 5), (50, 8, 0)]
+)
+def test_no_rows_at_all(vocab_size: int, k: int, num_sampled: int) -> None:
+    """As of a batch whose positions are all outside the loss."""
+    topk = top_k_from_logits(torch.empty(0, vocab_size), k, TAUS, torch.empty(0, num_sampled))
+    assert topk.ids.shape == (0, k)
+    assert topk.sampled_ids.shape == topk.sampled_logprobs.shape == (0, num_sampled)
+
+
+def test_parts_of_different_width_are_joined() -> None:
+    """As those of a cache's shards are, whose width is that of their fullest position."""
+    topk = top_k_from_logits(torch.randn(4, 50), 3, TAUS, torch.rand(4, 9))
+    narrow = replace(
+        topk[:2],
+        **{
+            name: getattr(topk, name)[:2, :4]
+            for name in ("sampled_ids", "sampled_counts", "sampled_logprobs")
+        },
+    )
+    joined = TopK.cat([narrow, topk[2:]])
+    assert joined.sampled_counts.shape == joined.sampled_logprobs.shape == (4, 9)
+    assert not joined.sampled_counts[:2, 4:].any()
+    assert torch.equal(joined[2:].sampled_ids, topk[2:].sampled_ids)
+
+
 def test_top_k_from_logits_against_float64() -> None:
     logits = torch.randn(7, 1000) * 4 + 30
     topk = top_k_from_logits(logits.clone(), 10, TAUS)

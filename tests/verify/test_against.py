@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import PADDING
-from pipeline.errors import ParamsError
+from pipeline.data.packing import IGNORE, PADDING
+from pipeline.errors import DecantError, ParamsError
 from pipeline.verify.against import compare_with
 from stages.verify import main
 from tests.helpers import change
@@ -28,7 +28,7 @@ def verify(params_file: Path, *words: str) -> Result:
 
 @torch.no_grad()
 def exact_logits(folder: Path, corpus: CorpusSplit) -> tuple[torch.Tensor, torch.Tensor]:
-    """By transformers in float64, each document by itself: [n, V]; and each next token or -1."""
+    """By transformers in float64, each document by itself: [n, V]; and each next token."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     rows = corpus.rows(0, len(corpus))
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
@@ -39,8 +39,8 @@ def exact_logits(folder: Path, corpus: CorpusSplit) -> tuple[torch.Tensor, torch
                 continue
             document = row[numbers == number]
             logits = model(document[None], use_cache=False).logits[0]
-            parts.append(logits[:, : corpus.info.vocab_size])
-            following += [*document[1:].tolist(), -1]
+            parts.append(logits[:-1, : corpus.info.vocab_size])
+            following += document[1:].tolist()
     return torch.cat(parts), torch.tensor(following)
 
 
@@ -52,7 +52,7 @@ def test_numbers_against_float64(tiny_corpus: Params, tmp_path: Path) -> None:
     ours, following = exact_logits(params.paths.teacher, corpus)
     log_q = ours.log_softmax(-1)
     log_p = exact_logits(other, corpus)[0].log_softmax(-1)
-    assert report.tokens == len(log_q) == corpus.info.num_tokens
+    assert report.tokens == len(log_q) < corpus.info.num_tokens
     assert report.rows == len(corpus)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert report.kl == pytest.approx(float(kl.mean()), rel=1e-5)
@@ -62,12 +62,8 @@ def test_numbers_against_float64(tiny_corpus: Params, tmp_path: Path) -> None:
     assert report.top1 == pytest.approx(float(same.double().mean()), abs=2e-3)
     cosine = torch.nn.functional.cosine_similarity(log_p.exp(), log_q.exp(), dim=-1)
     assert report.cosine == pytest.approx(float(cosine.mean()), rel=1e-5)
-    known = following >= 0
-    losses = [
-        float(torch.nn.functional.nll_loss(log[known], following[known])) for log in (log_q, log_p)
-    ]
+    losses = [float(torch.nn.functional.nll_loss(log, following)) for log in (log_q, log_p)]
     assert [report.teacher_loss, report.against_loss] == pytest.approx(losses, rel=1e-5)
-    assert report.tokens_in_loss == int(known.sum())
     found = report.interval["loss_difference"]
     assert found.low < losses[0] - losses[1] < found.high
     q = log_q.exp().sort(-1, descending=True).values
@@ -90,6 +86,26 @@ def test_a_model_against_itself_is_zero(document_mask: bool, tiny_corpus: Params
     assert report.cosine == pytest.approx(1.0, abs=1e-6)
     assert report.teacher_loss == report.against_loss
     assert report.cut is None
+
+
+def test_the_cut_at_a_mass(tiny_corpus: Params) -> None:
+    """It leaves out about what it is told to where K is large enough."""
+    params = change(tiny_corpus, prepare={"k": 290, "top_p": 0.6}, verify=WHOLE)
+    report = compare_with(params.paths.teacher, params)
+    assert report.cut is not None
+    assert 0.39 < report.cut.tail_mass < 0.4
+    assert any("top 290, cut at 0.6, of the teacher" in line for line in report.lines())
+
+
+def test_no_position_in_the_loss_is_a_sentence(
+    tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.verify.against.next_token_labels",
+        lambda tokens, doc_ids, in_loss: torch.full_like(tokens, IGNORE),
+    )
+    with pytest.raises(DecantError, match="rows has a position in the loss, so there is nothing"):
+        compare_with(tiny_corpus.paths.teacher, tiny_corpus)
 
 
 def test_the_stage_needs_no_cache(tiny_corpus: Params, tmp_path: Path) -> None:

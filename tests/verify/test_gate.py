@@ -31,19 +31,10 @@ from tests.helpers import (
     live_teacher,
     make_capture,
     open_cache,
+    rewrite_cache,
 )
 from tests.models import make_teacher
 from tests.verify.faults import SAMPLING_FAULTS
-
-
-def rewrite(params: Params, change_rows: Callable[[TopK], TopK]) -> None:
-    """Commit other contents under good markers, as a defect of ours would have."""
-    reader = open_cache(params)
-    changed = change_rows(reader.top_k(np.arange(len(reader.corpus))))
-    writer = make_capture(params, "train").writer
-    for shard in range(writer.layout.num_shards):
-        start, stop = writer.layout.rows_of(shard)
-        writer.write(shard, changed[start:stop], hash_rows(reader.corpus.rows(start, stop)))
 
 
 def shifted_by_one(topk: TopK) -> TopK:
@@ -123,7 +114,7 @@ def test_the_noise_floor_is_rounded_as_the_cache_is(tiny_cache: Params) -> None:
 
 
 def test_shift_by_one_is_caught(tiny_cache: Params) -> None:
-    rewrite(tiny_cache, shifted_by_one)
+    rewrite_cache(tiny_cache, shifted_by_one)
     report = gate(tiny_cache)
     assert not report.passed
     assert any("mean cosine" in failure for failure in report.failures)
@@ -132,7 +123,7 @@ def test_shift_by_one_is_caught(tiny_cache: Params) -> None:
 def test_a_stale_shard_is_caught_whatever_the_seed(tiny_cache: Params) -> None:
     """With as many rows as there are shards each is looked at, a last one of a few rows too."""
     last = len(open_cache(tiny_cache).corpus) // 16 * 16
-    rewrite(tiny_cache, lambda topk: TopK.cat((topk[:last], topk[: len(topk.lse) - last])))
+    rewrite_cache(tiny_cache, lambda topk: TopK.cat((topk[:last], topk[: len(topk.lse) - last])))
     for seed in range(5):
         assert not gate(change(tiny_cache, verify={"batches": 8}), seed=seed).passed
 
@@ -159,7 +150,7 @@ def test_a_wrong_sum_over_the_row_is_caught(
             tensor += amount
         return replace(topk, **{field: tensor})
 
-    rewrite(tiny_cache, wrong)
+    rewrite_cache(tiny_cache, wrong)
     first, offset = gate(tiny_cache).failures
     assert failure in first
     assert offset.startswith(f"mean offset of {field}")
@@ -189,7 +180,7 @@ def test_wrong_last_ids_are_caught(
 ) -> None:
     params = change(tiny_corpus, prepare={"k": 64})
     capture_all(params)
-    rewrite(params, fault)
+    rewrite_cache(params, fault)
     assert any(failure in sentence for sentence in gate(params).failures)
 
 
@@ -203,7 +194,7 @@ def test_wrong_last_ids_are_caught_under_noise(
     report = gate(params)
     assert report.passed, report.failures
     assert report.noise_floor.logprob_error > 0.01  # ten times float32's, which is rounding
-    rewrite(params, fault)
+    rewrite_cache(params, fault)
     assert any(failure in sentence for sentence in gate(params).failures)
 
 
@@ -219,7 +210,7 @@ def test_one_position_in_a_thousand_is_caught(tiny_cache: Params) -> None:
         lse.view(-1)[topk.has_target.view(-1).nonzero()[500::1000]] += 0.05
         return replace(topk, lse=lse)
 
-    rewrite(tiny_cache, wrong)
+    rewrite_cache(tiny_cache, wrong)
     (failure,) = gate(everywhere).failures
     limit = report.limits.errors["lse"].position
     assert failure == (
@@ -296,7 +287,7 @@ def test_caches_with_draws_pass_and_fail_as_others_do(
         "spread over rows",
         "spread over places",
     ]
-    rewrite(params, shifted_by_one)
+    rewrite_cache(params, shifted_by_one)
     assert not gate(params).passed
 
 
@@ -321,7 +312,7 @@ def rewrite_draws(params: Params, fault: str) -> None:
         shape = topk.lse.shape
         return replace(topk, **{name: t.view(*shape, t.shape[-1]) for name, t in named.items()})
 
-    rewrite(params, change_draws)
+    rewrite_cache(params, change_draws)
 
 
 @pytest.mark.parametrize(("k", "num_sampled"), DRAWN)
@@ -358,7 +349,7 @@ def test_draws_of_another_seed_are_caught(tiny_corpus: Params) -> None:
     other = other.model_copy(update={"seed": 1})
     capture_all(other)
     said = open_cache(other).top_k(np.arange(len(open_cache(other).corpus)))
-    rewrite(params, lambda _: said)
+    rewrite_cache(params, lambda _: said)
     report = gate(params)
     assert all(test.passed for test in report.sampling_tests.values())
     assert any("mean agreement of sampled ids" in failure for failure in report.failures)
