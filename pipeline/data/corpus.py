@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,11 +22,12 @@ import numpy as np
 
 from pipeline.config.source_params import CorpusParams
 from pipeline.data.chat import BadConversationError, ChatTokenizer, Message
-from pipeline.data.corpus_zarr import SPLITS, SplitInfo, SplitWriter
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, SplitInfo
 from pipeline.data.packing import PACKERS, Document
 from pipeline.data.prefix import PrefixEncoder
 from pipeline.data.sources import Extent, Source, read_documents
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.io.address import Address
 from pipeline.io.folders import open_folder
 from pipeline.model.config_json import embedding_rows
@@ -43,13 +44,23 @@ _ROWS_AT_ONCE = {
 _BAD_SHOWN = 20
 
 
-def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[str, SplitInfo]:
+def build_corpus(
+    params: CorpusParams,
+    teacher: Path,
+    address: Address,
+    *,
+    append: bool = False,
+    before_commit: Callable[[], None] | None = None,
+) -> dict[str, SplitInfo]:
     """Tokenize, split and pack a corpus into the zarr group at `address`.
 
     At the end it prints what was left out, and which parameter caused that.
 
     Args:
         teacher: folder of the teacher, which holds the tokenizer.
+        append: keep the rows of the corpus at `address`, and add rows of the documents that it does
+            not have; a split without new documents stays as it is.
+        before_commit: called when all rows are made, before the corpus at `address` changes.
 
     Returns:
         The description of each split.
@@ -63,8 +74,12 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         f"all tokens for {split}" if limit is None else f"up to {limit:,} tokens for {split}"
         for split, limit in limits.items()
     )
+    into = f"rows of {params.row_length}, {sizes}"
     announce(
-        "corpus", f"cuts corpus.source={params.source} into rows of {params.row_length}, {sizes}"
+        "corpus",
+        f"adds what is new in corpus.source={params.source} to {address}, in {into}"
+        if append
+        else f"cuts corpus.source={params.source} into {into}",
     )
     tokenizer = load_tokenizer(teacher)
     tokenizer_sha256 = hash_tokenizer(teacher)
@@ -77,24 +92,34 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         bad=bad,
     )
     vocab_size = num_ids(tokenizer, teacher)
+    there = {split: CorpusSplit(address, split) if append else None for split in SPLITS}
+    for found in there.values():
+        if found:
+            _require_same_tokens(found, tokenizer_sha256, vocab_size, to_documents.leading)
     writers = {
-        split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
+        split: SplitWriter(
+            address, split, row_length=params.row_length, vocab_size=vocab_size, onto=there[split]
+        )
         for split in SPLITS
     }
     counters = {split: _Counter() for split in SPLITS}
     pack, at_once = PACKERS[params.packing], _ROWS_AT_ONCE[params.packing]
     for split, writer in writers.items():
-        documents = _taken(
-            to_documents, _chosen(params, split, counters[split], bad), params, split, counters
-        )
+        known = found.digests() if (found := there[split]) else ()
+        sources = _chosen(params, split, counters[split], bad, known)
+        documents = _taken(to_documents, sources, params, split, counters[split], writer)
         for rows in pack(documents, params.row_length, to_documents.separator, at_once):
             _require_rows(teacher, int(rows.tokens.max()), vocab_size, tokenizer)
             writer.add(rows)
         if not writer.num_tokens:
             raise DecantError(_came_out_empty(params, split, counters[split], bad))
-    # From here on the corpus is another one; a killed process must not leave the older record.
-    open_folder(address).remove(POINTER)
-    infos = {  # committed together, so that a corpus is complete or does not exist
+    if not append:  # the corpus is another one; a killed process must not leave the older record
+        open_folder(address).remove(POINTER)
+    writers = {split: writer for split, writer in writers.items() if writer.num_new_rows}
+    if before_commit and writers:
+        before_commit()
+    infos = {split: found.info for split, found in there.items() if found}
+    infos |= {  # committed together, so that a corpus is complete or does not exist
         split: writer.commit(
             num_text_bytes=counters[split].text_bytes,
             num_dropped=counters[split].dropped,
@@ -104,7 +129,7 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         for split, writer in writers.items()
     }
     begins = _begins(tokenizer, to_documents, params.add_bos)
-    for line in (*begins, *_left_out(params, counters), *bad.lines()):
+    for line in (*begins, *_left_out(params, counters, append=append), *bad.lines()):
         say(f"corpus: {line}")
     return infos
 
@@ -137,6 +162,24 @@ def _begins(
         )
 
 
+def _require_same_tokens(
+    found: CorpusSplit, tokenizer_sha256: str, vocab_size: int, leading: list[int]
+) -> None:
+    """Refuse to add rows to a split whose rows were made with another tokenizer."""
+    wanted = {
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "leading_ids": tuple(leading),
+    }
+    for name, value in wanted.items():
+        if (has := getattr(found.info, name)) != value:
+            raise MismatchError(
+                f"{found.path} has {name}={has}, and the teacher's tokenizer makes {value}, so no "
+                "rows can be added: restore the other teacher, or rebuild the corpus by "
+                "stages/corpus.py --overwrite"
+            )
+
+
 def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments) -> str:
     sentence = f"the {split} split of corpus.source={params.source} came out empty"
     if counter.dropped:
@@ -152,10 +195,17 @@ def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _B
     )
 
 
-def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[str]:
+def _left_out(
+    params: CorpusParams, counters: dict[str, _Counter], *, append: bool
+) -> Iterator[str]:
     """Yield a line about each part of the source that is left out, with the parameter's name."""
     for split, counter in counters.items():
-        if counter.full_at is not None:
+        if counter.full_at is not None and not counter.read:
+            yield (
+                f"{split} is full at corpus.{split}_tokens={getattr(params, f'{split}_tokens'):,}: "
+                "nothing is added to it"
+            )
+        elif counter.full_at is not None:
             total = counter.extent.total_bytes
             place = (
                 f", {readable_bytes(counter.full_at)} into the source's {readable_bytes(total)}"
@@ -174,7 +224,8 @@ def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[s
                 f"{share:.1%} of the text of {split}"
             )
         if counter.duplicates:
-            yield f"{counter.duplicates:,} exact duplicates are left out of {split}"
+            known = "documents that it has already, or twice," if append else "exact duplicates"
+            yield f"{counter.duplicates:,} {known} are left out of {split}"
 
 
 def num_ids(tokenizer: Any, teacher: Path) -> int:
@@ -239,6 +290,7 @@ class Tokenized:
     document: Document
     num_characters: int  # in the whole text
     position: int  # the place in the source where it ends
+    digest: bytes  # of the whole text or conversation
 
 
 class DocumentTokenizer:
@@ -299,7 +351,9 @@ class DocumentTokenizer:
             except BadConversationError as error:
                 self._bad.add(source.place, str(error))
             else:
-                yield Tokenized(document, _characters(source.content), source.position)
+                yield Tokenized(
+                    document, _characters(source.content), source.position, source.digest
+                )
 
     def _texts(self, sources: list[Source]) -> Iterator[Tokenized]:
         texts = [source.content for source in sources if isinstance(source.content, str)]
@@ -314,7 +368,7 @@ class DocumentTokenizer:
             end = [self.separator] if is_whole else []  # a text that is cut has no end
             tokens = np.array([*self.leading, *ids, *end], dtype=np.int64)
             document = Document(tokens, np.ones(len(tokens), dtype=np.bool_))
-            yield Tokenized(document, len(text), source.position)
+            yield Tokenized(document, len(text), source.position, source.digest)
 
     def text_of(self, document: Document) -> str:
         """Decode a document without the tokens added before and after it."""
@@ -401,17 +455,23 @@ def _taken(
     sources: Iterator[Source],
     params: CorpusParams,
     split: str,
-    counters: dict[str, _Counter],
+    counter: _Counter,
+    writer: SplitWriter,
 ) -> Iterator[Document]:
     """Yield documents cut to their limit, up to the split's limit; skip those without a target."""
-    counter, taken = counters[split], 0
+    taken = writer.num_tokens
     limit: int | None = getattr(params, f"{split}_tokens")
-    with progress_bar(what=f"corpus {split}", total=limit, unit="tok") as bar:
+    if limit is not None and taken >= limit:
+        counter.full_at = 0
+        return
+    total = limit and limit - taken
+    with progress_bar(what=f"corpus {split}", total=total, unit="tok") as bar:
         for tokenized in to_documents(sources):
             whole = tokenized.document
             longest = params.max_document_tokens or len(whole)
             document = whole[: longest if limit is None else min(longest, limit - taken)]
             counter.read += 1
+            writer.saw(tokenized.digest)
             if not document.in_loss.any():
                 counter.dropped += 1
                 continue
@@ -429,10 +489,18 @@ def _taken(
 
 
 def _chosen(
-    params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments
+    params: CorpusParams,
+    split: str,
+    counter: _Counter,
+    bad: _BadDocuments,
+    known: Iterable[bytes],
 ) -> Iterator[Source]:
-    """Yield the documents of one split without exact duplicates."""
-    seen: set[bytes] = set()
+    """Yield the documents of one split without exact duplicates, and without those that it has.
+
+    Args:
+        known: the digests of the documents that the split has.
+    """
+    seen = set(known)
     for source in read_documents(params, counter.extent):
         if source.fault is not None:
             bad.add(source.place, source.fault)
@@ -450,7 +518,7 @@ def _chosen(
             counter.duplicates += 1
             continue
         seen.add(digest)
-        yield source
+        yield replace(source, digest=digest)
 
 
 def _digest(text: str) -> bytes:
