@@ -336,5 +336,5 @@ def digests_spec(num_digests: int) -> ArraySpec:
         dtype="uint8",
         chunk_rows=_DIGESTS_PER_CHUNK,
         shard_rows=_DIGESTS_PER_CHUNK * _CHUNKS_PER_SHARD,
-        axes=("document", "byte"),
+        dimension_names=("document", "byte"),
     )

