@@ -68,8 +68,12 @@ def main(params: Params, overwrite: bool, append: bool) -> None:
         earlier = earlier_files(before, source)
         write_made_from(address, source | ({EARLIER: earlier} if earlier else {}))
     else:
-        if files := before.get(EARLIER):
-            say(f"corpus: leaves out {files[0][0]} and what else was appended and is named no more")
+        gone = earlier_files(before, source)
+        if gone and EARLIER in before:  # whoever appended files by hand may not expect this
+            say(
+                f"corpus: rows are made anew from what is named now, without {len(gone)} of the "
+                f"files that the corpus was made from, for example {gone[0][0]}"
+            )
         splits = build_corpus(params.corpus, teacher, address)
         write_made_from(address, source)
     if splits == had:

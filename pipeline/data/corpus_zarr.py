@@ -102,7 +102,7 @@ class Objects:
 
     shards: dict[str, list[Entry]]  # of each array, in order
     tails: dict[str, Entry]  # of an array's last shard, as an unfinished append may have left it
-    used_ids: Annotated[str, Field(pattern="^[0-9a-f]*$")]  # a bit per id, the lowest first, as hex
+    used_ids: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]  # one bit each, lowest first
 
 
 def hash_rows(rows: Rows) -> str:
