@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.capture.capture import Capture, CaptureResult, fingerprint_of, open_capture
 from pipeline.config.params import Params
@@ -25,6 +26,7 @@ from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.batch_sizes import resolve_head_chunk
 from pipeline.runtime.device import DTYPES
+from pipeline.targets.topk import TopK
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training import trainer
@@ -235,3 +237,9 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def every_sample(topk: TopK) -> Tensor:
+    """All sampled ids of a TopK [n, ...], repeated ones included, in stored order: [n, M]."""
+    rows = zip(topk.sampled_ids, topk.sampled_counts, strict=True)
+    return torch.stack([ids.repeat_interleave(counts) for ids, counts in rows])

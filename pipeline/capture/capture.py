@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
-from pipeline.data.packing import Rows
+from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.io.address import Address
@@ -40,6 +40,7 @@ from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.console import progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.selection import keep_highest_entropy
 from pipeline.targets.topk import TopK
 from pipeline.teacher.engines import describe_engine, open_teacher, teacher_dtype
 from pipeline.teacher.teacher import Teacher
@@ -87,7 +88,9 @@ def fingerprint_of(
         k=wanted.k,
         num_sampled=wanted.num_sampled,
         sampling_seed=params.seed if wanted.num_sampled else 0,
-        temperatures=wanted.temperatures,
+        temperatures=tuple(tau for tau in wanted.temperatures if tau != 1.0),
+        top_p=wanted.top_p,
+        entropy_quantile=wanted.stored_quantile,
         vocab_size=info.vocab_size,
         num_rows=info.num_rows,
         row_length=info.row_length,
@@ -256,15 +259,25 @@ def begin_top_k_of(
         first_row: number of the first of `rows` in the corpus.
 
     Returns:
-        A function that waits for TopK [len(rows), L, ...] in CPU memory.
+        A function that waits for TopK [len(rows), L, ...] in CPU memory. Only positions in the loss
+        have a target, and of these the ones that the entropy rule chooses.
     """
     numbers = range(first_row, first_row + len(rows))
     uniforms = row_uniforms(
         numbers, fingerprint.row_length, fingerprint.num_sampled, fingerprint.sampling_seed
     )
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    apart = documents_apart(doc_ids, fingerprint.document_mask)
-    return teacher.begin_top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
+    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
+    result = teacher.begin_top_k(
+        tokens,
+        fingerprint.k,
+        fingerprint.temperatures,
+        uniforms,
+        documents_apart(doc_ids, fingerprint.document_mask),
+        top_p=fingerprint.top_p,
+        wanted=labels != IGNORE,
+    )
+    return lambda: keep_highest_entropy(result(), fingerprint.entropy_quantile)
 
 
 def make_id_order(teacher: Teacher, corpus: CorpusSplit, fingerprint: Fingerprint) -> IdOrder:

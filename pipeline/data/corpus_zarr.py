@@ -324,6 +324,7 @@ def row_specs(num_rows: int, row_length: int, vocab_size: int) -> dict[str, Arra
         "shape": (num_rows, row_length),
         "chunk_rows": chunk_rows,
         "shard_rows": chunk_rows * _CHUNKS_PER_SHARD,
+        "dimension_names": ("row", "position"),
     }
     return {name: ArraySpec(name=name, dtype=dtype, **common) for name, dtype in dtypes.items()}
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from pipeline.io.checked_json import (
 from pipeline.io.folders import Folder
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, read_shard
-from pipeline.logit_cache.codec import IdOrder
+from pipeline.logit_cache.codec import IdOrder, count_dtype
 from pipeline.logit_cache.format import (
     COMMITS,
     FORMAT_VERSION,
@@ -37,12 +37,14 @@ from pipeline.logit_cache.format import (
 )
 
 _ARRAYS = (
+    "num_kept",
     "id_indices",
     "logprob_deltas",
     "lse",
-    "lse_tau",
-    "entropy",
+    "entropies",
+    "num_distinct",
     "sampled_index_deltas",
+    "sampled_counts",
     "sampled_logprobs",
 )
 _MARKERS_AT_ONCE = 16  # requests to an object store
@@ -60,38 +62,60 @@ class CacheLayout:
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
-        """The arrays with N rows, by name."""
+        """The arrays of rows, by name."""
         made_from = self.fingerprint
-        rows = (made_from.num_rows, made_from.row_length)
-        index_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
-        arrays: dict[str, tuple[int | None, str]] = {
-            "id_indices": (made_from.k, index_dtype),
-            "logprob_deltas": (made_from.k, "uint16"),
-            "lse": (None, "float32"),
-            "lse_tau": (len(made_from.temperatures), "float32"),
-            "entropy": (None, "float16"),
-            "sampled_index_deltas": (made_from.num_sampled, index_dtype),
-            "sampled_logprobs": (made_from.num_sampled, "float16"),
+        k, most = made_from.k, made_from.num_sampled
+        index = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
+        arrays = {
+            "lse": self._by_position("float16"),
+            "entropies": self._by_position("uint16", 1 + len(made_from.temperatures)),
         }
-        return {
-            name: ArraySpec(
-                name=name,
-                shape=rows if last is None else (*rows, last),
-                dtype=dtype,
-                chunk_rows=self.chunk_rows,
-                shard_rows=self.shard_rows,
-                last_axis_first=name == "logprob_deltas",
-            )
-            for name, (last, dtype) in arrays.items()
-            if last != 0
-        }
+        if k:
+            arrays["num_kept"] = self._by_position(count_dtype(k))
+            arrays["id_indices"] = self._ragged(index, k)
+            arrays["logprob_deltas"] = self._ragged("uint16", k)
+        if most:
+            arrays["num_distinct"] = self._by_position(count_dtype(most))
+            arrays["sampled_index_deltas"] = self._ragged(index, most)
+            arrays["sampled_counts"] = self._ragged(count_dtype(most), most)
+            if made_from.temperatures:
+                arrays["sampled_logprobs"] = self._ragged("float16", most)
+        return {name: replace(spec, name=name) for name, spec in arrays.items()}
+
+    def _by_position(self, dtype: str, *last: int) -> ArraySpec:
+        """Describe an array [N, L, ...]."""
+        return ArraySpec(
+            name="",
+            shape=(self.fingerprint.num_rows, self.fingerprint.row_length, *last),
+            dtype=dtype,
+            chunk_rows=self.chunk_rows,
+            shard_rows=self.shard_rows,
+            dimension_names=("row", "position", *("entropy" for _ in last)),
+        )
+
+    def _ragged(self, dtype: str, most: int) -> ArraySpec:
+        """Describe a ragged array of up to `most` values per position."""
+        rows, length = self.fingerprint.num_rows, self.fingerprint.row_length
+        return ArraySpec(
+            name="",
+            shape=(-(-rows // self.chunk_rows), self.chunk_rows * length * most),
+            dtype=dtype,
+            chunk_rows=1,
+            shard_rows=self.shard_rows // self.chunk_rows,
+            dimension_names=("chunk", "value"),
+        )
 
     @property
     def id_order_spec(self) -> ArraySpec:
         """The array id_order."""
         size = self.fingerprint.vocab_size
         return ArraySpec(
-            name=self.id_order, shape=(size,), dtype="uint32", chunk_rows=size, shard_rows=size
+            name=self.id_order,
+            shape=(size,),
+            dtype="uint32",
+            chunk_rows=size,
+            shard_rows=size,
+            dimension_names=("index",),
         )
 
     @property

@@ -134,10 +134,10 @@ class CacheWriter:
         Safe to call from a thread, but not twice for the same shard at the same time.
         """
         start, stop = self.layout.rows_of(shard)
-        arrays = encode(topk, self._id_order)
+        assert len(topk.lse) == stop - start
+        arrays = encode(topk, self._id_order, self.layout.fingerprint, self.layout.chunk_rows)
         objects = {}
         for name, spec in self.layout.specs.items():
-            assert len(arrays[name]) == stop - start
             data = encode_shard(spec, arrays[name])
             self._folder.write(spec.key_of(shard), data)
             objects[name] = (len(data), object_hash(spec.key_of(shard), data))

@@ -36,6 +36,7 @@ from torch import Tensor
 from pipeline.config.cache_params import VerifyParams
 from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING, Rows
+from pipeline.logit_cache.codec import as_stored
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.console import announce, progress
@@ -208,12 +209,6 @@ def _capture_again(teacher: Teacher, batch: _Batch) -> TopK:
         None if batch.apart is None else batch.apart.repeat(3, 1),
     )
     return as_stored(again[: len(batch.tokens)].map(Tensor.cpu))
-
-
-def as_stored(topk: TopK) -> TopK:
-    """Round a TopK as a cache does (pipeline/logit_cache/codec.py)."""
-    names = ("logprobs", "sampled_logprobs", "entropy")
-    return replace(topk, **{name: getattr(topk, name).half().float() for name in names})
 
 
 def _compare(teacher: Teacher, batch: _Batch, said: Sequence[TopK], first: int) -> list[_Part]:
