@@ -114,8 +114,8 @@ class PrepareParams(Section):
     """Quantile of the teacher's entropy over a row's positions in the loss; with
     positions=high_entropy, those above it get a target."""
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 4.0)
-    """Temperatures for train.temperature to choose from; 1 costs nothing, each other one 2 bytes
-    per token, and those of the sampled ids' log-probabilities."""
+    """Temperatures that train.temperature can take. Each one other than 1 adds 2 bytes per token,
+    and the first of them also the log-probabilities of sampled ids."""
     dtype: Dtype = "auto"
     """The teacher's dtype, of its activations alone if it is quantised: float32, bfloat16, float16
     or auto. auto is float16 on a GPU; on a CPU it is bfloat16 if the CPU has units for it,
@@ -145,6 +145,8 @@ class PrepareParams(Section):
             )
         if not self.k + self.num_sampled:
             raise ValueError("k=0 and num_sampled=0 keep nothing: set one of them")
+        if self.top_p is not None and not self.k:
+            raise ValueError(f"top_p={self.top_p:g} cuts the k ids, and k=0 keeps none: set k")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} repeat")
         return self

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.errors import MismatchError, ParamsError
 
@@ -91,8 +92,9 @@ class TopK:
 
     @staticmethod
     def cat(parts: Sequence[TopK]) -> TopK:
-        """Join parts along their first axis."""
-        return _joined(parts, torch.cat)
+        """Join parts along their first axis; their D may differ, as a cache's shards do."""
+        most = max(part.sampled_ids.shape[-1] for part in parts)
+        return _joined([_with_slots(part, most) for part in parts], torch.cat)
 
     def spread(self, index: Tensor, shape: Sequence[int]) -> TopK:
         """Return TopK [*shape, ...] with these positions [n, ...] at `index`, no target elsewhere.
@@ -193,6 +195,16 @@ def nats_lost(topk: TopK) -> Tensor:
     tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
     merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
     return (topk.entropy.double() - merged).clamp_min(0.0)
+
+
+def _with_slots(topk: TopK, number: int) -> TopK:
+    """Add empty slots for sampled ids, up to `number`."""
+    missing = number - topk.sampled_ids.shape[-1]
+    if not missing:
+        return topk
+    names = ["sampled_ids", "sampled_counts", *(["sampled_logprobs"] if topk.temperatures else [])]
+    padded: dict[str, Any] = {name: F.pad(getattr(topk, name), (0, missing)) for name in names}
+    return replace(topk, **padded)
 
 
 def _joined(parts: Sequence[TopK], join: Callable[[list[Tensor]], Tensor]) -> TopK:
