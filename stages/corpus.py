@@ -15,7 +15,21 @@ if TYPE_CHECKING:
 @stage
 @writes("corpus")
 @click.option("--overwrite", is_flag=True, help="Rebuild it even if nothing has changed.")
-def main(params: Params, overwrite: bool) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    show_default="one per CPU core, or two per core of the Ray cluster",
+    help="Processes that tokenize, once there is enough text; with --executor ray: tasks in "
+    "flight. The corpus does not depend on it.",
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Tokenize on this machine, or by tasks on the Ray cluster that RAY_ADDRESS names (without "
+    "one: on this machine).",
+)
+def main(params: Params, overwrite: bool, workers: int | None, executor: str) -> None:
     """Tokenize, split and pack the corpus into rows.
 
     Documents are deduplicated, divided into train and validation by a hash of their text, begun and
@@ -32,6 +46,7 @@ def main(params: Params, overwrite: bool) -> None:
         read_made_from,
         write_made_from,
     )
+    from pipeline.data.tokenizer_pool import available_cores
     from pipeline.io.hashes import SEEN_TEXT
     from pipeline.model.folder import teacher_folder
     from pipeline.runtime.console import announce
@@ -41,7 +56,11 @@ def main(params: Params, overwrite: bool) -> None:
     if not overwrite and read_made_from(address) == source and is_there(address):
         announce("corpus", f"has nothing to do: {address} was made from the same text")
         return
-    splits = build_corpus(params.corpus, teacher, address)
+    if workers is None and executor == "local":
+        workers = available_cores()
+    splits = build_corpus(
+        params.corpus, teacher, address, workers=workers, on_ray=executor == "ray"
+    )
     write_made_from(address, source)
     for name, info in splits.items():
         click.echo(

@@ -48,6 +48,14 @@ class SeenDocuments:
             self._others.close()
             self._others = None
 
+    def __contains__(self, digest: bytes) -> bool:
+        if digest in self._first:
+            return True
+        if self._others is None:
+            return False
+        found = self._others.execute("SELECT 1 FROM seen WHERE digest = ?", (digest,))
+        return found.fetchone() is not None
+
     def add(self, digest: bytes) -> bool:
         """Add a digest; return whether it is new.
 

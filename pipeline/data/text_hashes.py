@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.source_params import CorpusParams
+from pipeline.config.source_params import CorpusParams, TextSource
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.sources import find_files, matching_files, stdlib_files
 from pipeline.errors import DecantError
@@ -56,9 +56,15 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_values(params: CorpusParams) -> dict[str, Any]:
+def _read_values(params: TextSource) -> dict[str, Any]:
     """The parameters without the sections of other sources."""
-    return params.model_dump(mode="json", exclude={"files", "hub"} - {params.source})
+    if not isinstance(params, CorpusParams):
+        return params.model_dump(mode="json", exclude={"files", "hub"} - {params.source})
+    if not params.sources:
+        others = {"files", "hub", "sources"} - {params.source}
+        return params.model_dump(mode="json", exclude=others)
+    values = params.model_dump(mode="json", exclude={"source", "files", "hub", "sources"})
+    return values | {"sources": [_read_values(source) for source in params.sources]}
 
 
 def text_made_from(
@@ -73,26 +79,61 @@ def text_made_from(
     Raises:
         DecantError: the text is not there, or the hub cannot be reached.
     """
-    named = {"source": params.source, **_read_values(params).get(params.source, {})}
-    known = before.get("sha256") if before.get("named") == named else None
-    return {"named": named, "sha256": _stand_in(params, known, seen)}
+    sources = params.text_sources
+    names = [_names(source) for source in sources]
+    if params.sources:
+        known_of = zip(_list(before.get("named")), _list(before.get("sha256")), strict=False)
+    else:
+        known_of = zip([before.get("named")], [before.get("sha256")], strict=True)
+    known = {json.dumps(name): sha256 for name, sha256 in known_of}
+    found = _stand_ins(sources, [known.get(json.dumps(name)) for name in names], seen)
+    if params.sources:
+        return {"named": names, "sha256": found}
+    return {"named": names[0], "sha256": found[0]}
 
 
-def _stand_in(params: CorpusParams, known: Any, seen: Path | None) -> Any:
-    if params.source == "hub":
+def _names(source: TextSource) -> dict[str, Any]:
+    section = getattr(source, source.source, None)
+    return {"source": source.source, **(section.model_dump(mode="json") if section else {})}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _stand_ins(sources: Sequence[TextSource], known: Sequence[Any], seen: Path | None) -> list[Any]:
+    """Return what stands for the bytes of each source."""
+    files = [
+        _files(source, stand_in) if source.source == "files" else []
+        for source, stand_in in zip(sources, known, strict=True)
+    ]
+    # All at once, since `seen` records one call.
+    hashes = hash_changed((Path(file) for names in files for file in names), seen)
+    return [
+        [[name, hashes[name]] for name in dict.fromkeys(str(Path(file)) for file in names)]
+        if names
+        else _stand_in(source, stand_in)
+        for source, names, stand_in in zip(sources, files, known, strict=True)
+    ]
+
+
+def _files(source: TextSource, known: Any) -> list[str]:
+    """Return the files of a source; none if they have gone since it was read."""
+    here = any(matching_files(p) or Path(p).exists() for p in source.files.paths)
+    return [] if known is not None and not here else find_files(source.files.paths)
+
+
+def _stand_in(source: TextSource, known: Any) -> Any:
+    if source.source == "hub":
         return commit_of(
-            params.hub.id,
-            params.hub.revision,
+            source.hub.id,
+            source.hub.revision,
             kind="dataset",
             named="corpus.hub.revision",
             otherwise=known,
         )
-    if params.source == "files":
-        here = any(matching_files(p) or Path(p).exists() for p in params.files.paths)
-        if known is not None and not here:
-            return known
-        files = [Path(name) for name in find_files(params.files.paths)]
-        return [list(entry) for entry in hash_changed(files, seen).items()]
+    if source.source == "files":
+        return known
     digest = hashlib.sha256()
     for file in stdlib_files():
         digest.update(bytes.fromhex(hash_file(file)))

@@ -23,6 +23,7 @@ def test_it_is_a_set_wherever_the_digests_lie(in_memory: int) -> None:
     known: set[int] = set()
     with SeenDocuments(in_memory) as seen:
         for number in numbers:
+            assert (digest_of(number) in seen) == (number in known)
             assert seen.add(digest_of(number)) == (number not in known)
             known.add(number)
 
