@@ -4,9 +4,10 @@ The result does not depend on which of the three it is: a block's documents are 
 one, and blocks are handed out in the order in which they came in. A bounded number of them is in
 flight, so that memory is bounded too.
 
-Processes are started only once tokenizing has taken as long as starting them does, so a small
-corpus does not wait for them. They are killed at the end, since what they may still be doing is of
-no use by then; and if this process is killed, they end by themselves.
+Processes are started only once tokenizing has taken as long as starting one does, and until they
+are ready this process goes on, so a small corpus does not wait for them. They are killed at the
+end, since what they may still be doing is of no use by then; and if this process is killed, they
+end by themselves.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class LocalPool:
         self._seconds = 0.0  # that tokenizing has taken in this process
         self._executor: ProcessPoolExecutor | None = None
         self._processes: set[BaseProcess] = set()
+        self._loading: list[Future[list[Result]]] = []
         self._threads = os.environ.get("TOKENIZERS_PARALLELISM")
 
     def __enter__(self) -> Self:
@@ -99,20 +101,24 @@ class LocalPool:
     @property
     def depth(self) -> int:
         """One while this process tokenizes; then enough to keep the others busy."""
-        return 1 if self._executor is None else self._workers * _BLOCKS_PER_WORKER
+        return self._workers * _BLOCKS_PER_WORKER if self._is_ready() else 1
 
     def submit(self, contents: list[Content]) -> Pending:
         """See `TokenizerPool`."""
-        if self._executor is None and self._workers > 1 and self._seconds >= START_SECONDS:
-            self._start()
-        if self._executor is None:
+        if not self._is_ready():
             return partial(self._tokenize, contents)
+        assert self._executor is not None
         try:
-            return partial(
-                self._wait, self._executor.submit(tokenize_block, self._settings, contents)
-            )
+            future = self._executor.submit(tokenize_block, self._settings, contents)
         except BrokenProcessPool:
             raise _killed(self._workers) from None
+        return partial(self._wait, future)
+
+    def _is_ready(self) -> bool:
+        """Return whether there are other processes, and all have loaded the tokenizer."""
+        if self._executor is None and self._workers > 1 and self._seconds >= START_SECONDS:
+            self._start()
+        return self._executor is not None and all(future.done() for future in self._loading)
 
     def _tokenize(self, contents: list[Content]) -> list[Result]:
         started = time.perf_counter()
@@ -133,8 +139,10 @@ class LocalPool:
             self._workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
         )
         with _interrupts_blocked():
-            for _ in range(self._workers):  # each call starts a process
+            self._loading = [  # each call starts a process
                 self._executor.submit(tokenize_block, self._settings, [])
+                for _ in range(self._workers)
+            ]
             self._processes = set(multiprocessing.active_children()) - before
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ from pipeline.runtime.optional import import_ray
 from tests.helpers import ROOT, change
 from tests.models import make_sentences, make_teacher
 from tests.waiting import wait_until
+
+is_ready = LocalPool._is_ready
+
+
+def wait_until_ready(pool: LocalPool) -> bool:
+    """Let no document be tokenized before the processes are there."""
+    if pool._workers > 1:
+        is_ready(pool)
+        futures.wait(pool._loading)
+    return is_ready(pool)
+
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -69,6 +81,7 @@ def test_the_corpus_does_not_depend_on_the_workers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
+    monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
     expected = contents(many, tmp_path / "1", workers=1)
     said = capsys.readouterr().out
     for row, reason in ((101, "'7'"), (121, "'nobody' is none of"), (151, "surrogate")):
@@ -110,6 +123,7 @@ def test_processes_start_late_and_report_errors(
             pool.submit(["a text"])()
         assert not pool._processes
         monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
+        monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
         (error,) = pool.submit(["a text"])()
         assert "corpus.loss_on=completions needs conversations" in str(error)
         processes = pool._processes
