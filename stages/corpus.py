@@ -19,7 +19,21 @@ if TYPE_CHECKING:
 @writes("corpus")
 @click.option("--overwrite", is_flag=True, help="Rebuild it even if nothing has changed.")
 @click.option("--append", is_flag=True, help="Keep its rows; add those of documents it lacks.")
-def main(params: Params, overwrite: bool, append: bool) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    show_default="one per CPU core, or two per core of the Ray cluster",
+    help="Processes that tokenize, once there is enough text; with --executor ray: tasks in "
+    "flight. The corpus does not depend on it.",
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Tokenize on this machine, or by tasks on the Ray cluster that RAY_ADDRESS names (without "
+    "one: on this machine).",
+)
+def main(params: Params, overwrite: bool, append: bool, workers: int | None, executor: str) -> None:
     """Tokenize, split and pack the corpus into rows.
 
     Documents are deduplicated, divided into train and validation by a hash of their text, begun and
@@ -45,6 +59,7 @@ def main(params: Params, overwrite: bool, append: bool) -> None:
         require_appendable,
         write_made_from,
     )
+    from pipeline.data.tokenizer_pool import available_cores
     from pipeline.io.hashes import SEEN_TEXT
     from pipeline.model.folder import teacher_folder
     from pipeline.runtime.console import announce, say
@@ -60,11 +75,16 @@ def main(params: Params, overwrite: bool, append: bool) -> None:
     if not overwrite and there and is_same(before, source):
         announce("corpus", f"has nothing to do: {address} was made from the same text")
         return
+    if workers is None and executor == "local":
+        workers = available_cores()
+    build = partial(
+        build_corpus, params.corpus, teacher, address, workers=workers, on_ray=executor == "ray"
+    )
     had: dict[str, SplitInfo] = {}
     if append or (not overwrite and there and has_grown(before, source)):
         had = {split: CorpusSplit(address, split).info for split in SPLITS}
         begin = partial(begin_append, address, before, source)
-        splits = build_corpus(params.corpus, teacher, address, append=True, before_commit=begin)
+        splits = build(append=True, before_commit=begin)
         earlier = earlier_files(before, source)
         write_made_from(address, source | ({EARLIER: earlier} if earlier else {}))
     else:
@@ -74,7 +94,7 @@ def main(params: Params, overwrite: bool, append: bool) -> None:
                 f"corpus: rows are made anew from what is named now, without {len(gone)} of the "
                 f"files that the corpus was made from, for example {gone[0][0]}"
             )
-        splits = build_corpus(params.corpus, teacher, address)
+        splits = build()
         write_made_from(address, source)
     if splits == had:
         click.echo(f"corpus: nothing is new, {address} stays as it was")
