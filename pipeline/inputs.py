@@ -32,8 +32,8 @@ def write_inputs(params: Params) -> list[str]:
     folder = params.paths.inputs
     announce(
         "inputs",
-        f"hashes what teacher.source={params.teacher.source} and corpus.source="
-        f"{params.corpus.source} name, as far as it has changed",
+        f"hashes what teacher.source={params.teacher.source} and {params.corpus.named} name, "
+        "as far as it has changed",
     )
     before = {name: read_json_object(folder / name) for name in (TEACHER, TEXT)}
     now = {

@@ -45,8 +45,9 @@ def main(
 ) -> None:
     """Run the teacher over the corpus and store each position's top-K logits.
 
-    Continues at the first missing shard after a crash or Ctrl-C; refuses a cache made from another
-    teacher, corpus or K, naming what differs. Reads prepare.*, capture.*, paths.teacher and
+    Continues at the first missing shard after a crash or Ctrl-C; captures only the new rows of a
+    corpus that has grown; refuses a cache made from another teacher, corpus or K, naming what
+    differs. Reads prepare.*, capture.*, paths.teacher and
     paths.corpus; writes paths.logits.
     """
     from pipeline.capture.local import capture_locally

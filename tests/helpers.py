@@ -18,12 +18,18 @@ from torch import Tensor
 
 from pipeline.capture.capture import Capture, CaptureResult, fingerprint_of, open_capture
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.corpus_zarr import (
+    OBJECTS,
+    SPLITS,
+    CorpusSplit,
+    entry_of,
+    hash_rows,
+    objects_key,
+)
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_groups import write_group
-from pipeline.io.zarr_shards import object_hash
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.batch_sizes import resolve_head_chunk
@@ -209,13 +215,13 @@ def rewrite_cache(
 def rewrite_checksums(folder: Path) -> None:
     """Make a split's checksums fit what its shards hold now, but for the sha256 of its rows."""
     store, split = LocalFolder(folder), CorpusSplit(folder.parent, folder.name)
-    objects: dict[str, list[tuple[int, str]]] = {}
+    shards: dict[str, list[tuple[int, str]]] = {}
     for name, spec in split._specs.items():
-        shards = [(key, store.read(key)) for key in map(spec.key_of, range(spec.num_shards))]
-        objects[name] = [(len(data), object_hash(key, data)) for key, data in shards]
-    text = json.dumps(objects).encode()
-    store.write("objects.json", text)
-    info = replace(split.info, objects=(len(text), object_hash("objects.json", text)))
+        keys = map(spec.key_of, range(spec.num_shards))
+        shards[name] = [entry_of(key, store.read(key)) for key in keys]
+    text = json.dumps(asdict(replace(split.objects, shards=shards))).encode()
+    info = replace(split.info, objects=entry_of(OBJECTS, text))
+    store.write(objects_key(info.objects), text)
     write_group(store, list(split._specs.values()), asdict(info), replace=True)
 
 

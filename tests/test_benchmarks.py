@@ -20,6 +20,7 @@ TINY_RUNS = {  # options, and what it must print
     "cache_memory": ("--rows 32", "corpus x16  read "),
     "cache_speed": ("--rounds 1 --batches 2", "share of a training step: median "),
     "capture_cost": ("--rows 2 --rounds 1 --peak 1", "of the peak FLOP/s"),
+    "corpus_speed": ("--megabytes 0.2 --rounds 1", "texts: 2 workers are "),
     "engine_cost": ("--rows 2 --rounds 1", "by vLLM 1.2.3, over transformers': "),
     "float16_curve": ("--steps 2 --size 32", "float16 against float32: training loss at most "),
     "head_and_loss": ("--case tiny --rounds 1", "of torch.topk's time"),

@@ -54,6 +54,7 @@ NO_EFFECT = {
     "pipeline.runtime.launch": "ranks, of which DVC starts one",
     "pipeline.runtime.ranks": "ranks, of which DVC starts one",
     "pipeline.runtime.optional": "imports of packages that may be missing",
+    "pipeline.runtime.ray_cluster": "where tasks and actors run",
     "pipeline.runtime.transfer": "copies between host and GPU",
     "pipeline.runtime.triton_probe": "whether a GPU runs Triton kernels",
     "pipeline.runtime.triton_usable": "which of two equal passes a GPU takes",

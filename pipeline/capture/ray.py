@@ -25,11 +25,8 @@ not tell processors apart.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +42,17 @@ from pipeline.capture.capture import (
     say_repaired,
 )
 from pipeline.config.params import Params
-from pipeline.errors import DecantError, ParamsError, memory_shortage, reason_of
+from pipeline.errors import ParamsError
 from pipeline.logit_cache.integrity import Damage
 from pipeline.runtime.console import announce, progress_bar
-from pipeline.runtime.optional import import_ray
+from pipeline.runtime.ray_cluster import errors_unwrapped, ray_cluster
 
 # A shard that kills its actor every time (for lack of memory) must eventually fail. The limit is
 # not on a task's tries, because Ray uses up several before it knows that a machine is lost.
 _RESTARTS = 10  # per actor
+_ENOUGH_MEMORY = (
+    "make sure that each actor has enough memory (capture.batch_rows, prepare.shard_rows)"
+)
 _TASKS_PER_ACTOR = 2  # one shard is compressed and written while the teacher works on the next
 
 
@@ -70,8 +70,11 @@ def capture_on_ray(
         DecantError: as for the local engine; or Ray is not installed, not reachable, or lost.
         ParamsError: there are more actors than GPUs in the cluster (without GPUs: processors).
     """
-    ray = import_ray()
-    with lock_cache(params), _cluster(ray), _errors_unwrapped(ray):
+    with (
+        lock_cache(params),
+        ray_cluster("capture") as ray,
+        errors_unwrapped(ray, "the capture", _ENOUGH_MEMORY),
+    ):
         handles = _start_actors(ray, params, actors)
         todo: list[Outstanding] = ray.get(
             handles[0].open.remote(overwrite=overwrite, repair=repair)
@@ -133,12 +136,13 @@ class CaptureActor:
         if split not in self._captures:  # any actor but the first, or a restarted one
             self._open_once()
         capture = self._captures[split]
+        tokens = capture.tokens_of([shard])
         if not capture.writer.is_committed(shard):  # it is if an actor was lost before it answered
             with self._turn:
                 computed = capture.compute(shard)
             with disk_errors("", capture.writer):
                 capture.write(computed)
-        return capture.tokens_of([shard])
+        return tokens
 
     def _open_once(self) -> None:
         with self._turn:
@@ -211,41 +215,3 @@ def _with_absolute_paths(params: Params) -> Params:
         vllm = params.prepare.vllm.model_copy(update={"python": python.absolute()})
         update["prepare"] = params.prepare.model_copy(update={"vllm": vllm})
     return params.model_copy(update=update)
-
-
-@contextmanager
-def _cluster(ray: Any) -> Iterator[None]:
-    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine.
-
-    The actors end with the connection, whatever they are doing.
-    """
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # other version, or bad address
-        reason = reason_of(error)
-        raise DecantError(
-            f"no Ray cluster was reached ({reason}): check RAY_ADDRESS, or unset it to capture on "
-            "this machine"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _errors_unwrapped(ray: Any) -> Iterator[None]:
-    """Re-raise an actor's own error; report a loss that Ray cannot repair as one sentence."""
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DecantError) or memory_shortage(error.cause):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        reason = reason_of(error)
-        raise DecantError(
-            f"Ray lost the capture ({reason}): make sure that each actor has "
-            "enough memory (capture.batch_rows, prepare.shard_rows) and run the same command to "
-            "continue"
-        ) from error

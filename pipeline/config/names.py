@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.source_params import CorpusParams, TeacherParams
+from pipeline.config.source_params import CorpusParams, TeacherParams, TextSource
 
 
 def teacher_name(params: TeacherParams) -> str:
@@ -22,7 +22,16 @@ def teacher_name(params: TeacherParams) -> str:
 
 
 def corpus_name(params: CorpusParams) -> str:
-    """Describe the source of the text."""
+    """Describe the source of the text, or the mixture of several."""
+    if not params.sources:
+        return _source_name(params)
+    total = sum(source.weight for source in params.sources)
+    return ", ".join(
+        f"{source.weight / total:.1%} {_source_name(source)}" for source in params.sources
+    )
+
+
+def _source_name(params: TextSource) -> str:
     if params.source == "stdlib":
         return "the source files of Python's standard library"
     if params.source == "files":

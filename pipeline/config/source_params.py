@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section import Count, CountOrZero, Section
+from pipeline.config.section import Count, CountOrZero, Positive, Section
 
 
 class WheelTeacher(Section):
@@ -91,13 +91,28 @@ class HubCorpus(Section):
     """The column that holds the text or the messages."""
 
 
-class CorpusParams(Section):
-    """The conversion of text to rows of tokens."""
+class TextSource(Section):
+    """Where text comes from; only the section named by `source` is read."""
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """The text: stdlib (the source code of Python's standard library), files or hub."""
     files: FilesCorpus = FilesCorpus()
     hub: HubCorpus = HubCorpus()
+
+
+class WeightedSource(TextSource):
+    """One of several sources."""
+
+    weight: Positive = 1.0
+    """The source's share of the tokens, relative to the other sources' weights."""
+
+
+class CorpusParams(TextSource):
+    """The conversion of text to rows of tokens."""
+
+    sources: tuple[WeightedSource, ...] = ()
+    """A mixture, instead of the one source above: a list of {source, files or hub, weight > 0},
+    whose tokens follow the weights until a source has no more documents."""
     train_tokens: Count | None = 16384
     """Tokens of the training split, at which reading stops; null takes all. The demo's train.steps
     read them twice."""
@@ -121,3 +136,15 @@ class CorpusParams(Section):
     max_bad_documents: CountOrZero = 10
     """Documents that may be left out, and reported, because they cannot be used; more of them stop
     the stage."""
+
+    @property
+    def text_sources(self) -> tuple[TextSource, ...]:
+        """The sources of the text, of which there may be only one."""
+        return self.sources or (self,)
+
+    @property
+    def named(self) -> str:
+        """The parameter that says where the text comes from, with its value."""
+        if self.sources:
+            return f"a mixture of {len(self.sources)} corpus.sources"
+        return f"corpus.source={self.source}"

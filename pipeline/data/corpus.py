@@ -1,32 +1,38 @@
-"""Turn documents into tokens: deduplication, the split, and tokenization.
+"""Turn documents into a corpus: tokenization, deduplication, the split, and packing.
 
 A document (pipeline/data/sources.py) is a text or, if the column holds lists of messages, a
-conversation (pipeline/data/chat.py). Exact duplicates are dropped whatever the source. A hash of a
-document's text decides whether it is for training or validation, so the same document is on the
-same side in every run, order and machine. Documents that cannot be used are left out and reported,
-up to corpus.max_bad_documents of them.
+conversation (pipeline/data/chat.py). The sources are read once, and divided and mixed by
+pipeline/data/mixture.py. Exact duplicates are dropped whatever the source. Documents that cannot be
+used are left out and reported, up to corpus.max_bad_documents of them.
+
+Memory is bounded however large the corpus is, and its bytes do not depend on the number of
+processes that tokenize it (pipeline/data/tokenizer_pool.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import tokenizers
+from tqdm import tqdm
 
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.chat import BadConversationError, ChatTokenizer, Message
-from pipeline.data.corpus_zarr import SPLITS, SplitInfo, SplitWriter
-from pipeline.data.packing import PACKERS, Document
-from pipeline.data.prefix import PrefixEncoder
-from pipeline.data.sources import Extent, Source, read_documents
-from pipeline.errors import DecantError, ParamsError
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, SplitInfo
+from pipeline.data.document_tokenizer import (
+    DocumentTokenizer,
+    TokenizerSettings,
+    leading_tokens,
+)
+from pipeline.data.mixture import Fault, Mixture, Read, source_name, weight_of
+from pipeline.data.packing import PACKERS, Document, Rows
+from pipeline.data.seen_documents import SeenDocuments
+from pipeline.data.tokenizer_pool import LocalPool, TokenizerPool, ray_pool
+from pipeline.errors import DecantError, MismatchError
 from pipeline.io.address import Address
 from pipeline.io.folders import open_folder
 from pipeline.model.config_json import embedding_rows
@@ -34,8 +40,6 @@ from pipeline.model.folder import POINTER, hash_tokenizer
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import announce, progress_bar, readable_bytes, say
 
-_DOCUMENTS_AT_ONCE = 32
-_CHARACTERS_AT_ONCE = 2**20  # limit for documents that are tokenized together
 _ROWS_AT_ONCE = {
     "concat": 256,
     "best_fit": 1024,
@@ -43,13 +47,28 @@ _ROWS_AT_ONCE = {
 _BAD_SHOWN = 20
 
 
-def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[str, SplitInfo]:
+def build_corpus(
+    params: CorpusParams,
+    teacher: Path,
+    address: Address,
+    *,
+    workers: int | None = 1,
+    on_ray: bool = False,
+    append: bool = False,
+    before_commit: Callable[[], None] | None = None,
+) -> dict[str, SplitInfo]:
     """Tokenize, split and pack a corpus into the zarr group at `address`.
 
     At the end it prints what was left out, and which parameter caused that.
 
     Args:
         teacher: folder of the teacher, which holds the tokenizer.
+        workers: processes that tokenize a large corpus, on this machine; on Ray, the tasks in
+            flight, where None means two per core.
+        on_ray: tokenize on the Ray cluster that RAY_ADDRESS names.
+        append: keep the rows of the corpus at `address`, and add rows of the documents that it does
+            not have; a split without new documents stays as it is.
+        before_commit: called when all rows are made, before the corpus at `address` changes.
 
     Returns:
         The description of each split.
@@ -58,55 +77,114 @@ def build_corpus(params: CorpusParams, teacher: Path, address: Address) -> dict[
         DecantError: a split is empty, the source cannot be read, or too many of its documents
             cannot be used.
     """
-    limits = {"train": params.train_tokens, "validation": params.validation_tokens}
+    limits = _limits(params)
     sizes = " and ".join(
         f"all tokens for {split}" if limit is None else f"up to {limit:,} tokens for {split}"
         for split, limit in limits.items()
     )
+    into = f"rows of {params.row_length}, {sizes}"
     announce(
-        "corpus", f"cuts corpus.source={params.source} into rows of {params.row_length}, {sizes}"
+        "corpus",
+        f"adds what is new in {params.named} to {address}, in {into}"
+        if append
+        else f"cuts {params.named} into {into}",
     )
     tokenizer = load_tokenizer(teacher)
-    tokenizer_sha256 = hash_tokenizer(teacher)
-    bad = _BadDocuments(params.max_bad_documents)
-    to_documents = DocumentTokenizer(
-        tokenizer,
+    settings = TokenizerSettings(
+        teacher=teacher.absolute(),
+        sha256=hash_tokenizer(teacher),
+        version=tokenizers.__version__,
         completions_only=params.loss_on == "completions",
         add_bos=params.add_bos,
         longest=_longest(params),
-        bad=bad,
+        max_document_tokens=params.max_document_tokens,
     )
+    to_documents = DocumentTokenizer(tokenizer, settings)
+    bad = _BadDocuments(params.max_bad_documents)
     vocab_size = num_ids(tokenizer, teacher)
+    there = {split: CorpusSplit(address, split) for split in SPLITS} if append else {}
+    for found in there.values():
+        _require_same_tokens(found, settings.sha256, vocab_size, to_documents.leading)
     writers = {
-        split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
+        split: SplitWriter(
+            address,
+            split,
+            row_length=params.row_length,
+            vocab_size=vocab_size,
+            onto=there.get(split),
+        )
         for split in SPLITS
     }
-    counters = {split: _Counter() for split in SPLITS}
-    pack, at_once = PACKERS[params.packing], _ROWS_AT_ONCE[params.packing]
-    for split, writer in writers.items():
-        documents = _taken(
-            to_documents, _chosen(params, split, counters[split], bad), params, split, counters
-        )
-        for rows in pack(documents, params.row_length, to_documents.separator, at_once):
+    totals = [limit - writers[split].num_tokens for split, limit in limits.items() if limit]
+    total = max(0, sum(totals)) if len(totals) == len(SPLITS) else None
+    pool: AbstractContextManager[TokenizerPool] = (
+        ray_pool(settings, workers) if on_ray else LocalPool(to_documents, settings, workers or 1)
+    )
+    with (
+        pool as tokenize,
+        SeenDocuments() as seen,
+        progress_bar(what="corpus", total=total, unit="tok") as bar,
+    ):
+        for found in there.values():
+            for digest in found.digests():
+                seen.add(digest)
+        mixture = Mixture(params, tokenize, seen, bad.add)
+        splits = {
+            split: _Split(params, split, writer, to_documents, mixture, seen, bad, bar)
+            for split, writer in writers.items()
+        }
+        for split, rows in _packed(params, splits, mixture, to_documents.separator):
             _require_rows(teacher, int(rows.tokens.max()), vocab_size, tokenizer)
-            writer.add(rows)
+            writers[split].add(rows)
+    for split, writer in writers.items():
         if not writer.num_tokens:
-            raise DecantError(_came_out_empty(params, split, counters[split], bad))
-    # From here on the corpus is another one; a killed process must not leave the older record.
-    open_folder(address).remove(POINTER)
-    infos = {  # committed together, so that a corpus is complete or does not exist
+            raise DecantError(_came_out_empty(params, splits[split], mixture, bad))
+    if not append:  # the corpus is another one; a killed process must not leave the older record
+        open_folder(address).remove(POINTER)
+    writers = {split: writer for split, writer in writers.items() if writer.num_new_rows}
+    if before_commit and writers:
+        before_commit()
+    infos = {split: found.info for split, found in there.items()}
+    infos |= {  # committed together, so that a corpus is complete or does not exist
         split: writer.commit(
-            num_text_bytes=counters[split].text_bytes,
-            num_dropped=counters[split].dropped,
-            tokenizer_sha256=tokenizer_sha256,
+            num_text_bytes=splits[split].text_bytes,
+            num_dropped=splits[split].dropped,
+            tokenizer_sha256=settings.sha256,
             leading_ids=tuple(to_documents.leading),
         )
         for split, writer in writers.items()
     }
-    begins = _begins(tokenizer, to_documents, params.add_bos)
-    for line in (*begins, *_left_out(params, counters), *bad.lines()):
+    num_texts = sum(split.texts for split in splits.values())
+    begins = _begins(tokenizer, to_documents.leading, params.add_bos) if num_texts else ()
+    for line in (*begins, *_left_out(params, splits, mixture, append=append), *bad.lines()):
         say(f"corpus: {line}")
     return infos
+
+
+def _limits(params: CorpusParams) -> dict[str, int | None]:
+    """Return the maximum number of tokens of each split; None takes all."""
+    return {"train": params.train_tokens, "validation": params.validation_tokens}
+
+
+def _packed(
+    params: CorpusParams, splits: dict[str, _Split], mixture: Mixture, separator: int
+) -> Iterator[tuple[str, Rows]]:
+    """Yield blocks of rows of either split, so that few documents of the other one wait."""
+    at_once = _ROWS_AT_ONCE[params.packing]
+    pack, block = PACKERS[params.packing], at_once * params.row_length
+    larger_first = SPLITS if params.validation_fraction <= 0.5 else SPLITS[::-1]
+    packers = {
+        name: pack(splits[name].documents(), params.row_length, separator, at_once)
+        for name in larger_first
+    }
+    while packers:
+        fullest = max(packers, key=mixture.num_waiting)
+        name = fullest if mixture.num_waiting(fullest) >= block else next(iter(packers))
+        rows = next(packers[name], None)
+        if rows is None:
+            del packers[name]
+        else:
+            yield name, rows
 
 
 def _longest(params: CorpusParams) -> int | None:
@@ -117,13 +195,9 @@ def _longest(params: CorpusParams) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _begins(
-    tokenizer: Any, to_documents: DocumentTokenizer, add_bos: Literal["auto"] | bool
-) -> Iterator[str]:
-    """Yield how texts begin, if there are any, and whether prompts will begin otherwise."""
-    if not to_documents.num_texts:
-        return
-    leading, usual = to_documents.leading, leading_tokens(tokenizer, "auto")
+def _begins(tokenizer: Any, leading: list[int], add_bos: Literal["auto"] | bool) -> Iterator[str]:
+    """Yield how texts begin, and whether prompts will begin otherwise."""
+    usual = leading_tokens(tokenizer, "auto")
 
     def names(ids: list[int]) -> str:
         return " ".join(tokenizer.convert_ids_to_tokens(ids)) or "no BOS token"
@@ -137,13 +211,36 @@ def _begins(
         )
 
 
-def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments) -> str:
-    sentence = f"the {split} split of corpus.source={params.source} came out empty"
-    if counter.dropped:
+def _require_same_tokens(
+    found: CorpusSplit, tokenizer_sha256: str, vocab_size: int, leading: list[int]
+) -> None:
+    """Refuse to add rows to a split whose rows were made with another tokenizer."""
+    wanted = {
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "leading_ids": tuple(leading),
+    }
+    for name, value in wanted.items():
+        if (has := getattr(found.info, name)) != value:
+            raise MismatchError(
+                f"{found.path} has {name}={has}, and the teacher's tokenizer makes {value}, so no "
+                "rows can be added: restore the other teacher, or rebuild the corpus by "
+                "stages/corpus.py --overwrite"
+            )
+
+
+def _came_out_empty(
+    params: CorpusParams, split: _Split, mixture: Mixture, bad: _BadDocuments
+) -> str:
+    sentence = f"the {split.name} split of {params.named} came out empty"
+    if split.dropped:
         return (
-            f"{sentence}, since none of its {counter.dropped} conversations has an assistant's turn"
+            f"{sentence}, since none of its {split.dropped} conversations has an assistant's turn"
             " in the loss: give others, or set corpus.loss_on=all or a larger max_document_tokens"
         )
+    if params.sources:
+        source = mixture.sources[mixture.ended_by[split.name]]
+        sentence += f", since {source_name(source)} has no document for it"
     if bad.found:
         return f"{sentence}, and {bad.summary()}"
     return (
@@ -152,29 +249,50 @@ def _came_out_empty(params: CorpusParams, split: str, counter: _Counter, bad: _B
     )
 
 
-def _left_out(params: CorpusParams, counters: dict[str, _Counter]) -> Iterator[str]:
+def _left_out(
+    params: CorpusParams, splits: dict[str, _Split], mixture: Mixture, *, append: bool
+) -> Iterator[str]:
     """Yield a line about each part of the source that is left out, with the parameter's name."""
-    for split, counter in counters.items():
-        if counter.full_at is not None:
-            total = counter.extent.total_bytes
+    for name, split in splits.items():
+        if len(mixture.sources) > 1:
+            yield from _shares(name, mixture, append=append)
+        if split.full_at is not None and not split.read:
+            yield f"{name} is full at corpus.{name}_tokens={split.limit:,}: nothing is added to it"
+        elif split.full_at is not None:
+            total = mixture.extents[0].total_bytes if len(mixture.sources) == 1 else None
             place = (
-                f", {readable_bytes(counter.full_at)} into the source's {readable_bytes(total)}"
+                f", {readable_bytes(split.full_at)} into the source's {readable_bytes(total)}"
                 if total
                 else ""
             )
             yield (
-                f"{split} is full at corpus.{split}_tokens={getattr(params, f'{split}_tokens'):,} "
-                f"after {counter.read:,} documents{place}; those that follow are left out of it"
+                f"{name} is full at corpus.{name}_tokens={split.limit:,} "
+                f"after {split.read:,} documents{place}; those that follow are left out of it"
             )
-        if counter.cut:
-            share = 1.0 - counter.kept_characters / max(counter.characters, 1)
+        if split.cut:
+            share = 1.0 - split.kept_characters / max(split.characters, 1)
             yield (
-                f"{counter.cut:,} of {counter.read:,} documents of {split} are cut at "
+                f"{split.cut:,} of {split.read:,} documents of {name} are cut at "
                 f"corpus.max_document_tokens={params.max_document_tokens:,}, which leaves out "
-                f"{share:.1%} of the text of {split}"
+                f"{share:.1%} of the text of {name}"
             )
-        if counter.duplicates:
-            yield f"{counter.duplicates:,} exact duplicates are left out of {split}"
+        if split.duplicates:
+            known = "documents that it has already, or twice," if append else "exact duplicates"
+            yield f"{split.duplicates:,} {known} are left out of {name}"
+
+
+def _shares(name: str, mixture: Mixture, *, append: bool) -> Iterator[str]:
+    """Yield the share of a split's tokens that each source has, and which source ended it."""
+    tokens = mixture.tokens[name]
+    if total := sum(tokens):
+        shares = ", ".join(
+            f"{number / total:.1%} from {source_name(source)} (weight {weight_of(source):g})"
+            for number, source in zip(tokens, mixture.sources, strict=True)
+        )
+        yield f"of the {total:,} {'new ' if append else ''}tokens of {name} come {shares}"
+    if name in mixture.ended_by:
+        last = source_name(mixture.sources[mixture.ended_by[name]])
+        yield f"{name} ends where {last} has no more documents; those of the others are left out"
 
 
 def num_ids(tokenizer: Any, teacher: Path) -> int:
@@ -197,157 +315,6 @@ def _require_rows(teacher: Path, largest: int, vocab_size: int, tokenizer: Any) 
         )
 
 
-def document_separator(tokenizer: Any) -> int:
-    """Return the id put after each document: <|endoftext|> if it exists, else the eos token.
-
-    In chat models the eos token marks the end of a TURN. In pretraining, which packed text
-    resembles, SmolLM2 and Qwen2.5 both separated documents by <|endoftext|>.
-    """
-    separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    if separator is None:
-        raise DecantError("the teacher's tokenizer names no end-of-text token: set its eos_token")
-    return int(separator)
-
-
-def leading_tokens(tokenizer: Any, add_bos: Literal["auto"] | bool) -> list[int]:
-    """Return the ids that precede each text; with `auto` those that the tokenizer itself adds.
-
-    Raises:
-        ParamsError: a BOS token is requested, and the tokenizer names none.
-    """
-    if add_bos is False:
-        return []
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if start and whole[start : start + len(plain)] == plain:
-            return list(whole[:start])
-    if add_bos == "auto":
-        return []
-    if tokenizer.bos_token_id is None:
-        raise ParamsError(
-            "corpus.add_bos=true asks for a token that begins each document, and the teacher's "
-            "tokenizer names no bos_token: set it to auto or false"
-        )
-    return [int(tokenizer.bos_token_id)]
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """A document cut to the number of tokens that are kept, plus one token if it has more."""
-
-    document: Document
-    num_characters: int  # in the whole text
-    position: int  # the place in the source where it ends
-
-
-class DocumentTokenizer:
-    """A converter from texts and conversations to documents.
-
-    Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        completions_only: put only the assistant's turns into the loss; texts are refused.
-        add_bos: whether texts begin with the BOS token; `auto` does as the tokenizer does.
-        longest: number of tokens after which the rest of a document is not tokenized; None keeps
-            all.
-        bad: collects the conversations that cannot be used.
-
-    Attributes:
-        leading: ids put before each text.
-        num_texts: number of texts so far.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        completions_only: bool,
-        add_bos: Literal["auto"] | bool,
-        longest: int | None,
-        bad: _BadDocuments,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.separator = document_separator(tokenizer)
-        self.leading = leading_tokens(tokenizer, add_bos)
-        self._completions_only = completions_only
-        self._limit = None if longest is None else longest + 1
-        self._encode = PrefixEncoder(tokenizer, self._limit)
-        self._bad = bad
-        self.num_texts = 0
-
-    def __call__(self, sources: Iterator[Source]) -> Iterator[Tokenized]:
-        """Tokenize in order, several texts at once.
-
-        The separator is put after each text. A conversation is rendered by its template, which
-        itself writes the beginning and the end of each turn.
-        """
-        for block in _blocks(sources):
-            for are_texts, group in groupby(block, key=lambda it: isinstance(it.content, str)):
-                yield from (self._texts if are_texts else self._chats)(list(group))
-
-    @cached_property
-    def _chat(self) -> ChatTokenizer:
-        return ChatTokenizer(
-            self.tokenizer, completions_only=self._completions_only, limit=self._limit
-        )
-
-    def _chats(self, sources: list[Source]) -> Iterator[Tokenized]:
-        to_document = self._chat
-        for source in sources:
-            try:
-                document = to_document(source.content)  # type: ignore[arg-type]
-            except BadConversationError as error:
-                self._bad.add(source.place, str(error))
-            else:
-                yield Tokenized(document, _characters(source.content), source.position)
-
-    def _texts(self, sources: list[Source]) -> Iterator[Tokenized]:
-        texts = [source.content for source in sources if isinstance(source.content, str)]
-        if self._completions_only:
-            raise ParamsError(
-                f"corpus.loss_on=completions needs conversations, and the corpus holds text "
-                f"({texts[0][:40]!r}...): set it to all, or name a column of messages"
-            )
-        self.num_texts += len(texts)
-        encoded = self._encode.texts(texts)
-        for source, text, (ids, is_whole) in zip(sources, texts, encoded, strict=True):
-            end = [self.separator] if is_whole else []  # a text that is cut has no end
-            tokens = np.array([*self.leading, *ids, *end], dtype=np.int64)
-            document = Document(tokens, np.ones(len(tokens), dtype=np.bool_))
-            yield Tokenized(document, len(text), source.position)
-
-    def text_of(self, document: Document) -> str:
-        """Decode a document without the tokens added before and after it."""
-        tokens = document.tokens.tolist()
-        if tokens[: len(self.leading)] == self.leading:
-            tokens = tokens[len(self.leading) :]
-        if tokens and tokens[-1] == self.separator:
-            tokens = tokens[:-1]
-        return str(self.tokenizer.decode(tokens))
-
-
-def _blocks(sources: Iterator[Source]) -> Iterator[list[Source]]:
-    block: list[Source] = []
-    characters = 0
-    for source in sources:
-        block.append(source)
-        characters += _characters(source.content)
-        if len(block) == _DOCUMENTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
-
-
-def _characters(content: Any) -> int:
-    """Count the characters of a text, or of all texts in a conversation."""
-    if isinstance(content, str):
-        return len(content)
-    if isinstance(content, dict):
-        return sum(map(_characters, content.values()))
-    return sum(map(_characters, content)) if isinstance(content, list) else 0
-
-
 class _BadDocuments:
     """The documents that cannot be used, each with its place and the reason.
 
@@ -359,8 +326,8 @@ class _BadDocuments:
         self._limit = limit
         self.found: dict[str, str] = {}
 
-    def add(self, place: str, reason: str) -> None:
-        self.found.setdefault(place, reason)  # each split reads the whole source
+    def add(self, fault: Fault) -> None:
+        self.found[fault.place] = fault.reason
         if len(self.found) > self._limit:
             raise DecantError(
                 f"{self.summary()}; these are more than corpus.max_bad_documents={self._limit}: "
@@ -382,11 +349,19 @@ class _BadDocuments:
 
 
 @dataclass
-class _Counter:
-    """Counts of what happened to the documents of one split."""
+class _Split:
+    """The documents of one split, and counts of what happened to them."""
 
-    extent: Extent = field(default_factory=Extent)
+    params: CorpusParams
+    name: str
+    writer: SplitWriter
+    tokenizer: DocumentTokenizer
+    mixture: Mixture
+    seen: SeenDocuments
+    bad: _BadDocuments
+    bar: tqdm[Any]
     read: int = 0
+    texts: int = 0  # not conversations
     duplicates: int = 0
     dropped: int = 0
     cut: int = 0  # by max_document_tokens
@@ -395,71 +370,59 @@ class _Counter:
     text_bytes: int = 0
     full_at: int | None = None  # bytes of the source when the split was full
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens at which the split is full."""
+        return _limits(self.params)[self.name]
 
-def _taken(
-    to_documents: DocumentTokenizer,
-    sources: Iterator[Source],
-    params: CorpusParams,
-    split: str,
-    counters: dict[str, _Counter],
-) -> Iterator[Document]:
-    """Yield documents cut to their limit, up to the split's limit; skip those without a target."""
-    counter, taken = counters[split], 0
-    limit: int | None = getattr(params, f"{split}_tokens")
-    with progress_bar(what=f"corpus {split}", total=limit, unit="tok") as bar:
-        for tokenized in to_documents(sources):
-            whole = tokenized.document
-            longest = params.max_document_tokens or len(whole)
-            document = whole[: longest if limit is None else min(longest, limit - taken)]
-            counter.read += 1
-            if not document.in_loss.any():
-                counter.dropped += 1
+    def documents(self) -> Iterator[Document]:
+        """Yield documents cut to their limit, up to the split's limit, without duplicates."""
+        limit, taken = self.limit, self.writer.num_tokens
+        if limit is not None and taken >= limit:
+            self.full_at = 0
+            self.mixture.close(self.name)
+            return
+        for source, read in self.mixture.documents(self.name):
+            document = self._document(read, None if limit is None else limit - taken)
+            if document is None:
                 continue
             taken += len(document)
-            text = to_documents.text_of(document)
-            counter.text_bytes += len(text.encode())
-            counter.characters += tokenized.num_characters
-            counter.kept_characters += min(len(text), tokenized.num_characters)
-            counter.cut += len(whole) > longest
-            bar.update(len(document))
+            self.mixture.tokens[self.name][source] += len(document)
+            self.bar.update(len(document))
             yield document
             if limit is not None and taken >= limit:
-                counter.full_at = tokenized.position
-                return
+                self.full_at = read.position
+                break
+        self.mixture.close(self.name)
 
-
-def _chosen(
-    params: CorpusParams, split: str, counter: _Counter, bad: _BadDocuments
-) -> Iterator[Source]:
-    """Yield the documents of one split without exact duplicates."""
-    seen: set[bytes] = set()
-    for source in read_documents(params, counter.extent):
-        if source.fault is not None:
-            bad.add(source.place, source.fault)
-            continue
-        content = source.content
-        try:
-            digest = _digest(content if isinstance(content, str) else _canonical(content))
-        except UnicodeEncodeError:
-            bad.add(source.place, "it holds half of a surrogate pair, which is not a character")
-            continue
-        is_validation = int.from_bytes(digest[:8]) < params.validation_fraction * 2**64
-        if is_validation != (split == "validation"):
-            continue
-        if digest in seen:
-            counter.duplicates += 1
-            continue
-        seen.add(digest)
-        yield source
-
-
-def _digest(text: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(text), 2**20):  # makes no second copy of a long text
-        digest.update(text[start : start + 2**20].encode())
-    return digest.digest()
-
-
-def _canonical(messages: list[Message]) -> str:
-    """Serialise a conversation to the same text whatever the order of its keys."""
-    return json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
+    def _document(self, read: Read, room: int | None) -> Document | None:
+        """Return a document cut to its limit; None for those that are left out."""
+        if not self.seen.add(read.digest):
+            self.duplicates += 1
+            return None
+        if isinstance(read.result, DecantError):
+            raise read.result
+        if isinstance(read.result, str):
+            self.bad.add(Fault(read.place, read.result))
+            return None
+        tokenized = read.result
+        assert tokenized is not None
+        whole = tokenized.document
+        longest = self.params.max_document_tokens or len(whole)
+        document = whole[: longest if room is None else min(longest, room)]
+        self.read += 1
+        self.writer.saw(read.digest)
+        self.texts += read.is_text
+        if not document.in_loss.any():
+            self.dropped += 1
+            return None
+        kept_bytes, kept_characters = tokenized.num_kept_bytes, tokenized.num_kept_characters
+        if len(document) < min(longest, len(whole)):  # the last one is cut where the split is full
+            text = self.tokenizer.text_of(document.tokens)
+            kept_bytes = len(text.encode())
+            kept_characters = min(len(text), tokenized.num_characters)
+        self.text_bytes += kept_bytes
+        self.characters += tokenized.num_characters
+        self.kept_characters += kept_characters
+        self.cut += len(whole) > longest
+        return document

@@ -15,11 +15,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PADDING = -1
 """The document id of padding tokens."""
@@ -212,6 +214,8 @@ def next_token_labels(tokens: Tensor, doc_ids: Tensor, in_loss: Tensor) -> Tenso
     Returns:
         int64 [B, L].
     """
+    import torch  # takes seconds, and the processes that tokenize do without
+
     labels = torch.full_like(tokens, IGNORE)
     follows = (doc_ids[:, 1:] == doc_ids[:, :-1]) & (doc_ids[:, 1:] != PADDING)
     labels[:, :-1] = torch.where(follows & in_loss[:, 1:], tokens[:, 1:], IGNORE)

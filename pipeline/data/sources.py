@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config.source_params import CorpusParams, HubCorpus
+from pipeline.config.source_params import HubCorpus, TextSource
 from pipeline.errors import DecantError, ParamsError, reason_of
 
 Message = dict[str, Any]
@@ -48,6 +48,7 @@ class Source:
     content: str | list[Message]
     fault: str | None = None
     position: int = 0  # bytes of the source up to the end of this document
+    digest: bytes = b""  # of the content, once it is known
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Extent:
     total_bytes: int | None = None  # None: unknown, for example for a streamed dataset
 
 
-def read_documents(params: CorpusParams, extent: Extent) -> Iterator[Source]:
+def read_documents(params: TextSource, extent: Extent) -> Iterator[Source]:
     """Yield all documents of a source that are not blank, in the same order in every run.
 
     Raises:

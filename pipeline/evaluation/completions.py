@@ -21,7 +21,7 @@ from platform import python_version
 from typing import Any
 
 from pipeline.config.delivery_params import HumanevalParams
-from pipeline.data.corpus import document_separator
+from pipeline.data.document_tokenizer import document_separator
 from pipeline.evaluation.humaneval import STOP, Problem, hash_problems, summarise
 from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.results import HumanEvalScores

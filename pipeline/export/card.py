@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 
 from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
+from pipeline.config.source_params import TextSource
 from pipeline.io.files import read_json_object
 from pipeline.model.folder import teacher_folder
 from pipeline.model.named_models import is_of_run
@@ -106,7 +107,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     front = ModelCardData(
         license=facts.license,
         base_model=facts.base_model,
-        datasets=[params.corpus.hub.id] if params.corpus.source == "hub" else None,
+        datasets=[source.hub.id for source in _on_hub(params)] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["decant", *(["knowledge-distillation"] if how else [])],
@@ -192,9 +193,17 @@ def _teacher(params: Params) -> str:
 
 
 def _data(params: Params) -> str:
-    name, hub = corpus_name(params.corpus), params.corpus.hub
+    name = corpus_name(params.corpus)
+    if params.corpus.sources:
+        at = [f"{source.hub.id} at revision {source.hub.revision}" for source in _on_hub(params)]
+        return "; ".join([name, *at])
+    hub = params.corpus.hub
     is_hub = params.corpus.source == "hub"
     return f"{name} {hub.split} at revision {hub.revision}" if is_hub else name
+
+
+def _on_hub(params: Params) -> list[TextSource]:
+    return [source for source in params.corpus.text_sources if source.source == "hub"]
 
 
 def _start(student: Mapping[str, Any]) -> list[tuple[str, str]]:

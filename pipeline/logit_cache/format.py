@@ -77,13 +77,22 @@ is the crc32c of the JSON text of the other attributes, keys sorted, with "," an
 Commit markers: `commits/<shard, six digits>.json` in the group,
     {"shard": i, "rows": [first, end), "cache": crc32c, "tokens_sha256": hex,
      "objects": {array: [bytes, xxh3]}, "crc32c": of the JSON text of the rest, as above}
-where cache is the crc32c of the JSON text of the group's attribute "decant", tokens_sha256 is
-`pipeline.data.corpus_zarr.hash_rows` of the corpus rows, and objects gives the size of each array's
-shard and the 128-bit xxh3, in hexadecimal, of its key followed by its bytes, so that a shard stored
-in the place of another is also detected. A shard WITHOUT a marker does not exist, whatever its
-files contain: zarr reads a missing shard as zeros. One writer owns a whole shard. It writes all
-arrays' objects durably (on a disk: write, fsync, rename, fsync of the folder), and then the marker
-in the same way.
+where cache is the crc32c of the JSON text of the group's attribute "decant" without num_rows and
+corpus_sha256, tokens_sha256 is `pipeline.data.corpus_zarr.hash_rows` of the corpus rows, and
+objects gives the size of each array's shard and the 128-bit xxh3, in hexadecimal, of its key
+followed by its bytes, so that a shard stored in the place of another is also detected. A shard
+WITHOUT a marker does not exist, whatever its files contain: zarr reads a missing shard as zeros.
+One writer owns a whole shard. It writes all arrays' objects durably (on a disk: write, fsync,
+rename, fsync of the folder), and then the marker in the same way.
+
+Growth. corpus_sha256 is a chain over the rows of the corpus (pipeline/data/corpus_zarr.py), so the
+cache of a corpus to which rows are added is the cache of the longer corpus's first rows. It is
+extended in place: num_rows and corpus_sha256 become those of the longer corpus, and markers, which
+do not depend on them, stay. If the last shard was short, its marker is moved to
+`short/<shard, six digits>.json` before that, so the shard is missing. A writer that captures it
+reads the rows that it has, as of an array that ends with them, joins the new rows' targets to them,
+writes the shard and its marker, and removes the file in `short`. If it is killed before the marker
+is there, the old rows no longer match that file's hashes, and the whole shard is captured again.
 
 A reader refuses a format_version other than its own. The version also increases when the same
 inputs would give other numbers (pipeline/targets/topk.py), since any program of the same version
@@ -109,6 +118,8 @@ FORMAT_VERSION = 1
 ENTROPY_STEPS = 4096
 """Steps per nat of the stored entropies."""
 COMMITS = "commits"
+SHORT = "short"
+"""Folder of the markers of shards that have fewer rows than they will have."""
 ID_ORDER = "id_order_"
 """Prefix of an id order's name; the crc32c of its bytes follows."""
 
@@ -188,6 +199,6 @@ class Marker:
     crc32c: Crc = 0  # covers the other fields; `add_checksum` writes it
 
 
-def marker_key(shard: int) -> str:
-    """Return the key of a shard's commit marker."""
-    return f"{COMMITS}/{shard:06d}.json"
+def marker_key(shard: int, folder: str = COMMITS) -> str:
+    """Return the key of a shard's commit marker, or of its marker in `short`."""
+    return f"{folder}/{shard:06d}.json"

@@ -30,6 +30,7 @@ from pipeline.logit_cache.format import (
     COMMITS,
     FORMAT_VERSION,
     ID_ORDER,
+    SHORT,
     Fingerprint,
     Marker,
     marker_key,
@@ -135,8 +136,12 @@ class CacheLayout:
         }
 
     def checksum(self) -> int:
-        """Return the crc32c of `about`; a shard's marker holds it to identify the cache."""
-        return json_crc32c(self.about())
+        """Return the crc32c of `about` without what changes when the corpus grows.
+
+        A shard's marker holds it to identify the cache.
+        """
+        grows = ("num_rows", "corpus_sha256")
+        return json_crc32c({name: v for name, v in self.about().items() if name not in grows})
 
 
 def load_layout(folder: Folder, where: str) -> CacheLayout | None:
@@ -200,6 +205,7 @@ def remove_cache(folder: Folder) -> None:
     Commit markers are removed first, so that an interrupted removal leaves no shard committed.
     """
     folder.remove(COMMITS)
+    folder.remove(SHORT)
     folder.remove("zarr.json")
     for name in {key.partition("/")[0] for key in folder.sizes()}:
         if name in _ARRAYS or name.startswith(ID_ORDER):
@@ -222,14 +228,17 @@ def id_order_name(id_order: IdOrder) -> str:
     return f"{ID_ORDER}{crc32c(id_order.to_bytes()):08x}"
 
 
-def read_marker(folder: Folder, shard: int) -> Marker:
+def read_marker(folder: Folder, shard: int, under: str = COMMITS) -> Marker:
     """Read a shard's commit marker.
+
+    Args:
+        under: `COMMITS`, or `SHORT` for the marker of a shard that is to get more rows.
 
     Raises:
         DamagedError: the marker is missing or not what was written.
     """
     try:
-        values = json.loads(folder.read(marker_key(shard)))
+        values = json.loads(folder.read(marker_key(shard, under)))
     except FileNotFoundError:
         raise DamagedError("its commit marker is missing") from None
     except (ValueError, RecursionError):
@@ -262,4 +271,5 @@ def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
         marker = read_marker(folder, shard)
     except DamagedError:
         return False
-    return marker.shard == shard and marker.cache == layout.checksum()
+    is_ours = marker.shard == shard and marker.cache == layout.checksum()
+    return is_ours and marker.rows == layout.rows_of(shard)

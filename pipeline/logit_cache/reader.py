@@ -27,7 +27,7 @@ from pipeline.io.checked_json import DamagedError
 from pipeline.io.folders import Folder, open_folder
 from pipeline.io.zarr_shards import decode_shard, read_object
 from pipeline.logit_cache.codec import Arrays, decode, to_topk
-from pipeline.logit_cache.format import Fingerprint
+from pipeline.logit_cache.format import COMMITS, Fingerprint
 from pipeline.logit_cache.layout import (
     CacheLayout,
     damage_as_sentence,
@@ -156,6 +156,11 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
         MismatchError: a field of the fingerprint differs; the message names it.
     """
     info = corpus.info
+    if holds_first_rows(fingerprint, corpus):
+        raise MismatchError(
+            f"{where} holds the first {fingerprint.num_rows:,} of the {info.num_rows:,} rows that "
+            f"{corpus.path} has by now: run stages/prepare.py to capture the rows that were added"
+        )
     wanted = {
         "corpus_sha256": info.sha256,
         "tokenizer_sha256": info.tokenizer_sha256,
@@ -172,15 +177,24 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
             )
 
 
+def holds_first_rows(fingerprint: Fingerprint, corpus: CorpusSplit) -> bool:
+    """Return whether a cache was made from the corpus before rows were added to it."""
+    before = corpus.sha256_of_first(fingerprint.num_rows)
+    return fingerprint.num_rows < len(corpus) and before == fingerprint.corpus_sha256
+
+
 def read_shard_arrays(
-    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int
+    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int, under: str = COMMITS
 ) -> tuple[Rows, Arrays]:
     """Read and check the corpus rows and decoded arrays of one shard.
+
+    Args:
+        under: see `read_marker`.
 
     Raises:
         DamagedError: an object, the marker, or the corpus rows are not what was committed.
     """
-    marker = read_marker(folder, shard)
+    marker = read_marker(folder, shard, under)
     start, stop = layout.rows_of(shard)
     if marker.shard != shard or marker.rows != (start, stop):
         raise DamagedError(f"its commit marker is that of shard {marker.shard}")

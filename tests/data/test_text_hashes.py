@@ -190,3 +190,48 @@ def test_no_text_and_no_corpus(tiny_params: Params, tmp_path: Path) -> None:
     with pytest.raises(DecantError, match="nothing matches"):
         made_from(params, tiny_params.paths.teacher, tmp_path / "corpus")
     assert read_made_from(tmp_path / "corpus") == {}
+
+
+def test_sources_of_a_mixture_are_followed(stage: Stage, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(stage.text.read_text().replace("Note", "Page"))
+
+    def mixture(weight: int) -> tuple[str, str]:
+        sources = ",".join(
+            f"{{source:files,files:{{paths:['{file}']}},weight:{share}}}"
+            for file, share in ((stage.text, 1), (other, weight))
+        )
+        return "--set", f"corpus.sources=[{sources}]"
+
+    assert stage.made(*mixture(2))
+    before = stage.sha256()
+    assert not stage.made(*mixture(2))
+    assert not stage.made(*mixture(2), "--set", "corpus.source=hub")  # is not read
+    assert stage.made(*mixture(3))
+    assert stage.sha256() != before
+    other.write_text(other.read_text().replace("Page", "Sheet"))
+    assert stage.made(*mixture(3))
+    other.unlink()
+    assert not stage.made(*mixture(3))  # text that has gone cannot have changed
+    stage.text.write_text(stage.text.read_text().replace("Note", "Leaf"))
+    done = CliRunner().invoke(main, ["--params", str(stage._params), *mixture(3)])
+    assert done.exit_code == 1
+    assert f"nothing matches '{other}'" in done.output
+    assert stage.made()  # without the mixture
+
+
+def test_files_of_all_sources_are_hashed_once(
+    tiny_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(hashes, "hash_file", lambda file: read.append(file.name) or file.name)
+    sources = []
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("")
+        files = {"paths": [str(tmp_path / name)], "column": "text"}
+        sources.append({"source": "files", "files": files})
+    params = change(tiny_params, corpus={"sources": sources}).corpus
+    for _ in range(2):
+        found = text_made_from(params, {}, tmp_path / "seen.json")
+    assert found["sha256"] == [[[str(tmp_path / n), n]] for n in ("a.jsonl", "b.jsonl")]
+    assert read == ["a.jsonl", "b.jsonl"]

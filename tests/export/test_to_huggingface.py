@@ -242,6 +242,15 @@ def test_card_of_hub_teacher_and_data(params_of_run: Params) -> None:
     assert front(run_card(named, "student", []))["base_model"] == "someone/teacher"
 
 
+def test_card_names_all_sources_of_a_mixture(params_of_run: Params) -> None:
+    one = {"id": "a/b", "name": None, "revision": "1" * 40}
+    sources = [{"source": "files", "weight": 3}, {"source": "hub", "hub": one}]
+    text = run_card(change(params_of_run, corpus={"sources": sources}), "student", [])
+    assert front(text)["datasets"] == ["a/b"]
+    data = f"75.0% local files, their column 'text', 25.0% a/b; a/b at revision {'1' * 40}"
+    assert f"| data | {data} |" in text
+
+
 OTHER = "license: other\nlicense_name: research\nlicense_link: https://example.org/terms\n"
 
 

@@ -1,0 +1,214 @@
+"""Tokenize blocks of documents in order: in this process, in several, or on a Ray cluster.
+
+The result does not depend on which of the three it is: a block's documents are tokenized one for
+one, and blocks are handed out in the order in which they came in. A bounded number of them is in
+flight, so that memory is bounded too.
+
+Processes are started only once tokenizing has taken as long as starting one does, and until they
+are ready this process goes on, so a small corpus does not wait for them. They are killed at the
+end, since what they may still be doing is of no use by then; and if this process is killed, they
+end by themselves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, Self
+
+from pipeline.data.document_tokenizer import (
+    Content,
+    DocumentTokenizer,
+    Result,
+    TokenizerSettings,
+    tokenize_block,
+)
+from pipeline.errors import DecantError
+from pipeline.runtime.ray_cluster import errors_unwrapped, ray_cluster
+
+START_SECONDS = 3.0
+"""About what a process needs to import its libraries and load a tokenizer."""
+
+_BLOCKS_PER_WORKER = 2  # one is tokenized while the next waits
+
+Pending = Callable[[], list[Result]]
+"""Waits for a block that was submitted, and returns its documents."""
+
+
+class TokenizerPool(Protocol):
+    """Whatever tokenizes blocks of documents."""
+
+    @property
+    def depth(self) -> int:
+        """How many blocks to submit before the first is waited for."""
+
+    def submit(self, contents: list[Content]) -> Pending:
+        """Begin to tokenize a block, or have it tokenized when it is waited for."""
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+class LocalPool:
+    """Tokenize in this process, and after a while in several others; a context manager.
+
+    Args:
+        here: the tokenizer of this process.
+        workers: number of processes; with 1 this process, on one thread, does it all.
+
+    Raises:
+        DecantError: a process was killed.
+    """
+
+    def __init__(self, here: DocumentTokenizer, settings: TokenizerSettings, workers: int) -> None:
+        self._here = here
+        self._settings = settings
+        self._workers = workers
+        self._seconds = 0.0  # that tokenizing has taken in this process
+        self._executor: ProcessPoolExecutor | None = None
+        self._processes: set[BaseProcess] = set()
+        self._loading: list[Future[list[Result]]] = []
+        self._threads = os.environ.get("TOKENIZERS_PARALLELISM")
+
+    def __enter__(self) -> Self:
+        if self._workers == 1:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        if self._threads is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = self._threads
+        else:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+
+    @property
+    def depth(self) -> int:
+        """One while this process tokenizes; then enough to keep the others busy."""
+        return self._workers * _BLOCKS_PER_WORKER if self._is_ready() else 1
+
+    def submit(self, contents: list[Content]) -> Pending:
+        """See `TokenizerPool`."""
+        if not self._is_ready():
+            return partial(self._tokenize, contents)
+        assert self._executor is not None
+        try:
+            future = self._executor.submit(tokenize_block, self._settings, contents)
+        except BrokenProcessPool:
+            raise _killed(self._workers) from None
+        return partial(self._wait, future)
+
+    def _is_ready(self) -> bool:
+        """Return whether there are other processes, and all have loaded the tokenizer."""
+        if self._executor is None and self._workers > 1 and self._seconds >= START_SECONDS:
+            self._start()
+        return self._executor is not None and all(future.done() for future in self._loading)
+
+    def _tokenize(self, contents: list[Content]) -> list[Result]:
+        started = time.perf_counter()
+        results = self._here(contents)
+        self._seconds += time.perf_counter() - started
+        return results
+
+    def _wait(self, future: Future[list[Result]]) -> list[Result]:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise _killed(self._workers) from None
+
+    def _start(self) -> None:
+        """Start the processes, and let them load the tokenizer."""
+        before = set(multiprocessing.active_children())
+        self._executor = ProcessPoolExecutor(
+            self._workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        )
+        with _interrupts_blocked():
+            self._loading = [  # each call starts a process
+                self._executor.submit(tokenize_block, self._settings, [])
+                for _ in range(self._workers)
+            ]
+            self._processes = set(multiprocessing.active_children()) - before
+
+
+def _killed(workers: int) -> DecantError:
+    return DecantError(
+        "a process that tokenizes was killed, probably because the machine's memory is full: close "
+        f"other programs, or set --workers below {workers}, then run the same command"
+    )
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Let processes that are started inherit that Ctrl-C is not for them: this one ends them.
+
+    A Ctrl-C meanwhile takes effect at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class _RayPool:
+    def __init__(self, ray: Any, settings: TokenizerSettings, tasks: int | None) -> None:
+        self._ray = ray
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        self.depth = tasks or max(1, cores) * _BLOCKS_PER_WORKER
+        self._remote = ray.remote(tokenize_block).options(scheduling_strategy="SPREAD")
+        self._settings = ray.put(settings)
+
+    def submit(self, contents: list[Content]) -> Pending:
+        """See `TokenizerPool`."""
+        return partial(self._wait, self._remote.remote(self._settings, contents))
+
+    def _wait(self, reference: Any) -> list[Result]:
+        remedy = "make sure that each machine has enough memory"
+        with errors_unwrapped(self._ray, "the tokenization", remedy):
+            results: list[Result] = self._ray.get(reference)
+        return results
+
+
+@contextmanager
+def ray_pool(settings: TokenizerSettings, tasks: int | None) -> Iterator[TokenizerPool]:
+    """Tokenize by tasks on the Ray cluster that RAY_ADDRESS names.
+
+    Without that, one is started on this machine and stopped at the end. Every machine needs Decant,
+    and the teacher's folder under the same path.
+
+    Args:
+        tasks: how many are in flight; None means two per core of the cluster.
+
+    Raises:
+        DecantError: Ray is not installed, not reachable, or loses a task again and again.
+    """
+    with ray_cluster("tokenize") as ray:
+        yield _RayPool(ray, settings, tasks)
