@@ -45,8 +45,9 @@ def main(
 ) -> None:
     """Run the teacher over the corpus and store each position's top-K logits.
 
-    Continues at the first missing shard after a crash or Ctrl-C; refuses a cache made from another
-    teacher, corpus or K, naming what differs. Reads prepare.*, capture.*, paths.teacher and
+    Continues at the first missing shard after a crash or Ctrl-C; captures only the new rows of a
+    corpus that has grown; refuses a cache made from another teacher, corpus or K, naming what
+    differs. Reads prepare.*, capture.*, paths.teacher and
     paths.corpus; writes paths.logits.
     """
     from pipeline.capture.local import capture_locally
@@ -101,13 +102,10 @@ def main(
     readers = [CacheReader(params.paths.logits, corpus) for corpus in corpora]
     num_bytes = sum(reader.num_bytes() for reader in readers)
     positions = sum(corpus.info.num_rows * corpus.info.row_length for corpus in corpora)
-    num_sampled = (
-        f" + {params.prepare.num_sampled} sampled ids" if params.prepare.num_sampled else ""
-    )
+    made_from = readers[0].fingerprint
     click.echo(
-        f"{summary}; {params.paths.logits} holds {positions:,} positions x top {params.prepare.k}"
-        f"{num_sampled}, {num_bytes / positions:.1f} bytes per token, from a teacher in "
-        f"{readers[0].fingerprint.dtype}"
+        f"{summary}; {params.paths.logits} holds {made_from.kept} of {positions:,} positions, "
+        f"{num_bytes / positions:.1f} bytes per token, from a teacher in {made_from.dtype}"
     )
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "was quantised from; no cache is needed.",
 )
 def main(params: Params, structure: bool, against: Path | None) -> None:
-    """Recompute sampled rows with the live teacher and compare them with the cache.
+    """Recompute sampled rows with the live teacher and compare their targets with the cache.
 
     Exit status 1 when a limit is missed, which is verify.noise_factor times the teacher's own noise
     and at most what verify.* says, or when the negative control (targets shifted by one) passes.
@@ -80,8 +80,9 @@ def _run_gate(params: Params) -> None:
         # The cache may have other values of these parameters; only its inputs must match. Other
         # ranks than those that shared the teacher may share it now.
         same = differ_in_ranks_alone(stored.engine, engine_now)
-        names = ("k", "num_sampled", "temperatures", "document_mask")
+        names = ("k", "num_sampled", "temperatures", "top_p", "entropy_quantile", "document_mask")
         kept = {name: getattr(stored, name) for name in names}
+        kept["positions"] = "high_entropy" if stored.entropy_quantile else "in_loss"
         prepare = params.prepare.model_copy(update=kept)
         seed = stored.sampling_seed if stored.num_sampled else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})

@@ -13,19 +13,20 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.capture.capture import Capture, CaptureResult, fingerprint_of, open_capture
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.corpus_zarr import OBJECTS, SPLITS, CorpusSplit, entry_of, objects_key
 from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_groups import write_group
-from pipeline.io.zarr_shards import object_hash
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.batch_sizes import resolve_head_chunk
 from pipeline.runtime.device import DTYPES
+from pipeline.targets.topk import TopK
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.training import trainer
@@ -194,13 +195,13 @@ def gate_and_histogram(
 def rewrite_checksums(folder: Path) -> None:
     """Make a split's checksums fit what its shards hold now, but for the sha256 of its rows."""
     store, split = LocalFolder(folder), CorpusSplit(folder.parent, folder.name)
-    objects: dict[str, list[tuple[int, str]]] = {}
+    shards: dict[str, list[tuple[int, str]]] = {}
     for name, spec in split._specs.items():
-        shards = [(key, store.read(key)) for key in map(spec.key_of, range(spec.num_shards))]
-        objects[name] = [(len(data), object_hash(key, data)) for key, data in shards]
-    text = json.dumps(objects).encode()
-    store.write("objects.json", text)
-    info = replace(split.info, objects=(len(text), object_hash("objects.json", text)))
+        keys = map(spec.key_of, range(spec.num_shards))
+        shards[name] = [entry_of(key, store.read(key)) for key in keys]
+    text = json.dumps(asdict(replace(split.objects, shards=shards))).encode()
+    info = replace(split.info, objects=entry_of(OBJECTS, text))
+    store.write(objects_key(info.objects), text)
     write_group(store, list(split._specs.values()), asdict(info), replace=True)
 
 
@@ -236,3 +237,9 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def every_sample(topk: TopK) -> Tensor:
+    """All sampled ids of a TopK [n, ...], repeated ones included, in stored order: [n, M]."""
+    rows = zip(topk.sampled_ids, topk.sampled_counts, strict=True)
+    return torch.stack([ids.repeat_interleave(counts) for ids, counts in rows])

@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.config.params import Params
 from tests.helpers import ROOT, RunPython, tiny_values
+from tests.models import make_sentences
 from tests.waiting import PATIENCE
 
 STAGES = (
@@ -329,6 +330,26 @@ def test_queued_experiments_share_one_cache(project: Path, run_python: RunPython
     done = run_python("-m", "stages.report", "--sweep", cwd=project)
     names = [experiment["name"] for experiment in experiments]
     report_shows_the_sweep(project, done, dict(zip(names, losses, strict=True)))
+
+
+def test_a_corpus_that_grows_costs_its_new_rows(project: Path) -> None:
+    """The last test here, since it changes the project: more text, then more tokens of it."""
+    file = project / "params.yaml"
+    values = yaml.safe_load(file.read_text())
+    text = project / "more.jsonl"
+    text.write_text(
+        "\n".join(json.dumps({"text": f"{t} Anew."}) for t in make_sentences(9, seed=9))
+    )
+    values["corpus"]["files"]["paths"].append("more.jsonl")
+    values["corpus"]["train_tokens"] += 640  # 20 rows: the last old one has padding
+    file.write_text(yaml.safe_dump(values))
+    said = dvc(project, "repro", "prepare")
+    assert stages_run(said) == ["corpus", "prepare"]
+    assert "(20 rows and " in said
+    assert "train holds the first 94 of 114 rows" in said
+    assert "top 16 of 640 tokens in 3 shards" in said  # the last old shard is completed
+    assert "prepare: 640 tokens captured" in said
+    assert json.loads(dvc(project, "status", "prepare", "--json")) == {}
 
 
 def report_shows_the_sweep(

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
-from pipeline.data.packing import Rows
+from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.io.address import Address
@@ -29,6 +29,7 @@ from pipeline.io.folders import open_folder
 from pipeline.io.ownership import lock, require_ours
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
+from pipeline.logit_cache.growth import extend_cache, is_beginning
 from pipeline.logit_cache.integrity import Damage, repair_cache
 from pipeline.logit_cache.layout import load_layout, remove_cache
 from pipeline.logit_cache.writer import CacheWriter, create_cache, has_cache
@@ -39,6 +40,7 @@ from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.console import progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.selection import keep_highest_entropy
 from pipeline.targets.topk import TopK
 from pipeline.teacher.engines import describe_engine, open_teacher, teacher_dtype
 from pipeline.teacher.teacher import Teacher
@@ -86,7 +88,9 @@ def fingerprint_of(
         k=wanted.k,
         num_sampled=wanted.num_sampled,
         sampling_seed=params.seed if wanted.num_sampled else 0,
-        temperatures=wanted.temperatures,
+        temperatures=tuple(tau for tau in wanted.temperatures if tau != 1.0),
+        top_p=wanted.top_p,
+        entropy_quantile=wanted.stored_quantile,
         vocab_size=info.vocab_size,
         num_rows=info.num_rows,
         row_length=info.row_length,
@@ -148,9 +152,12 @@ class Capture:
         )
 
     def tokens_of(self, shards: list[int]) -> int:
-        """Return the number of tokens in these shards, padding included."""
+        """Return the number of tokens to capture in these missing shards, padding included."""
         bounds = map(self.writer.layout.rows_of, shards)
-        return sum(stop - start for start, stop in bounds) * self.fingerprint.row_length
+        rows = sum(stop - start for start, stop in bounds) - sum(
+            map(self.writer.short_rows, shards)
+        )
+        return rows * self.fingerprint.row_length
 
     def compute(self, shard: int) -> ComputedShard:
         """Run the teacher on the rows of a shard."""
@@ -171,7 +178,7 @@ class Capture:
         parts: list[TopK] = []
         for batch in _lagging(self._begun(shards), 1 if self.teacher.device.type == "cuda" else 0):
             parts.append(batch.result())
-            if bar is not None:
+            if bar is not None and batch.is_new:
                 bar.update(parts[-1].lse.numel())  # type: ignore[attr-defined]
             if batch.completes is not None:
                 yield ComputedShard(batch.shard, parts, batch.completes)
@@ -182,7 +189,16 @@ class Capture:
         for shard in shards:
             start, stop = self.writer.layout.rows_of(shard)
             rows = self.corpus.rows(start, stop)
-            for first in range(0, stop - start, self._batch_rows):
+            stored = self.writer.read_short(shard, self.corpus)
+            if stored is not None:  # a last shard that has got more rows
+                yield _Batch(
+                    shard=shard,
+                    result=partial(_same, stored),
+                    completes=rows if len(stored.lse) == len(rows) else None,
+                    is_new=False,
+                )
+            num_stored = 0 if stored is None else len(stored.lse)
+            for first in range(num_stored, stop - start, self._batch_rows):
                 last = first + self._batch_rows >= stop - start
                 yield _Batch(
                     shard=shard,
@@ -217,6 +233,11 @@ class _Batch:
     shard: int
     result: Callable[[], TopK]  # waits for it
     completes: Rows | None  # the shard's rows, if it is the shard's last batch
+    is_new: bool = True  # False: read from the cache
+
+
+def _same(topk: TopK) -> TopK:
+    return topk
 
 
 def _lagging(batches: Iterator[_Batch], lag: int) -> Iterator[_Batch]:
@@ -238,15 +259,25 @@ def begin_top_k_of(
         first_row: number of the first of `rows` in the corpus.
 
     Returns:
-        A function that waits for TopK [len(rows), L, ...] in CPU memory.
+        A function that waits for TopK [len(rows), L, ...] in CPU memory. Only positions in the loss
+        have a target, and of these the ones that the entropy rule chooses.
     """
     numbers = range(first_row, first_row + len(rows))
     uniforms = row_uniforms(
         numbers, fingerprint.row_length, fingerprint.num_sampled, fingerprint.sampling_seed
     )
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    apart = documents_apart(doc_ids, fingerprint.document_mask)
-    return teacher.begin_top_k(tokens, fingerprint.k, fingerprint.temperatures, uniforms, apart)
+    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
+    result = teacher.begin_top_k(
+        tokens,
+        fingerprint.k,
+        fingerprint.temperatures,
+        uniforms,
+        documents_apart(doc_ids, fingerprint.document_mask),
+        top_p=fingerprint.top_p,
+        wanted=labels != IGNORE,
+    )
+    return lambda: keep_highest_entropy(result(), fingerprint.entropy_quantile)
 
 
 def make_id_order(teacher: Teacher, corpus: CorpusSplit, fingerprint: Fingerprint) -> IdOrder:
@@ -278,6 +309,11 @@ def open_capture(
     id_order = partial(make_id_order, teacher, corpus, fingerprint)
     repaired: tuple[Damage, ...] = ()
     with disk_errors(str(address / corpus.split)):
+        if (rows := extend_cache(address, corpus, fingerprint)) is not None:
+            say(
+                f"prepare: {address / corpus.split} holds the first {rows:,} of {len(corpus):,} "
+                "rows, and gets those that were added to the corpus"
+            )
         if repair:
             repaired = repair_cache(address, corpus, fingerprint, make_id_order=id_order, **shape)
         if not has_cache(address, corpus.split):
@@ -315,9 +351,9 @@ def open_captures(
     fingerprints = [fingerprint_of(params, corpus, dtype) for corpus in corpora]
     require_ours(params.paths.logits, "logits", key="paths.logits")
     if overwrite:
-        for split, wanted in zip(SPLITS, fingerprints, strict=True):
-            address = params.paths.logits / split
-            if other := _something_else(address, wanted):
+        for corpus, wanted in zip(corpora, fingerprints, strict=True):
+            address = params.paths.logits / corpus.split
+            if other := _something_else(address, wanted, corpus):
                 say(f"prepare: {other}, and is replaced by a new cache")
                 remove_cache(open_folder(address))
     teacher = open_teacher(params, corpora[0].info.vocab_size, dtype, device)
@@ -327,8 +363,8 @@ def open_captures(
     ]
 
 
-def _something_else(address: Address, wanted: Fingerprint) -> str:
-    """Describe how a split's cache differs from the wanted one; empty if it does not.
+def _something_else(address: Address, wanted: Fingerprint, corpus: CorpusSplit) -> str:
+    """Describe how a split's cache differs from the wanted one; empty if it is that, or begins it.
 
     Raises:
         DecantError: the cache is too damaged to tell. It may hold hours of capture, so it is not
@@ -343,6 +379,8 @@ def _something_else(address: Address, wanted: Fingerprint) -> str:
             f"{address} is damaged ({error}), so nothing says what it was made from: remove "
             "it to capture it again"
         ) from None
+    if layout and is_beginning(layout.fingerprint, wanted, corpus):
+        return ""
     difference = layout and layout.fingerprint.difference(wanted)
     return f"{address} {difference}" if difference else ""
 

@@ -45,12 +45,10 @@ def _announce(captures: list[Capture], todo: list[list[int]]) -> None:
         capture.tokens_of(numbers) for capture, numbers in zip(captures, todo, strict=True)
     )
     teacher, made_from = captures[0].teacher, captures[0].fingerprint
-    kept = f"top {made_from.k}" + (
-        f" + {made_from.num_sampled} sampled ids" if made_from.num_sampled else ""
-    )
     announce(
         "prepare",
-        f"captures the {kept} of {tokens:,} tokens in {shards} shards from {teacher.describe()}",
+        f"captures {made_from.kept} of {tokens:,} tokens in {shards} shards from "
+        f"{teacher.describe()}",
         tokens * captures[0].seconds_per_token(),
     )
 

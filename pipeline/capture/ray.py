@@ -136,12 +136,13 @@ class CaptureActor:
         if split not in self._captures:  # any actor but the first, or a restarted one
             self._open_once()
         capture = self._captures[split]
+        tokens = capture.tokens_of([shard])
         if not capture.writer.is_committed(shard):  # it is if an actor was lost before it answered
             with self._turn:
                 computed = capture.compute(shard)
             with disk_errors("", capture.writer):
                 capture.write(computed)
-        return capture.tokens_of([shard])
+        return tokens
 
     def _open_once(self) -> None:
         with self._turn:

@@ -104,8 +104,18 @@ class PrepareParams(Section):
     """K, the number of most probable ids kept per position."""
     num_sampled: CountOrZero = 0
     """M, the number of ids per position sampled from the teacher's distribution outside the K."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Keeps at each position only the fewest ids that hold this probability mass, at most k;
+    null keeps k everywhere."""
+    positions: Literal["in_loss", "high_entropy"] = "in_loss"
+    """The positions that get a target: in_loss, all whose next token is in the loss; high_entropy,
+    those of them where the teacher is least certain. Cross-entropy counts at the others too."""
+    entropy_quantile: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Quantile of the teacher's entropy over a row's positions in the loss; with
+    positions=high_entropy, those above it get a target."""
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 4.0)
-    """Temperatures whose exact normalisers are stored, for train.temperature to choose from."""
+    """Temperatures that train.temperature can take. Each one other than 1 adds 2 bytes per token,
+    and the first of them also the log-probabilities of sampled ids."""
     dtype: Dtype = "auto"
     """The teacher's dtype, of its activations alone if it is quantised: float32, bfloat16, float16
     or auto. auto is float16 on a GPU; on a CPU it is bfloat16 if the CPU has units for it,
@@ -135,9 +145,16 @@ class PrepareParams(Section):
             )
         if not self.k + self.num_sampled:
             raise ValueError("k=0 and num_sampled=0 keep nothing: set one of them")
+        if self.top_p is not None and not self.k:
+            raise ValueError(f"top_p={self.top_p:g} cuts the k ids, and k=0 keeps none: set k")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} repeat")
         return self
+
+    @property
+    def stored_quantile(self) -> float:
+        """The quantile of the entropy that the choice of positions applies; 0 keeps all."""
+        return self.entropy_quantile if self.positions == "high_entropy" else 0.0
 
 
 class CaptureParams(Section):

@@ -11,7 +11,7 @@ processes that tokenize it (pipeline/data/tokenizer_pool.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ import tokenizers
 from tqdm import tqdm
 
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.corpus_zarr import SPLITS, SplitInfo, SplitWriter
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, SplitInfo
 from pipeline.data.document_tokenizer import (
     DocumentTokenizer,
     TokenizerSettings,
@@ -31,7 +32,7 @@ from pipeline.data.mixture import Fault, Mixture, Read, source_name, weight_of
 from pipeline.data.packing import PACKERS, Document, Rows
 from pipeline.data.seen_documents import SeenDocuments
 from pipeline.data.tokenizer_pool import LocalPool, TokenizerPool, ray_pool
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, MismatchError
 from pipeline.io.address import Address
 from pipeline.io.folders import open_folder
 from pipeline.model.config_json import embedding_rows
@@ -53,6 +54,8 @@ def build_corpus(
     *,
     workers: int | None = 1,
     on_ray: bool = False,
+    append: bool = False,
+    before_commit: Callable[[], None] | None = None,
 ) -> dict[str, SplitInfo]:
     """Tokenize, split and pack a corpus into the zarr group at `address`.
 
@@ -63,6 +66,9 @@ def build_corpus(
         workers: processes that tokenize a large corpus, on this machine; on Ray, the tasks in
             flight, where None means two per core.
         on_ray: tokenize on the Ray cluster that RAY_ADDRESS names.
+        append: keep the rows of the corpus at `address`, and add rows of the documents that it does
+            not have; a split without new documents stays as it is.
+        before_commit: called when all rows are made, before the corpus at `address` changes.
 
     Returns:
         The description of each split.
@@ -76,7 +82,13 @@ def build_corpus(
         f"all tokens for {split}" if limit is None else f"up to {limit:,} tokens for {split}"
         for split, limit in limits.items()
     )
-    announce("corpus", f"cuts {params.named} into rows of {params.row_length}, {sizes}")
+    into = f"rows of {params.row_length}, {sizes}"
+    announce(
+        "corpus",
+        f"adds what is new in {params.named} to {address}, in {into}"
+        if append
+        else f"cuts {params.named} into {into}",
+    )
     tokenizer = load_tokenizer(teacher)
     settings = TokenizerSettings(
         teacher=teacher.absolute(),
@@ -90,12 +102,19 @@ def build_corpus(
     to_documents = DocumentTokenizer(tokenizer, settings)
     bad = _BadDocuments(params.max_bad_documents)
     vocab_size = num_ids(tokenizer, teacher)
+    there = {split: CorpusSplit(address, split) if append else None for split in SPLITS}
+    for found in there.values():
+        if found:
+            _require_same_tokens(found, settings.sha256, vocab_size, to_documents.leading)
     writers = {
-        split: SplitWriter(address, split, row_length=params.row_length, vocab_size=vocab_size)
+        split: SplitWriter(
+            address, split, row_length=params.row_length, vocab_size=vocab_size, onto=there[split]
+        )
         for split in SPLITS
     }
     totals = [limit for limit in limits.values() if limit is not None]
-    total = sum(totals) if len(totals) == len(SPLITS) else None
+    had = sum(writer.num_tokens for writer in writers.values())
+    total = max(sum(totals) - had, 0) if len(totals) == len(SPLITS) else None
     pool: AbstractContextManager[TokenizerPool] = (
         ray_pool(settings, workers) if on_ray else LocalPool(to_documents, settings, workers or 1)
     )
@@ -104,9 +123,13 @@ def build_corpus(
         SeenDocuments() as seen,
         progress_bar(what="corpus", total=total, unit="tok") as bar,
     ):
+        for found in there.values():
+            for digest in found.digests() if found else ():
+                seen.add(digest)
         mixture = Mixture(params, tokenize, seen, bad.add)
         splits = {
-            split: _Split(params, split, to_documents, mixture, seen, bad, bar) for split in SPLITS
+            split: _Split(params, split, writer, to_documents, mixture, seen, bad, bar)
+            for split, writer in writers.items()
         }
         for split, rows in _packed(params, splits, mixture, to_documents.separator):
             _require_rows(teacher, int(rows.tokens.max()), vocab_size, tokenizer)
@@ -114,9 +137,13 @@ def build_corpus(
     for split, writer in writers.items():
         if not writer.num_tokens:
             raise DecantError(_came_out_empty(params, splits[split], mixture, bad))
-    # From here on the corpus is another one; a killed process must not leave the older record.
-    open_folder(address).remove(POINTER)
-    infos = {  # committed together, so that a corpus is complete or does not exist
+    if not append:  # the corpus is another one; a killed process must not leave the older record
+        open_folder(address).remove(POINTER)
+    writers = {split: writer for split, writer in writers.items() if writer.num_new_rows}
+    if before_commit and writers:
+        before_commit()
+    infos = {split: found.info for split, found in there.items() if found}
+    infos |= {  # committed together, so that a corpus is complete or does not exist
         split: writer.commit(
             num_text_bytes=splits[split].text_bytes,
             num_dropped=splits[split].dropped,
@@ -127,7 +154,7 @@ def build_corpus(
     }
     num_texts = sum(split.texts for split in splits.values())
     begins = _begins(tokenizer, to_documents.leading, params.add_bos) if num_texts else ()
-    for line in (*begins, *_left_out(params, splits, mixture), *bad.lines()):
+    for line in (*begins, *_left_out(params, splits, mixture, append=append), *bad.lines()):
         say(f"corpus: {line}")
     return infos
 
@@ -182,6 +209,24 @@ def _begins(tokenizer: Any, leading: list[int], add_bos: Literal["auto"] | bool)
         )
 
 
+def _require_same_tokens(
+    found: CorpusSplit, tokenizer_sha256: str, vocab_size: int, leading: list[int]
+) -> None:
+    """Refuse to add rows to a split whose rows were made with another tokenizer."""
+    wanted = {
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "leading_ids": tuple(leading),
+    }
+    for name, value in wanted.items():
+        if (has := getattr(found.info, name)) != value:
+            raise MismatchError(
+                f"{found.path} has {name}={has}, and the teacher's tokenizer makes {value}, so no "
+                "rows can be added: restore the other teacher, or rebuild the corpus by "
+                "stages/corpus.py --overwrite"
+            )
+
+
 def _came_out_empty(
     params: CorpusParams, split: _Split, mixture: Mixture, bad: _BadDocuments
 ) -> str:
@@ -202,12 +247,16 @@ def _came_out_empty(
     )
 
 
-def _left_out(params: CorpusParams, splits: dict[str, _Split], mixture: Mixture) -> Iterator[str]:
+def _left_out(
+    params: CorpusParams, splits: dict[str, _Split], mixture: Mixture, *, append: bool
+) -> Iterator[str]:
     """Yield a line about each part of the source that is left out, with the parameter's name."""
     for name, split in splits.items():
-        if len(mixture.sources) > 1:
+        if len(mixture.sources) > 1 and any(mixture.tokens[name]):
             yield from _shares(name, mixture)
-        if split.full_at is not None:
+        if split.full_at is not None and not split.read:
+            yield f"{name} is full at corpus.{name}_tokens={split.limit:,}: nothing is added to it"
+        elif split.full_at is not None:
             total = mixture.extents[0].total_bytes if len(mixture.sources) == 1 else None
             place = (
                 f", {readable_bytes(split.full_at)} into the source's {readable_bytes(total)}"
@@ -226,7 +275,8 @@ def _left_out(params: CorpusParams, splits: dict[str, _Split], mixture: Mixture)
                 f"{share:.1%} of the text of {name}"
             )
         if split.duplicates:
-            yield f"{split.duplicates:,} exact duplicates are left out of {name}"
+            known = "documents that it has already, or twice," if append else "exact duplicates"
+            yield f"{split.duplicates:,} {known} are left out of {name}"
 
 
 def _shares(name: str, mixture: Mixture) -> Iterator[str]:
@@ -301,6 +351,7 @@ class _Split:
 
     params: CorpusParams
     name: str
+    writer: SplitWriter
     tokenizer: DocumentTokenizer
     mixture: Mixture
     seen: SeenDocuments
@@ -323,7 +374,11 @@ class _Split:
 
     def documents(self) -> Iterator[Document]:
         """Yield documents cut to their limit, up to the split's limit, without duplicates."""
-        limit, taken = self.limit, 0
+        limit, taken = self.limit, self.writer.num_tokens
+        if limit is not None and taken >= limit:
+            self.full_at = 0
+            self.mixture.close(self.name)
+            return
         for source, read in self.mixture.documents(self.name):
             document = self._document(read, None if limit is None else limit - taken)
             if document is None:
@@ -354,6 +409,7 @@ class _Split:
         document = whole[: longest if room is None else min(longest, room)]
         self.read += 1
         self.texts += read.is_text
+        self.writer.saw(read.digest)
         if not document.in_loss.any():
             self.dropped += 1
             return None

@@ -2,15 +2,27 @@
 
 Each group holds three arrays [N, L]: `tokens` (uint16 when the vocabulary fits, else uint32),
 `doc_ids` (int32, -1 for padding) and `in_loss` (uint8, 1 where the token is a target of training),
-in shards of about 262,144 tokens (pipeline/io/zarr_shards.py), and attributes that describe them.
-The group's zarr.json, with the sha256 of all rows, is written last: without it the split does not
-exist. The sha256 is part of the fingerprint of every cache made from the corpus, so a cache cannot
-be paired with other tokens, documents or targets.
+in shards of about 262,144 tokens (pipeline/io/zarr_shards.py), and attributes that describe them
+(`SplitInfo`). A fourth array, `digests` [D, 16] uint8, holds the 16-byte BLAKE2b hash of every
+document that was taken, or left out because none of its tokens is a target, so that an append knows
+which documents are new.
 
-`objects.json` beside the arrays lists the size and xxh3 of every shard, {array: [[bytes, hash],
-...]}, and its own hash is in zarr.json. Each shard is compared with it whenever it is read, so a
-shard that comes from another corpus, or lies in the wrong place, is detected. Hashing all rows by
-sha256 instead would take as long as training's first epoch takes to read them.
+The sha256 of a split is a chain over its rows (`chain_rows`), so that of the first rows does not
+change when rows are added; `prefixes` lists it for every number of rows that the split has had. It
+is part of the fingerprint of every cache made from the corpus, so a cache cannot be paired with
+other tokens, documents or targets.
+
+`objects/<hash>.json` lists the size and xxh3 of every shard (`Objects`); its own size and hash are
+in the group's zarr.json. Each shard is compared with it whenever it is read, so a shard that comes
+from another corpus, or lies in the wrong place, is detected. Hashing all rows by sha256 instead
+would take as long as training's first epoch takes to read them.
+
+The group's zarr.json is written last, and atomically: without it the split does not exist, and an
+append (pipeline/data/corpus_writer.py) takes effect when it is replaced. An append also rewrites
+the last, short shard of each array. Before that it lists the shard's new size and hash as an
+alternative (`Objects.tails`). The new shard begins with the rows of the old one, so whichever of
+the two is found, the split has the rows that its zarr.json describes. Hence a process that is
+killed at any moment leaves either the old split or the new one.
 """
 
 from __future__ import annotations
@@ -19,34 +31,36 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
-from pipeline.data.packing import PADDING, Rows
+from pipeline.data.packing import Rows
 from pipeline.errors import DecantError, MismatchError
 from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError, Length, Number, Sha256, Size, parse
 from pipeline.io.folders import Folder, open_folder
-from pipeline.io.ownership import claim
-from pipeline.io.zarr_groups import read_group, write_group
-from pipeline.io.zarr_shards import (
-    ArraySpec,
-    Entry,
-    encode_shard,
-    object_hash,
-    read_object,
-    read_shard,
-)
+from pipeline.io.zarr_groups import read_group
+from pipeline.io.zarr_shards import ArraySpec, Entry, object_hash, read_shard
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
+OBJECTS = "objects"
+DIGESTS = "digests"
+_ROW_ARRAYS = ("tokens", "doc_ids", "in_loss")
+DIGEST_BYTES = 16
+NO_ROWS = "0" * 64
+"""The sha256 chain of no rows."""
 _TOKENS_PER_CHUNK = 65_536
+_DIGESTS_PER_CHUNK = 16_384
 _CHUNKS_PER_SHARD = 4
 _SHARDS_KEPT = 2
-_OBJECTS = "objects.json"
 _REMEDY = "run stages/corpus.py --overwrite"
 
 
@@ -61,13 +75,15 @@ class SplitInfo:
     num_in_loss: Number  # number of these tokens that are targets
     num_documents: Size
     num_dropped: Number  # documents left out because none of their tokens is a target
+    num_digests: Number  # D
     num_text_bytes: Number  # UTF-8 bytes of the documents; for chats, as the template writes them
     num_used_ids: Number  # distinct token ids that occur
     leading_ids: tuple[Number, ...]  # ids put before each text, usually BOS; chats have their own
     vocab_size: Length  # ids a tokenizer can produce: largest id + 1
     tokenizer_sha256: Sha256
-    sha256: Sha256  # of all arrays, row by row (`hash_rows`)
-    objects: Entry  # bytes and hash of objects.json
+    sha256: Sha256  # of all arrays, row by row (`chain_rows`)
+    prefixes: tuple[tuple[Size, Sha256], ...]  # N and sha256 as built, and after every append
+    objects: Entry  # bytes and hash of `objects/<hash>.json`
 
     @property
     def num_positions(self) -> int:
@@ -80,6 +96,15 @@ class SplitInfo:
         return self.num_positions - self.num_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """The sizes and hashes of a split's objects, and the ids that occur in its rows."""
+
+    shards: dict[str, list[Entry]]  # of each array, in order
+    tails: dict[str, Entry]  # of an array's last shard, as an unfinished append may have left it
+    used_ids: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]  # one bit each, lowest first
+
+
 def hash_rows(rows: Rows) -> str:
     """Return the sha256 of rows.
 
@@ -89,112 +114,22 @@ def hash_rows(rows: Rows) -> str:
     return hashlib.sha256(_row_bytes(rows)).hexdigest()
 
 
+def chain_rows(rows: Rows, before: str = NO_ROWS) -> str:
+    """Extend the sha256 chain of the rows before these.
+
+    With h_0 of 32 zero bytes, h_i is the sha256 of h_(i-1) followed by the bytes of row i, which
+    are those that `hash_rows` covers.
+    """
+    chained, last = _row_bytes(rows), bytes.fromhex(before)
+    size = len(chained) // len(rows)
+    for start in range(0, len(chained), size):
+        last = hashlib.sha256(last + chained[start : start + size]).digest()
+    return last.hex()
+
+
 def _row_bytes(rows: Rows) -> bytes:
     arrays = (rows.tokens.astype("<u4"), rows.doc_ids.astype("<i4"), rows.in_loss.astype("u1"))
     return np.hstack([np.ascontiguousarray(array).view(np.uint8) for array in arrays]).tobytes()
-
-
-class SplitWriter:
-    """A writer of blocks of rows to a split, which exists once `commit` has been called.
-
-    Args:
-        address: address of the corpus; an existing split there is removed only when the first rows
-            of the new one arrive, so nothing is lost if the source cannot be read.
-
-    Raises:
-        MismatchError: something else is there, for example a logit cache or the user's own text.
-    """
-
-    def __init__(self, address: Address, split: str, *, row_length: int, vocab_size: int) -> None:
-        self._root = open_folder(address)
-        self._where = str(address / split)
-        self._folder = open_folder(address / split)
-        claim(address, "corpus", key="paths.corpus")
-        self._row_length = row_length
-        self._used = np.zeros(vocab_size, dtype=bool)
-        self._digest = hashlib.sha256()
-        self._pending: list[Rows] = []
-        self._num_rows = self._num_tokens = self._num_documents = self._num_shards = 0
-        self._num_in_loss = 0
-        self._objects: dict[str, list[Entry]] = {name: [] for name in self._open_specs()}
-
-    def add(self, rows: Rows) -> None:
-        """Append at least one row; full shards are written immediately."""
-        if not self._num_rows:
-            # zarr.json is removed first: without it the split does not exist.
-            for name in ("zarr.json", _OBJECTS, *self._open_specs()):
-                self._folder.remove(name)
-        self._digest.update(_row_bytes(rows))
-        real = rows.doc_ids != PADDING
-        self._used[rows.tokens[real]] = True
-        self._num_tokens += int(real.sum())
-        self._num_in_loss += int(rows.in_loss.sum())
-        self._num_documents = max(self._num_documents, int(rows.doc_ids.max()) + 1)
-        self._num_rows += len(rows)
-        self._pending.append(rows)
-        self._write_shards(final=False)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens so far, without padding."""
-        return self._num_tokens
-
-    def commit(
-        self,
-        *,
-        num_text_bytes: int,
-        tokenizer_sha256: str,
-        num_dropped: int = 0,
-        leading_ids: tuple[int, ...] = (),
-    ) -> SplitInfo:
-        """Write the pending rows, and the metadata that makes the split exist.
-
-        Raises:
-            DecantError: another process has written the split meanwhile.
-        """
-        self._write_shards(final=True)
-        objects = json.dumps(self._objects).encode()
-        self._folder.write(_OBJECTS, objects)
-        info = SplitInfo(
-            format_version=FORMAT_VERSION,
-            num_rows=self._num_rows,
-            row_length=self._row_length,
-            num_tokens=self._num_tokens,
-            num_in_loss=self._num_in_loss,
-            num_documents=self._num_documents,
-            num_dropped=num_dropped,
-            num_text_bytes=num_text_bytes,
-            num_used_ids=int(self._used.sum()),
-            leading_ids=leading_ids,
-            vocab_size=len(self._used),
-            tokenizer_sha256=tokenizer_sha256,
-            sha256=self._digest.hexdigest(),
-            objects=(len(objects), object_hash(_OBJECTS, objects)),
-        )
-        write_group(self._root, [], {})
-        write_group(self._folder, list(_specs(info).values()), asdict(info))
-        if _read_info(self._folder, self._where) != info:
-            raise DecantError(
-                f"{self._where} was made by another process meanwhile: wait until that has ended, "
-                "then run stages/corpus.py again"
-            )
-        return info
-
-    def _write_shards(self, *, final: bool) -> None:
-        specs = self._open_specs()
-        size = specs["tokens"].shard_rows
-        while (waiting := sum(map(len, self._pending))) >= size or (final and waiting):
-            rows = Rows.cat(self._pending)
-            for name, spec in specs.items():
-                data = encode_shard(spec, getattr(rows, name)[:size])
-                key = spec.key_of(self._num_shards)
-                self._folder.write(key, data)
-                self._objects[name].append((len(data), object_hash(key, data)))
-            self._pending = [rows[size:]]
-            self._num_shards += 1
-
-    def _open_specs(self) -> dict[str, ArraySpec]:
-        return _array_specs(self._num_rows, self._row_length, len(self._used))
 
 
 class CorpusSplit:
@@ -208,24 +143,25 @@ class CorpusSplit:
         self.path = address
         self.split = split
         self._folder = open_folder(address / split)
-        where = str(address / split)
-        try:
-            info = _read_info(self._folder, where)
+        with self._damage_as_sentence(""):
+            info = read_info(self._folder, str(address / split))
             if info is None:
                 raise DecantError(
                     f"{address} holds no complete {split} split: run stages/corpus.py (or `dvc "
                     "repro`)"
                 )
             self.info = info
-            self._specs = _specs(info)
-            self._objects = _read_objects(self._folder, info, self._specs)
-        except DamagedError as error:
-            raise DecantError(f"{where} is damaged ({error}): {_REMEDY}") from None
+            self._specs = split_specs(info)
+            self.objects = _read_objects(self._folder, info, self._specs)
         self._shards: OrderedDict[int, Future[Rows]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.info.num_rows
+
+    def sha256_of_first(self, num_rows: int) -> str | None:
+        """Return the sha256 that the split had with this number of rows; None if it never did."""
+        return dict(self.info.prefixes).get(num_rows)
 
     def rows(self, start: int, stop: int) -> Rows:
         """Return rows start..stop in corpus order; the last shards read stay in memory.
@@ -242,6 +178,32 @@ class CorpusSplit:
                 Rows(found.tokens.astype(np.int64), found.doc_ids, found.in_loss.astype(np.bool_))
             )
         return parts[0] if len(parts) == 1 else Rows.cat(parts)
+
+    def digests(self) -> Iterator[bytes]:
+        """Yield the digest of every document that was taken, or left out without a target.
+
+        Raises:
+            DecantError: a shard is damaged.
+        """
+        for shard in range(self._specs[DIGESTS].num_shards):
+            with self._damage_as_sentence(f"shard {shard} of "):
+                values = self._read_array(DIGESTS, shard)
+            yield from map(bytes, values)
+
+    def short_shards(self) -> dict[str, tuple[Entry, NDArray[Any]]]:
+        """Return the last shard of each array whose last shard is short, with size and hash.
+
+        Raises:
+            DecantError: a shard is damaged.
+        """
+        found = {}
+        for name, spec in self._specs.items():
+            if spec.shape[0] % spec.shard_rows:
+                with self._damage_as_sentence(f"shard {spec.num_shards - 1} of "):
+                    values = self._read_array(name, spec.num_shards - 1)
+                data = self._folder.read(spec.key_of(spec.num_shards - 1))
+                found[name] = entry_of(spec.key_of(spec.num_shards - 1), data), values
+        return found
 
     def _shard(self, shard: int) -> Rows:
         """Return a shard as stored, in the narrow types."""
@@ -264,19 +226,43 @@ class CorpusSplit:
         return ready.result()
 
     def _read(self, shard: int) -> Rows:
+        with self._damage_as_sentence(f"shard {shard} of "):
+            return Rows(**{name: self._read_array(name, shard) for name in _ROW_ARRAYS})
+
+    def _read_array(self, name: str, shard: int) -> NDArray[Any]:
+        """Read a shard of an array; an append may have lengthened the last one meanwhile."""
+        spec = self._specs[name]
         try:
-            arrays = {
-                name: read_shard(self._folder, spec, shard, self._objects[name][shard])
-                for name, spec in self._specs.items()
-            }
-            return Rows(**arrays)
+            return read_shard(self._folder, spec, shard, self.objects.shards[name][shard])
+        except DamagedError:
+            if shard < spec.num_shards - 1:
+                raise
+            for entry in self._entries_of_tail(name, shard):
+                with suppress(DamagedError):
+                    return read_shard(self._folder, spec, shard, entry)
+            raise
+
+    def _entries_of_tail(self, name: str, shard: int) -> Iterator[Entry]:
+        """Yield what else the last shard may be, by the split's metadata as it is now."""
+        info = read_info(self._folder, str(self.path / self.split))
+        if info is None or (self.info.num_rows, self.info.sha256) not in info.prefixes:
+            return
+        objects = _read_objects(self._folder, info, split_specs(info))
+        yield objects.shards[name][shard]
+        if name in objects.tails:
+            yield objects.tails[name]
+
+    @contextmanager
+    def _damage_as_sentence(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except DamagedError as error:
             raise DecantError(
-                f"shard {shard} of {self.path / self.split} is damaged ({error}): {_REMEDY}"
+                f"{what}{self.path / self.split} is damaged ({error}): {_REMEDY}"
             ) from None
 
 
-def _read_info(folder: Folder, where: str) -> SplitInfo | None:
+def read_info(folder: Folder, where: str) -> SplitInfo | None:
     """Read the description of a split; None if there is no split.
 
     Raises:
@@ -294,32 +280,62 @@ def _read_info(folder: Folder, where: str) -> SplitInfo | None:
     return parse(SplitInfo, about, "its zarr.json")
 
 
-def _read_objects(
-    folder: Folder, info: SplitInfo, specs: dict[str, ArraySpec]
-) -> dict[str, list[Entry]]:
+def entry_of(key: str, data: bytes) -> Entry:
+    """Return the size and hash of an object."""
+    return len(data), object_hash(key, data)
+
+
+def objects_key(entry: Entry) -> str:
+    """Return the key of the list of objects that has this size and hash."""
+    return f"{OBJECTS}/{entry[1]}.json"
+
+
+def _read_objects(folder: Folder, info: SplitInfo, specs: dict[str, ArraySpec]) -> Objects:
     """Read size and hash of each shard; check that their number fits the number of rows."""
-    text = read_object(folder, _OBJECTS, info.objects)
+    key = objects_key(info.objects)
     try:
-        objects = parse(dict[str, list[Entry]], json.loads(text), _OBJECTS)
+        text = folder.read(key)
+    except FileNotFoundError:
+        raise DamagedError(f"{key} is missing") from None
+    if entry_of(OBJECTS, text) != info.objects:
+        raise DamagedError(f"{key} does not match its hash")
+    try:
+        objects = parse(Objects, json.loads(text), key)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{_OBJECTS} cannot be read ({error})") from None
-    counts = {name: len(entries) for name, entries in objects.items()}
+        raise DamagedError(f"{key} cannot be read ({error})") from None
+    counts = {name: len(entries) for name, entries in objects.shards.items()}
     if counts != {name: spec.num_shards for name, spec in specs.items()}:
-        raise DamagedError(f"{_OBJECTS} lists other shards than {info.num_rows:,} rows make")
+        raise DamagedError(f"{key} lists other shards than {info.num_rows:,} rows make")
     return objects
 
 
-def _specs(info: SplitInfo) -> dict[str, ArraySpec]:
-    return _array_specs(info.num_rows, info.row_length, info.vocab_size)
+def split_specs(info: SplitInfo) -> dict[str, ArraySpec]:
+    """Return the arrays of a split, by name."""
+    rows = row_specs(info.num_rows, info.row_length, info.vocab_size)
+    return rows | {DIGESTS: digests_spec(info.num_digests)}
 
 
-def _array_specs(num_rows: int, row_length: int, vocab_size: int) -> dict[str, ArraySpec]:
+def row_specs(num_rows: int, row_length: int, vocab_size: int) -> dict[str, ArraySpec]:
+    """Return the arrays that hold one entry per row, by name."""
     chunk_rows = max(1, _TOKENS_PER_CHUNK // row_length)
     token_dtype = "uint16" if vocab_size <= 65_536 else "uint32"
-    dtypes = {"tokens": token_dtype, "doc_ids": "int32", "in_loss": "uint8"}
+    dtypes = dict(zip(_ROW_ARRAYS, (token_dtype, "int32", "uint8"), strict=True))
     common: dict[str, Any] = {
         "shape": (num_rows, row_length),
         "chunk_rows": chunk_rows,
         "shard_rows": chunk_rows * _CHUNKS_PER_SHARD,
+        "dimension_names": ("row", "position"),
     }
     return {name: ArraySpec(name=name, dtype=dtype, **common) for name, dtype in dtypes.items()}
+
+
+def digests_spec(num_digests: int) -> ArraySpec:
+    """Return the array of the documents' digests."""
+    return ArraySpec(
+        name=DIGESTS,
+        shape=(num_digests, DIGEST_BYTES),
+        dtype="uint8",
+        chunk_rows=_DIGESTS_PER_CHUNK,
+        shard_rows=_DIGESTS_PER_CHUNK * _CHUNKS_PER_SHARD,
+        dimension_names=("document", "byte"),
+    )

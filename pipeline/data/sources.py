@@ -48,6 +48,7 @@ class Source:
     content: str | list[Message]
     fault: str | None = None
     position: int = 0  # bytes of the source up to the end of this document
+    digest: bytes = b""  # of the content, once it is known
 
 
 @dataclass

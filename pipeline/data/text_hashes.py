@@ -3,6 +3,13 @@
 stages/corpus.py compares `source.json` in the corpus with what it would be now: parameters, hashes
 of the text, the tokenizer's files, and the code that makes rows of them. DVC does the same by way
 of pipeline/inputs.py.
+
+If the only difference is more text (`has_grown`), the stage adds rows to the corpus. `source.json`
+then also has `earlier`: the files, [name, sha256], from which rows were made and that the present
+source no longer names. While an append is being committed it has `adding`: the source with which
+the corpus will be complete. A process that is killed then may leave new rows in one split and not
+in the other. Each split is whole, and a later append adds what is missing; until then the corpus is
+not taken for one that was made from either source.
 """
 
 from __future__ import annotations
@@ -16,12 +23,23 @@ from typing import Any
 from pipeline.config.source_params import CorpusParams, TextSource
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.sources import find_files, matching_files, stdlib_files
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, ParamsError
 from pipeline.io.address import Address
 from pipeline.io.folders import open_folder
 from pipeline.io.hashes import hash_changed, hash_file
 from pipeline.io.hub import commit_of
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
+
+EARLIER, ADDING = "earlier", "adding"
+_FIXED = (
+    "row_length",
+    "packing",
+    "loss_on",
+    "add_bos",
+    "max_document_tokens",
+    "validation_fraction",
+)
+"""Parameters that an append cannot change: the rows that are there were made with them."""
 
 _HERE = Path(__file__).parent
 _CODE = (*_HERE.glob("*.py"), *(_HERE.parent / "model").glob("tokenizer.py"))
@@ -159,3 +177,121 @@ def is_there(address: Address) -> bool:
 def write_made_from(address: Address, content: dict[str, Any]) -> None:
     """Record what a corpus was made from, once it is complete."""
     open_folder(address).write(POINTER, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether a complete corpus was made from the present source."""
+    return {name: value for name, value in before.items() if name != EARLIER} == now
+
+
+def has_grown(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether what is new in the present source can be added to the rows that are there.
+
+    It can if all files are there as they were, and more of them, or if a split may have more
+    tokens; the document at which a split was cut stays cut. corpus.max_bad_documents has no effect
+    on rows. A mixture never has: its weights hold for all rows together.
+    """
+    if "sources" in now["corpus"]:
+        return False
+    earlier = _files_of(before.get(EARLIER)) or {}
+    files = _files_of(now["text"]["sha256"]) or {}
+    return (
+        _is_part(before, now)
+        and (ADDING not in before or _is_part(_object(before[ADDING]), now))
+        and all(earlier.get(name, sha256) == sha256 for name, sha256 in files.items())
+    )
+
+
+def _is_part(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    if not before or _without_growth(before) != _without_growth(now):
+        return False
+    for name in ("train_tokens", "validation_tokens"):
+        was, may = before["corpus"].get(name), now["corpus"][name]
+        if may is not None and (was is None or was > may):
+            return False
+    was, may = before["text"].get("sha256"), now["text"]["sha256"]
+    old, new = _files_of(was), _files_of(may)
+    if old is None or new is None:
+        return bool(was == may)
+    return old.items() <= new.items()
+
+
+def _files_of(value: object) -> dict[str, str] | None:
+    """Return the sha256 of each file, by its name; None if the text is not files.
+
+    Of a mixture the files of all sources are returned.
+    """
+    if not isinstance(value, list):
+        return None
+    entries: list[Any] = []
+    for part in value:
+        is_source = isinstance(part, list) and part and isinstance(part[0], list)
+        entries += part if is_source else [part]
+    try:
+        return {str(name): str(sha256) for name, sha256 in entries}
+    except (TypeError, ValueError):
+        return None
+
+
+def _without_growth(source: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what differs between a corpus and one that it grows to."""
+    corpus, named = _object(source.get("corpus")), _object(_object(source.get("text")).get("named"))
+    grows = ("train_tokens", "validation_tokens", "max_bad_documents", "files")
+    return {
+        **{name: value for name, value in source.items() if name not in (EARLIER, ADDING)},
+        "corpus": {name: value for name, value in corpus.items() if name not in grows},
+        "text": {name: value for name, value in named.items() if name != "paths"},
+    }
+
+
+def require_appendable(address: Address, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to add rows to a corpus whose rows were made in another way.
+
+    Raises:
+        ParamsError: a parameter or the tokenizer differs; the message names it.
+        DecantError: there is no corpus, or nothing says how it was made.
+    """
+    if not is_there(address):
+        raise DecantError(
+            f"--append adds rows to a corpus, and {address} holds none: run stages/corpus.py "
+            "without it"
+        )
+    made_by = _object(before.get("corpus"))
+    if not made_by:
+        raise DecantError(
+            f"{address} has no {POINTER} that says how its rows were made, so none can be added: "
+            "run stages/corpus.py --overwrite"
+        )
+    remedy = "or rebuild the corpus by stages/corpus.py --overwrite"
+    for name in _FIXED:
+        if (was := made_by.get(name)) != (wanted := now["corpus"][name]):
+            raise ParamsError(
+                f"--append cannot add rows of corpus.{name}={_yaml(wanted)} to {address}, whose "
+                f"rows were made with {_yaml(was)}: set that again, {remedy}"
+            )
+    was, wanted = (dict(_files_of(source.get("tokenizer")) or {}) for source in (before, now))
+    for name in sorted(was.keys() | wanted.keys()):
+        if was.get(name) != wanted.get(name):
+            raise ParamsError(
+                f"--append cannot add rows to {address} with another tokenizer (the teacher's "
+                f"{name} differs): restore that file, {remedy}"
+            )
+
+
+def _yaml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def begin_append(address: Address, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Record what is about to be added to a corpus."""
+    base = {name: value for name, value in before.items() if name != ADDING}
+    write_made_from(address, base | {EARLIER: earlier_files(before, now), ADDING: now})
+
+
+def earlier_files(before: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
+    """List the files from which rows may have been made and that are not in the present source."""
+    adding = _object(_object(before.get(ADDING)).get("text")).get("sha256")
+    texts = (before.get(EARLIER), _object(before.get("text")).get("sha256"), adding)
+    known = {entry for text in texts for entry in (_files_of(text) or {}).items()}
+    present = (_files_of(now["text"]["sha256"]) or {}).items()
+    return [list(entry) for entry in sorted(known - present)]

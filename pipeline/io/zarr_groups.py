@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
@@ -56,19 +56,18 @@ def write_group(
     memory = MemoryStore()
     group = zarr.create_group(memory)
     for spec in specs:
-        axes = tuple(range(len(spec.shape)))
         group.create_array(
             spec.name,
             shape=spec.shape,
             dtype=spec.dtype,
             chunks=(spec.chunk_rows, *spec.shape[1:]),
             shards=(spec.shard_rows, *spec.shape[1:]),
-            filters=[TransposeCodec(order=(axes[-1], *axes[:-1]))] if spec.last_axis_first else (),
+            filters=(),
             compressors=[
                 BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=BLOCK_BYTES),
                 Crc32cCodec(),
             ],
-            dimension_names=("row", "position", "rank")[: len(spec.shape)],
+            dimension_names=spec.dimension_names,
         )
     checksums = {}
     for spec in specs:

@@ -4,9 +4,9 @@ Any Zarr v3 reader can open the arrays: zarr itself writes `<array>/zarr.json`
 (pipeline/io/zarr_groups.py), and each shard is one object at `<array>/c/<shard>/0/0`.
 
 A shard consists of its chunks one after another, then the index: offset and length of each chunk,
-uint64 little-endian, and the crc32c of that table. A chunk consists of the array's values (with the
-last axis moved to the front if the spec says `last_axis_first`), little-endian, compressed by blosc
-(zstd level 1, byte shuffle, blocks of 262,144 bytes), then the crc32c of the compressed bytes.
+uint64 little-endian, and the crc32c of that table. A chunk consists of the array's values,
+little-endian, compressed by blosc (zstd level 1, byte shuffle, blocks of 262,144 bytes), then the
+crc32c of the compressed bytes.
 
 zarr writes the same bytes (tests/io/test_zarr_shards.py). This module encodes and decodes them
 instead, for two reasons; docs/benchmarks.md has the measurements.
@@ -50,18 +50,16 @@ class ArraySpec:
     dtype: str  # NumPy's name; stored little-endian
     chunk_rows: int  # rows per chunk, the unit of compression
     shard_rows: int  # rows per shard, a multiple of chunk_rows; the unit of reading and writing
-    last_axis_first: bool = False  # in storage: puts values of the same rank side by side
+    dimension_names: tuple[str, ...] | None = None  # in zarr's metadata
 
     @property
     def chunk_bytes(self) -> int:
         """Size of a chunk in bytes before compression."""
-        return math.prod(self.stored_chunk) * np.dtype(self.dtype).itemsize
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
 
     @property
-    def stored_chunk(self) -> tuple[int, ...]:
-        """Shape of a chunk in storage."""
-        if self.last_axis_first:
-            return (self.shape[-1], self.chunk_rows, *self.shape[1:-1])
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of a chunk."""
         return (self.chunk_rows, *self.shape[1:])
 
     @property
@@ -124,8 +122,6 @@ def encode_shard(spec: ArraySpec, values: NDArray[Any]) -> bytes:
         part = np.zeros((spec.chunk_rows, *spec.shape[1:]), dtype=spec.dtype)  # pads the last chunk
         found = values[start : start + spec.chunk_rows]
         part[: len(found)] = found
-        if spec.last_axis_first:
-            part = np.ascontiguousarray(np.moveaxis(part, -1, 0))
         data = bytes(_BLOSC.encode(part))
         chunks.append(data + crc32c(data).to_bytes(_CRC_BYTES, "little"))
     lengths = np.array([len(chunk) for chunk in chunks], dtype="<u8")
@@ -134,10 +130,7 @@ def encode_shard(spec: ArraySpec, values: NDArray[Any]) -> bytes:
 
 
 def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]:
-    """Decode the chunks of a shard, in the axis order in which they are stored.
-
-    Each chunk is [rows, ...]; with `last_axis_first` the array's last axis is the chunk's first
-    axis, so the chunk is [K, rows, ...] for an array [N, ..., K].
+    """Decode the chunks of a shard, each [rows, ...].
 
     Raises:
         DamagedError: a checksum, a length or the compressed data is wrong.
@@ -156,11 +149,11 @@ def decode_shard(spec: ArraySpec, data: bytes, shard: int) -> list[NDArray[Any]]
         if crc32c(body) != int.from_bytes(chunk[-_CRC_BYTES:], "little"):
             raise DamagedError(f"the crc32c of chunk {number} is wrong")
         try:
-            values = np.frombuffer(_BLOSC.decode(body), spec.dtype).reshape(spec.stored_chunk)
+            values = np.frombuffer(_BLOSC.decode(body), spec.dtype).reshape(spec.chunk_shape)
         except (RuntimeError, ValueError) as error:
             raise DamagedError(f"chunk {number} cannot be decompressed ({error})") from None
         rest = stop - start - first  # cuts off the padding of an array's last chunk
-        chunks.append(values[:, :rest] if spec.last_axis_first else values[:rest])
+        chunks.append(values[:rest])
     return chunks
 
 
@@ -188,7 +181,7 @@ def _index(spec: ArraySpec, data: bytes) -> list[tuple[int, int]]:
 def read_shard(
     folder: Folder, spec: ArraySpec, shard: int, entry: Entry | None = None
 ) -> NDArray[Any]:
-    """Read one shard in the array's own axis order, [rows, ...].
+    """Read one shard, [rows, ...].
 
     Args:
         entry: size and hash to compare the object with; None checks only its own checksums.
@@ -197,7 +190,4 @@ def read_shard(
         DamagedError: the shard is missing or does not match its checksums.
     """
     data = read_object(folder, spec.key_of(shard), entry)
-    chunks = decode_shard(spec, data, shard)
-    if spec.last_axis_first:
-        chunks = [np.moveaxis(chunk, 0, -1) for chunk in chunks]
-    return np.concatenate(chunks)
+    return np.concatenate(decode_shard(spec, data, shard))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -25,23 +25,26 @@ from pipeline.io.checked_json import (
 from pipeline.io.folders import Folder
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, read_shard
-from pipeline.logit_cache.codec import IdOrder
+from pipeline.logit_cache.codec import IdOrder, count_dtype
 from pipeline.logit_cache.format import (
     COMMITS,
     FORMAT_VERSION,
     ID_ORDER,
+    SHORT,
     Fingerprint,
     Marker,
     marker_key,
 )
 
 _ARRAYS = (
+    "num_kept",
     "id_indices",
     "logprob_deltas",
     "lse",
-    "lse_tau",
-    "entropy",
+    "entropies",
+    "num_distinct",
     "sampled_index_deltas",
+    "sampled_counts",
     "sampled_logprobs",
 )
 _MARKERS_AT_ONCE = 16  # requests to an object store
@@ -59,38 +62,60 @@ class CacheLayout:
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
-        """The arrays with N rows, by name."""
+        """The arrays of rows, by name."""
         made_from = self.fingerprint
-        rows = (made_from.num_rows, made_from.row_length)
-        index_dtype = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
-        arrays: dict[str, tuple[int | None, str]] = {
-            "id_indices": (made_from.k, index_dtype),
-            "logprob_deltas": (made_from.k, "uint16"),
-            "lse": (None, "float32"),
-            "lse_tau": (len(made_from.temperatures), "float32"),
-            "entropy": (None, "float16"),
-            "sampled_index_deltas": (made_from.num_sampled, index_dtype),
-            "sampled_logprobs": (made_from.num_sampled, "float16"),
+        k, most = made_from.k, made_from.num_sampled
+        index = "uint16" if made_from.vocab_size <= 65_536 else "uint32"
+        arrays = {
+            "lse": self._by_position("float16"),
+            "entropies": self._by_position("uint16", 1 + len(made_from.temperatures)),
         }
-        return {
-            name: ArraySpec(
-                name=name,
-                shape=rows if last is None else (*rows, last),
-                dtype=dtype,
-                chunk_rows=self.chunk_rows,
-                shard_rows=self.shard_rows,
-                last_axis_first=name == "logprob_deltas",
-            )
-            for name, (last, dtype) in arrays.items()
-            if last != 0
-        }
+        if k:
+            arrays["num_kept"] = self._by_position(count_dtype(k))
+            arrays["id_indices"] = self._ragged(index, k)
+            arrays["logprob_deltas"] = self._ragged("uint16", k)
+        if most:
+            arrays["num_distinct"] = self._by_position(count_dtype(most))
+            arrays["sampled_index_deltas"] = self._ragged(index, most)
+            arrays["sampled_counts"] = self._ragged(count_dtype(most), most)
+            if made_from.temperatures:
+                arrays["sampled_logprobs"] = self._ragged("float16", most)
+        return {name: replace(spec, name=name) for name, spec in arrays.items()}
+
+    def _by_position(self, dtype: str, *last: int) -> ArraySpec:
+        """Describe an array [N, L, ...]."""
+        return ArraySpec(
+            name="",
+            shape=(self.fingerprint.num_rows, self.fingerprint.row_length, *last),
+            dtype=dtype,
+            chunk_rows=self.chunk_rows,
+            shard_rows=self.shard_rows,
+            dimension_names=("row", "position", *("entropy" for _ in last)),
+        )
+
+    def _ragged(self, dtype: str, most: int) -> ArraySpec:
+        """Describe a ragged array of up to `most` values per position."""
+        rows, length = self.fingerprint.num_rows, self.fingerprint.row_length
+        return ArraySpec(
+            name="",
+            shape=(-(-rows // self.chunk_rows), self.chunk_rows * length * most),
+            dtype=dtype,
+            chunk_rows=1,
+            shard_rows=self.shard_rows // self.chunk_rows,
+            dimension_names=("chunk", "value"),
+        )
 
     @property
     def id_order_spec(self) -> ArraySpec:
         """The array id_order."""
         size = self.fingerprint.vocab_size
         return ArraySpec(
-            name=self.id_order, shape=(size,), dtype="uint32", chunk_rows=size, shard_rows=size
+            name=self.id_order,
+            shape=(size,),
+            dtype="uint32",
+            chunk_rows=size,
+            shard_rows=size,
+            dimension_names=("index",),
         )
 
     @property
@@ -111,8 +136,12 @@ class CacheLayout:
         }
 
     def checksum(self) -> int:
-        """Return the crc32c of `about`; a shard's marker holds it to identify the cache."""
-        return json_crc32c(self.about())
+        """Return the crc32c of `about` without what changes when the corpus grows.
+
+        A shard's marker holds it to identify the cache.
+        """
+        grows = ("num_rows", "corpus_sha256")
+        return json_crc32c({name: v for name, v in self.about().items() if name not in grows})
 
 
 def load_layout(folder: Folder, where: str) -> CacheLayout | None:
@@ -176,6 +205,7 @@ def remove_cache(folder: Folder) -> None:
     Commit markers are removed first, so that an interrupted removal leaves no shard committed.
     """
     folder.remove(COMMITS)
+    folder.remove(SHORT)
     folder.remove("zarr.json")
     for name in {key.partition("/")[0] for key in folder.sizes()}:
         if name in _ARRAYS or name.startswith(ID_ORDER):
@@ -198,14 +228,17 @@ def id_order_name(id_order: IdOrder) -> str:
     return f"{ID_ORDER}{crc32c(id_order.to_bytes()):08x}"
 
 
-def read_marker(folder: Folder, shard: int) -> Marker:
+def read_marker(folder: Folder, shard: int, under: str = COMMITS) -> Marker:
     """Read a shard's commit marker.
+
+    Args:
+        under: `COMMITS`, or `SHORT` for the marker of a shard that is to get more rows.
 
     Raises:
         DamagedError: the marker is missing or not what was written.
     """
     try:
-        values = json.loads(folder.read(marker_key(shard)))
+        values = json.loads(folder.read(marker_key(shard, under)))
     except FileNotFoundError:
         raise DamagedError("its commit marker is missing") from None
     except (ValueError, RecursionError):
@@ -238,4 +271,5 @@ def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
         marker = read_marker(folder, shard)
     except DamagedError:
         return False
-    return marker.shard == shard and marker.cache == layout.checksum()
+    is_ours = marker.shard == shard and marker.cache == layout.checksum()
+    return is_ours and marker.rows == layout.rows_of(shard)

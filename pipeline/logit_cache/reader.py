@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,8 @@ from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError
 from pipeline.io.folders import Folder, open_folder
 from pipeline.io.zarr_shards import decode_shard, read_object
-from pipeline.logit_cache.codec import Arrays, restore, to_topk
-from pipeline.logit_cache.format import Fingerprint
+from pipeline.logit_cache.codec import Arrays, decode, to_topk
+from pipeline.logit_cache.format import COMMITS, Fingerprint
 from pipeline.logit_cache.layout import (
     CacheLayout,
     damage_as_sentence,
@@ -40,7 +41,7 @@ from pipeline.targets.topk import TopK
 
 @dataclass(frozen=True)
 class CacheShard(Shard):
-    """A shard with the teacher's arrays for its rows; at K = 64 it takes 270 bytes per token."""
+    """A shard with the teacher's arrays for its rows; at K = 64 it takes 264 bytes per token."""
 
     arrays: Arrays
 
@@ -113,7 +114,7 @@ class CacheReader:
         layout = self.layout
         with self._checked(number):
             rows, arrays = read_shard_arrays(self._folder, layout, self.corpus, number)
-        for name in ("id_indices", "logprob_deltas"):  # keep the first k of the K ids
+        for name in ("ids", "logprobs"):  # keep the first k of the K ids
             if name in arrays and self._k is not None:
                 arrays[name] = np.ascontiguousarray(arrays[name][..., : self._k])
         return CacheShard(first=layout.rows_of(number)[0], rows=rows, arrays=arrays)
@@ -126,9 +127,9 @@ class CacheReader:
     def gather(self, places: list[tuple[CacheShard, int]]) -> TopK:
         """Return the TopK [n, L, K] of corpus rows from shards that are in memory."""
         arrays: Arrays = {}
-        for name in self.layout.specs:
+        for name in places[0][0].arrays:
             parts = [shard.arrays[name][row - shard.first] for shard, row in places]
-            arrays[name] = np.stack(parts)
+            arrays[name] = _stack(parts)
         try:
             return to_topk(arrays, self.id_order, self.fingerprint)
         except IndexError:
@@ -155,6 +156,11 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
         MismatchError: a field of the fingerprint differs; the message names it.
     """
     info = corpus.info
+    if holds_first_rows(fingerprint, corpus):
+        raise MismatchError(
+            f"{where} holds the first {fingerprint.num_rows:,} of the {info.num_rows:,} rows that "
+            f"{corpus.path} has by now: run stages/prepare.py to capture the rows that were added"
+        )
     wanted = {
         "corpus_sha256": info.sha256,
         "tokenizer_sha256": info.tokenizer_sha256,
@@ -171,15 +177,24 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
             )
 
 
+def holds_first_rows(fingerprint: Fingerprint, corpus: CorpusSplit) -> bool:
+    """Return whether a cache was made from the corpus before rows were added to it."""
+    before = corpus.sha256_of_first(fingerprint.num_rows)
+    return fingerprint.num_rows < len(corpus) and before == fingerprint.corpus_sha256
+
+
 def read_shard_arrays(
-    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int
+    folder: Folder, layout: CacheLayout, corpus: CorpusSplit, shard: int, under: str = COMMITS
 ) -> tuple[Rows, Arrays]:
     """Read and check the corpus rows and decoded arrays of one shard.
+
+    Args:
+        under: see `read_marker`.
 
     Raises:
         DamagedError: an object, the marker, or the corpus rows are not what was committed.
     """
-    marker = read_marker(folder, shard)
+    marker = read_marker(folder, shard, under)
     start, stop = layout.rows_of(shard)
     if marker.shard != shard or marker.rows != (start, stop):
         raise DamagedError(f"its commit marker is that of shard {marker.shard}")
@@ -190,12 +205,23 @@ def read_shard_arrays(
         raise DamagedError(
             f"it was captured from other tokens than rows {start}..{stop} of {corpus.path} hold now"
         )
-    arrays: Arrays = {}
+    chunks = {}
     for name, spec in layout.specs.items():
         key = spec.key_of(shard)
         data = read_object(folder, key, marker.objects.get(name, (0, "")))
         try:
-            arrays[name] = restore(name, decode_shard(spec, data, shard))
+            chunks[name] = decode_shard(spec, data, shard)
         except DamagedError as error:
             raise DamagedError(f"{key}: {error}") from None
-    return rows, arrays
+    return rows, decode(chunks, layout.fingerprint)
+
+
+def _stack(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Stack arrays [L, ...] of rows; those of distinct samples are as wide as their shard needs."""
+    width = max(part.shape[-1] for part in parts)
+    if all(part.shape[-1] == width for part in parts):
+        return np.stack(parts)
+    out = np.zeros((len(parts), *parts[0].shape[:-1], width), parts[0].dtype)
+    for row, part in zip(out, parts, strict=True):
+        row[..., : part.shape[-1]] = part
+    return out

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.errors import MismatchError
 from pipeline.io.address import Address
-from pipeline.io.checked_json import add_checksum
+from pipeline.io.checked_json import DamagedError, add_checksum
 from pipeline.io.folders import open_folder
 from pipeline.io.ownership import claim
 from pipeline.io.zarr_groups import write_group
 from pipeline.io.zarr_shards import encode_shard, object_hash
-from pipeline.logit_cache.codec import IdOrder, encode
-from pipeline.logit_cache.format import Fingerprint, Marker, marker_key
+from pipeline.logit_cache.codec import IdOrder, encode, to_topk
+from pipeline.logit_cache.format import SHORT, Fingerprint, Marker, marker_key
+from pipeline.logit_cache.growth import read_short_shard, short_shards
 from pipeline.logit_cache.layout import (
     CacheLayout,
     committed_shards,
@@ -100,6 +102,22 @@ class CacheWriter:
             )
             self._id_order = load_id_order(self._folder, layout)
         self.layout = layout
+        self._short = short_shards(self._folder, layout)
+
+    def short_rows(self, shard: int) -> int:
+        """Return how many rows of a missing shard were captured before the cache was extended."""
+        return self._short[shard] - self.layout.rows_of(shard)[0] if shard in self._short else 0
+
+    def read_short(self, shard: int, corpus: CorpusSplit) -> TopK | None:
+        """Return the targets of these rows; None if there are none, or if they are damaged."""
+        if shard not in self._short:
+            return None
+        try:
+            stop = self._short[shard]
+            arrays = read_short_shard(self._folder, self.layout, corpus, shard, stop)
+        except DamagedError:
+            return None
+        return to_topk(arrays, self._id_order, self.layout.fingerprint)
 
     def missing(self) -> list[int]:
         """List the shards that have no marker of this cache yet, in order."""
@@ -116,10 +134,10 @@ class CacheWriter:
         Safe to call from a thread, but not twice for the same shard at the same time.
         """
         start, stop = self.layout.rows_of(shard)
-        arrays = encode(topk, self._id_order)
+        assert len(topk.lse) == stop - start
+        arrays = encode(topk, self._id_order, self.layout.fingerprint, self.layout.chunk_rows)
         objects = {}
         for name, spec in self.layout.specs.items():
-            assert len(arrays[name]) == stop - start
             data = encode_shard(spec, arrays[name])
             self._folder.write(spec.key_of(shard), data)
             objects[name] = (len(data), object_hash(spec.key_of(shard), data))
@@ -133,6 +151,8 @@ class CacheWriter:
         values = asdict(marker)
         del values["crc32c"]
         self._folder.write(marker_key(shard), json.dumps(add_checksum(values)).encode())
+        if self._short.pop(shard, None):
+            self._folder.remove(marker_key(shard, SHORT))
 
     def drop(self, shard: int) -> None:
         """Uncommit a shard, which is then missing."""

@@ -22,7 +22,7 @@ bfloat16 changed them by 0.2 % and 0.55 %. Only the backward pass through the st
 computes divided gradients in float16. Hence the gradient of hidden states stays in float32 until
 backward has multiplied it by the loss scale.
 
-Shapes: n positions, D hidden, V vocabulary rows, K kept ids, M sampled ids.
+Shapes: n positions, H hidden, V vocabulary rows, K kept ids, D distinct sampled ids.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class _Objective:
     alpha: float
     temperature: float
     divergence: Divergence
+    target_weight: float
 
 
 def distillation_loss_sums(
@@ -76,6 +77,7 @@ def distillation_loss_sums(
     alpha: float,
     temperature: float,
     divergence: Divergence = "forward_kl",
+    target_weight: float = 1.0,
     transform: LogitTransform = UNCHANGED,
     dtype: torch.dtype = torch.float32,
     chunk: int = 256,
@@ -83,10 +85,12 @@ def distillation_loss_sums(
     """Sum alpha tau^2 divergence + (1 - alpha) CE over positions; CE alone without `topk`.
 
     Args:
-        hidden: [n, D], unmasked positions only.
-        weight: [V, D].
+        hidden: [n, H], unmasked positions only.
+        weight: [V, H].
         labels: int64 [n].
         topk: the teacher at those positions (leading axis n), or None. V may exceed its valid ids.
+            Positions without a target count in the cross-entropy alone.
+        target_weight: factor of the divergence in the total.
         transform: what the student does to its logits after the head.
         dtype: format of the factors of matrix products; sums are always float32.
         chunk: rows per chunk; the memory used is chunk x V x 4 bytes.
@@ -100,9 +104,9 @@ def distillation_loss_sums(
         require_expressible(divergence, topk)
     if not torch.is_grad_enabled():  # a Function cannot see this: grad is always off in its forward
         hidden, weight = hidden.detach(), weight.detach()
-    if transform.scale != 1.0:  # n x D numbers, where the logits would be n x V
+    if transform.scale != 1.0:  # n x H numbers, where the logits would be n x V
         hidden = hidden * transform.scale
-    objective = _Objective(alpha, temperature, divergence)
+    objective = _Objective(alpha, temperature, divergence, target_weight)
     total, ce, value = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, topk, objective, transform.soft_cap, dtype, chunk
     )
@@ -172,7 +176,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _total(divergence: Tensor, ce: Tensor, objective: _Objective) -> Tensor:
     share = objective.alpha
-    return share * objective.temperature**2 * divergence + (1.0 - share) * ce
+    of_divergence = share * objective.target_weight * objective.temperature**2
+    return of_divergence * divergence + (1.0 - share) * ce
 
 
 def _loss_and_grad(
@@ -226,7 +231,7 @@ def _losses(
     """Sum divergence and CE, from the numbers that determine them.
 
     Args:
-        picked: [n, K + M + 1], logits of the kept ids, of the sampled ids and of the label.
+        picked: [n, K + D + 1], logits of the kept ids, of the sampled ids and of the label.
         rest: [n, 1], log sum exp(z / tau) over the ids outside T, the kept ids; over all ids if
             topk has sampled ids or is None.
         rest_at_one: the same at tau = 1.
@@ -236,13 +241,19 @@ def _losses(
     if topk is None:
         return rest.new_zeros(()), (rest_at_one - label).sum()
     if topk.num_sampled:
-        _, target, log_p = sampled_target(topk, tau)
-        divergence = target * (log_p - (kept / tau - rest))
-        return divergence.sum(), (rest_at_one - label).sum()
+        _, target, negentropy = sampled_target(topk, tau)
+        divergence = negentropy - (target * (kept / tau - rest)).sum(-1)
+        return _sum_of_targets(divergence, topk), (rest_at_one - label).sum()
+    kept = kept.masked_fill(topk.is_repeat, LOG_ZERO)
     log_q = torch.cat((kept / tau, rest), -1).log_softmax(-1).clamp_min(LOG_ZERO)
     divergence = DIVERGENCES[objective.divergence](bucketed_target(topk, tau), log_q)
     lse = torch.cat((kept, rest_at_one), -1).logsumexp(-1, keepdim=True)
-    return divergence.sum(), (lse - label).sum()
+    return _sum_of_targets(divergence, topk), (lse - label).sum()
+
+
+def _sum_of_targets(divergence: Tensor, topk: TopK) -> Tensor:
+    """Sum [n] over the positions that have a target."""
+    return divergence.masked_fill(~topk.has_target, 0.0).sum()
 
 
 def kernels_for(device: torch.device) -> SoftmaxKernels:

@@ -17,7 +17,7 @@ merged divergence is a LOWER BOUND of the one over the whole vocabulary, and EXA
 student spread the tail in the same way, for example if K = V. All of `DIVERGENCES` except
 `renormalised_kl` are f-divergences.
 
-Shapes: n positions, K kept ids, M sampled ids, V student vocabulary rows.
+Shapes: n positions, K kept ids, D distinct sampled ids, V student vocabulary rows.
 """
 
 from __future__ import annotations
@@ -153,8 +153,14 @@ def bucketed_target(topk: TopK, temperature: float) -> Tensor:
 
 
 def sampled_target(topk: TopK, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the teacher's side of `sampled_kl`: ids, their target mass, log p; all [n, K + M]."""
+    """Return the teacher's side of `sampled_kl`.
+
+    Returns:
+        ids int64 [n, K + D], their target mass float32 [n, K + D], and sum_v p log p over the whole
+        vocabulary, float32 [n]: exact at temperature 1, otherwise estimated from the sampled ids.
+    """
     log_p, _ = topk.target(temperature)
-    sampled_log_p, weight = topk.sampled_target(temperature)
+    weight, outside = topk.sampled_target(temperature)
+    p = log_p.exp()
     ids = torch.cat((topk.ids, topk.sampled_ids), -1)
-    return ids, torch.cat((log_p.exp(), weight), -1), torch.cat((log_p, sampled_log_p), -1)
+    return ids, torch.cat((p, weight), -1), outside - torch.special.entr(p).sum(-1)

@@ -3,7 +3,7 @@
 These are the twins that the fast forms (pipeline/losses/chunked.py) are tested against. They take
 the whole vocabulary; `pipeline/losses/divergences.py` defines the divergences and the notation.
 
-Shapes: n positions, K kept ids, M sampled ids, V student vocabulary rows.
+Shapes: n positions, K kept ids, D distinct sampled ids, V student vocabulary rows.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def bucketed(logits: Tensor, topk: TopK, temperature: float) -> tuple[Tensor, Te
     log_q = (logits / temperature).log_softmax(-1)
     # log(1 - sum q) would lose the tail's digits: sum the tail itself.
     log_q_tail = log_q.scatter(-1, topk.ids, -torch.inf).logsumexp(-1, keepdim=True)
-    log_q = torch.cat((log_q.gather(-1, topk.ids), log_q_tail), -1)
-    return log_p, log_q.clamp_min(LOG_ZERO)
+    of_kept = log_q.gather(-1, topk.ids).masked_fill(topk.is_repeat, LOG_ZERO)
+    return log_p, torch.cat((of_kept, log_q_tail), -1).clamp_min(LOG_ZERO)
 
 
 def tail_bucket_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
@@ -71,10 +71,11 @@ def tail_bucket_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
 def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
     """Estimate the full KL(p || q) without bias from the kept ids and the sampled ids outside them.
 
-    L = sum_T p (log p - log q) + sum_sampled w (log p - log q)
+    L = sum_v p log p - sum_T p log q - sum_sampled w log q
 
     With w from `TopK.sampled_target`, E[sum of w f(v) over sampled ids] = sum of p(v) f(v) outside
-    T for any f, so the expectations of value and gradient are those of the full divergence
+    T for any f. The first term is exact at temperature 1 and otherwise estimated in this way. So
+    the expectations of value and gradient are those of the full divergence
     (Anshumann et al. 2025, section 3, for K = 0). The gradient for z / tau is m q - target, where
     the target is p on T and w on the sampled ids, and m is its sum: 1 at temperature 1, and 1 in
     expectation at other temperatures. Unlike the bucket's value, the estimate may be negative.
@@ -84,9 +85,9 @@ def sampled_kl(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
         topk: the teacher, with sampled ids; leading axis n.
         temperature: 1 or one of topk.temperatures.
     """
-    ids, target, log_p = sampled_target(topk, temperature)
+    ids, target, negentropy = sampled_target(topk, temperature)
     log_q = (logits / temperature).log_softmax(-1).gather(-1, ids)
-    return (target.to(logits.dtype) * (log_p.to(logits.dtype) - log_q)).sum(-1)
+    return negentropy.to(logits.dtype) - (target.to(logits.dtype) * log_q).sum(-1)
 
 
 def distillation_loss(
@@ -100,6 +101,8 @@ def distillation_loss(
 ) -> Tensor:
     """Return alpha tau^2 D + (1 - alpha) CE per position (Hinton et al. 2015); CE without topk.
 
+    Where topk has no target, D is 0.
+
     Raises:
         MismatchError: see `require_expressible`; or the temperature was not stored.
     """
@@ -111,4 +114,5 @@ def distillation_loss(
         value = sampled_kl(logits, topk, temperature)
     else:
         value = DIVERGENCES[divergence](*bucketed(logits, topk, temperature))
+    value = value.masked_fill(~topk.has_target, 0.0)
     return alpha * temperature**2 * value + (1.0 - alpha) * ce

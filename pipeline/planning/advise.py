@@ -41,7 +41,7 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import ParamsError
 from pipeline.io.zarr_shards import decode_shard, encode_shard
-from pipeline.logit_cache.codec import IdOrder, encode, restore, to_topk
+from pipeline.logit_cache.codec import IdOrder, decode, encode, to_topk
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.logit_cache.layout import CacheLayout, id_order_name
 from pipeline.model.attention_mask import documents_apart
@@ -386,14 +386,11 @@ def _layout_of(
 
 def _to_objects(topk: TopK, id_order: IdOrder, layout: CacheLayout) -> dict[str, bytes]:
     """Encode a block as the cache stores it, by array."""
-    arrays = encode(topk, id_order)
+    arrays = encode(topk, id_order, layout.fingerprint, layout.chunk_rows)
     return {name: encode_shard(spec, arrays[name]) for name, spec in layout.specs.items()}
 
 
 def _from_objects(objects: dict[str, bytes], id_order: IdOrder, layout: CacheLayout) -> TopK:
     """Decode a block as a training run does."""
-    arrays = {
-        name: restore(name, decode_shard(spec, objects[name], 0))
-        for name, spec in layout.specs.items()
-    }
-    return to_topk(arrays, id_order, layout.fingerprint)
+    chunks = {name: decode_shard(spec, objects[name], 0) for name, spec in layout.specs.items()}
+    return to_topk(decode(chunks, layout.fingerprint), id_order, layout.fingerprint)

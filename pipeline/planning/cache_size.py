@@ -108,6 +108,8 @@ def _fingerprint(
         num_sampled=mode.num_sampled,
         sampling_seed=0,
         temperatures=temperatures,
+        top_p=None,
+        entropy_quantile=0.0,
         vocab_size=vocab_size,
         num_rows=rows,
         row_length=row_length,

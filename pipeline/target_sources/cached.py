@@ -30,6 +30,10 @@ class CachedTargets:
     def document_mask(self) -> bool:
         return self.reader.fingerprint.document_mask
 
+    @property
+    def entropy_quantile(self) -> float:
+        return self.reader.fingerprint.entropy_quantile
+
     def shard(self, number: int) -> CacheShard:
         return self.reader.shard(number)
 

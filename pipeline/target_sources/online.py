@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.row_order import Shard, read_rows
 from pipeline.model.attention_mask import documents_apart
 from pipeline.target_sources.target_source import Place, rows_at
 from pipeline.targets.reduce import row_uniforms
+from pipeline.targets.selection import keep_highest_entropy
 from pipeline.targets.topk import TopK
 from pipeline.teacher.teacher import Teacher
 
@@ -30,6 +32,7 @@ class OnlineTargets:
         num_sampled, seed: number of ids sampled in addition, and their seed; the same values as in
             the prepare stage give the same ids.
         temperatures: temperatures that training needs.
+        top_p, entropy_quantile: as in a cache's fingerprint.
         document_mask: whether teacher and student attend within documents only.
         shard_rows: rows per shard, so that rows come in the same order as from a cache.
     """
@@ -43,6 +46,8 @@ class OnlineTargets:
         num_sampled: int,
         seed: int,
         temperatures: tuple[float, ...],
+        top_p: float | None = None,
+        entropy_quantile: float = 0.0,
         shard_rows: int,
         document_mask: bool,
     ) -> None:
@@ -52,6 +57,8 @@ class OnlineTargets:
         self.num_sampled = num_sampled
         self.seed = seed
         self.temperatures = temperatures
+        self.top_p = top_p
+        self.entropy_quantile = entropy_quantile
         self.shard_rows = shard_rows
         self.document_mask = document_mask
         self._stream: Any = None
@@ -75,9 +82,20 @@ class OnlineTargets:
         uniforms = row_uniforms(
             (row for _, row in places), tokens.shape[1], self.num_sampled, self.seed
         )
-        doc_ids = documents_apart(torch.from_numpy(rows_at(places).doc_ids), self.document_mask)
+        rows = rows_at(places)
+        doc_ids = torch.from_numpy(rows.doc_ids)
+        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
         with torch.cuda.stream(self._stream):  # this thread's stream; None changes nothing
-            topk = self.teacher.top_k(tokens, self.k, self.temperatures, uniforms, doc_ids)
+            topk = self.teacher.top_k(
+                tokens,
+                self.k,
+                self.temperatures,
+                uniforms,
+                documents_apart(doc_ids, self.document_mask),
+                top_p=self.top_p,
+                wanted=labels != IGNORE,
+            )
+            topk = keep_highest_entropy(topk, self.entropy_quantile)
         if self._stream is not None:
             self._stream.synchronize()
             topk.map(self._keep_for_student)

@@ -39,6 +39,14 @@ class TargetSource(Protocol):
         ...
 
     @property
+    def entropy_quantile(self) -> float | None:
+        """Of each row's positions in the loss, those with entropy above it have a target.
+
+        0: all have one; None: none has.
+        """
+        ...
+
+    @property
     def in_background(self) -> bool:
         """Whether `targets` may run in another thread while the student runs."""
         ...

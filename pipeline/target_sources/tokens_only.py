@@ -18,6 +18,7 @@ class TokensOnly:
     """
 
     in_background = True
+    entropy_quantile = None
 
     def __init__(self, corpus: CorpusSplit, *, shard_rows: int, document_mask: bool) -> None:
         self.corpus = corpus

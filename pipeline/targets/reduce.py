@@ -26,29 +26,41 @@ class Reduction(Protocol):
     """The interface of both modules, `reduce_torch` and `reduce_triton`."""
 
     def reduce_rows(
-        self, logits: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor | None
+        self,
+        logits: Tensor,
+        k: int,
+        temperatures: tuple[float, ...],
+        uniforms: Tensor | None,
+        top_p: float | None = None,
     ) -> TopK: ...
 
 
 @torch.no_grad()
 def top_k_from_logits(
-    logits: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor | None = None
+    logits: Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    uniforms: Tensor | None = None,
+    top_p: float | None = None,
 ) -> TopK:
     """Reduce full rows of logits to TopK.
 
     Args:
         logits: float32 [n, V], valid ids only.
         k: ids to keep, 0..V.
-        temperatures: the temperatures whose normalisers are kept.
+        temperatures: the temperatures other than 1 whose normalisers are kept. Without any, the
+            log-probabilities of sampled ids are left out, since nothing needs them at 1.
         uniforms: float [n, M] in [0, 1), which decide the M sampled ids; None samples nothing.
+        top_p: keep the fewest of the k ids that hold this mass; None keeps all k.
     """
+    temperatures = tuple(tau for tau in temperatures if tau != 1.0)
     vocab_size = logits.shape[-1]
     if k > vocab_size:
         raise ParamsError(
             f"k={k} exceeds the {vocab_size} ids of the vocabulary: lower prepare.k, or train.k if "
             "it is set"
         )
-    return reduction_for(logits.device).reduce_rows(logits, k, temperatures, uniforms)
+    return reduction_for(logits.device).reduce_rows(logits, k, temperatures, uniforms, top_p)
 
 
 def reduction_for(device: torch.device) -> Reduction:

@@ -10,13 +10,18 @@ from torch import Tensor
 
 from pipeline.targets import block_search
 from pipeline.targets.block_search import BLOCK
+from pipeline.targets.selection import count_distinct, cut_to_mass
 from pipeline.targets.topk import TopK
 
 _ROWS_AT_ONCE_ON_CPU = 8  # so that the rows being reduced stay in the processor's cache
 
 
 def reduce_rows(
-    logits: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor | None
+    logits: Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    uniforms: Tensor | None,
+    top_p: float | None = None,
 ) -> TopK:
     """Compute `reduce.top_k_from_logits`.
 
@@ -40,15 +45,21 @@ def reduce_rows(
     values, ids = block_search.block_top_k(logits, k, maxima)
     # sum_v exp(logprob_v / tau), with logprob_v = logit_v - peak - log_total; 0 at tau = 1
     lse_tau = [sums[tau].log() - log_total / tau for tau in temperatures]
-    sampled_ids = _sample(logits, lse, ids, uniforms, work)
+    logprobs = values - peak - log_total[:, None]  # not `- lse`, which is already rounded
+    ids, logprobs = cut_to_mass(ids, logprobs, top_p)
+    sampled_ids, sampled_counts = count_distinct(_sample(logits, lse, ids, uniforms, work))
+    needed = sampled_ids if temperatures else sampled_ids[:, :0]
     return TopK(
+        has_target=torch.ones(n, dtype=torch.bool, device=logits.device),
         ids=ids,
-        logprobs=values - peak - log_total[:, None],  # not `- lse`, which is already rounded
+        logprobs=logprobs,
         lse=lse[:, 0],
         lse_tau=torch.stack(lse_tau, -1) if lse_tau else logits.new_empty(n, 0),
         entropy=(lse[:, 0] - weighted / sums[1.0]).clamp_min(0.0),
         sampled_ids=sampled_ids,
-        sampled_logprobs=logits.gather(-1, sampled_ids) - peak - log_total[:, None],
+        sampled_counts=sampled_counts,
+        sampled_logprobs=logits.gather(-1, needed) - peak - log_total[:, None],
+        num_sampled=0 if uniforms is None else uniforms.shape[-1],
         temperatures=temperatures,
         vocab_size=vocab_size,
     )

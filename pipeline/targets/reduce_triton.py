@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pipeline.targets import block_search
 from pipeline.targets.block_search import BLOCK
+from pipeline.targets.selection import count_distinct, cut_to_mass
 from pipeline.targets.topk import TopK
 
 _BLOCKS_PER_TILE = 32  # a power of two; 2,048 logits are 16 registers in each of 128 threads
@@ -35,7 +36,11 @@ _LOWEST_KEY = tl.constexpr(-(2**31))  # below the key of every value
 
 
 def reduce_rows(
-    logits: Tensor, k: int, temperatures: tuple[float, ...], uniforms: Tensor | None
+    logits: Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    uniforms: Tensor | None,
+    top_p: float | None = None,
 ) -> TopK:
     """Compute `reduce.top_k_from_logits`."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -109,18 +114,24 @@ def reduce_rows(
     if not searched:
         values, ids = block_search.block_top_k(logits, k, maxima)
         logprobs = values - peak - log_total
+    ids, logprobs = cut_to_mass(ids, logprobs, top_p)
     sampled_ids = ids.new_empty(n, 0)
     if sampling:
         assert uniforms is not None
         sampled_ids = _sample(logits, lse, ids, uniforms, peaks, block_sums)
+    sampled_ids, sampled_counts = count_distinct(sampled_ids)
+    needed = sampled_ids if temperatures else sampled_ids[:, :0]
     return TopK(
+        has_target=torch.ones(n, dtype=torch.bool, device=logits.device),
         ids=ids,
         logprobs=logprobs,
         lse=lse[:, 0],
         lse_tau=lse_tau,
         entropy=entropy[:, 0],
         sampled_ids=sampled_ids,
-        sampled_logprobs=logits.gather(-1, sampled_ids) - peak - log_total,
+        sampled_counts=sampled_counts,
+        sampled_logprobs=logits.gather(-1, needed) - peak - log_total,
+        num_sampled=0 if uniforms is None else uniforms.shape[-1],
         temperatures=temperatures,
         vocab_size=vocab_size,
     )

@@ -3,38 +3,57 @@
 `prepare` makes it from logits, the cache keeps it and the losses consume it. A live teacher
 makes exactly the same type, so cached and online training differ only in the source.
 
-Shapes: ... any leading axes, K kept ids, M sampled ids, J stored temperatures, V valid vocabulary
-(the ids a tokenizer can produce; rows of the head beyond it are padding and are left out of every
-sum).
+Positions may keep fewer than K ids (prepare.top_p), have fewer than D distinct sampled ids, or have
+no target at all. The tensors are filled up for them: a slot without a kept id repeats the first id,
+with a log-probability of -inf, and a slot without a sampled id has the count 0.
+
+Shapes: ... any leading axes, K kept ids, D distinct sampled ids, J stored temperatures, V valid
+vocabulary (the ids a tokenizer can produce; rows of the head beyond it are padding and are left out
+of every sum).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.errors import MismatchError, ParamsError
 
-_TENSORS = ("ids", "logprobs", "lse", "lse_tau", "entropy", "sampled_ids", "sampled_logprobs")
+_TENSORS = (
+    "has_target",
+    "ids",
+    "logprobs",
+    "lse",
+    "lse_tau",
+    "entropy",
+    "sampled_ids",
+    "sampled_counts",
+    "sampled_logprobs",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
     """The K most probable ids at each position, with the exact normalisers of the full row."""
 
+    has_target: Tensor  # bool [...], False where all other values have no meaning
     ids: Tensor  # int64 [..., K], in descending order of logit
-    logprobs: Tensor  # float32 [..., K], logit - lse, nats at temperature 1
+    logprobs: Tensor  # float32 [..., K], logit - lse, nats at temperature 1; -inf where no id is
     lse: Tensor  # float32 [...], logsumexp of the full row's logits
     lse_tau: Tensor  # float32 [..., J], log sum_v exp(logprob_v / tau_j)
     entropy: Tensor  # float32 [...], nats, of the full row at temperature 1
-    # Sampled with replacement from p outside `ids`, at temperature 1.
-    sampled_ids: Tensor  # int64 [..., M]
-    sampled_logprobs: Tensor  # float32 [..., M], for the sampled ids, at temperature 1
-    temperatures: tuple[float, ...]  # the J temperatures of lse_tau
+    # Sampled with replacement from p outside `ids`, at temperature 1; each distinct id once.
+    sampled_ids: Tensor  # int64 [..., D]
+    sampled_counts: Tensor  # int32 [..., D], how often each id was sampled; 0 where no id is
+    sampled_logprobs: Tensor  # float32 [..., D] at temperature 1; [..., 0] if they are not kept
+    num_sampled: int  # M, the number of ids sampled at each position, repeated ones included
+    temperatures: tuple[float, ...]  # the J temperatures of lse_tau; 1 needs none
     vocab_size: int  # V
 
     @property
@@ -43,9 +62,19 @@ class TopK:
         return self.ids.shape[-1]
 
     @property
-    def num_sampled(self) -> int:
-        """M, the number of sampled ids."""
-        return self.sampled_ids.shape[-1]
+    def is_kept(self) -> Tensor:
+        """Whether each slot of `ids` holds an id, bool [..., K]."""
+        return self.logprobs > -torch.inf
+
+    @property
+    def is_repeat(self) -> Tensor:
+        """Whether each slot of `ids` only repeats the first slot's id, bool [..., K].
+
+        This differs from `~is_kept` where no slot holds an id, as without a target.
+        """
+        is_repeat = ~self.is_kept
+        is_repeat[..., :1] = False
+        return is_repeat
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """Apply a tensor function to every tensor field (move, index, reshape leading axes)."""
@@ -63,11 +92,27 @@ class TopK:
 
     @staticmethod
     def cat(parts: Sequence[TopK]) -> TopK:
-        """Join parts along their first axis."""
-        return _joined(parts, torch.cat)
+        """Join parts along their first axis; their D may differ, as a cache's shards do."""
+        most = max(part.sampled_ids.shape[-1] for part in parts)
+        return _joined([_with_slots(part, most) for part in parts], torch.cat)
+
+    def spread(self, index: Tensor, shape: Sequence[int]) -> TopK:
+        """Return TopK [*shape, ...] with these positions [n, ...] at `index`, no target elsewhere.
+
+        Args:
+            index: int64 [n], counted over the flattened shape, on any device.
+        """
+
+        def filled(name: str, tensor: Tensor) -> Tensor:
+            nothing = -torch.inf if name == "logprobs" else 0
+            out = tensor.new_full((prod(shape), *tensor.shape[1:]), nothing)
+            return out.index_copy_(0, index, tensor).view(*shape, *tensor.shape[1:])
+
+        changed: dict[str, Any] = {name: filled(name, getattr(self, name)) for name in _TENSORS}
+        return replace(self, **changed)
 
     def prefix(self, k: int) -> TopK:
-        """Return the first k of the K kept ids; the normalisers still cover the full row."""
+        """Return at most the first k of the kept ids; the normalisers still cover the full row."""
         if not 1 <= k <= self.k:
             raise ParamsError(f"k={k} is outside 1..{self.k}, the number of ids stored")
         return replace(self, ids=self.ids[..., :k], logprobs=self.logprobs[..., :k])
@@ -88,35 +133,42 @@ class TopK:
             log_p = self.logprobs
         else:
             log_p = self.logprobs / temperature - self._normaliser(temperature)
-        if self.k >= self.vocab_size:
-            return log_p, torch.zeros_like(self.lse)
-        return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)
+        tail_mass = (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)
+        if self.k >= self.vocab_size:  # nothing but rounding is left where all ids are kept
+            tail_mass = tail_mass.masked_fill(self.is_kept.all(-1), 0.0)
+        return log_p, tail_mass
 
     def sampled_target(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of the sampled ids, and the mass that each represents.
+        """Return the mass that each sampled id represents, and their sum of mass times log p.
 
-        A sampled id v represents the mass w_v = p_t / M times p_tau(v) / p(v), where p_t is the
-        mass outside the kept ids and p is the teacher at temperature 1, from which v was sampled.
-        This is importance sampling: E[sum of w_v over sampled ids of v] = p_tau(v) for every v
-        outside the kept ids, at any temperature. At temperature 1 every weight is p_t / M.
+        An id v that was sampled c_v times in M represents the mass w_v = p_t c_v / M times
+        p_tau(v) / p(v), where p_t is the mass outside the kept ids and p is the teacher at
+        temperature 1, from which v was sampled. This is importance sampling: E[w_v] = p_tau(v) for
+        every v outside the kept ids, at any temperature. At temperature 1 every weight is
+        p_t c_v / M, and the sum has no noise, since the entropy of the full row is known:
+        sum p log p outside T = -H(p) - sum_T p log p.
 
         Returns:
-            log_p float32 [..., M] at the temperature, weight float32 [..., M].
+            weight float32 [..., D], and an estimate of sum p_tau log p_tau over the ids outside the
+            kept ones, float32 [...].
 
         Raises:
-            MismatchError: the normaliser of this temperature was not stored.
+            MismatchError: this temperature's normaliser or the sampled ids' log-probabilities were
+                not stored.
         """
         _, tail_mass = self.target(1.0)
-        share = (tail_mass / max(1, self.num_sampled))[..., None].expand_as(self.sampled_logprobs)
+        weight = (tail_mass / max(1, self.num_sampled))[..., None] * self.sampled_counts
         if temperature == 1.0:
-            return self.sampled_logprobs, share
+            kept = torch.special.entr(self.logprobs.exp()).sum(-1)  # -p log p
+            return weight, kept - self.entropy
         log_p = self.sampled_logprobs / temperature - self._normaliser(temperature)
-        return log_p, share * (log_p - self.sampled_logprobs).exp()
+        weight = weight * (log_p - self.sampled_logprobs).exp()
+        return weight, (weight * log_p).sum(-1)
 
     def _normaliser(self, temperature: float) -> Tensor:
         """Return log sum_v exp(logprob_v / tau), [..., 1]."""
         if temperature not in self.temperatures:
-            stored = ", ".join(f"{tau:g}" for tau in self.temperatures)
+            stored = ", ".join(f"{tau:g}" for tau in (1.0, *self.temperatures))
             raise MismatchError(
                 f"temperature={temperature:g} is not among the stored temperatures ({stored}):"
                 " choose one of them, or add it to prepare.temperatures and capture again"
@@ -143,6 +195,16 @@ def nats_lost(topk: TopK) -> Tensor:
     tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
     merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
     return (topk.entropy.double() - merged).clamp_min(0.0)
+
+
+def _with_slots(topk: TopK, number: int) -> TopK:
+    """Add empty slots for sampled ids, up to `number`."""
+    missing = number - topk.sampled_ids.shape[-1]
+    if not missing:
+        return topk
+    names = ["sampled_ids", "sampled_counts", *(["sampled_logprobs"] if topk.temperatures else [])]
+    padded: dict[str, Any] = {name: F.pad(getattr(topk, name), (0, missing)) for name in names}
+    return replace(topk, **padded)
 
 
 def _joined(parts: Sequence[TopK], join: Callable[[list[Tensor]], Tensor]) -> TopK:

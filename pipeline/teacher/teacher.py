@@ -127,16 +127,22 @@ class Teacher(ABC):
 
     @torch.no_grad()
     def logits_by_chunk(
-        self, tokens: Tensor, doc_ids: Tensor | None = None
+        self, tokens: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield positions of the flattened batch with their logits, float32 [chunk, V], by chunks.
 
         The tensor is a work space: the next chunk overwrites it. For doc_ids see `hidden_states`.
+
+        Args:
+            positions: int64 [n] on the CPU, the positions of the flattened batch that are wanted;
+                slices count these. None: all.
         """
         hidden = self.hidden_states(tokens, doc_ids).flatten(0, 1)
+        if positions is not None:
+            hidden = hidden.index_select(0, to_device(positions, hidden.device))
         columns = self._head.shape[1]
         work = torch.empty(min(self.head_chunk, len(hidden)), columns, device=self.device)
-        for start in range(0, len(hidden), self.head_chunk):
+        for start in range(0, max(1, len(hidden)), self.head_chunk):  # one chunk if there are none
             rows = slice(start, min(start + self.head_chunk, len(hidden)))
             out = work[: rows.stop - rows.start]
             states = as_factor(hidden[rows], self._compute_dtype)
@@ -153,19 +159,26 @@ class Teacher(ABC):
         temperatures: tuple[float, ...],
         uniforms: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        *,
+        top_p: float | None = None,
+        wanted: Tensor | None = None,
     ) -> TopK:
         """Map tokens, int64 [B, L], to TopK [B, L, ...] on the teacher's device.
 
         Args:
             uniforms: [B, L, M] in [0, 1), which decide the M sampled ids; None samples nothing.
             doc_ids: see `hidden_states`.
+            top_p: see `top_k_from_logits`.
+            wanted: bool [B, L] on the CPU, the positions that get a target; None: all. The head
+                does not run on the others.
 
         Raises:
             DecantError: the teacher produced a logit that is not finite.
         """
-        topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids)
+        positions = _positions(wanted)
+        topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids, top_p, positions)
         self._require_finite(topk)
-        return topk
+        return _spread(topk, positions, tokens.shape)
 
     def begin_top_k(
         self,
@@ -174,13 +187,18 @@ class Teacher(ABC):
         temperatures: tuple[float, ...],
         uniforms: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        *,
+        top_p: float | None = None,
+        wanted: Tensor | None = None,
     ) -> Callable[[], TopK]:
         """Begin `top_k`; return a function that waits for its result, in CPU memory.
 
         On a GPU this returns when the work is queued, so that the caller can queue more before it
         waits. Errors are those of `top_k`, raised by either call.
         """
-        topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids).map(begin_copy_to_host)
+        positions = _positions(wanted)
+        topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids, top_p, positions)
+        topk = topk.map(begin_copy_to_host)
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -190,7 +208,7 @@ class Teacher(ABC):
             if done is not None:
                 done.synchronize()
             self._require_finite(topk)
-            return topk
+            return _spread(topk, positions, tokens.shape)
 
         return result
 
@@ -201,15 +219,22 @@ class Teacher(ABC):
         temperatures: tuple[float, ...],
         uniforms: Tensor | None,
         doc_ids: Tensor | None,
+        top_p: float | None,
+        positions: Tensor | None,
     ) -> TopK:
+        """Return TopK [n, ...] of these positions, or of all."""
         if uniforms is None:
             uniforms = torch.empty(*tokens.shape, 0)
-        chances = to_device(uniforms.flatten(0, 1), self.device)
-        parts = [
-            top_k_from_logits(logits, k, temperatures, chances[rows])
-            for rows, logits in self.logits_by_chunk(tokens, doc_ids)
-        ]
-        return TopK.cat(parts).map(lambda t: t.view(*tokens.shape, *t.shape[1:]))
+        uniforms = uniforms.flatten(0, 1)
+        if positions is not None:
+            uniforms = uniforms[positions]
+        chances = to_device(uniforms, self.device)
+        return TopK.cat(
+            [
+                top_k_from_logits(logits, k, temperatures, chances[rows], top_p)
+                for rows, logits in self.logits_by_chunk(tokens, doc_ids, positions)
+            ]
+        )
 
     def _require_finite(self, topk: TopK) -> None:
         sums = (topk.lse[..., None], topk.entropy[..., None], topk.lse_tau)
@@ -218,6 +243,19 @@ class Teacher(ABC):
                 f"the teacher's logits overflow in {dtype_name(self.dtype)}: set prepare.dtype to "
                 "bfloat16 or float32"
             )
+
+
+def _positions(wanted: Tensor | None) -> Tensor | None:
+    """Return the places of True in the flattened tensor, int64 [n]; None if all are."""
+    if wanted is None or bool(wanted.all()):
+        return None
+    return wanted.flatten().nonzero()[:, 0]
+
+
+def _spread(topk: TopK, positions: Tensor | None, shape: torch.Size) -> TopK:
+    if positions is None:
+        return topk.map(lambda t: t.view(*shape, *t.shape[1:]))
+    return topk.spread(to_device(positions, topk.lse.device), shape)
 
 
 def _whole_tiles(head: Tensor, vocab_size: int, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.data.row_order import Shard, ShuffledRows
 from pipeline.model.attention_mask import documents_apart
 from pipeline.target_sources.target_source import Place, TargetSource, rows_at
+from pipeline.targets.selection import number_kept
 from pipeline.targets.topk import TopK
 
 _BATCHES_AHEAD = 16  # read the shards of this many batches in advance
@@ -42,12 +43,14 @@ class Batch:
         doc_ids: int32 [B, L] on the CPU, which documents the model must keep apart; None if plain
             causal attention over the rows gives the same result or is wanted
             (pipeline/model/attention_mask.py).
+        num_targets: number of positions in the loss that have a target.
     """
 
     tokens: Tensor
     labels: Tensor
     topk: TopK | None
     doc_ids: Tensor | None = None
+    num_targets: int = 0
 
     @property
     def in_loss(self) -> Tensor:
@@ -72,11 +75,17 @@ def make_batch(source: TargetSource, places: list[Place]) -> Batch:
     """Return the batch of the given corpus rows, whose shards are already read."""
     rows = rows_at(places)
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
+    quantile = source.entropy_quantile
+    num_targets = 0  # counted without the targets, which may be on a GPU
+    if quantile is not None:
+        num_targets = int(number_kept((labels != IGNORE).sum(-1), quantile).sum())
     return Batch(
         tokens=tokens,
-        labels=next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss)),
+        labels=labels,
         topk=source.targets(places, tokens),
         doc_ids=documents_apart(doc_ids, source.document_mask),
+        num_targets=num_targets,
     )
 
 
@@ -100,9 +109,9 @@ def first_rows(
                 shard = source.shard(int(row) // source.shard_rows)
             places.append((shard, int(row)))
         batch = make_batch(source, places)
-        yield (
-            batch if len(share) else replace(batch, labels=torch.full_like(batch.labels, IGNORE))
-        )
+        if not len(share):
+            batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), num_targets=0)
+        yield batch
 
 
 class BatchStream:

@@ -32,10 +32,17 @@ class DistillationLoss(nn.Module):
         self.head_chunk = head_chunk
 
     def forward(
-        self, batch: Batch, *, alpha: float, temperature: float, divergence: Divergence
+        self,
+        batch: Batch,
+        *,
+        alpha: float,
+        temperature: float,
+        divergence: Divergence,
+        target_weight: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of total (with gradient), CE and D as float32 scalars.
 
+        `target_weight` multiplies D in the total: positions in the loss per position with a target.
         All are 0 if no position has a label. The result is a tuple because FSDP2 looks for tensors
         that need gradients in tuples, not in dataclasses.
         """
@@ -61,6 +68,7 @@ class DistillationLoss(nn.Module):
             alpha=alpha,
             temperature=temperature,
             divergence=divergence,
+            target_weight=target_weight,
             transform=self.student.logit_transform,
             dtype=self.dtype,
             chunk=self.head_chunk,

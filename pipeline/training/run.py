@@ -198,6 +198,8 @@ def _target_sources(
             num_sampled=params.prepare.num_sampled,
             seed=params.seed,
             temperatures=() if temperature == 1.0 else (temperature,),
+            top_p=params.prepare.top_p,
+            entropy_quantile=params.prepare.stored_quantile,
             shard_rows=shard_rows,
             document_mask=document_mask,
         )
@@ -265,7 +267,8 @@ def _identity(params: Params, corpus: CorpusSplit, device: torch.device) -> dict
     else:
         identity["document_mask"] = params.prepare.document_mask
     if params.train.targets == "online":
-        kept = params.prepare.model_dump(mode="json", include={"k", "num_sampled"})
+        names = {"k", "num_sampled", "top_p", "positions", "entropy_quantile"}
+        kept = params.prepare.model_dump(mode="json", include=names)
         kept["dtype"] = dtype_name(teacher_dtype(params, device))
         kept["engine"] = describe_engine(params, "transformers")
         identity |= {"online": kept, "teacher_sha256": hash_weights(teacher)}

@@ -2,6 +2,7 @@
 
 One optimizer step divides the summed loss of all its micro-batches on all ranks ONCE, by the total
 number of unmasked tokens. So accumulation and the number of ranks change only time and memory.
+Where only some of these have a target (prepare.positions), the divergence is the mean over those.
 """
 
 from __future__ import annotations
@@ -186,18 +187,20 @@ def _train_step(
         group["lr"] = rate
     micro_batches = list(islice(batches, params.gradient_accumulation_steps))
     waited = time.perf_counter() - started
-    num_labels, num_tokens = ranks.sum(
+    num_labels, num_targets, num_tokens = ranks.sum(
         sum(batch.num_labels for batch in micro_batches),
+        sum(batch.num_targets for batch in micro_batches),
         sum(batch.tokens.numel() for batch in micro_batches),
     )
     alpha = alpha_at(state.step, params)
     scale = state.loss_scale.value if state.loss_scale else 1.0
-    count = max(1.0, num_labels)
-    sums = _forward_backward(model, micro_batches, count, alpha, scale, params, ranks)
+    labels, targets = max(1.0, num_labels), max(1.0, num_targets)
+    sums = _forward_backward(model, micro_batches, labels, targets, alpha, scale, params, ranks)
     gradient_norm = clip_gradients(model, params.max_grad_norm, scale)
     # The only wait for a GPU in a step
     total, ce, divergence, norm = torch.stack((*sums, gradient_norm)).tolist()
-    total, ce, divergence = (value / count for value in ranks.sum(total, ce, divergence))
+    total, ce, divergence = ranks.sum(total, ce, divergence)
+    total, ce, divergence = total / labels, ce / labels, divergence / targets
     _step_or_skip(optimizer, state, total, norm)
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
@@ -244,12 +247,16 @@ def _forward_backward(
     model: nn.Module,
     micro_batches: list[Batch],
     num_labels: float,
+    num_targets: float,
     alpha: float,
     scale: float,
     params: TrainParams,
     ranks: Ranks,
 ) -> tuple[Tensor, ...]:
     """Compute gradients of the mean loss over all ranks' labels of the step, times `scale`.
+
+    The divergence is a mean over the positions with a target. As the sum is divided by the number
+    of labels, it is weighted by labels per target.
 
     Returns:
         This rank's sums of the total loss, CE and divergence, float32 scalars on its device.
@@ -258,7 +265,11 @@ def _forward_backward(
     for number, batch in enumerate(micro_batches, 1):
         with local_gradients(model, last=number == len(micro_batches)):
             losses = model(
-                batch, alpha=alpha, temperature=params.temperature, divergence=params.divergence
+                batch,
+                alpha=alpha,
+                temperature=params.temperature,
+                divergence=params.divergence,
+                target_weight=num_labels / num_targets,
             )
             # Both engines divide gradients by the number of ranks: see distributed.py.
             (losses[0] * (ranks.world_size * scale) / num_labels).backward()

@@ -13,28 +13,42 @@ from pydantic import FiniteFloat
 
 @dataclass(frozen=True, kw_only=True)
 class GateSummary:
-    """Means over positions, except for three extremes."""
+    """Means over positions, except for three extremes; None for what the cache does not store."""
 
-    mean_cosine: float
+    mean_cosine: float  # of probabilities, or of counts where these are all that is stored
     min_cosine: float
     worst_row_cosine: float  # the lowest row mean
-    mean_kl: float  # nats
-    max_kl: float  # nats
-    top1: float
-    overlap: float
-    logprob_error: float  # nats
+    mean_kl: float | None  # nats
+    max_kl: float | None  # nats
+    top1: float | None
+    overlap: float | None
+    logprob_error: float | None  # nats
     lse_error: float  # nats
-    lse_tau_error: float  # nats
+    lse_tau_error: float | None  # nats
     entropy_error: float  # nats
-    sampled_agreement: float  # 1 without sampled ids
+    entropy_gap: float | None  # nats
+    sampled_agreement: float | None
 
     def __str__(self) -> str:
-        return (
-            f"mean cosine {self.mean_cosine:.6f}, KL {self.mean_kl:.2e}, top-1 {self.top1:.4f}, "
-            f"overlap {self.overlap:.4f}, sampled ids {self.sampled_agreement:.4f}, off by "
-            f"{self.logprob_error:.1e} in log-probabilities, {self.lse_error:.1e} in lse, "
-            f"{self.lse_tau_error:.1e} in lse_tau, {self.entropy_error:.1e} in entropy"
+        likeness = {
+            "mean cosine {:.6f}": self.mean_cosine,
+            "KL {:.2e}": self.mean_kl,
+            "top-1 {:.4f}": self.top1,
+            "overlap {:.4f}": self.overlap,
+            "sampled ids {:.4f}": self.sampled_agreement,
+        }
+        errors = {
+            "{:.1e} in log-probabilities": self.logprob_error,
+            "{:.1e} in lse": self.lse_error,
+            "{:.1e} in lse_tau": self.lse_tau_error,
+            "{:.1e} in entropy": self.entropy_error,
+            "{:.1e} in the choice by entropy": self.entropy_gap,
+        }
+        said, off = (
+            ", ".join(words.format(value) for words, value in values.items() if value is not None)
+            for values in (likeness, errors)
         )
+        return f"{said}, off by {off}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +99,11 @@ class Found:
 
     def __str__(self) -> str:
         names = {"kl": "KL", "logprobs": "log-probabilities", "lse": "lse", "entropy": "entropy"}
-        errors = (f"{words} {self.errors[name].mean:.1e}" for name, words in names.items())
+        errors = (
+            f"{words} {self.errors[name].mean:.1e}"
+            for name, words in names.items()
+            if name in self.errors
+        )
         share = f"{100.0 * self.wrong_positions:.2g} % of positions wrong"
         beyond = {
             "one position in 1,000": self.wrong_positions > 0.001,

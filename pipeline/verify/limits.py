@@ -18,6 +18,10 @@ passes on other hardware do. For shares with large noise, a further rule applies
 the worst row: the limit requires at least half of the agreement that the noise floor has, so that
 draws from another distribution fail.
 
+Quantities that a cache lacks are left out (`agreement.comparable`). If all that it stores are
+counts of sampled ids, the cosine is that of the counts, which noise changes as it does the sampled
+ids, so that it has no ceiling either.
+
 Shapes: n positions, C signed errors.
 """
 
@@ -65,6 +69,7 @@ QUANTITIES = (
     Quantity("lse", "error of lse", NATS),
     Quantity("lse_tau", "error of lse_tau", NATS),
     Quantity("entropy", "error of entropy", NATS),
+    Quantity("entropy_gap", "entropy gap of the chosen positions", NATS),
     Quantity("sampled", "agreement of sampled ids", 1e-3, likeness=True),
 )
 
@@ -77,6 +82,7 @@ class Compared:
     rows: Tensor  # int64 [n], the number of each position's row among those examined
     columns: Tensor  # int64 [n], the place of each position in its row
     signed_names: list[str]  # the columns of agreement.signed
+    quantities: list[Quantity]  # those that can be compared
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,15 +98,27 @@ class Compared:
 
 
 def limits_from(
-    noise: Compared, size: int, params: VerifyParams, *, k: int, num_sampled: int
+    noise: Compared,
+    size: int,
+    params: VerifyParams,
+    *,
+    k: int,
+    num_sampled: int,
+    top_p: float | None = None,
 ) -> Limits:
     """Return the limits that a noise floor sets for a cache with `size` examined positions."""
     factor = params.noise_factor
     tails = max(1.0, sqrt(size / len(noise)))
-    unit = {"top1": 1.0, "overlap": 1.0 / max(1, k), "sampled": 1.0 / max(1, num_sampled)}
+    # One id more or less, of two at least where a cut may be noisy.
+    kept = 1.0 / max(1, k) if top_p is None else 0.5
+    unit = {"top1": 1.0, "overlap": kept, "sampled": 1.0 / max(1, num_sampled)}
     ceilings = _ceilings(params)
+    has_probabilities = any(quantity.name == "kl" for quantity in noise.quantities)
+    if not has_probabilities:
+        del ceilings["cosine"]
+        unit["cosine"] = unit["sampled"]
     limits = {}
-    for quantity in QUANTITIES:
+    for quantity in noise.quantities:
         errors = quantity.errors(noise.agreement)
         _, rows = noise.row_means(errors)
         unseen = 3.0 * unit.get(quantity.name, 0.0)
@@ -112,7 +130,7 @@ def limits_from(
         if quantity.likeness:
             mean, row = (min(m, (1.0 + f) / 2) for m, f in zip((mean, row), floors, strict=True))
         mean = min(mean, ceilings.get(quantity.name, mean))
-        if quantity.name == "cosine":
+        if quantity.name == "cosine" and has_probabilities:
             row = min(row, 1.0 - params.min_row_cosine)
         position = max(factor * tails * (float(errors.max()) + unseen), quantity.resolution)
         possible = position < 1.0 or not quantity.likeness
@@ -135,6 +153,7 @@ def _ceilings(params: VerifyParams) -> dict[str, float]:
         "lse": params.max_lse_error,
         "lse_tau": params.max_normaliser_error,
         "entropy": params.max_normaliser_error,
+        "entropy_gap": params.max_normaliser_error,
     }
 
 
@@ -151,7 +170,7 @@ def failures_of(cache: Compared, limits: Limits, places: Sequence[str]) -> list[
     Args:
         places: the names of the rows examined.
     """
-    found = [_failure(q, cache, limits.errors[q.name], places) for q in QUANTITIES]
+    found = [_failure(q, cache, limits.errors[q.name], places) for q in cache.quantities]
     means = cache.agreement.signed.double().mean(0).tolist()
     offsets = zip(cache.signed_names, means, limits.signed.values(), strict=True)
     wrong = [(abs(mean) / limit, name, mean, limit) for name, mean, limit in offsets]
@@ -201,7 +220,7 @@ def smallest_found(
     """
     z = NormalDist().inv_cdf(POWER)
     found = {}
-    for quantity in QUANTITIES:
+    for quantity in noise.quantities:
         errors, limit = quantity.errors(noise.agreement), limits.errors[quantity.name]
         margin = z * float(_deviation(noise.row_means(errors)[1]))
         position = limit.position

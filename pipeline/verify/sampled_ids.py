@@ -3,14 +3,16 @@
 If two passes of a teacher agree to 1e-6, the sampled ids can be repeated and compared id by id. In
 half formats the cumulative sums from which sampled ids are read differ by 1e-3, so that ids in the
 tail differ too; in that case this test decides. It sums three quantities over all checked
-positions. Their means and variances under the live distribution p are exact.
+positions. Their means and variances under the live distribution p are exact. An id v that was
+sampled c_v times is v_j for c_v numbers j.
 
     surprise   sum_j log p(v_j) over the sampled ids of a position. A sample of p^b has mean
                E log p + (b - 1) Var log p to first order, and the sum is the sufficient statistic
                of b. This is the score test of b = 1 (Rao 1948), the most powerful one against ids
                drawn at another temperature 1 / b. Uniform ids, the most probable ids and the ids
                of another position also have another b.
-    pairs      the number of equal pairs among the M sampled ids of a position, with mean
+    pairs      the number of equal pairs among the M sampled ids of a position, which is
+               sum_v c_v (c_v - 1) / 2, with mean
                M (M - 1) / 2 sum_v p_v^2. If the next most probable ids replace the sampled ids,
                there are none; if one draw is repeated, there are all M (M - 1) / 2.
     place      sum_j F(v_j) - p(v_j) / 2 - 1/2, with F the cumulative sum of p by id: the mid-PIT,
@@ -26,7 +28,7 @@ Pairs and squares are compared with a gamma variable of the same mean and varian
 Satterthwaite 1946. The limits of each of the four tests are set at FALSE_ALARM, with an allowance
 for the teacher's noise (NOISE_*).
 
-Shapes: n positions, M sampled ids, V valid vocabulary.
+Shapes: n positions, M sampled ids, D of them distinct, V valid vocabulary.
 """
 
 from __future__ import annotations
@@ -72,21 +74,28 @@ class SampleSums:
         return SampleSums(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
-def sample_sums(weights: Tensor, sampled_ids: Tensor) -> SampleSums:
+def sample_sums(
+    weights: Tensor, sampled_ids: Tensor, sampled_counts: Tensor, num_sampled: int
+) -> SampleSums:
     """Compute the sums and moments of each position.
 
     Args:
         weights: float32 [n, V], proportional to p, 0 at ids that cannot be drawn. A position where
             all are 0 has nothing to draw from, and its sums are 0.
-        sampled_ids: int64 [n, M].
+        sampled_ids: int64 [n, D], distinct where counts are not 0.
+        sampled_counts: integer [n, D], 0 in empty slots.
+        num_sampled: M, which the counts of a correct sample add up to.
     """
     values = 2**19 if weights.device.type == "cpu" else 2**24  # on a CPU, as many as fit its cache
     at_once = max(1, values // weights.shape[-1])
-    pieces = zip(torch.split(weights, at_once), torch.split(sampled_ids, at_once), strict=True)
-    return SampleSums.cat([_sample_sums(rows, ids) for rows, ids in pieces])
+    parts = (torch.split(t, at_once) for t in (weights, sampled_ids, sampled_counts))
+    pieces = zip(*parts, strict=True)
+    return SampleSums.cat([_sample_sums(p, ids, c, num_sampled) for p, ids, c in pieces])
 
 
-def _sample_sums(weights: Tensor, sampled_ids: Tensor) -> SampleSums:
+def _sample_sums(
+    weights: Tensor, sampled_ids: Tensor, sampled_counts: Tensor, num_sampled: int
+) -> SampleSums:
     total = weights.sum(-1, keepdim=True)
     some = total[:, 0] > 0
     p = weights / total.clamp_min(torch.finfo(torch.float32).tiny)
@@ -101,41 +110,47 @@ def _sample_sums(weights: Tensor, sampled_ids: Tensor) -> SampleSums:
     torch.mul(place, place, out=work)
     second = (p * work).sum(-1).double()
     fourth = (p * work.square_()).sum(-1).double()
-    num_sampled = sampled_ids.shape[-1]
-    by_id = sampled_ids.sort(-1).values
-    nth = _nth_of_equals(by_id)  # 0, 1, 2 for three equal ids, which form 0 + 1 + 2 pairs
+    counts = sampled_counts.double()
     pairs = num_sampled * (num_sampled - 1) / 2
     sums = SampleSums(
-        surprise=(log_p.gather(-1, sampled_ids) - mean[:, None]).double().sum(-1),
+        surprise=((log_p.gather(-1, sampled_ids) - mean[:, None]) * counts).sum(-1),
         surprise_variance=num_sampled * variance.double(),
-        pairs=nth.double().sum(-1),
+        pairs=(counts * (counts - 1.0) / 2.0).sum(-1),
         pairs_mean=pairs * s2,
         pairs_variance=pairs * (s2 - s2.square() + 2 * (num_sampled - 2) * (s3 - s2.square())),
-        place=place.gather(-1, sampled_ids).double().sum(-1),
+        place=(place.gather(-1, sampled_ids) * counts).sum(-1),
         place_variance=num_sampled * second,
         place_cumulant=num_sampled * (fourth - 3.0 * second.square()),
-        impossible=(p.gather(-1, sampled_ids) == 0).double().sum(-1),
+        impossible=((p.gather(-1, sampled_ids) == 0) * counts).sum(-1),
     )
     return sums.map(lambda values: torch.where(some, values, 0.0))
 
 
-def sampled_overlap(one: Tensor, other: Tensor) -> Tensor:
-    """Return the share of ids that two samples [n, M] have in common in any order, float32 [n]."""
-    keys = [_numbered(ids) for ids in (one, other)]
-    place = torch.searchsorted(keys[1], keys[0]).clamp_max(one.shape[-1] - 1)
-    return (keys[1].gather(-1, place) == keys[0]).float().mean(-1)
+def sampled_overlap(ids: Tensor, counts: Tensor, other_ids: Tensor, other_counts: Tensor) -> Tensor:
+    """Return the share of sampled ids that two samples have in common, float32 [n].
+
+    An id counts as often as both have sampled it; the share is of the larger sample if the counts
+    of one do not add up to M.
+
+    Args:
+        ids, other_ids: int64 [n, D], distinct where counts are not 0; D may differ.
+        counts, other_counts: integer [n, D].
+    """
+    common = torch.minimum(counts, common_counts(ids, other_ids, other_counts)).sum(-1)
+    return common / torch.maximum(counts.sum(-1), other_counts.sum(-1))
 
 
-def _numbered(ids: Tensor) -> Tensor:
-    """Make sorted ids [n, M] distinct, by adding to each its number among equal ones."""
-    by_id = ids.sort(-1).values
-    return by_id * by_id.shape[-1] + _nth_of_equals(by_id)
+def common_counts(ids: Tensor, other_ids: Tensor, other_counts: Tensor) -> Tensor:
+    """Return how often each of `ids` occurs in another sample, in the type of its counts; [n, D].
 
-
-def _nth_of_equals(by_id: Tensor) -> Tensor:
-    """Number equal ids in sorted ids [n, M]: 0 for the first, 1 for the second and so on."""
-    first = torch.searchsorted(by_id, by_id)
-    return torch.arange(by_id.shape[-1], device=by_id.device) - first
+    Args:
+        ids: int64 [n, D]; see `sampled_overlap`.
+    """
+    beyond = torch.iinfo(torch.int64).max
+    by_id, order = other_ids.masked_fill(other_counts == 0, beyond).sort(-1)
+    place = torch.searchsorted(by_id, ids.contiguous()).clamp_max(by_id.shape[-1] - 1)
+    found = by_id.gather(-1, place) == ids
+    return other_counts.gather(-1, order.gather(-1, place)) * found
 
 
 def fit_tests(sums: SampleSums, rows: Tensor, columns: Tensor) -> list[FitTest]:

@@ -21,7 +21,8 @@ from measure import forget_peak, in_child, peak_mib
 
 from pipeline.capture.capture import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
-from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.folder import hash_tokenizer

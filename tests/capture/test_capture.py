@@ -104,7 +104,8 @@ def test_k_beyond_the_vocabulary(tiny_corpus: Params) -> None:
 def test_whole_vocabulary_can_be_kept(tiny_corpus: Params) -> None:
     capture_all(change(tiny_corpus, prepare={"k": 300}))
     stored = open_cache(tiny_corpus).top_k(np.array([0]))
-    torch.testing.assert_close(stored.logprobs.exp().sum(-1), torch.ones(1, 32), atol=2e-3, rtol=0)
+    sums = stored.logprobs.exp().sum(-1)
+    torch.testing.assert_close(sums, stored.has_target.float(), atol=2e-3, rtol=0)
 
 
 def test_logits_that_overflow_are_named(tiny_corpus: Params, tmp_path: Path) -> None:
@@ -218,7 +219,9 @@ def test_each_document_is_captured_as_if_alone(tiny_corpus: Params) -> None:
         for place, as_if_alone in ((first, True), (second, document_mask)):
             tokens = torch.from_numpy(rows.tokens[row][place])[None]
             alone = teacher.top_k(tokens, 16, (1.0, 2.0, 4.0))
-            same = torch.allclose(stored[:, place].lse_tau, alone.lse_tau, atol=1e-5)
+            there = stored[:, place]
+            off = (there.lse_tau - alone.lse_tau)[there.has_target].abs().max()
+            same = bool(off < 1.5e-4)  # rounded to 1/4096 nat
             assert same == as_if_alone
 
 

@@ -23,6 +23,7 @@ from pipeline.capture import ray
 from pipeline.capture.local import capture_locally
 from pipeline.capture.ray import CaptureActor, capture_on_ray
 from pipeline.config.params import Params
+from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.io.files import create_bytes
@@ -97,7 +98,7 @@ def test_two_actors_make_the_local_store(
     assert re.fullmatch(
         r"prepare: 2 actors capture 3,616 tokens in 29 shards\n"
         r"prepare: 3,616 tokens captured in \d+ s, 29 of 29 shards new; cache/logits.zarr holds "
-        r"3,616 positions x top 16, [\d.]+ bytes per token, from a teacher in float32\n",
+        r"the top 16 of 3,616 positions, [\d.]+ bytes per token, from a teacher in float32\n",
         done.stdout,
     )
     require_same_as_local(many_shards)
@@ -233,6 +234,19 @@ def test_damage_is_repaired(
     assert [result.shards_done for result in results] == [1, 0]
     assert re.search(r"^prepare: train shard 2: .*; repaired$", capsys.readouterr().out, re.M)
     require_same_as_local(tiny_cache)
+
+
+def test_rows_that_were_added_are_captured(cluster: None, tiny_params: Params) -> None:
+    """The short last shard is completed, its old rows are not captured again."""
+    params = change(tiny_params, corpus={"train_tokens": 1500})
+    build_corpus(params.corpus, params.paths.teacher, params.paths.corpus)
+    capture_locally(params)
+    build_corpus(tiny_params.corpus, params.paths.teacher, params.paths.corpus, append=True)
+    [train, validation] = capture_on_ray(params, actors=2, overwrite=True)
+    assert (train.tokens_done, train.shards_done) == ((94 - 47) * 32, 4)
+    assert validation.tokens_done == 0
+    check = check_cache(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
+    assert (check.damages, check.missing) == ((), 0)
 
 
 def test_stage_refuses(

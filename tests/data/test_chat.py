@@ -579,6 +579,26 @@ def test_chats_through_the_corpus(chat_params: Params) -> None:
     assert everything["train"].num_in_loss == everything["train"].num_tokens
 
 
+def test_chats_that_are_added(chat_params: Params, tmp_path: Path) -> None:
+    """Those without a target are known as well, and counted once."""
+    corpus, teacher, address = chat_params.corpus, chat_params.paths.teacher, tmp_path / "corpus"
+    before = build_corpus(corpus, teacher, address)
+    old = {split: CorpusSplit(address, split).rows(0, before[split].num_rows) for split in SPLITS}
+    chats = [chat(f"Who has {i}?", *["the dog. " * (1 + i % 4)][: i % 3]) for i in range(30)]
+    with (tmp_path / "chats.jsonl").open("a") as file:
+        file.writelines("\n" + json.dumps({"messages": messages}) for messages in chats)
+    infos = build_corpus(corpus, teacher, address, append=True)
+    assert sum(info.num_documents for info in infos.values()) == 50 + 20
+    assert sum(info.num_dropped for info in infos.values()) == 10 + 10
+    for split in SPLITS:
+        found = CorpusSplit(address, split)
+        rows = found.rows(0, len(found))
+        assert np.array_equal(rows.in_loss[: len(old[split])], old[split].in_loss)
+        assert found.info.num_in_loss == rows.in_loss.sum()
+        assert found.info.num_digests == found.info.num_documents + found.info.num_dropped
+    assert build_corpus(corpus, teacher, address, append=True) == infos
+
+
 def test_chats_are_captured_and_trained_on(chat_params: Params) -> None:
     build_corpus(chat_params.corpus, chat_params.paths.teacher, chat_params.paths.corpus)
     capture_all(chat_params)

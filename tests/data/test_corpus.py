@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus, load_tokenizer
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, SplitWriter, hash_rows
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, chain_rows, hash_rows
 from pipeline.data.packing import PADDING, Rows
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from tests.helpers import change, open_cache
@@ -178,7 +179,7 @@ def test_a_source_that_fails_leaves_the_old_corpus(
     for split in SPLITS:
         corpus = CorpusSplit(params.paths.corpus, split)
         assert corpus.info == before[split]
-        assert hash_rows(corpus.rows(0, len(corpus))) == before[split].sha256
+        assert chain_rows(corpus.rows(0, len(corpus))) == before[split].sha256
 
 
 def test_a_corpus_that_is_begun_no_longer_exists(tiny_corpus: Params) -> None:
@@ -227,6 +228,9 @@ def test_hash_of_rows_is_as_specified() -> None:
     assert hash_rows(rows) == hashlib.sha256(first + second).hexdigest()
     flipped = Rows(rows.tokens, rows.doc_ids, ~rows.in_loss)
     assert hash_rows(flipped) != hash_rows(rows)
+    chain = hashlib.sha256(hashlib.sha256(bytes(32) + first).digest() + second).hexdigest()
+    assert chain_rows(rows) == chain
+    assert chain_rows(rows[1:], chain_rows(rows[:1])) == chain
 
 
 def test_hub_out_of_reach_is_one_sentence(

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import Rows
 from pipeline.evaluation.models import open_models
 from pipeline.evaluation.passage import first_passage, read_tokens, view_passage

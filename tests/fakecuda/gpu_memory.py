@@ -23,14 +23,17 @@ def targets() -> TopK:
     """Of the right sizes; their values do not matter."""
     device = "cuda"
     return TopK(
+        has_target=torch.ones(N, dtype=torch.bool, device=device),
         ids=torch.zeros(N, K, dtype=torch.int64, device=device),
         logprobs=torch.zeros(N, K, device=device),
         lse=torch.zeros(N, device=device),
-        lse_tau=torch.zeros(N, 1, device=device),
+        lse_tau=torch.zeros(N, 0, device=device),
         entropy=torch.zeros(N, device=device),
         sampled_ids=torch.zeros(N, 0, dtype=torch.int64, device=device),
+        sampled_counts=torch.zeros(N, 0, dtype=torch.int32, device=device),
         sampled_logprobs=torch.zeros(N, 0, device=device),
-        temperatures=(1.0,),
+        num_sampled=0,
+        temperatures=(),
         vocab_size=V,
     )
 

@@ -22,11 +22,11 @@ from torch import nn
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.params_file import load_yaml
-from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.corpus_zarr import OBJECTS, CorpusSplit, entry_of, objects_key
 from pipeline.errors import DecantError, ParamsError
 from pipeline.io.checked_json import DamagedError, add_checksum, crc32c
 from pipeline.io.folders import LocalFolder
-from pipeline.io.zarr_shards import _BLOSC, decode_shard, object_hash
+from pipeline.io.zarr_shards import _BLOSC, decode_shard
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.logit_cache.reader import CacheReader
@@ -204,7 +204,8 @@ def survive(work: Callable[[], object]) -> bool:
 
 def test_metadata_of_a_corpus_with_valid_checksums(tiny_corpus: Params) -> None:
     place = Path(str(tiny_corpus.paths.corpus))
-    file, objects = place / "train" / "zarr.json", place / "train" / "objects.json"
+    file = place / "train" / "zarr.json"
+    [objects] = (place / "train" / "objects").iterdir()
     whole, listed = json.loads(file.read_text()), objects.read_text()
 
     def write(about: Any) -> None:
@@ -221,8 +222,8 @@ def test_metadata_of_a_corpus_with_valid_checksums(tiny_corpus: Params) -> None:
         refused += survive(read)
     for _ in range(60):
         text = json.dumps(mutate(json.loads(listed), generator)).encode()
-        objects.write_bytes(text)
-        entry = [len(text), object_hash("objects.json", text)]
+        entry = entry_of(OBJECTS, text)
+        (place / "train" / objects_key(entry)).write_bytes(text)
         write(whole["attributes"]["decant"] | {"objects": entry})
         refused += survive(read)
     assert refused > 140
@@ -297,11 +298,12 @@ def test_swapped_and_foreign_shards_of_a_corpus_are_refused(
         ):
             CorpusSplit(tiny_corpus.paths.corpus, "train").rows(0, 1)
     store.write(key, tokens)
-    store.remove("objects.json")
-    with pytest.raises(DecantError, match=r"objects\.json is missing"):
+    objects = objects_key(split.info.objects)
+    store.remove(objects)
+    with pytest.raises(DecantError, match=r"objects/\w+\.json is missing"):
         CorpusSplit(tiny_corpus.paths.corpus, "train")
-    store.write("objects.json", b"{}")
-    with pytest.raises(DecantError, match=r"objects\.json has 2 bytes"):
+    store.write(objects, b"{}")
+    with pytest.raises(DecantError, match=r"objects/\w+\.json does not match its hash"):
         CorpusSplit(tiny_corpus.paths.corpus, "train")
 
 

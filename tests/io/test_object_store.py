@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, chain_rows
 from pipeline.errors import DecantError, MismatchError
 from pipeline.io import object_store
 from pipeline.io.address import Url, parse_address
@@ -265,6 +265,21 @@ def test_capture_check_and_train_in_an_object_store(
             assert one.get(name) == two.get(name)
     if how is None:  # 8 steps of 4 rows see 32 of 94 rows; no object is read twice in a window
         assert reads <= 120
+
+
+def test_a_corpus_grows_in_an_object_store(bucket: Url, tiny_params: Params) -> None:
+    remote = change(tiny_params, paths={"corpus": str(bucket / "corpus")})
+    infos = []
+    for params in (tiny_params, remote):
+        corpus, address = params.corpus, params.paths.corpus
+        teacher = params.paths.teacher
+        few = change(params, corpus={"train_tokens": 1500}).corpus
+        before = build_corpus(few, teacher, address)
+        infos.append(build_corpus(corpus, teacher, address, append=True))
+        rows = CorpusSplit(address, "train").rows(0, infos[-1]["train"].num_rows)
+        assert chain_rows(rows) == infos[-1]["train"].sha256
+        assert chain_rows(rows[: before["train"].num_rows]) == before["train"].sha256
+    assert infos[0] == infos[1]
 
 
 def save_twice(saved: list[str]) -> Callable[..., None]:

@@ -50,7 +50,8 @@ def assert_equals_plain(
             if topk.num_sampled
             else DIVERGENCES[divergence](*bucketed(logits, topk, tau))
         )
-        torch.testing.assert_close(sums.divergence, value.sum(), atol=1e-4, rtol=2e-6)
+        value = value[topk.has_target].sum()
+        torch.testing.assert_close(sums.divergence, value, atol=1e-4, rtol=2e-6)
     n = len(labels)
     expected = torch.autograd.grad(plain / n, parameters)
     found = torch.autograd.grad(sums.total / n, parameters)
@@ -94,6 +95,60 @@ def test_every_divergence_equals_its_plain_form(
     )
     logits = hidden @ weight.T
     assert_equals_plain(sums, (hidden, weight), logits, labels, topk, 0.6, tau, name)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("num_sampled", [0, 9])
+@pytest.mark.parametrize("k", [7, 40])
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_ids_and_positions_without_a_target(
+    name: Divergence, k: int, num_sampled: int, tau: float
+) -> None:
+    if num_sampled and name != "forward_kl":
+        return
+    n, size = 23, 12
+    uniforms = torch.rand(n, num_sampled)
+    whole = top_k_from_logits(torch.randn(n, 40) * 3, k, (2.0,), uniforms, 0.8)
+    there = torch.arange(n) % 3 > 0
+    index = there.nonzero()[:, 0]
+    topk = whole[index].spread(index, (n,))
+    assert 0 < int(topk.is_kept.sum()) < k * len(index)
+    hidden = torch.randn(n, size, requires_grad=True)
+    weight = torch.randn(45, size, requires_grad=True)
+    labels = torch.randint(0, 40, (n,))
+
+    def sums_of(target: TopK, rows: Tensor, share: float) -> LossSums:
+        return distillation_loss_sums(
+            hidden[rows],
+            weight,
+            labels[rows],
+            target,
+            alpha=0.6,
+            temperature=tau,
+            divergence=name,
+            target_weight=share,
+            chunk=10,
+        )
+
+    every = torch.arange(n)
+    logits = hidden @ weight.T
+    assert_equals_plain(
+        sums_of(topk, every, 1.0), (hidden, weight), logits, labels, topk, 0.6, tau, name
+    )
+    # The divergence counts where there is a target, and nowhere else; a cut id is in the bucket.
+    found, only = sums_of(topk, every, 1.5), sums_of(whole[index], index, 1.5)
+    torch.testing.assert_close(found.divergence, only.divergence)
+    elsewhere = cross_entropy(logits, labels)[~there].sum()
+    torch.testing.assert_close(found.total, only.total + 0.4 * elsewhere)
+    expected = 0.6 * 1.5 * tau**2 * only.divergence + 0.4 * found.ce
+    torch.testing.assert_close(found.total, expected)
+    if k == 7 and not num_sampled:  # as if fewer ids had been asked for
+        row = int(index[0])
+        number = int(topk.is_kept[row].sum())
+        short = sums_of(whole.prefix(number)[row : row + 1], torch.tensor([row]), 1.0)
+        cut = sums_of(topk[row : row + 1], torch.tensor([row]), 1.0)
+        torch.testing.assert_close(cut.divergence, short.divergence)
+        torch.testing.assert_close(cut.total, short.total)
 
 
 @pytest.mark.parametrize("tau", TAUS)

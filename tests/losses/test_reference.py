@@ -129,11 +129,13 @@ def test_sampled_loss_and_gradient_are_unbiased(tau: float, k: int) -> None:
     outside = [v for v in range(40) if v not in topk.ids[0].tolist()]
     log_p = teacher.log_softmax(-1)
     chances = (log_p[0, outside] - log_p[0, outside].logsumexp(0)).exp()
-    num_sampled = torch.tensor(outside)[:, None]  # one position for each possible draw
+    drawn = torch.tensor(outside)[:, None]  # one position for each possible draw
     every = replace(
         topk.map(lambda t: t.expand(len(outside), *t.shape[1:])),
-        sampled_ids=num_sampled,
-        sampled_logprobs=log_p.expand(len(outside), -1).gather(-1, num_sampled),
+        sampled_ids=drawn,
+        sampled_counts=torch.ones_like(drawn),
+        sampled_logprobs=log_p.expand(len(outside), -1).gather(-1, drawn),
+        num_sampled=1,
     )
     student = torch.randn(1, 40)
     ours = student.expand(len(outside), -1).clone().requires_grad_()

@@ -49,6 +49,7 @@ def gate_report() -> GateReport:
         lse_error=0.09,
         lse_tau_error=0.02,
         entropy_error=0.03,
+        entropy_gap=None,
         sampled_agreement=0.9,
     )
     names = [quantity.name for quantity in QUANTITIES]

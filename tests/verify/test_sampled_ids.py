@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.targets.block_search import sample_by_inversion
+from pipeline.targets.selection import count_distinct
 from pipeline.verify.sampled_ids import fit_tests, sample_sums, sampled_overlap
 from tests.verify.faults import SAMPLING_FAULTS
 
@@ -26,9 +27,10 @@ def weights_of(seed: int, kept: int, vocabulary: int = VOCABULARY) -> Tensor:
     return p.scatter(-1, p.topk(kept).indices, 0.0)
 
 
-def verdicts(live: Tensor, num_sampled: Tensor) -> dict[str, bool]:
+def verdicts(live: Tensor, ids: Tensor) -> dict[str, bool]:
     place = torch.arange(len(live))
-    tests = fit_tests(sample_sums(live, num_sampled), place // LENGTH, place % LENGTH)
+    sums = sample_sums(live, *count_distinct(ids), ids.shape[-1])
+    tests = fit_tests(sums, place // LENGTH, place % LENGTH)
     return {test.name: test.passed for test in tests}
 
 
@@ -64,7 +66,7 @@ def test_moments_are_those_of_the_distribution() -> None:
     weights = torch.tensor([0.4, 0.3, 0.2, 0.1])
     samples = torch.cartesian_prod(*(torch.arange(4),) * 3)
     chance = weights[samples].prod(-1).double()
-    sums = sample_sums(weights.expand(len(samples), -1) * 7.0, samples)
+    sums = sample_sums(weights.expand(len(samples), -1) * 7.0, *count_distinct(samples), 3)
     for name in ("surprise", "pairs", "place"):
         values = getattr(sums, name)
         mean = (chance * values).sum()
@@ -83,11 +85,25 @@ def test_moments_are_those_of_the_distribution() -> None:
 
 def test_draws_among_the_kept_ids_are_impossible() -> None:
     weights = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 0.0]])
-    sums = sample_sums(weights, torch.tensor([[0, 1, 0], [0, 1, 2]]))
+    sums = sample_sums(weights, *count_distinct(torch.tensor([[0, 1, 0], [0, 1, 2]])), 3)
     assert sums.impossible.tolist() == [2, 0]  # where nothing can be drawn, anything may stand
 
 
 def test_common_draws_count_repeats_and_no_order() -> None:
     one = torch.tensor([[5, 5, 7, 9], [1, 2, 3, 4]])
     other = torch.tensor([[9, 5, 8, 8], [4, 3, 2, 1]])
-    assert sampled_overlap(one, other).tolist() == [0.5, 1.0]
+    overlap = sampled_overlap(*count_distinct(one), *count_distinct(other))
+    assert overlap.tolist() == [0.5, 1.0]
+
+
+def test_empty_slots_are_no_draws_of_id_0() -> None:
+    empty = torch.tensor([[7, 0, 0]]), torch.tensor([[3, 0, 0]])
+    full = torch.tensor([[0, 7]]), torch.tensor([[2, 1]])
+    assert sampled_overlap(*empty, *full).tolist() == [pytest.approx(1 / 3)]
+    assert sampled_overlap(*full, *empty).tolist() == [pytest.approx(1 / 3)]
+
+
+def test_counts_that_are_too_large_do_not_agree() -> None:
+    ids = torch.tensor([[3, 4]])
+    doubled = sampled_overlap(ids, torch.tensor([[4, 2]]), ids, torch.tensor([[2, 1]]))
+    assert doubled.tolist() == [0.5]
