@@ -58,7 +58,14 @@ def _look(params: Params) -> None:
     from pipeline.capture.capture import fingerprint_of
     from pipeline.data.corpus_zarr import CorpusSplit
     from pipeline.planning.advise import advise
-    from pipeline.planning.advise_text import cost_lines, plot, recommendation, table_lines
+    from pipeline.planning.advise_text import (
+        cost_lines,
+        mode_lines,
+        plot,
+        position_line,
+        recommendation,
+        table_lines,
+    )
     from pipeline.runtime.device import pick_device
     from pipeline.teacher.engines import open_teacher, teacher_dtype
 
@@ -69,7 +76,8 @@ def _look(params: Params) -> None:
     teacher = open_teacher(params, corpus.info.vocab_size, dtype, device)
     advice = advise(teacher, corpus, fingerprint, params)
     write_json(params.paths.advise / "metrics.json", advice.metrics())
-    for line in [*table_lines(advice), *cost_lines(advice)]:
+    lines = [*table_lines(advice), *mode_lines(advice), position_line(advice), *cost_lines(advice)]
+    for line in lines:
         click.echo(f"  {line}")
     if advice.left_out:
         beyond = ", ".join(map(str, advice.left_out))

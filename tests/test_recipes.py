@@ -75,11 +75,12 @@ def quoted(page: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def params_of(words: list[str]) -> Params:
-    """Those of a quoted command, but that what lies in this machine's cache/ does not matter."""
+    """Those of a quoted command, whatever lies in this machine's cache/."""
     options = list(zip(words[::2], words[1::2], strict=True))
     overrides = [value for name, value in options if name == "--set"]
     params = load_params(ROOT / dict(options).get("--params", "params.yaml"), overrides)
-    paths = params.paths.model_copy(update={"teacher": Path("no such folder")})
+    nowhere = {"teacher": Path("no such folder"), "corpus": Path("no such folder")}
+    paths = params.paths.model_copy(update=nowhere)
     return params.model_copy(update={"paths": paths})
 
 

@@ -1,30 +1,35 @@
-"""Measure what each K would keep and cost on a small sample, to choose prepare.k before a capture.
+"""Measure what a cache would keep and cost on a small sample, to choose prepare.* before a capture.
 
-Rows spread evenly over the training split go through the teacher once, at the largest K; the
-smaller K are prefixes of it. Three quantities are measured for each K:
+Rows spread evenly over the training split go through the teacher once, and each chunk of logits is
+reduced to all that is compared: the values of K in advise.ks, and the modes of `modes_to_compare`
+(a cut to a mass, sampled ids, positions of high entropy). Measured for each:
 
-    retained mass    sum of the K kept probabilities at each temperature, mean over positions
+    retained mass    sum of the kept probabilities at each temperature, mean over positions
     nats lost        the part of the teacher's entropy that lies inside the bucket of all other ids
                      (`nats_lost`); a student cannot learn it from the cache
-    bytes per token  size of the data that a cache would hold, without sampled ids and without
+    bytes per token  size of the data that a cache would hold, over all tokens of the rows, without
                      the corpus's own tokens
 
-They are measured, not modelled: the sample is encoded by the cache's own codec in chunks of
+Mass and nats are means over the positions with a target: those in the loss, or those of them that
+prepare.positions chooses. With sampled ids, the expectation of a target is the teacher's full
+distribution, so all mass is retained and no nats are lost, on average over the draws.
+
+Sizes are measured, not modelled: the sample is encoded by the cache's own codec in chunks of
 prepare.chunk_rows. If it is smaller than a chunk, the chunk is filled with zeros, as in a cache's
 last shard; they compress to almost nothing.
 
 The duration of a capture, and the number of epochs from which it is cheaper than an online teacher,
-are estimated from the rates at prepare.k on up to prepare.shard_rows rows of the sample
+are estimated from the rates of prepare.* on up to prepare.shard_rows rows of the sample
 (`EpochCosts`).
 
-Shapes: B rows, L length, K kept ids, n positions.
+Shapes: B rows, L length, K kept ids, M sampled ids, n positions.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -33,46 +38,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.capture.capture import COUNTED_ROWS
+from pipeline.capture.capture import COUNTED_ROWS, begin_top_k_of
 from pipeline.config.cache_params import AdviseParams, PrepareParams
 from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import PADDING, Rows
+from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.errors import ParamsError
 from pipeline.io.zarr_shards import decode_shard, encode_shard
 from pipeline.logit_cache.codec import IdOrder, decode, encode, to_topk
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.logit_cache.layout import CacheLayout, id_order_name
 from pipeline.model.attention_mask import documents_apart
+from pipeline.planning.cache_size import Mode
 from pipeline.runtime.batch_sizes import resolve_batch_rows
-from pipeline.runtime.console import (
-    announce,
-    progress,
-    progress_bar,
-)
-from pipeline.targets.reduce import row_uniforms
+from pipeline.runtime.console import announce, progress, progress_bar
+from pipeline.runtime.transfer import to_device
+from pipeline.targets.reduce import row_uniforms, top_k_from_logits
+from pipeline.targets.selection import cut_to_mass, keep_highest_entropy
 from pipeline.targets.topk import TopK, nats_lost
 from pipeline.teacher.teacher import Teacher
 
 ENOUGH_MASS = 0.95  # the recommended K keeps at least this much
+TOP_PS = (0.9, 0.95, 0.99)  # the cuts to a mass that are compared
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptAtK:
-    """The benefit and cost of one K: means over the sample's positions that are not padding."""
+class Kept:
+    """The benefit and cost of one mode, on the sample."""
 
-    k: int
-    retained_mass: dict[float, float]  # by temperature
-    nats_lost: float  # at temperature 1
-    bytes_a_token: float
+    mode: Mode
+    positions: float  # share of the positions that have a target; what follows are means over these
+    num_ids: float  # kept and distinct sampled ids per position
+    retained_mass: dict[float, float]  # by temperature; with sampled ids, the expectation
+    nats_lost: float  # at temperature 1; with sampled ids, the expectation
+    bytes_a_token: float  # over all positions
+    bytes_at_one: float  # the same if prepare.temperatures were [1.0]
     corpus_bytes: float  # for all positions of the training split
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochCosts:
-    """Seconds of one epoch over the training split at prepare.k, estimated from the sample."""
+    """Seconds of one epoch over the training split with prepare.*, estimated from the sample."""
 
     forward: float  # teacher and head alone; the logits are discarded
     top_k: float  # with the reduction to TopK: the cost of an online teacher
@@ -93,16 +101,21 @@ class Advice:
     positions: int  # positions in these rows, padding included
     corpus_rows: int  # rows of the training split
     corpus_positions: int
-    kept: tuple[KeptAtK, ...]  # by ascending K
+    kept: tuple[Kept, ...]  # the K most probable ids alone, by ascending K
+    modes: tuple[Kept, ...]  # that of prepare.* first, whose costs were measured, then others
     left_out: tuple[int, ...]  # K beyond the vocabulary
     costs: EpochCosts
-    prepare_k: int  # the K at which the costs were measured
     epochs_per_run: float  # epochs over the training split in a run of train.*
     temperature: float  # of the recommendation: train.temperature if it is stored, else 1
     break_even_epochs: int | None  # None: an online teacher is never more expensive
 
     @property
-    def recommended(self) -> KeptAtK | None:
+    def share_in_loss(self) -> float:
+        """Share of the sample's positions that are in the loss."""
+        return self.kept[0].positions
+
+    @property
+    def recommended(self) -> Kept | None:
         """The smallest K that keeps ENOUGH_MASS at `temperature`; None if no K does."""
         enough = (k for k in self.kept if k.retained_mass[self.temperature] >= ENOUGH_MASS)
         return next(enough, None)
@@ -117,21 +130,25 @@ class Advice:
     def metrics(self) -> dict[str, Any]:
         """Return the contents of metrics.json."""
         best = self.recommended
-        by_k = [
-            asdict(kept)
-            | {"retained_mass": {f"{tau:g}": mass for tau, mass in kept.retained_mass.items()}}
-            for kept in self.kept
-        ]
         return {
             "sample": {"rows": self.rows, "positions": self.positions},
             "corpus": {"rows": self.corpus_rows, "positions": self.corpus_positions},
-            "kept": by_k,
+            "share_in_loss": self.share_in_loss,
+            "kept": [_metrics_of(kept) for kept in self.kept],
+            "modes": [_metrics_of(kept) for kept in self.modes],
             "left_out": self.left_out,
             "pass_seconds": asdict(self.costs) | {"capture": self.costs.capture},
             "break_even_epochs": self.break_even_epochs,
             "break_even_runs": self.break_even_runs,
-            "recommended_k": None if best is None else best.k,
+            "recommended_k": None if best is None else best.mode.k,
         }
+
+
+def _metrics_of(kept: Kept) -> dict[str, Any]:
+    values = asdict(kept)
+    mode = values.pop("mode")
+    masses = {f"{tau:g}": mass for tau, mass in kept.retained_mass.items()}
+    return {"name": kept.mode.name, **mode, **values, "retained_mass": masses}
 
 
 def advise(
@@ -143,34 +160,51 @@ def advise(
         fingerprint: fingerprint of the cache that `prepare` would make from the split.
 
     Raises:
-        ParamsError: every K of advise.ks exceeds the vocabulary.
+        ParamsError: every K of advise.ks exceeds the vocabulary, or no position of the sample is in
+            the loss.
     """
     ks, left_out = usable_ks(params.advise.ks, fingerprint.vocab_size)
+    modes = modes_to_compare(params.prepare, fingerprint.vocab_size)
     blocks = sample_blocks(len(corpus), params.advise, params.prepare.shard_rows)
+    if not any(len(_inputs_of(_rows_at(corpus, block), fingerprint)[2]) for block in blocks):
+        raise ParamsError(
+            f"no position of the {sum(map(len, blocks))} rows in the sample is in the loss: raise "
+            "advise.min_rows or advise.sample"
+        )
     looked_at = f"{sum(map(len, blocks))} of {len(corpus):,} rows"
     announce("advise", f"examines {looked_at} with {teacher.describe()}")
     costs = _measure_costs(teacher, corpus, fingerprint, params, blocks[0])
-    kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, ks)
+    wanted = [*(Mode(k=k) for k in ks), *modes]
+    kept = _measure_kept(teacher, corpus, fingerprint, params, blocks, wanted)
     rows, length = sum(map(len, blocks)), fingerprint.row_length
     stored = {1.0, *fingerprint.temperatures}  # temperature 1 needs no normaliser
     resolved = resolve(params, train_rows=len(corpus), num_ids=corpus.info.vocab_size)
-    wanted = resolved.train
+    train = resolved.train
     return Advice(
         rows=rows,
         positions=rows * length,
         corpus_rows=len(corpus),
         corpus_positions=len(corpus) * length,
-        kept=kept,
+        kept=kept[: len(ks)],
+        modes=kept[len(ks) :],
         left_out=left_out,
         costs=costs,
-        prepare_k=fingerprint.k,
-        epochs_per_run=wanted.num_steps
-        * wanted.batch_rows
-        * wanted.gradient_accumulation_steps
+        epochs_per_run=train.num_steps
+        * train.batch_rows
+        * train.gradient_accumulation_steps
         / len(corpus),
-        temperature=wanted.temperature if wanted.temperature in stored else 1.0,
+        temperature=train.temperature if train.temperature in stored else 1.0,
         break_even_epochs=break_even_epochs(costs.capture, costs.top_k, costs.decode),
     )
+
+
+def modes_to_compare(prepare: PrepareParams, vocab_size: int) -> list[Mode]:
+    """Return the mode of prepare.*, then others that a user may choose instead."""
+    here = Mode.of(prepare)
+    cuts = [Mode(k=here.k, top_p=top_p) for top_p in TOP_PS] if here.k else []
+    sampled = [Mode(k=k, num_sampled=m) for k, m in ((0, 25), (0, 50), (32, 16)) if k <= vocab_size]
+    certain_left_out = replace(here, entropy_quantile=prepare.entropy_quantile)
+    return list(dict.fromkeys([here, *cuts, *sampled, certain_left_out]))
 
 
 def usable_ks(ks: Iterable[int], vocab_size: int) -> tuple[list[int], tuple[int, ...]]:
@@ -222,44 +256,57 @@ def break_even_epochs(capture: float, online: float, read: float) -> int | None:
 
 
 class _Meter:
-    """Sums for one K over the sample's blocks; the first block gives the id order."""
+    """Sums for one mode over the sample's blocks; the first block gives the id order."""
 
-    def __init__(self, k: int, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
-        self._made_from = replace(fingerprint, k=k, num_sampled=0)
+    def __init__(self, mode: Mode, fingerprint: Fingerprint, prepare: PrepareParams) -> None:
+        self._mode = mode
+        self._made_from = replace(fingerprint, **asdict(mode))
         self._prepare = prepare
         self._mass = dict.fromkeys(sorted({1.0, *fingerprint.temperatures}), 0.0)
         self._nats = 0.0
-        self._real = self._stored = self._bytes = 0
+        self._targets = self._positions = self._ids = self._bytes = self._bytes_at_one = 0
         self._id_order: IdOrder | None = None
 
-    def add(self, topk: TopK, real: Tensor) -> None:
-        """Add a block.
-
-        Args:
-            topk: [B, L, ...], with this K or a larger one.
-            real: bool [B, L], False at padding.
-        """
-        kept = topk.prefix(self._made_from.k)
+    def add(self, topk: TopK) -> None:
+        """Add a block of this mode, [B, L, ...]."""
         if self._id_order is None:
-            self._id_order = _id_order_of(kept)
-        layout = _layout_of(self._made_from, self._prepare, self._id_order, rows=len(real))
-        self._bytes += sum(map(len, _to_objects(kept, self._id_order, layout).values()))
-        self._stored += real.numel()
-        counted = kept[real]
-        self._real += len(counted.lse)
+            self._id_order = _id_order_of(topk)
+        self._bytes += self._size_of(topk, self._made_from)
+        at_one = replace(
+            topk,
+            temperatures=(),
+            lse_tau=topk.lse_tau[..., :0],
+            sampled_logprobs=topk.sampled_logprobs[..., :0],
+        )
+        self._bytes_at_one += self._size_of(at_one, replace(self._made_from, temperatures=()))
+        self._positions += topk.lse.numel()
+        counted = topk[topk.has_target]
+        self._targets += len(counted.lse)
+        self._ids += int(counted.is_kept.sum()) + int((counted.sampled_counts > 0).sum())
+        if self._mode.num_sampled:
+            return
         self._nats += float(nats_lost(counted).sum())
         for temperature in self._mass:
             _, tail_mass = counted.target(temperature)
             self._mass[temperature] += float((1.0 - tail_mass.double()).sum())
 
-    def result(self, corpus_positions: int) -> KeptAtK:
+    def _size_of(self, topk: TopK, made_from: Fingerprint) -> int:
+        assert self._id_order is not None
+        layout = _layout_of(made_from, self._prepare, self._id_order, rows=len(topk.lse))
+        return sum(map(len, _to_objects(topk, self._id_order, layout).values()))
+
+    def result(self, corpus_positions: int) -> Kept:
         """Return means over all blocks, and the size of a cache of `corpus_positions` positions."""
-        bytes_a_token = self._bytes / self._stored
-        return KeptAtK(
-            k=self._made_from.k,
-            retained_mass={tau: mass / self._real for tau, mass in self._mass.items()},
-            nats_lost=self._nats / self._real,
+        bytes_a_token = self._bytes / self._positions
+        mass = {tau: total / self._targets for tau, total in self._mass.items()}
+        return Kept(
+            mode=self._mode,
+            positions=self._targets / self._positions,
+            num_ids=self._ids / self._targets,
+            retained_mass=dict.fromkeys(mass, 1.0) if self._mode.num_sampled else mass,
+            nats_lost=self._nats / self._targets,
             bytes_a_token=bytes_a_token,
+            bytes_at_one=self._bytes_at_one / self._positions,
             corpus_bytes=bytes_a_token * corpus_positions,
         )
 
@@ -270,26 +317,69 @@ def _measure_kept(
     fingerprint: Fingerprint,
     params: Params,
     blocks: list[list[int]],
-    ks: list[int],
-) -> tuple[KeptAtK, ...]:
-    """Run the teacher once over all blocks at the largest K, the last of `ks`; one result per K."""
-    meters = [_Meter(k, fingerprint, params.prepare) for k in ks]
+    modes: Sequence[Mode],
+) -> tuple[Kept, ...]:
+    """Run the teacher once over all blocks; one result per mode."""
+    largest = max(mode.k for mode in modes if not mode.num_sampled)
+    sources = {mode: _source_of(mode, largest) for mode in modes}
+    meters = {mode: _Meter(mode, fingerprint, params.prepare) for mode in modes}
     batch_rows = resolve_batch_rows(
         params.capture.batch_rows, fingerprint.row_length, teacher.device.type
     )
     positions = sum(map(len, blocks)) * fingerprint.row_length
     with progress_bar(what="advise", total=positions, unit="tok") as bar:
         for block in blocks:
-            rows = _rows_at(corpus, block)
-            parts: list[TopK] = []
-            for tokens, doc_ids in _batches(rows, batch_rows, fingerprint):
-                wanted = (ks[-1], fingerprint.temperatures)
-                parts.append(teacher.begin_top_k(tokens, *wanted, doc_ids=doc_ids)())
-                bar.update(tokens.numel())
-            topk, real = TopK.cat(parts), torch.from_numpy(rows.doc_ids != PADDING)
-            for meter in meters:
-                meter.add(topk, real)
-    return tuple(meter.result(len(corpus) * fingerprint.row_length) for meter in meters)
+            parts: dict[Mode, list[TopK]] = {source: [] for source in sources.values()}
+            for first in range(0, len(block), batch_rows):
+                places = block[first : first + batch_rows]
+                for source, topk in _reduce(teacher, corpus, fingerprint, places, parts).items():
+                    parts[source].append(topk)
+                bar.update(len(places) * fingerprint.row_length)
+            found = {source: TopK.cat(topks) for source, topks in parts.items()}
+            for mode, meter in meters.items():
+                meter.add(_cut(found[sources[mode]], mode))
+    return tuple(meters[mode].result(len(corpus) * fingerprint.row_length) for mode in modes)
+
+
+def _source_of(mode: Mode, largest: int) -> Mode:
+    """Return what the logits are reduced to for a mode; the top K are all cut from the largest."""
+    return replace(mode, entropy_quantile=0.0) if mode.num_sampled else Mode(k=largest)
+
+
+def _reduce(
+    teacher: Teacher,
+    corpus: CorpusSplit,
+    fingerprint: Fingerprint,
+    places: list[int],
+    modes: Iterable[Mode],
+) -> dict[Mode, TopK]:
+    """Run the teacher over a batch of rows and reduce its logits once for each mode."""
+    rows = _rows_at(corpus, places)
+    tokens, doc_ids, positions = _inputs_of(rows, fingerprint)
+    length, seed = fingerprint.row_length, fingerprint.sampling_seed
+    chances = {
+        mode: row_uniforms(places, length, mode.num_sampled, seed).flatten(0, 1)[positions]
+        for mode in modes
+    }
+    parts: dict[Mode, list[TopK]] = {mode: [] for mode in chances}
+    for chunk, logits in teacher.logits_by_chunk(tokens, doc_ids, positions):
+        for mode, uniforms in chances.items():
+            chance = to_device(uniforms[chunk], teacher.device)
+            topk = top_k_from_logits(logits, mode.k, fingerprint.temperatures, chance, mode.top_p)
+            parts[mode].append(topk.map(Tensor.cpu))
+    found = {mode: TopK.cat(topks) for mode, topks in parts.items()}
+    teacher.require_finite(next(iter(found.values())))
+    return {mode: topk.spread(positions, tokens.shape) for mode, topk in found.items()}
+
+
+def _cut(topk: TopK, mode: Mode) -> TopK:
+    """Cut what `_reduce` returned for the source of a mode, [B, L, ...], to the mode."""
+    if not mode.num_sampled:
+        topk = topk.prefix(mode.k)
+        flat = topk.ids.flatten(0, 1), topk.logprobs.flatten(0, 1)
+        ids, logprobs = cut_to_mass(*flat, mode.top_p)
+        topk = replace(topk, ids=ids.view_as(topk.ids), logprobs=logprobs.view_as(topk.logprobs))
+    return keep_highest_entropy(topk, mode.entropy_quantile)
 
 
 def _measure_costs(
@@ -301,23 +391,17 @@ def _measure_costs(
 ) -> EpochCosts:
     """Time a capture, and reading it back, on the rows of a block."""
     rows = _rows_at(corpus, block)
-    length, num_sampled = fingerprint.row_length, fingerprint.num_sampled
-    uniforms = row_uniforms(block, length, num_sampled, fingerprint.sampling_seed)
-    batch_rows = resolve_batch_rows(params.capture.batch_rows, length, teacher.device.type)
-    chances = torch.split(uniforms, batch_rows)
-
-    def top_k(tokens: Tensor, doc_ids: Tensor | None, chance: Tensor) -> TopK:
-        wanted = (fingerprint.k, fingerprint.temperatures)
-        return teacher.begin_top_k(tokens, *wanted, chance, doc_ids)()
-
-    batches = list(zip(_batches(rows, batch_rows, fingerprint), chances, strict=True))
-    (tokens, doc_ids), chance = batches[0]  # a warm-up, since the very first call is slow
-    top_k(tokens[:1], None if doc_ids is None else doc_ids[:1], chance[:1])
+    batch_rows = resolve_batch_rows(
+        params.capture.batch_rows, fingerprint.row_length, teacher.device.type
+    )
+    batches = [rows[first : first + batch_rows] for first in range(0, len(block), batch_rows)]
+    # A warm-up, since the very first call is slow
+    _top_k(teacher, fingerprint, rows[:1])
     forward, reduced, parts = 0.0, 0.0, []
-    for (tokens, doc_ids), chance in progress(batches, what="advise: rates", unit="batch"):
-        seconds, _ = _timed(partial(_forward, teacher, tokens, doc_ids))
+    for batch in progress(batches, what="advise: rates", unit="batch"):
+        seconds, _ = _timed(partial(_forward, teacher, fingerprint, batch))
         forward += seconds
-        seconds, part = _timed(partial(top_k, tokens, doc_ids, chance))
+        seconds, part = _timed(partial(_top_k, teacher, fingerprint, batch))
         reduced += seconds
         parts.append(part)
     topk = TopK.cat(parts)
@@ -334,10 +418,15 @@ def _measure_costs(
     )
 
 
-def _forward(teacher: Teacher, tokens: Tensor, doc_ids: Tensor | None) -> float:
+def _forward(teacher: Teacher, fingerprint: Fingerprint, rows: Rows) -> float:
     """Run teacher and head over a batch; reading one logit makes sure that a GPU has finished."""
-    seen = [logits[-1, -1].clone() for _, logits in teacher.logits_by_chunk(tokens, doc_ids)]
-    return float(seen[-1])
+    chunks = teacher.logits_by_chunk(*_inputs_of(rows, fingerprint))
+    return float(torch.cat([logits[-1:, -1].clone() for _, logits in chunks]).sum())
+
+
+def _top_k(teacher: Teacher, fingerprint: Fingerprint, rows: Rows) -> TopK:
+    """Run a batch as prepare does, with the first rows' samples, since only the time counts."""
+    return begin_top_k_of(teacher, fingerprint, rows, 0)()
 
 
 def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
@@ -350,14 +439,12 @@ def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
     return Rows.cat([corpus.rows(place, place + 1) for place in places])
 
 
-def _batches(
-    rows: Rows, batch_rows: int, fingerprint: Fingerprint
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Return each batch's tokens, int64 [up to batch_rows, L], and documents to be kept apart."""
-    tokens = torch.split(torch.from_numpy(rows.tokens), batch_rows)
-    doc_ids = torch.split(torch.from_numpy(rows.doc_ids), batch_rows)
-    apart = [documents_apart(ids, fingerprint.document_mask) for ids in doc_ids]
-    return list(zip(tokens, apart, strict=True))
+def _inputs_of(rows: Rows, fingerprint: Fingerprint) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return tokens, documents to keep apart, and the flattened batch's positions in the loss."""
+    tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
+    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
+    positions = (labels != IGNORE).flatten().nonzero()[:, 0]
+    return tokens, documents_apart(doc_ids, fingerprint.document_mask), positions
 
 
 def _id_order_of(topk: TopK) -> IdOrder:

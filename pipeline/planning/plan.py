@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
 from pipeline.config.section import Dtype
-from pipeline.errors import ParamsError
+from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.errors import DecantError, ParamsError
 from pipeline.model.folder import teacher_folder
 from pipeline.planning.advise import break_even_epochs
 from pipeline.planning.cache_size import CORPUS_BYTES, CacheSize, Mode, cache_size
@@ -39,9 +40,12 @@ READ = 6.1e6  # tokens per second read and decoded by two threads beside a devic
 WRITTEN = 1.6e6  # tokens per second encoded and committed by two threads (cache_speed.py)
 NOISE_COPIES = 3  # copies of a row in a forward of the noise floor (pipeline/verify/gate.py)
 MODES = (
-    Mode(k=64, num_sampled=0),
-    Mode(k=32, num_sampled=0),
-    Mode(k=16, num_sampled=0),
+    Mode(k=64),
+    Mode(k=64, top_p=0.95),
+    Mode(k=64, entropy_quantile=0.5),
+    Mode(k=32),
+    Mode(k=32, num_sampled=16),
+    Mode(k=16),
     Mode(k=0, num_sampled=50),
 )
 
@@ -53,6 +57,7 @@ class Extent:
     row_length: int
     train_rows: int
     held_out_rows: int
+    share_in_loss: float  # share of the tokens, as the corpus counts them; 1 without a corpus
     run_tokens: int  # tokens read by the steps of a run with train.*
     validated_tokens: int  # tokens it also reads for validation, from step 0 on
 
@@ -71,7 +76,8 @@ class Extent:
 class Rates:
     """Tokens per second, on all devices together."""
 
-    teacher: float  # teacher's forward over capture.batch_rows rows, in prepare.dtype
+    teacher: float  # teacher's forward over capture.batch_rows rows, in prepare.dtype; the head
+    # runs on the positions in the loss alone
     student: float  # student's forward, in train.dtype
     train: float  # student's forward and backward
     checked: float  # teacher's forward over verify.batch_rows rows, in prepare.dtype
@@ -148,12 +154,11 @@ def make_plan(params: Params) -> Plan:
     extent = _extent(params)
     alone = capture_memory(teacher, params, dtype).total
     sharing = share_teacher(teacher, params, fits_alone=alone <= FITS * device.memory)
-    rates = _rates(params, teacher, student, dtype, sharing)
-    kept = Mode(k=params.prepare.k, num_sampled=params.prepare.num_sampled)
+    rates = _rates(params, teacher, student, dtype, sharing, extent.share_in_loss)
     rows = (extent.train_rows, extent.held_out_rows)
+    sizes = rows, extent.row_length, params.prepare, extent.share_in_loss
     cache, *modes = (
-        cache_size(mode, teacher.vocab_size, rows, extent.row_length, params.prepare)
-        for mode in (kept, *MODES)
+        cache_size(mode, teacher.vocab_size, *sizes) for mode in (Mode.of(params.prepare), *MODES)
     )
     live = _groups(params, sharing) / rates.teacher  # seconds per token of one teacher
     return Plan(
@@ -239,6 +244,7 @@ def _extent(params: Params) -> Extent:
         row_length=corpus.row_length,
         train_rows=_train_rows(params),
         held_out_rows=held_out,
+        share_in_loss=_share_in_loss(params),
         run_tokens=train.num_steps
         * train.batch_rows
         * train.gradient_accumulation_steps
@@ -247,24 +253,40 @@ def _extent(params: Params) -> Extent:
     )
 
 
+def _share_in_loss(params: Params) -> float:
+    """Return the share of the training split's positions that are in the loss; 1 if none exists."""
+    try:
+        info = CorpusSplit(params.paths.corpus, "train").info
+    except DecantError:  # there is no corpus yet, or none that can be read: a plan needs none
+        return 1.0
+    return info.num_in_loss / info.num_positions
+
+
 def _groups(params: Params, sharing: Sharing) -> int:
     """Return how many teachers the devices hold."""
     return params.advise.devices // sharing.devices
 
 
-def _rates(params: Params, teacher: Shape, student: Shape, dtype: str, sharing: Sharing) -> Rates:
+def _rates(
+    params: Params,
+    teacher: Shape,
+    student: Shape,
+    dtype: str,
+    sharing: Sharing,
+    share_in_loss: float,
+) -> Rates:
     device, length = DEVICES[params.advise.device], params.corpus.row_length
     share = params.advise.mfu * params.advise.devices
     judged_teacher, judged_student = _judged_dtypes(params)
 
-    def rate(name: str, batch_rows: int) -> float:
+    def rate(name: str, batch_rows: int, of_head: float = 1.0) -> float:
         """Return the rate of all teachers; the head runs on one of the devices that share one."""
         body = teacher.body_operations(length) / sharing.speedup(batch_rows)
-        seconds = (body + 2.0 * teacher.head) / (params.advise.mfu * device.peak(name))
+        seconds = (body + of_head * 2.0 * teacher.head) / (params.advise.mfu * device.peak(name))
         return _groups(params, sharing) / seconds
 
     return Rates(
-        teacher=rate(dtype, planned_batch_rows(params)),
+        teacher=rate(dtype, planned_batch_rows(params), share_in_loss),
         student=share * device.peak(params.train.dtype) / student.forward_operations(length),
         train=share * device.peak(params.train.dtype) / step_operations(student, params),
         checked=rate(dtype, params.verify.batch_rows),

@@ -6,12 +6,14 @@ import math
 import textwrap
 
 from pipeline.config.params import Params
-from pipeline.planning.cache_size import CacheSize
+from pipeline.planning.cache_size import CacheSize, bytes_a_token
 from pipeline.planning.costs import FITS
 from pipeline.planning.decoder_shape import Shape
 from pipeline.planning.devices import DEVICES
-from pipeline.planning.plan import READ, Plan, StagePlan
+from pipeline.planning.plan import MODES, READ, Plan, StagePlan
 from pipeline.runtime.console import readable_bytes, readable_seconds
+
+_WIDTH = 25  # of a mode's name
 
 
 def plan_lines(plan: Plan, params: Params) -> list[str]:
@@ -45,11 +47,20 @@ def _subject(plan: Plan, params: Params) -> list[str]:
         f"student {plan.student}: {_weights(plan.student_shape)}, in {plan.student_dtype}",
         f"corpus {extent.tokens:,} tokens in rows of {extent.row_length:,}; a run of "
         f"{plan.steps:,} steps of {extent.run_tokens // plan.steps:,} tokens "
-        f"is {_epochs(extent.epochs_per_run)}",
+        f"is {_epochs(extent.epochs_per_run)}{_in_loss(plan, params)}",
         f"device {advise.devices} x {advise.device} at {advise.mfu:.0%} of its peak: "
         f"capture {plan.rates.teacher:,.0f} tokens/s, training {plan.rates.train:,.0f} tokens/s",
         *_sharing(plan),
     ]
+
+
+def _in_loss(plan: Plan, params: Params) -> str:
+    share = plan.extent.share_in_loss
+    if share < 1.0:
+        return f"; {share:.1%} of its tokens are in the loss, and the others take no head or cache"
+    if params.corpus.loss_on == "completions":
+        return "; all tokens are assumed to be in the loss, until stages/corpus.py has counted them"
+    return ""
 
 
 def _weights(shape: Shape) -> str:
@@ -86,8 +97,8 @@ def _stage_line(stage: StagePlan) -> str:
 
 def _mode_table(plan: Plan) -> list[str]:
     return [
-        f"{'kept':<10}{'bytes/token':>15}{'cache':>10}{'shard':>10}{'shards':>11}"
-        f"{'objects':>12}{'read while training':>21}",
+        f"{'kept':<{_WIDTH}}{'bytes/token':>11}{'cache':>10}{'shard':>10}{'shards':>9}"
+        f"{'objects':>11}{'read in training':>18}",
         *(_mode_line(size, plan.rates.train) for size in plan.modes),
     ]
 
@@ -95,14 +106,19 @@ def _mode_table(plan: Plan) -> list[str]:
 def _mode_line(size: CacheSize, rate: float) -> str:
     read = f"{readable_bytes(size.bytes_a_token * rate)}/s"
     return (
-        f"{size.mode.name:<10}{size.bytes_a_token:>15.1f}{readable_bytes(size.total):>10}"
-        f"{readable_bytes(size.shard):>10}{size.shards:>11,}{size.objects:>12,}{read:>21}"
+        f"{size.mode.name:<{_WIDTH}}{size.bytes_a_token:>11.1f}{readable_bytes(size.total):>10}"
+        f"{readable_bytes(size.shard):>10}{size.shards:>9,}{size.objects:>11,}{read:>18}"
     )
 
 
 def advice(plan: Plan, params: Params) -> list[str]:
     """Say what fits, how much of the cache a run reads, and whether a cache pays off."""
-    return [*_fits(plan, params), *_coverage(plan, params), *_cache_or_online(plan, params)]
+    return [
+        *_fits(plan, params),
+        *_temperatures(plan, params),
+        *_coverage(plan, params),
+        *_cache_or_online(plan, params),
+    ]
 
 
 def _fits(plan: Plan, params: Params) -> list[str]:
@@ -144,6 +160,22 @@ def _fits(plan: Plan, params: Params) -> list[str]:
             )
             lines += [] if line in lines else [line]
     return lines
+
+
+def _temperatures(plan: Plan, params: Params) -> list[str]:
+    """Say what the stored temperatures cost if the run needs none of them."""
+    if set(params.prepare.temperatures) <= {1.0} or params.train.temperature != 1.0:
+        return []
+    vocab_size, share = plan.teacher_shape.vocab_size, plan.extent.share_in_loss
+    saved = []
+    for mode in (MODES[0], MODES[-1]):
+        with_all = bytes_a_token(mode, vocab_size, params.prepare.temperatures)
+        saved.append(share * (with_all - bytes_a_token(mode, vocab_size)))
+    return [
+        "train.temperature=1 needs no other temperature: prepare.temperatures=[1.0] takes "
+        f"{saved[0]:.1f} bytes per token less with the {MODES[0].name}, {saved[1]:.1f} less with "
+        f"{MODES[-1].name}"
+    ]
 
 
 def _coverage(plan: Plan, params: Params) -> list[str]:

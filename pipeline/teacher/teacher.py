@@ -177,7 +177,7 @@ class Teacher(ABC):
         """
         positions = _positions(wanted)
         topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids, top_p, positions)
-        self._require_finite(topk)
+        self.require_finite(topk)
         return _spread(topk, positions, tokens.shape)
 
     def begin_top_k(
@@ -207,7 +207,7 @@ class Teacher(ABC):
         def result() -> TopK:
             if done is not None:
                 done.synchronize()
-            self._require_finite(topk)
+            self.require_finite(topk)
             return _spread(topk, positions, tokens.shape)
 
         return result
@@ -236,7 +236,12 @@ class Teacher(ABC):
             ]
         )
 
-    def _require_finite(self, topk: TopK) -> None:
+    def require_finite(self, topk: TopK) -> None:
+        """Refuse a reduction of logits that are not finite.
+
+        Raises:
+            DecantError: one of them is not.
+        """
         sums = (topk.lse[..., None], topk.entropy[..., None], topk.lse_tau)
         if not bool(torch.isfinite(torch.cat(sums, -1)).all()):
             raise DecantError(
