@@ -101,11 +101,16 @@ def main(
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     readers = [CacheReader(params.paths.logits, corpus) for corpus in corpora]
     num_bytes = sum(reader.num_bytes() for reader in readers)
-    positions = sum(corpus.info.num_rows * corpus.info.row_length for corpus in corpora)
+    positions = sum(corpus.info.num_positions for corpus in corpora)
+    in_loss = sum(corpus.info.num_in_loss for corpus in corpora)
     made_from = readers[0].fingerprint
+    which = f"{in_loss / positions:.1%} in the loss"
+    if made_from.entropy_quantile:
+        which += f", targets above entropy quantile {made_from.entropy_quantile:g} of each row"
     click.echo(
-        f"{summary}; {params.paths.logits} holds {made_from.kept} of {positions:,} positions, "
-        f"{num_bytes / positions:.1f} bytes per token, from a teacher in {made_from.dtype}"
+        f"{summary}; {params.paths.logits} holds {made_from.kept} of {positions:,} positions "
+        f"({which}), {num_bytes / positions:.1f} bytes per token, from a teacher in "
+        f"{made_from.dtype}"
     )
 
 

@@ -31,6 +31,8 @@ _FROM_CACHE = (
     "document_mask",
     "k",
     "num_sampled",
+    "top_p",
+    "entropy_quantile",
     "num_rows",
     "row_length",
 )
@@ -218,7 +220,9 @@ def _start(student: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     train, cache = about.get("train", {}), about.get("cache", {})
     rows = [(f"train.{key}", str(train[key])) for key in _FROM_TRAIN if key in train]
-    rows += [(f"cache: {key}", str(cache[key])) for key in _FROM_CACHE if key in cache]
+    rows += [
+        (f"cache: {key}", str(cache[key])) for key in _FROM_CACHE if cache.get(key) is not None
+    ]
     if "corpus_sha256" in about and not cache:
         rows.append(("corpus_sha256", str(about["corpus_sha256"])))
     return rows

@@ -98,7 +98,8 @@ def test_two_actors_make_the_local_store(
     assert re.fullmatch(
         r"prepare: 2 actors capture 3,616 tokens in 29 shards\n"
         r"prepare: 3,616 tokens captured in \d+ s, 29 of 29 shards new; cache/logits.zarr holds "
-        r"the top 16 of 3,616 positions, [\d.]+ bytes per token, from a teacher in float32\n",
+        r"the top 16 of 3,616 positions \([\d.]+% in the loss\), [\d.]+ bytes per token, "
+        r"from a teacher in float32\n",
         done.stdout,
     )
     require_same_as_local(many_shards)

@@ -153,7 +153,13 @@ METRICS = {
 }
 RUN = {
     "train": {"targets": "cached", "steps": 48, "temperature": 1.0},
-    "cache": {"teacher_sha256": "19f1f3", "k": 16, "num_sampled": 4},
+    "cache": {
+        "teacher_sha256": "19f1f3",
+        "k": 16,
+        "num_sampled": 4,
+        "top_p": 0.9,
+        "entropy_quantile": 0.5,
+    },
 }
 
 
@@ -187,6 +193,8 @@ def test_card_of_a_run(params_of_run: Params, tmp_path: Path) -> None:
     for row in (
         "| cache: teacher_sha256 | 19f1f3 |",
         "| cache: num_sampled | 4 |",
+        "| cache: top_p | 0.9 |",
+        "| cache: entropy_quantile | 0.5 |",
         "| train.targets | cached |",
         "| train.steps | 48 |",
         "|  | teacher | student |",

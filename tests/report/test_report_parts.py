@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import PADDING
+from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.errors import DecantError
 from pipeline.io.files import write_json
 from pipeline.model.attention_mask import documents_apart
@@ -77,15 +77,19 @@ def test_retained_mass_is_the_teachers(finished_run: Params) -> None:
         apart = documents_apart(doc_ids, cache.fingerprint.document_mask)
         logits = torch.cat([part for _, part in teacher.logits_by_chunk(tokens, apart)]).double()
         ids = cache.top_k(np.array([number])).ids[0]
-        real = doc_ids[0] != PADDING
+        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
+        wanted = labels[0] != IGNORE
         for tau, parts in kept.items():
-            parts.append((logits / tau).softmax(-1).gather(-1, ids).sum(-1)[real])
+            parts.append((logits / tau).softmax(-1).gather(-1, ids).sum(-1)[wanted])
     for at in measured.temperatures:
         truth = torch.cat(kept[at.temperature]).numpy()
         assert measured.positions == len(truth)
         assert at.mean == pytest.approx(truth.mean(), abs=1e-3)
         assert at.quantile(0.05) == pytest.approx(np.quantile(truth, 0.05), abs=1e-3)
         assert at.quantiles[-1] == pytest.approx(truth.max(), abs=1e-3)
+    assert [at.temperature for at in measured.temperatures] == [1.0, 2.0, 4.0]
+    assert measured.share == measured.positions / (32 * len(numbers))
+    assert measured.num_ids == 16
     assert measured.temperatures[0].mean > measured.temperatures[-1].mean
 
 
