@@ -95,7 +95,7 @@ _SPLIT = (
 )
 
 
-_CHATML = (
+CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -123,7 +123,7 @@ def make_qwen_tokenizer(folder: Path, **changes: Any) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    fast.chat_template = _CHATML
+    fast.chat_template = CHATML
     fast.save_pretrained(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.config.params import Params
+from pipeline.model.folder import teacher_folder
 from pipeline.training.run import run_training
+from tests.models import CHATML
 
 FOLDER = Path(__file__).parent / "benchmarks"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "measure")
@@ -21,6 +24,7 @@ TINY_RUNS = {  # options, and what it must print
     "cache_speed": ("--rounds 1 --batches 2", "share of a training step: median "),
     "capture_cost": ("--rows 2 --rounds 1 --peak 1", "of the peak FLOP/s"),
     "corpus_speed": ("--megabytes 0.2 --rounds 1", "texts: 2 workers are "),
+    "chat_capture": ("--conversations 30 --rounds 1", "answers alone over all positions: time "),
     "engine_cost": ("--rows 2 --rounds 1", "by vLLM 1.2.3, over transformers': "),
     "float16_curve": ("--steps 2 --size 32", "float16 against float32: training loss at most "),
     "head_and_loss": ("--case tiny --rounds 1", "of torch.topk's time"),
@@ -53,6 +57,10 @@ def test_it_runs(
         run_training(tiny_cache, "student")
     if name == "engine_cost":
         monkeypatch.setenv("DECANT_TEST_VLLM", str(request.getfixturevalue("vllm_python")))
+    if name == "chat_capture":
+        chatty = shutil.copytree(teacher_folder(tiny_cache.paths.teacher), tmp_path / "chatty")
+        (chatty / "chat_template.jinja").write_text(CHATML)
+        words += f" --set paths.teacher={chatty}"
     monkeypatch.chdir(tmp_path)  # where params.yaml lies
     monkeypatch.syspath_prepend(str(FOLDER))
     try:

@@ -1,8 +1,9 @@
 """The cache's size and speed: bytes per token by array, reading, writing.
 
-    python tests/benchmarks/cache_speed.py [--rounds 5] [--batches 200]     (after `dvc repro`)
+    python tests/benchmarks/cache_speed.py [--rounds 5] [--batches 200] [--set KEY=VALUE]
 
-Reads and writes the demo's own cache, files in the page cache, everything checked as in training.
+Reads and writes the cache at paths.logits, the demo's own after `dvc repro`, files in the page
+cache, everything checked as in training.
 Ratios are between variants that take turns in one run; tokens a second are this machine's.
 """
 
@@ -20,13 +21,15 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
-from pipeline.io.zarr_shards import decode_shard, encode_shard
+from pipeline.io.zarr_shards import ArraySpec, decode_shard, encode_shard
+from pipeline.logit_cache.codec import to_deltas
 from pipeline.logit_cache.reader import CacheReader, read_marker
 from pipeline.logit_cache.writer import CacheWriter, create_cache
 from pipeline.target_sources.cached import CachedTargets
@@ -59,15 +62,69 @@ def print_sizes(reader: CacheReader) -> None:
     for shard in range(reader.layout.num_shards):
         for name, (size, _) in read_marker(reader._folder, shard).objects.items():
             sizes[name] = sizes.get(name, 0) + size
+    cache = sum(sizes.values())
     group = reader.corpus._folder.sizes()
     for name in ("tokens", "doc_ids", "in_loss"):
         sizes[name] = sum(size for key, size in group.items() if key.startswith(f"{name}/c/"))
     for name, size in sizes.items():
-        print(f"  {name:16} {size / tokens:7.2f} bytes per token")
-    print(f"  {'all':16} {sum(sizes.values()) / tokens:7.2f} bytes per token")
+        print(f"  {name:20} {size / tokens:7.2f} bytes per token")
+    print(f"  {'all':20} {sum(sizes.values()) / tokens:7.2f} bytes per token")
+    repeated = repeated_sizes(reader)
+    print(
+        "  the same values with as many entries at each position, samples repeated, float32 sums:"
+    )
+    for name, size in repeated.items():
+        print(f"    {name:18} {size / tokens:7.2f} bytes per token")
+    print(f"  the cache over that: {cache / sum(repeated.values()):.3f}")
     k = reader.fingerprint.k
-    print(f"  int32 ids + float16 log-probabilities, plain: {6 * k} bytes per token")
-    print(f"  the same in parquet with zstd: {parquet_bytes(reader):.1f} bytes per token")
+    if k:
+        print(f"  int32 ids + float16 log-probabilities, plain: {6 * k} bytes per token")
+        print(f"  the same in parquet with zstd: {parquet_bytes(reader):.1f} bytes per token")
+
+
+def repeated_sizes(reader: CacheReader) -> dict[str, int]:
+    """Bytes of the whole cache by array, if no array were ragged.
+
+    Each position then has K ids, and all its samples, sorted, each with its log-probability; the
+    sums of temperatures, 1 included, and lse are float32, the entropy float16.
+    """
+    made_from, layout = reader.fingerprint, reader.layout
+    sizes: dict[str, int] = {}
+    for shard in range(layout.num_shards):
+        start, stop = layout.rows_of(shard)
+        topk = reader.top_k(np.arange(start, stop))
+        index_of = reader.id_order.index_of
+        ones = torch.zeros(*topk.lse.shape, 1)
+        arrays = {
+            "lse": topk.lse.float().numpy(),
+            "lse_tau": torch.cat((ones, topk.lse_tau), -1).numpy(),
+            "entropy": topk.entropy.half().numpy(),
+        }
+        if made_from.k:
+            arrays["id_indices"] = index_of[topk.ids.numpy()]
+            bits = to_deltas(topk.logprobs.half().numpy().view(np.uint16))
+            arrays["logprob_deltas"] = np.moveaxis(bits, -1, 1)  # rank by rank
+        if made_from.num_sampled:
+            counts = topk.sampled_counts.flatten(0, 1)
+            counts[:, 0] += made_from.num_sampled - counts.sum(-1)  # where there is no target
+            place = torch.arange(counts.shape[-1]).expand(counts.shape)
+            place = place.flatten().repeat_interleave(counts.flatten().long())
+            place = place.view(*topk.lse.shape, made_from.num_sampled)
+            indices = np.sort(index_of[topk.sampled_ids.gather(-1, place).numpy()], -1)
+            arrays["sampled_index_deltas"] = to_deltas(indices)
+            if topk.sampled_logprobs.shape[-1]:
+                found = topk.sampled_logprobs.gather(-1, place)
+                arrays["sampled_logprobs"] = found.half().numpy()
+        for name, values in arrays.items():
+            spec = ArraySpec(
+                name=name,
+                shape=values.shape,
+                dtype=str(values.dtype),
+                chunk_rows=layout.chunk_rows,
+                shard_rows=layout.shard_rows,
+            )
+            sizes[name] = sizes.get(name, 0) + len(encode_shard(spec, values))
+    return sizes
 
 
 def parquet_bytes(reader: CacheReader) -> float:
@@ -219,6 +276,9 @@ def print_writing(reader: CacheReader, rounds: int) -> None:
 def print_data_wait(params: Params) -> None:
     """What share of its steps the demo's training waited for data."""
     folder = params.paths.runs / "student" / "dvclive" / "plots" / "metrics" / "train"
+    if not folder.exists():
+        print("  no run was trained")
+        return
     lines = (folder / "data_wait.tsv").read_text().splitlines()
     column = lines[0].split("\t").index("data_wait")
     waits = [float(line.split("\t")[column]) for line in lines[1:]]
@@ -229,9 +289,10 @@ def print_data_wait(params: Params) -> None:
 @click.command()
 @click.option("--rounds", default=5, help="Timed turns of each variant.")
 @click.option("--batches", default=200, help="Shuffled batches that are read.")
-def main(rounds: int, batches: int) -> None:
+@click.option("--set", "overrides", multiple=True, help="As the stages take it.")
+def main(rounds: int, batches: int, overrides: tuple[str, ...]) -> None:
     """Print everything."""
-    params = load_params(Path("params.yaml"))
+    params = load_params(Path("params.yaml"), list(overrides))
     reader = CacheReader(params.paths.logits, CorpusSplit(params.paths.corpus, "train"))
     for title, call in itertools.chain(
         {

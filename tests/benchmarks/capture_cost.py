@@ -21,6 +21,7 @@ import torch
 from pipeline.capture.capture import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.device import pick_device
@@ -29,14 +30,17 @@ from pipeline.teacher.teacher import Teacher
 
 
 def bare(teacher: Teacher, corpus: CorpusSplit, rows: range, params: Params) -> None:
-    """Hidden states and all logits, chunk by chunk, thrown away."""
+    """Hidden states, and logits at the positions in the loss, chunk by chunk, thrown away."""
     batch_rows = resolve_batch_rows(
         params.capture.batch_rows, corpus.info.row_length, teacher.device.type
     )
     for first in range(rows.start, rows.stop, batch_rows):
         batch = corpus.rows(first, min(first + batch_rows, rows.stop))
-        doc_ids = documents_apart(torch.from_numpy(batch.doc_ids), params.prepare.document_mask)
-        for _ in teacher.logits_by_chunk(torch.from_numpy(batch.tokens), doc_ids):
+        tokens, doc_ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.doc_ids)
+        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(batch.in_loss))
+        positions = (labels != IGNORE).flatten().nonzero()[:, 0]
+        apart = documents_apart(doc_ids, params.prepare.document_mask)
+        for _ in teacher.logits_by_chunk(tokens, apart, positions):
             pass
     if teacher.device.type == "cuda":
         torch.cuda.synchronize()

@@ -104,13 +104,16 @@ def made_up_targets(tokens: int, vocabulary: int, k: int, device: str = DEVICE) 
     logprobs = scores.log_softmax(-1) + torch.tensor(0.9).log()
     normaliser = (logprobs / 2.0).logsumexp(-1, keepdim=True) - torch.tensor(0.6).log()
     return TopK(
+        has_target=torch.ones(tokens, dtype=torch.bool, device=device),
         ids=ids,
         logprobs=logprobs,
         lse=torch.zeros(tokens, device=device),
-        lse_tau=torch.cat((torch.zeros_like(normaliser), normaliser), -1),
+        lse_tau=normaliser,
         entropy=torch.ones(tokens, device=device),
         sampled_ids=ids[:, :0],
+        sampled_counts=ids[:, :0].int(),
         sampled_logprobs=logprobs[:, :0],
-        temperatures=(1.0, 2.0),
+        num_sampled=0,
+        temperatures=(2.0,),
         vocab_size=vocabulary,
     )

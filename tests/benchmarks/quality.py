@@ -5,9 +5,9 @@
 Needs the demo's teacher and corpus (`dvc repro corpus`). Takes hours on a CPU; what lies finished
 in FOLDER, caches and runs, is not made again, so it may be stopped and started.
 
-Every student starts from the same layers of the teacher and takes the same steps, at temperature 1;
-a seed decides the order of the rows. "Dense" is the live teacher with every id of
-the vocabulary kept: the full KL. The last two columns say how much of the way from cross-entropy
+Every student starts from the same layers of the teacher and takes the same steps, at temperature 1,
+the only one stored; a seed decides the order of the rows. "Dense" is the live teacher with every id
+of the vocabulary kept: the full KL. The last two columns say how much of the way from cross-entropy
 to dense a target goes, in validation loss and in KL to the teacher, by the means over seeds.
 """
 
@@ -44,36 +44,45 @@ class Target:
     targets: str = "cached"
     k: int = 64
     num_sampled: int = 0
-    divergence: str = "forward_kl"
+    top_p: float | None = None
+    positions: str = "in_loss"
 
     def overrides(self, work: Path, steps: int) -> list[str]:
         """For `load_params`."""
         return [
-            f"paths.logits={work}/logits-{self.k}-{self.num_sampled}",
+            f"paths.logits={work}/logits-{self._kept}",
             f"paths.runs={work}/runs",
             f"prepare.k={self.k}",
             f"prepare.num_sampled={self.num_sampled}",
+            f"prepare.top_p={'null' if self.top_p is None else self.top_p}",
+            f"prepare.positions={self.positions}",
+            "prepare.entropy_quantile=0.5",
+            "prepare.temperatures=[1.0]",
             f"train.targets={self.targets}",
-            f"train.divergence={self.divergence}",
             f"train.steps={steps}",
             "train.temperature=1",
             "train.eval_every=100000",  # at the end alone
         ]
 
+    @property
+    def _kept(self) -> str:
+        return f"{self.k}-{self.num_sampled}-{self.top_p}-{self.positions}"
+
     def run_name(self, seed: int) -> str:
         """The folder under runs."""
-        return f"{self.targets}-{self.k}-{self.num_sampled}-{self.divergence}-{seed}"
+        return f"{self.targets}-{self._kept}-{seed}"
 
 
 CROSS_ENTROPY = Target("cross-entropy alone", targets="none", k=1)
 DENSE = Target("dense, live teacher", targets="online")
 TARGETS = (
     CROSS_ENTROPY,
-    Target("top 64, renormalised", divergence="renormalised_kl"),
     Target("top 64, tail bucket"),
-    Target("top 32, tail bucket", k=32),
+    Target("top 64, top_p=0.95", top_p=0.95),
+    Target("top 64, high_entropy 0.5", positions="high_entropy"),
     Target("top 32 + 16 sampled ids", k=32, num_sampled=16),
     Target("50 sampled ids", k=0, num_sampled=50),
+    Target("25 sampled ids", k=0, num_sampled=25),
     DENSE,
 )
 

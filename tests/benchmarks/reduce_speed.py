@@ -67,7 +67,7 @@ def product(rows: int, hidden: int, vocabulary: int, device: torch.device) -> Ca
 
 def reduction(passes: Reduction, logits: Tensor, k: int, num_sampled: int) -> Callable[[], object]:
     uniforms = torch.rand(len(logits), num_sampled, device=logits.device)
-    return lambda: passes.reduce_rows(logits, k, TEMPERATURES, uniforms)
+    return lambda: passes.reduce_rows(logits, k, TEMPERATURES, uniforms, None)
 
 
 def compare(vocabulary: int, rows: int, rounds: int, device: torch.device) -> None:

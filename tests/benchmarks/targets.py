@@ -2,7 +2,8 @@
 
     python tests/benchmarks/targets.py      (after `dvc repro`)
 
-For each kind of target: lossless bytes per token, corpus tokens included; the mean angle, by
+For each kind of target: bytes per token in the cache, corpus tokens included, with temperature 1
+alone and with temperature 2 beside it; the mean angle, by
 position, between the gradient of its loss and of the full KL with respect to the student's logits;
 and the angle between the two gradients of the head's weight, summed over a batch of positions,
 which is what training follows: errors of single positions that point anywhere cancel in it, a bias
@@ -13,19 +14,18 @@ scatters by id.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.capture.capture import fingerprint_of
+from pipeline.capture.capture import COUNTED_ROWS, fingerprint_of
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import Rows
+from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.io.zarr_shards import ArraySpec, encode_shard
 from pipeline.logit_cache.codec import IdOrder, encode
 from pipeline.logit_cache.layout import CacheLayout
@@ -34,6 +34,7 @@ from pipeline.losses.reference import bucketed, full_kl, sampled_kl, tail_bucket
 from pipeline.model.attention_mask import documents_apart
 from pipeline.model.decoder import StudentModel
 from pipeline.model.weights import load_student
+from pipeline.planning.cache_size import Mode
 from pipeline.targets.reduce import row_uniforms, top_k_from_logits
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
@@ -43,7 +44,7 @@ Inputs = tuple[Tensor, Tensor | None]  # tokens, and documents to be kept apart
 Loss = Callable[[Tensor, TopK, float], Tensor]
 
 BATCH = 512  # positions whose gradients are compared
-TAUS = (1.0, 2.0)  # those stored, too: a third would cost 3.7 bytes more
+TAUS = (1.0, 2.0)  # those stored, too: a third would cost 2 bytes more
 
 
 def renormalised(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
@@ -51,14 +52,16 @@ def renormalised(logits: Tensor, topk: TopK, temperature: float) -> Tensor:
     return renormalised_kl(*bucketed(logits, topk, temperature))
 
 
-MODES: dict[str, tuple[int, int, Loss]] = {
-    "top 64, renormalised": (64, 0, renormalised),
-    "top 64, tail bucket": (64, 0, tail_bucket_kl),
-    "top 32, tail bucket": (32, 0, tail_bucket_kl),
-    "top 16, tail bucket": (16, 0, tail_bucket_kl),
-    "top 32 + 16 sampled ids": (32, 16, sampled_kl),
-    "top 16 + 16 sampled ids": (16, 16, sampled_kl),
-    "50 sampled ids": (0, 50, sampled_kl),
+MODES: dict[str, tuple[Mode, Loss]] = {
+    "top 64, renormalised": (Mode(k=64), renormalised),
+    "top 64, tail bucket": (Mode(k=64), tail_bucket_kl),
+    "top 64, top_p=0.95": (Mode(k=64, top_p=0.95), tail_bucket_kl),
+    "top 32, tail bucket": (Mode(k=32), tail_bucket_kl),
+    "top 16, tail bucket": (Mode(k=16), tail_bucket_kl),
+    "top 32 + 16 sampled ids": (Mode(k=32, num_sampled=16), sampled_kl),
+    "top 16 + 16 sampled ids": (Mode(k=16, num_sampled=16), sampled_kl),
+    "50 sampled ids": (Mode(k=0, num_sampled=50), sampled_kl),
+    "25 sampled ids": (Mode(k=0, num_sampled=25), sampled_kl),
 }
 
 
@@ -68,23 +71,22 @@ def degrees(one: Tensor, two: Tensor) -> float:
     return float(cosine.arccos().rad2deg().mean())
 
 
-def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -> float:
-    """Bytes of the encoded shard and of the corpus's arrays."""
-    made_from = replace(
-        fingerprint_of(params, corpus, torch.float32), k=topk.k, num_sampled=topk.num_sampled
-    )
-    ids = np.concatenate([topk.ids.numpy().ravel(), topk.sampled_ids.numpy().ravel()])
-    id_order = IdOrder.by_frequency(
-        ids[: 8 * rows.tokens.shape[1] * (topk.k + topk.num_sampled)], topk.vocab_size
-    )
+def bytes_a_token(topk: TopK, mode: Mode, rows: Rows, params: Params, corpus: CorpusSplit) -> float:
+    """Bytes of the encoded shard [B, L, ...] and of the corpus's arrays."""
     count = len(rows)
+    made_from = replace(
+        fingerprint_of(params, corpus, torch.float32),
+        **asdict(mode),
+        num_rows=count,
+        temperatures=topk.temperatures,
+    )
     layout = CacheLayout(
-        fingerprint=replace(made_from, num_rows=count, temperatures=topk.temperatures),
+        fingerprint=made_from,
         chunk_rows=min(count, params.prepare.chunk_rows),
         shard_rows=count,
         id_order="",
     )
-    arrays = encode(topk, id_order)
+    arrays = encode(topk, IdOrder.of(topk[:COUNTED_ROWS]), made_from, layout.chunk_rows)
     total = sum(len(encode_shard(spec, arrays[name])) for name, spec in layout.specs.items())
     for name, dtype in (("tokens", "uint16"), ("doc_ids", "int32"), ("in_loss", "uint8")):
         spec = ArraySpec(
@@ -92,6 +94,16 @@ def bytes_a_token(topk: TopK, rows: Rows, params: Params, corpus: CorpusSplit) -
         )
         total += len(encode_shard(spec, getattr(rows, name)))
     return total / rows.tokens.size
+
+
+def at_one_alone(topk: TopK) -> TopK:
+    """The same without what other temperatures need."""
+    return replace(
+        topk,
+        temperatures=(),
+        lse_tau=topk.lse_tau[..., :0],
+        sampled_logprobs=topk.sampled_logprobs[..., :0],
+    )
 
 
 def gradients(
@@ -114,10 +126,11 @@ def gradients(
 
 
 @click.command()
-def main() -> None:
+@click.option("--set", "overrides", multiple=True, help="As the stages take it.")
+def main(overrides: tuple[str, ...]) -> None:
     """Print the table."""
     torch.manual_seed(0)
-    params = load_params(Path("params.yaml"))
+    params = load_params(Path("params.yaml"), list(overrides))
     corpus = CorpusSplit(params.paths.corpus, "train")
     teacher = HuggingFaceTeacher(
         params.paths.teacher,
@@ -128,51 +141,62 @@ def main() -> None:
     count = params.prepare.chunk_rows
     rows = corpus.rows(0, count)
     doc_ids = documents_apart(torch.from_numpy(rows.doc_ids), params.prepare.document_mask)
-    inputs = torch.from_numpy(rows.tokens), doc_ids
-    length = corpus.info.row_length
+    tokens = torch.from_numpy(rows.tokens)
+    inputs = tokens, doc_ids
+    labels = next_token_labels(
+        tokens, torch.from_numpy(rows.doc_ids), torch.from_numpy(rows.in_loss)
+    )
+    positions = (labels != IGNORE).flatten().nonzero()[:, 0]
+    modes = [mode for mode, _ in MODES.values()]
     chances = {
-        num_sampled: row_uniforms(range(count), length, num_sampled, 0).flatten(0, 1)
-        for _, num_sampled, _ in MODES.values()
+        mode: row_uniforms(range(count), corpus.info.row_length, mode.num_sampled, 0).flatten(0, 1)[
+            positions
+        ]
+        for mode in modes
     }
-    places = torch.randperm(count * length)[:BATCH].sort().values
-    parts: dict[tuple[int, int], list[TopK]] = {mode[:2]: [] for mode in MODES.values()}
+    places = torch.randperm(len(positions))[:BATCH].sort().values
+    parts: dict[Mode, list[TopK]] = {mode: [] for mode in modes}
     compared = []
-    for place, logits in teacher.logits_by_chunk(*inputs):
+    for place, logits in teacher.logits_by_chunk(*inputs, positions):
         chosen = places[(places >= place.start) & (places < place.stop)] - place.start
         compared.append(logits[chosen].clone())
-        for (k, num_sampled), found in parts.items():
-            found.append(top_k_from_logits(logits.clone(), k, TAUS, chances[num_sampled][place]))
+        for mode, found in parts.items():
+            found.append(top_k_from_logits(logits, mode.k, TAUS, chances[mode][place], mode.top_p))
     teacher_logits = torch.cat(compared)
     whole = {mode: TopK.cat(found) for mode, found in parts.items()}
     trained = params.paths.runs / "student" / "model"
     students = {"start": build_student(params.student, params.paths.teacher)}
     if trained.exists():
         students["end"] = load_student(trained)
-    print("target                  bytes per token | degrees from the full gradient")
+    print("target                  bytes per token, with tau 2 | degrees from the full gradient")
     print(
-        "                                      | "
+        "                                                    | "
         + " | ".join(
             f"{name} of training, tau {tau:g}: position, batch" for name in students for tau in TAUS
         )
     )
-    compared_at = partial(gradients, rows=inputs, places=places, vocab_size=corpus.info.vocab_size)
+    compared_at = partial(
+        gradients, rows=inputs, places=positions[places], vocab_size=corpus.info.vocab_size
+    )
     full = {
         (name, tau): compared_at(student, loss=lambda z, tau=tau: full_kl(teacher_logits, z, tau))
         for name, student in students.items()
         for tau in TAUS
     }
-    for mode, (k, num_sampled, loss) in MODES.items():
-        topk = whole[k, num_sampled]
-        size = bytes_a_token(
-            topk.map(lambda t: t.view(count, length, *t.shape[1:])), rows, params, corpus
-        )
+    for name, (mode, loss) in MODES.items():
+        topk = whole[mode]
+        spread = topk.spread(positions, tokens.shape)
+        sizes = [
+            bytes_a_token(stored, mode, rows, params, corpus)
+            for stored in (at_one_alone(spread), spread)
+        ]
         cells = []
-        for name, student in students.items():
+        for at, student in students.items():
             for tau in TAUS:
                 ours = compared_at(student, loss=partial(loss, topk=topk[places], temperature=tau))
-                angles = [degrees(a, b) for a, b in zip(ours, full[name, tau], strict=True)]
+                angles = [degrees(a, b) for a, b in zip(ours, full[at, tau], strict=True)]
                 cells.append(" ".join(f"{angle:6.1f}" for angle in angles))
-        print(f"{mode:24} {size:12.1f} | " + " | ".join(cells))
+        print(f"{name:24} {sizes[0]:12.1f} {sizes[1]:13.1f} | " + " | ".join(cells))
     values = teacher_logits.topk(64).values
     cosine = torch.nn.functional.cosine_similarity(values, values[torch.randperm(len(values))])
     print(f"cosine of sorted top-K logits between unrelated positions: {float(cosine.mean()):.4f}")
