@@ -14,7 +14,7 @@ without any are left out. Three caches are compared with the same live teacher:
 
 Errors of probabilities, log-probabilities, ids and sums over the row are judged by their means, in
 the worst row, and position by position. Their limits follow from the noise floor (limits.py): in
-float32 an error of 0.001 nats is detected, while the noise of half formats is tolerated.
+float32 an entropy off by 0.001 nats is detected, while the noise of half formats is tolerated.
 
 The positions of the targets, and the number of sampled ids at each of them, must be exact, except
 that noise may change which positions have the highest entropies (positions.py).
