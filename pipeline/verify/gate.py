@@ -314,7 +314,7 @@ def _compare(teacher: Teacher, batch: _Batch, said: Sequence[TopK], first: int) 
         live = top_k_from_logits(
             logits, max(1, made_from.k), made_from.temperatures, top_p=made_from.top_p
         )
-        entropy.append(live.entropy.cpu())
+        entropy.append(live.entropy)
         for topk, parts in zip(flat, found, strict=True):
             part = topk[rows]
             at_said = logits.gather(-1, said_ids(part)) - live.lse[:, None]
@@ -330,7 +330,7 @@ def _compare(teacher: Teacher, batch: _Batch, said: Sequence[TopK], first: int) 
                     )
             parts.append(agreement(part, live, at_said))
     gap = entropy_gap(
-        torch.zeros(batch.wanted.shape).masked_scatter(batch.wanted, torch.cat(entropy)),
+        torch.zeros(batch.wanted.shape).masked_scatter(batch.wanted, torch.cat(entropy).cpu()),
         batch.wanted,
         made_from.entropy_quantile,
     )[batch.wanted]
