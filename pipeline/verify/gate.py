@@ -14,7 +14,7 @@ without any are left out. Three caches are compared with the same live teacher:
 
 Errors of probabilities, log-probabilities, ids and sums over the row are judged by their means, in
 the worst row, and position by position. Their limits follow from the noise floor (limits.py): in
-float32 an error of 0.001 nats is detected, while the noise of half formats is tolerated.
+float32 an entropy off by 0.001 nats is detected, while the noise of half formats is tolerated.
 
 The positions of the targets, and the number of sampled ids at each of them, must be exact, except
 that noise may change which positions have the highest entropies (positions.py).
@@ -314,7 +314,7 @@ def _compare(teacher: Teacher, batch: _Batch, said: Sequence[TopK], first: int) 
         live = top_k_from_logits(
             logits, max(1, made_from.k), made_from.temperatures, top_p=made_from.top_p
         )
-        entropy.append(live.entropy.cpu())
+        entropy.append(live.entropy)
         for topk, parts in zip(flat, found, strict=True):
             part = topk[rows]
             at_said = logits.gather(-1, said_ids(part)) - live.lse[:, None]
@@ -330,7 +330,7 @@ def _compare(teacher: Teacher, batch: _Batch, said: Sequence[TopK], first: int) 
                     )
             parts.append(agreement(part, live, at_said))
     gap = entropy_gap(
-        torch.zeros(batch.wanted.shape).masked_scatter(batch.wanted, torch.cat(entropy)),
+        torch.zeros(batch.wanted.shape).masked_scatter(batch.wanted, torch.cat(entropy).cpu()),
         batch.wanted,
         made_from.entropy_quantile,
     )[batch.wanted]

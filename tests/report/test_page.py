@@ -261,6 +261,21 @@ def test_what_is_missing_is_left_out(own_run: Params) -> None:
     assert "≥ 0.999000" in shown.text["gate"]
 
 
+def test_the_gate_of_a_cache_of_counts_alone(own_run: Params) -> None:
+    """Columns of what such a cache does not store are left out."""
+    names = ("mean_kl", "max_kl", "top1", "overlap", "logprob_error", "lse_tau_error")
+    metrics = own_run.paths.verify / "metrics.json"
+    report = json.loads(metrics.read_text())
+    for series in ("cache", "noise_floor", "negative_control"):
+        report[series] |= dict.fromkeys(names)
+    write_json(metrics, report)
+    shown = Reader(write_report(own_run).read_text()).text["gate"]
+    assert "sampled ids found again" in shown
+    assert "mean cosine" in shown
+    assert "mean KL" not in shown
+    assert "overlap of ids" not in shown
+
+
 @pytest.mark.parametrize("models", [["teacher"], ["teacher", "models/other"], ["student"]])
 def test_any_models_make_a_page(own_run: Params, models: list[str]) -> None:
     """Also numbers of one row, which have no intervals, and models that are no runs."""
