@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, get_args, get_origin
 
 from pydantic import Field, PlainValidator, ValidationError
 
@@ -156,11 +156,12 @@ def _closest_key(key: str) -> str | None:
 
 
 def all_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Return the paths of all keys of a section and of the sections in it."""
+    """Return the paths of all keys of a section and of the sections in it, but not in its lists."""
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):  # Section, or Section | None
+        union = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
+        for kind in (field.annotation, *union):  # Section, or Section | None
             if isinstance(kind, type) and issubclass(kind, Section):
                 keys += all_keys(kind, f"{prefix}{name}.")
     return keys
