@@ -75,10 +75,11 @@ def main(params: Params, overwrite: bool, append: bool, workers: int | None, exe
     if not overwrite and there and is_same(before, source):
         announce("corpus", f"has nothing to do: {address} was made from the same text")
         return
-    on_ray = executor == "ray"
-    if workers is None and not on_ray:
+    if workers is None and executor == "local":
         workers = available_cores()
-    build = partial(build_corpus, params.corpus, teacher, address, workers=workers, on_ray=on_ray)
+    build = partial(
+        build_corpus, params.corpus, teacher, address, workers=workers, on_ray=executor == "ray"
+    )
     had: dict[str, SplitInfo] = {}
     if append or (not overwrite and there and has_grown(before, source)):
         had = {split: CorpusSplit(address, split).info for split in SPLITS}

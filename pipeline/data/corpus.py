@@ -102,19 +102,21 @@ def build_corpus(
     to_documents = DocumentTokenizer(tokenizer, settings)
     bad = _BadDocuments(params.max_bad_documents)
     vocab_size = num_ids(tokenizer, teacher)
-    there = {split: CorpusSplit(address, split) if append else None for split in SPLITS}
+    there = {split: CorpusSplit(address, split) for split in SPLITS} if append else {}
     for found in there.values():
-        if found:
-            _require_same_tokens(found, settings.sha256, vocab_size, to_documents.leading)
+        _require_same_tokens(found, settings.sha256, vocab_size, to_documents.leading)
     writers = {
         split: SplitWriter(
-            address, split, row_length=params.row_length, vocab_size=vocab_size, onto=there[split]
+            address,
+            split,
+            row_length=params.row_length,
+            vocab_size=vocab_size,
+            onto=there.get(split),
         )
         for split in SPLITS
     }
-    totals = [limit for limit in limits.values() if limit is not None]
-    had = sum(writer.num_tokens for writer in writers.values())
-    total = max(sum(totals) - had, 0) if len(totals) == len(SPLITS) else None
+    totals = [limit - writers[split].num_tokens for split, limit in limits.items() if limit]
+    total = max(0, sum(totals)) if len(totals) == len(SPLITS) else None
     pool: AbstractContextManager[TokenizerPool] = (
         ray_pool(settings, workers) if on_ray else LocalPool(to_documents, settings, workers or 1)
     )
@@ -124,7 +126,7 @@ def build_corpus(
         progress_bar(what="corpus", total=total, unit="tok") as bar,
     ):
         for found in there.values():
-            for digest in found.digests() if found else ():
+            for digest in found.digests():
                 seen.add(digest)
         mixture = Mixture(params, tokenize, seen, bad.add)
         splits = {
@@ -142,7 +144,7 @@ def build_corpus(
     writers = {split: writer for split, writer in writers.items() if writer.num_new_rows}
     if before_commit and writers:
         before_commit()
-    infos = {split: found.info for split, found in there.items() if found}
+    infos = {split: found.info for split, found in there.items()}
     infos |= {  # committed together, so that a corpus is complete or does not exist
         split: writer.commit(
             num_text_bytes=splits[split].text_bytes,
@@ -252,8 +254,8 @@ def _left_out(
 ) -> Iterator[str]:
     """Yield a line about each part of the source that is left out, with the parameter's name."""
     for name, split in splits.items():
-        if len(mixture.sources) > 1 and any(mixture.tokens[name]):
-            yield from _shares(name, mixture)
+        if len(mixture.sources) > 1:
+            yield from _shares(name, mixture, append=append)
         if split.full_at is not None and not split.read:
             yield f"{name} is full at corpus.{name}_tokens={split.limit:,}: nothing is added to it"
         elif split.full_at is not None:
@@ -279,14 +281,15 @@ def _left_out(
             yield f"{split.duplicates:,} {known} are left out of {name}"
 
 
-def _shares(name: str, mixture: Mixture) -> Iterator[str]:
+def _shares(name: str, mixture: Mixture, *, append: bool) -> Iterator[str]:
     """Yield the share of a split's tokens that each source has, and which source ended it."""
     tokens = mixture.tokens[name]
-    shares = ", ".join(
-        f"{number / sum(tokens):.1%} from {source_name(source)} (weight {weight_of(source):g})"
-        for number, source in zip(tokens, mixture.sources, strict=True)
-    )
-    yield f"of the {sum(tokens):,} tokens of {name} come {shares}"
+    if total := sum(tokens):
+        shares = ", ".join(
+            f"{number / total:.1%} from {source_name(source)} (weight {weight_of(source):g})"
+            for number, source in zip(tokens, mixture.sources, strict=True)
+        )
+        yield f"of the {total:,} {'new ' if append else ''}tokens of {name} come {shares}"
     if name in mixture.ended_by:
         last = source_name(mixture.sources[mixture.ended_by[name]])
         yield f"{name} ends where {last} has no more documents; those of the others are left out"
@@ -408,8 +411,8 @@ class _Split:
         longest = self.params.max_document_tokens or len(whole)
         document = whole[: longest if room is None else min(longest, room)]
         self.read += 1
-        self.texts += read.is_text
         self.writer.saw(read.digest)
+        self.texts += read.is_text
         if not document.in_loss.any():
             self.dropped += 1
             return None

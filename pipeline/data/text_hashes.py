@@ -189,16 +189,13 @@ def has_grown(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
     It can if all files are there as they were, and more of them, or if a split may have more
     tokens; the document at which a split was cut stays cut. corpus.max_bad_documents has no effect
-    on rows. A mixture never has: its weights hold for all rows together.
+    on rows.
     """
-    if "sources" in now["corpus"]:
-        return False
-    earlier = _files_of(before.get(EARLIER)) or {}
-    files = _files_of(now["text"]["sha256"]) or {}
+    earlier = _as_files(before.get(EARLIER)) or {}
     return (
         _is_part(before, now)
         and (ADDING not in before or _is_part(_object(before[ADDING]), now))
-        and all(earlier.get(name, sha256) == sha256 for name, sha256 in files.items())
+        and all(earlier.get(name, sha256) == sha256 for name, sha256 in _files_of(now))
     )
 
 
@@ -209,38 +206,55 @@ def _is_part(before: dict[str, Any], now: dict[str, Any]) -> bool:
         was, may = before["corpus"].get(name), now["corpus"][name]
         if may is not None and (was is None or was > may):
             return False
-    was, may = before["text"].get("sha256"), now["text"]["sha256"]
-    old, new = _files_of(was), _files_of(may)
-    if old is None or new is None:
-        return bool(was == may)
-    return old.items() <= new.items()
+    for was, may in zip(_stand_ins_of(before), _stand_ins_of(now), strict=True):
+        old, new = _as_files(was), _as_files(may)
+        if was != may and (old is None or new is None or not old.items() <= new.items()):
+            return False
+    return True
 
 
-def _files_of(value: object) -> dict[str, str] | None:
-    """Return the sha256 of each file, by its name; None if the text is not files.
+def _sources_of(source: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what names each source of the text."""
+    named = _object(source.get("text")).get("named")
+    return [_object(name) for name in (named if isinstance(named, list) else [named])]
 
-    Of a mixture the files of all sources are returned.
-    """
+
+def _stand_ins_of(source: dict[str, Any]) -> list[Any]:
+    """Return what stands for the bytes of each source."""
+    text = _object(source.get("text"))
+    sha256 = text.get("sha256")
+    return _list(sha256) if isinstance(text.get("named"), list) else [sha256]
+
+
+def _files_of(source: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return name and sha256 of all files of the text."""
+    return [entry for found in _stand_ins_of(source) for entry in (_as_files(found) or {}).items()]
+
+
+def _as_files(value: object) -> dict[str, str] | None:
+    """Return the sha256 of each file, by its name; None if the text is not files."""
     if not isinstance(value, list):
         return None
-    entries: list[Any] = []
-    for part in value:
-        is_source = isinstance(part, list) and part and isinstance(part[0], list)
-        entries += part if is_source else [part]
     try:
-        return {str(name): str(sha256) for name, sha256 in entries}
+        return {str(name): str(sha256) for name, sha256 in value}
     except (TypeError, ValueError):
         return None
 
 
 def _without_growth(source: dict[str, Any]) -> dict[str, Any]:
     """Leave out what differs between a corpus and one that it grows to."""
-    corpus, named = _object(source.get("corpus")), _object(_object(source.get("text")).get("named"))
-    grows = ("train_tokens", "validation_tokens", "max_bad_documents", "files")
+    corpus = _object(source.get("corpus"))
+    grows = ("train_tokens", "validation_tokens", "max_bad_documents", "files", "sources")
+    weights = [_object(one).get("weight") for one in _list(corpus.get("sources"))]
     return {
         **{name: value for name, value in source.items() if name not in (EARLIER, ADDING)},
         "corpus": {name: value for name, value in corpus.items() if name not in grows},
-        "text": {name: value for name, value in named.items() if name != "paths"},
+        "text": [
+            {name: value for name, value in names.items() if name != "paths"}
+            for names in _sources_of(source)
+        ],
+        "weights": weights,
+        "num_stand_ins": len(_stand_ins_of(source)),
     }
 
 
@@ -269,7 +283,7 @@ def require_appendable(address: Address, before: dict[str, Any], now: dict[str, 
                 f"--append cannot add rows of corpus.{name}={_yaml(wanted)} to {address}, whose "
                 f"rows were made with {_yaml(was)}: set that again, {remedy}"
             )
-    was, wanted = (dict(_files_of(source.get("tokenizer")) or {}) for source in (before, now))
+    was, wanted = (_as_files(source.get("tokenizer")) or {} for source in (before, now))
     for name in sorted(was.keys() | wanted.keys()):
         if was.get(name) != wanted.get(name):
             raise ParamsError(
@@ -290,8 +304,6 @@ def begin_append(address: Address, before: dict[str, Any], now: dict[str, Any]) 
 
 def earlier_files(before: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
     """List the files from which rows may have been made and that are not in the present source."""
-    adding = _object(_object(before.get(ADDING)).get("text")).get("sha256")
-    texts = (before.get(EARLIER), _object(before.get("text")).get("sha256"), adding)
-    known = {entry for text in texts for entry in (_files_of(text) or {}).items()}
-    present = (_files_of(now["text"]["sha256"]) or {}).items()
-    return [list(entry) for entry in sorted(known - present)]
+    known = {*(_as_files(before.get(EARLIER)) or {}).items(), *_files_of(before)}
+    known |= {*_files_of(_object(before.get(ADDING)))}
+    return [list(entry) for entry in sorted(known - {*_files_of(now)})]

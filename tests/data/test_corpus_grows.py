@@ -197,6 +197,32 @@ def test_limits_that_rise(growing: Growing) -> None:
     assert growing.infos()["train"].num_tokens == 300
 
 
+def test_a_mixture_grows_by_its_weights(growing: Growing) -> None:
+    """The source that had no more documents gets some, and those that were left out join them."""
+
+    def mixed(weight: float) -> tuple[str, str]:
+        files = [f"{{paths: [{growing.text}/{name}*.jsonl], column: text}}" for name in "ab"]
+        sources = [
+            f"{{source: files, files: {files[0]}, weight: {weight:g}}}",
+            f"{{source: files, files: {files[1]}, weight: 1}}",
+        ]
+        return "--set", f"corpus.sources=[{','.join(sources)}]"
+
+    growing.write("a1.jsonl", OLD[:20])
+    growing.write("b1.jsonl", [*NEW, *LAST])
+    growing.run(*mixed(1))
+    before, old = growing.rows(), growing.infos()
+    growing.write("a2.jsonl", OLD[20:])
+    said = growing.run(*mixed(1))
+    assert "adds what is new in a mixture of 2 corpus.sources" in said
+    [shares] = [line for line in said.splitlines() if "new tokens of train come" in line]
+    first, second = (float(word[:-1]) for word in shares.split() if word.endswith("%"))
+    assert abs(first - second) < 20.0  # by one document of a few dozen
+    assert_begins_with(growing.rows(), before)
+    assert growing.infos()["train"].num_tokens > 1.5 * old["train"].num_tokens
+    assert "adds" not in growing.run(*mixed(2))
+
+
 @pytest.mark.parametrize(
     ("words", "said", "status"),
     [
