@@ -7,7 +7,7 @@ flight, so that memory is bounded too.
 Processes rather than threads, because the tokenizers library's own threads encode only texts in
 parallel (1.6 times as fast on 2 cores, in blocks of 32): decoding, and all the work on
 conversations, which are rendered and encoded one by one, stay on one core. `datasets.map(num_proc)`
-also starts processes, but spends a third more processor time, since it writes all tokens to disk as
+also starts processes, but spends a fifth more processor time, since it writes all tokens to disk as
 Arrow and reads them again, and does not stop when a split is full. docs/benchmarks.md has numbers.
 
 Processes are started only once tokenizing has taken as long as starting one does, and until they
