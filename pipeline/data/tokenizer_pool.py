@@ -4,6 +4,12 @@ The result does not depend on which of the three it is: a block's documents are 
 one, and blocks are handed out in the order in which they came in. A bounded number of them is in
 flight, so that memory is bounded too.
 
+Processes rather than threads, because the tokenizers library's own threads encode only texts in
+parallel (1.6 times as fast on 2 cores, in blocks of 32): decoding, and all the work on
+conversations, which are rendered and encoded one by one, stay on one core. `datasets.map(num_proc)`
+also starts processes, but spends a fifth more processor time, since it writes all tokens to disk as
+Arrow and reads them again, and does not stop when a split is full. docs/benchmarks.md has numbers.
+
 Processes are started only once tokenizing has taken as long as starting one does, and until they
 are ready this process goes on, so a small corpus does not wait for them. They are killed at the
 end, since what they may still be doing is of no use by then; and if this process is killed, they
