@@ -11,6 +11,7 @@ import base64
 import hashlib
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -124,6 +125,7 @@ def _provenance(params: Params) -> dict[str, Any]:
     cache = CacheReader(params.paths.logits, corpora["train"])
     fingerprint, size = cache.fingerprint, cache.num_bytes()
     mass = measure_retained_mass(cache)
+    facts = asdict(fingerprint).items()
     return {
         "teacher": teacher_name(params.teacher).removesuffix(".gguf"),
         "text": corpus_name(params.corpus),
@@ -135,6 +137,7 @@ def _provenance(params: Params) -> dict[str, Any]:
         "cache_bytes": size,
         "bytes_a_token": size / (fingerprint.num_rows * fingerprint.row_length),
         "fingerprint": fingerprint,
+        "captured_by": {key: value for key, value in facts if value is not None},
         "retained": mass,
         "retained_figure": draw_retained_mass(mass) if mass else "",
         "versions": {name: version(name) for name in _PACKAGES},

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from zarr.storage import MemoryStore
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
 from pipeline.io.zarr_shards import ArraySpec, decode_shard, encode_shard
-from pipeline.logit_cache.codec import to_deltas
+from pipeline.logit_cache.codec import encode, to_deltas
 from pipeline.logit_cache.reader import CacheReader, read_marker
 from pipeline.logit_cache.writer import CacheWriter, create_cache
 from pipeline.target_sources.cached import CachedTargets
@@ -74,12 +75,30 @@ def print_sizes(reader: CacheReader) -> None:
         "  the same values with as many entries at each position, samples repeated, float32 sums:"
     )
     for name, size in repeated.items():
-        print(f"    {name:18} {size / tokens:7.2f} bytes per token")
-    print(f"  the cache over that: {cache / sum(repeated.values()):.3f}")
+        print(f"    {name:20} {size / tokens:7.2f} bytes per token")
+    before, alone = sum(repeated.values()), size_at_one(reader)
+    print(f"  the cache over that: {cache / before:.3f}")
+    print(
+        f"  with prepare.temperatures=[1.0] it takes {alone / tokens:.2f} bytes per token, "
+        f"{alone / before:.3f} of that"
+    )
     k = reader.fingerprint.k
     if k:
         print(f"  int32 ids + float16 log-probabilities, plain: {6 * k} bytes per token")
         print(f"  the same in parquet with zstd: {parquet_bytes(reader):.1f} bytes per token")
+
+
+def size_at_one(reader: CacheReader) -> int:
+    """Bytes of the whole cache without what temperatures other than 1 need."""
+    made_from = replace(reader.fingerprint, temperatures=())
+    layout = replace(reader.layout, fingerprint=made_from)
+    size = 0
+    for shard in range(layout.num_shards):
+        topk = reader.top_k(np.arange(*layout.rows_of(shard)))
+        topk = replace(topk, temperatures=(), lse_tau=topk.lse_tau[..., :0])
+        arrays = encode(topk, reader.id_order, made_from, layout.chunk_rows)
+        size += sum(len(encode_shard(spec, arrays[name])) for name, spec in layout.specs.items())
+    return size
 
 
 def repeated_sizes(reader: CacheReader) -> dict[str, int]:

@@ -21,7 +21,7 @@ from pipeline.model.folder import hash_weights
 from pipeline.report.passage_view import PassageView, passage_view
 from pipeline.report.read_inputs import read_inputs
 from pipeline.report.retained import measure_retained_mass
-from tests.helpers import live_teacher, open_cache
+from tests.helpers import capture_all, change, live_teacher, open_cache
 from tests.report.made_up import passage
 
 
@@ -91,6 +91,29 @@ def test_retained_mass_is_the_teachers(finished_run: Params) -> None:
     assert measured.share == measured.positions / (32 * len(numbers))
     assert measured.num_ids == 16
     assert measured.temperatures[0].mean > measured.temperatures[-1].mean
+
+
+def test_retained_mass_of_some_positions_and_ids(tiny_corpus: Params) -> None:
+    """Half of them have a target, with fewer than K ids; sampled ids alone hold no mass."""
+    cut = {"positions": "high_entropy", "entropy_quantile": 0.5, "top_p": 0.1}
+    params = change(tiny_corpus, prepare=cut)
+    capture_all(params)
+    cache = open_cache(params)
+    measured = measure_retained_mass(cache)
+    assert measured
+    topk = cache.top_k(np.arange(16))
+    assert measured.share == pytest.approx(float(topk.has_target.float().mean()), abs=0.05)
+    kept = topk.is_kept.sum(-1)[topk.has_target]
+    assert measured.num_ids == pytest.approx(float(kept.float().mean()), rel=0.1)
+    assert 1 < measured.num_ids < 16
+    assert measured.temperatures[0].quantiles.min() >= 0.1 - 1e-3
+    sampled = change(
+        tiny_corpus,
+        prepare={"k": 0, "num_sampled": 4},
+        paths={"logits": str(tiny_corpus.paths.logits) + ".sampled"},
+    )
+    capture_all(sampled)
+    assert measure_retained_mass(open_cache(sampled)) is None
 
 
 def test_what_is_optional_may_be_missing(own_run: Params) -> None:
