@@ -1,4 +1,4 @@
-"""Measure what each K would keep and cost, before the capture: `python stages/advise.py`.
+"""Measure what a cache would keep and cost, before the capture: `python stages/advise.py`.
 
 Plan before anything exists: `python stages/advise.py --plan --params docs/recipes/NAME.yaml`.
 """
@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     help="Compute size, time and memory of every stage instead, from the parameters alone.",
 )
 def main(params: Params, only_plan: bool) -> None:
-    """Look at a sample of the corpus and say what each K would keep and cost.
+    """Look at a sample of the corpus and say what each K and each mode would keep and cost.
 
     For each K: the mass it retains at each temperature, the nats it loses, bytes per token and size
-    of the cache; then how long a capture takes, and from how many epochs on, over all runs, it is
-    cheaper than an online teacher. Reads advise.*, prepare.*, capture.*, train.*, paths.teacher and
-    paths.corpus; writes paths.advise/metrics.json and advice.svg.
+    of the cache; the same for sampled ids, cuts to a mass and positions of high entropy, with the
+    share of positions that have a target; then how long a capture takes, and from how many epochs
+    on, over all runs, it is cheaper than an online teacher. Reads advise.*, prepare.*, capture.*,
+    train.*, paths.teacher and paths.corpus; writes paths.advise/metrics.json and advice.svg.
 
     With --plan nothing is measured, and no teacher, corpus or GPU need be at hand: advise.device
-    says what to plan for. It writes paths.advise/plan.json.
+    says what to plan for; a corpus that is there says how many of its tokens are in the loss. It
+    writes paths.advise/plan.json.
     """
     if only_plan:
         _plan(params)
