@@ -82,14 +82,14 @@ def write_corpora(params: Params, folder: Path, number: int) -> dict[str, Params
     return found
 
 
-def capture(teacher: Teacher, params: Params) -> float:
-    """Seconds of a capture of the training split, from nothing."""
+def capture(teacher: Teacher, params: Params) -> tuple[float, float]:
+    """Seconds of a capture of the training split, from nothing: by the clock, of the processor."""
     rmtree(params.paths.logits, ignore_errors=True)
     corpus = CorpusSplit(params.paths.corpus, "train")
     work = open_capture(teacher, corpus, fingerprint_of(params, corpus, teacher.dtype), params)
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     work.run(work.writer.missing())
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 @click.command()
@@ -105,26 +105,27 @@ def main(number: int, rounds: int, overrides: tuple[str, ...]) -> None:
         device = pick_device(params.device)
         vocab_size = next(iter(corpora.values())).info.vocab_size
         teacher = open_teacher(params, vocab_size, teacher_dtype(params, device), device)
-        times: dict[str, list[float]] = {way: [] for way in ways}
+        times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for turn in range(rounds + 1):
             for way, of in ways.items():
                 seconds = capture(teacher, of)
                 if turn:
                     times[way].append(seconds)
-        rates, sizes = [], []
+        spent, sizes = [], []
         for way, corpus in corpora.items():
             info = corpus.info
-            seconds = statistics.median(times[way])
+            seconds, busy = (statistics.median(each) for each in zip(*times[way], strict=True))
             size = CacheReader(ways[way].paths.logits, corpus).num_bytes() / info.num_positions
             share = info.num_in_loss / info.num_positions
             print(
                 f"{way}: {info.num_positions:,} tokens, {share:.1%} in the loss, {seconds:.1f} s, "
                 f"{size:.1f} bytes per token"
             )
-            rates.append(seconds)
+            spent.append((seconds, busy))
             sizes.append(size)
     print(
-        f"answers alone over all positions: time {rates[1] / rates[0]:.3f}, "
+        f"answers alone over all positions: time {spent[1][0] / spent[0][0]:.3f}, "
+        f"processor time {spent[1][1] / spent[0][1]:.3f}, "
         f"bytes {sizes[1] / sizes[0]:.3f}"
     )
 
