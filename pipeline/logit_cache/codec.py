@@ -133,11 +133,9 @@ def decode(chunks: Mapping[str, Sequence[NDArray[Any]]], fingerprint: Fingerprin
         slots = [_Slots(num, longest) for num in counts]
         for name, stored in _SAMPLED.items():
             if stored in chunks:
-                flats = [flat[0] for flat in chunks[stored]]
-                parts = [slot.values(flat) for slot, flat in zip(slots, flats, strict=True)]
-                if name == "sampled_ids":
-                    parts = [from_deltas(part) for part in parts]
-                arrays[name] = np.concatenate(parts)
+                undo = _Slots.running_sums if name == "sampled_ids" else _Slots.values
+                flats = zip(slots, chunks[stored], strict=True)
+                arrays[name] = np.concatenate([undo(slot, flat[0]) for slot, flat in flats])
     return arrays
 
 
@@ -274,6 +272,8 @@ def _transposed(values: NDArray[Any]) -> NDArray[Any]:
 class _Slots:
     """The slots of a chunk's positions, of which each position fills the first num.
 
+    Positions without a target are left aside while the others are decoded.
+
     Args:
         num: [rows, L].
         width: number of slots per position.
@@ -281,23 +281,27 @@ class _Slots:
 
     def __init__(self, num: NDArray[Any], width: int) -> None:
         self._shape = (*num.shape, width)
-        self._size = int(num.sum(dtype=np.int64))
-        self._is_filled = None if self._size == num.size * width else _is_filled(num, width)
+        self._has_any = num.ravel() > 0
+        counts = num.ravel()[self._has_any]
+        self._size = int(counts.sum(dtype=np.int64))
+        self._is_filled = None  # bool [positions with any, width]; None: all are
+        if self._size < len(counts) * width:
+            self._is_filled = _is_filled(counts, width)
 
     def values(self, flat: NDArray[Any]) -> NDArray[Any]:
         """Return values [rows, L, width] stored position by position; 0 in empty slots."""
-        if self._is_filled is None:
-            return flat[: self._size].reshape(self._shape)
-        values = np.zeros(self._is_filled.shape, flat.dtype)
-        values[self._is_filled] = flat[: self._size]
-        return values.reshape(self._shape)
+        return self._spread(self._unravelled(flat), 0)
+
+    def running_sums(self, flat: NDArray[Any]) -> NDArray[Any]:
+        """Return `values` of deltas; what is in empty slots has no meaning."""
+        return self._spread(from_deltas(self._unravelled(flat)), 0)
 
     def ids(self, flat: NDArray[Any]) -> NDArray[Any]:
         """Return indices [rows, L, width]; empty slots repeat the first one."""
-        values = self.values(flat)
+        values = self._unravelled(flat)
         if self._is_filled is not None:
-            np.copyto(values, values[..., :1], where=~self._is_filled.reshape(self._shape))
-        return values
+            np.copyto(values, values[:, :1], where=~self._is_filled)
+        return self._spread(values, 0)
 
     def logprobs(self, flat: NDArray[Any]) -> NDArray[Any]:
         """Return log-probabilities [rows, L, width], whose deltas are stored rank by rank."""
@@ -311,7 +315,22 @@ class _Slots:
         values = _transposed(from_deltas(by_rank, axis=0)).view(np.float16)
         if self._is_filled is not None:
             values[~self._is_filled] = -np.inf
-        return values.reshape(self._shape)
+        return self._spread(values, -np.inf)
+
+    def _unravelled(self, flat: NDArray[Any]) -> NDArray[Any]:
+        if self._is_filled is None:
+            return flat[: self._size].reshape(-1, self._shape[-1])
+        values = np.zeros(self._is_filled.shape, flat.dtype)
+        values[self._is_filled] = flat[: self._size]
+        return values
+
+    def _spread(self, values: NDArray[Any], nothing: float) -> NDArray[Any]:
+        """Put the values of positions with any into [rows, L, width]."""
+        if len(values) == len(self._has_any):
+            return values.reshape(self._shape)
+        out = np.full((len(self._has_any), values.shape[-1]), nothing, values.dtype)
+        out[self._has_any] = values
+        return out.reshape(self._shape)
 
 
 def _checked(counts: Sequence[NDArray[Any]], most: int) -> Sequence[NDArray[Any]]:

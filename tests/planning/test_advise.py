@@ -20,7 +20,8 @@ from torch import Tensor
 from pipeline.capture.capture import fingerprint_of
 from pipeline.config.cache_params import AdviseParams, PrepareParams
 from pipeline.config.params import Params
-from pipeline.data.corpus_zarr import CorpusSplit, SplitWriter
+from pipeline.data.corpus_writer import SplitWriter
+from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, next_token_labels
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention_mask import document_positions
