@@ -147,7 +147,7 @@ def changed(text: str, key: str) -> str:
     inner = values
     *sections, last = key.split(".")
     for section in sections:
-        if inner[section] is None:  # a section that is off
+        if not inner.get(section):  # a section that is off, or in a list of none
             inner[section] = {}
         inner = inner[section]
     inner[last] = "changed"
