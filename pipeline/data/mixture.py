@@ -147,10 +147,7 @@ class Mixture:
                 if block is None:
                     is_at_end = True
                     break
-                needed = [
-                    row.content for row in block if isinstance(row, _Unread) and row.is_needed
-                ]
-                submitted.append((block, self._pool.submit(needed)))
+                submitted.append((block, self._pool.submit(list(_needed(block)))))
             if not submitted:
                 break
             block, pending = submitted.popleft()
