@@ -37,8 +37,8 @@ MUTATIONS = {
     ),
     "the factor tau^2 forgotten": Mutation(
         "losses/chunked.py",
-        "return share * objective.temperature**2 * divergence + (1.0 - share) * ce",
-        "return share * divergence + (1.0 - share) * ce",
+        "of_divergence = share * objective.target_weight * objective.temperature**2",
+        "of_divergence = share * objective.target_weight",
         "losses/test_chunked.py::test_every_divergence_equals_its_plain_form",
     ),
     "the slope of the soft cap forgotten": Mutation(
@@ -55,8 +55,8 @@ MUTATIONS = {
     ),
     "the mass of the tail forgotten": Mutation(
         "targets/topk.py",
-        "return log_p, (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)",
-        "return log_p, torch.zeros_like(self.lse)",
+        "tail_mass = (1.0 - log_p.exp().sum(-1)).clamp(0.0, 1.0)",
+        "tail_mass = torch.zeros_like(self.lse)",
         "losses/test_reference.py::test_worked_by_hand",
     ),
     "checksums of chunks not compared": Mutation(
@@ -89,11 +89,29 @@ MUTATIONS = {
         "parts = [shard.arrays[name][row - shard.first - 1] for shard, row in places]",
         "logit_cache/test_reader.py::test_rows_in_any_order_are_what_the_teacher_said",
     ),
-    "repeated sampled ids counted twice": Mutation(
-        "verify/agreement.py",
-        "repeats[:, 1:] = by_id[:, 1:] == by_id[:, :-1]",
+    "counts of sampled ids forgotten": Mutation(
+        "targets/topk.py",
+        "weight = (tail_mass / max(1, self.num_sampled))[..., None] * self.sampled_counts",
+        "weight = (tail_mass / max(1, self.num_sampled))[..., None].expand_as(self.sampled_counts)",
+        "targets/test_topk.py::test_weights_of_draws_at_a_temperature",
+    ),
+    "a cut id counted in the student's softmax twice": Mutation(
+        "losses/chunked.py",
+        "kept = kept.masked_fill(topk.is_repeat, LOG_ZERO)",
         "pass",
-        "verify/test_gate.py::test_a_repeated_sampled_id_counts_once",
+        "losses/test_chunked.py::test_cut_ids_and_positions_without_a_target",
+    ),
+    "the divergence counted without a target": Mutation(
+        "losses/chunked.py",
+        "return divergence.masked_fill(~topk.has_target, 0.0).sum()",
+        "return divergence.sum()",
+        "losses/test_chunked.py::test_cut_ids_and_positions_without_a_target",
+    ),
+    "a short shard taken for the whole": Mutation(
+        "capture/capture.py",
+        "for first in range(num_stored, stop - start, self._batch_rows):",
+        "for first in range(0, stop - start, self._batch_rows):",
+        "capture/test_growing_cache.py",
     ),
 }
 

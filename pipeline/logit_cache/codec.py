@@ -283,6 +283,7 @@ class _Slots:
         self._shape = (*num.shape, width)
         self._has_any = num.ravel() > 0
         counts = num.ravel()[self._has_any]
+        self._num_any = len(counts)
         self._size = int(counts.sum(dtype=np.int64))
         self._is_filled = None  # bool [positions with any, width]; None: all are
         if self._size < len(counts) * width:
@@ -307,7 +308,7 @@ class _Slots:
         """Return log-probabilities [rows, L, width], whose deltas are stored rank by rank."""
         width = self._shape[-1]
         if self._is_filled is None:
-            by_rank = flat[: self._size].reshape(width, -1)
+            by_rank = flat[: self._size].reshape(width, self._num_any)
         else:
             is_filled = _transposed(self._is_filled.view(np.uint8)).view(np.bool_)
             by_rank = np.zeros(is_filled.shape, flat.dtype)
@@ -319,7 +320,7 @@ class _Slots:
 
     def _unravelled(self, flat: NDArray[Any]) -> NDArray[Any]:
         if self._is_filled is None:
-            return flat[: self._size].reshape(-1, self._shape[-1])
+            return flat[: self._size].reshape(self._num_any, self._shape[-1])
         values = np.zeros(self._is_filled.shape, flat.dtype)
         values[self._is_filled] = flat[: self._size]
         return values

@@ -147,6 +147,22 @@ def test_encode_and_decode_only_round(mode: dict[str, Any], chunk_rows: int) -> 
     assert again.temperatures == made_from.temperatures
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_shard_without_any_target(mode: dict[str, Any]) -> None:
+    """As prompts that fill whole rows leave it."""
+    made_from = fingerprint(num_rows=2, **mode)
+    uniforms = torch.rand(0, made_from.num_sampled)
+    none = torch.tensor([], dtype=torch.int64)
+    topk = top_k_from_logits(
+        torch.randn(0, 500), made_from.k, made_from.temperatures, uniforms, made_from.top_p
+    ).spread(none, (2, 3))
+    stored = encode(topk, IdOrder.of(topk), made_from, 1)
+    assert not any(values.any() for values in stored.values())
+    again = to_topk(decode(chunks_of(stored, 2, 1), made_from), IdOrder.of(topk), made_from)
+    assert again.lse.shape == (2, 3)
+    assert not bool(again.has_target.any())
+
+
 def test_ragged_values_by_hand() -> None:
     """Three positions with 2, 0 and 1 ids of K = 2, in one chunk."""
     logits = torch.tensor([[0.0, 3.0, 2.9], [0.0, 0.0, 0.0], [9.0, 0.0, 1.0]])
