@@ -120,13 +120,13 @@ def decode(chunks: Mapping[str, Sequence[NDArray[Any]]], fingerprint: Fingerprin
     Raises:
         DamagedError: a position holds more ids than the cache keeps.
     """
-    arrays = {name: np.concatenate(chunks[name]) for name in ("lse", "entropies")}
+    arrays = {name: _joined(chunks[name]) for name in ("lse", "entropies")}
     if fingerprint.k:
         slots = [_Slots(num, fingerprint.k) for num in _checked(chunks["num_kept"], fingerprint.k)]
         ids = zip(slots, chunks["id_indices"], strict=True)
         deltas = zip(slots, chunks["logprob_deltas"], strict=True)
-        arrays["ids"] = np.concatenate([slot.ids(flat[0]) for slot, flat in ids])
-        arrays["logprobs"] = np.concatenate([slot.logprobs(flat[0]) for slot, flat in deltas])
+        arrays["ids"] = _joined([slot.ids(flat[0]) for slot, flat in ids])
+        arrays["logprobs"] = _joined([slot.logprobs(flat[0]) for slot, flat in deltas])
     if fingerprint.num_sampled:
         counts = _checked(chunks["num_distinct"], fingerprint.num_sampled)
         longest = max(int(num.max(initial=0)) for num in counts)
@@ -135,7 +135,7 @@ def decode(chunks: Mapping[str, Sequence[NDArray[Any]]], fingerprint: Fingerprin
             if stored in chunks:
                 undo = _Slots.running_sums if name == "sampled_ids" else _Slots.values
                 flats = zip(slots, chunks[stored], strict=True)
-                arrays[name] = np.concatenate([undo(slot, flat[0]) for slot, flat in flats])
+                arrays[name] = _joined([undo(slot, flat[0]) for slot, flat in flats])
     return arrays
 
 
@@ -147,6 +147,8 @@ def to_topk(arrays: Arrays, id_order: IdOrder, fingerprint: Fingerprint) -> TopK
         values = arrays.get(name)
         if values is None:
             return torch.zeros(*leading, 0, dtype=dtype)
+        if not values.flags.writeable:  # bytes of a chunk, of which torch warns
+            values = values.copy()
         return torch.from_numpy(values).to(dtype)
 
     def ids(name: str) -> Tensor:
@@ -329,9 +331,15 @@ class _Slots:
         """Put the values of positions with any into [rows, L, width]."""
         if len(values) == len(self._has_any):
             return values.reshape(self._shape)
-        out = np.full((len(self._has_any), values.shape[-1]), nothing, values.dtype)
+        out = np.empty((len(self._has_any), values.shape[-1]), values.dtype)
         out[self._has_any] = values
+        out[~self._has_any] = nothing
         return out.reshape(self._shape)
+
+
+def _joined(chunks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Concatenate chunks; one alone is not copied."""
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
 def _checked(counts: Sequence[NDArray[Any]], most: int) -> Sequence[NDArray[Any]]:
