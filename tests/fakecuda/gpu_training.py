@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -63,6 +64,7 @@ def batch(k: int = 8, num_sampled: int = 0, documents: bool = True, targets: boo
         labels=labels,
         topk=topk.map(lambda t: t.view(B, L, *t.shape[1:])) if targets else None,
         doc_ids=doc_ids if documents else None,
+        num_targets=int((labels != IGNORE).sum()) if targets else 0,
     )
 
 
@@ -131,7 +133,7 @@ def test_targets_that_are_on_the_gpu() -> None:
     """As an online teacher leaves them."""
     cached = batch()
     assert cached.topk is not None
-    live = Batch(cached.tokens, cached.labels, cached.topk.map(Tensor.cuda), cached.doc_ids)
+    live = replace(cached, topk=cached.topk.map(Tensor.cuda))
     found, _ = take_step(own_student(), live, GPU, dtype="float32")
     expected, _ = take_step(own_student(), cached, ALONE, dtype="float32")
     assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
