@@ -22,7 +22,6 @@ from pipeline.data.corpus_zarr import (
     OBJECTS,
     SPLITS,
     CorpusSplit,
-    entry_of,
     hash_rows,
     objects_key,
 )
@@ -30,6 +29,7 @@ from pipeline.evaluation.compare import Comparison, compare
 from pipeline.evaluation.models import open_models
 from pipeline.io.folders import LocalFolder
 from pipeline.io.zarr_groups import write_group
+from pipeline.io.zarr_shards import entry_of
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.report import read_curves
 from pipeline.runtime.batch_sizes import resolve_head_chunk

@@ -31,7 +31,6 @@ from pipeline.data.corpus_zarr import (
     SplitInfo,
     chain_rows,
     digests_spec,
-    entry_of,
     objects_key,
     read_info,
     row_specs,
@@ -43,7 +42,7 @@ from pipeline.io.address import Address
 from pipeline.io.folders import Folder, open_folder
 from pipeline.io.ownership import claim
 from pipeline.io.zarr_groups import write_group
-from pipeline.io.zarr_shards import ArraySpec, Entry, encode_shard
+from pipeline.io.zarr_shards import ArraySpec, Entry, encode_shard, entry_of
 
 
 class SplitWriter:

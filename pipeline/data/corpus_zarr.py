@@ -47,7 +47,7 @@ from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError, Length, Number, Sha256, Size, parse
 from pipeline.io.folders import Folder, open_folder
 from pipeline.io.zarr_groups import read_group
-from pipeline.io.zarr_shards import ArraySpec, Entry, object_hash, read_shard
+from pipeline.io.zarr_shards import ArraySpec, Entry, entry_of, read_object, read_shard
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -280,11 +280,6 @@ def read_info(folder: Folder, where: str) -> SplitInfo | None:
     return parse(SplitInfo, about, "its zarr.json")
 
 
-def entry_of(key: str, data: bytes) -> Entry:
-    """Return the size and hash of an object."""
-    return len(data), object_hash(key, data)
-
-
 def objects_key(entry: Entry) -> str:
     """Return the key of the list of objects that has this size and hash."""
     return f"{OBJECTS}/{entry[1]}.json"
@@ -293,10 +288,7 @@ def objects_key(entry: Entry) -> str:
 def _read_objects(folder: Folder, info: SplitInfo, specs: dict[str, ArraySpec]) -> Objects:
     """Read size and hash of each shard; check that their number fits the number of rows."""
     key = objects_key(info.objects)
-    try:
-        text = folder.read(key)
-    except FileNotFoundError:
-        raise DamagedError(f"{key} is missing") from None
+    text = read_object(folder, key, None)  # its hash is part of the key, so it cannot cover that
     if entry_of(OBJECTS, text) != info.objects:
         raise DamagedError(f"{key} does not match its hash")
     try:

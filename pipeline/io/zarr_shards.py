@@ -89,6 +89,11 @@ def object_hash(key: str, data: bytes) -> str:
     return digest.hexdigest()
 
 
+def entry_of(key: str, data: bytes) -> Entry:
+    """Return the size and hash of an object."""
+    return len(data), object_hash(key, data)
+
+
 def read_object(folder: Folder, key: str, entry: Entry | None) -> bytes:
     """Read an object, and check that its size and hash are those recorded when it was written.
 

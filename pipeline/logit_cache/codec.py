@@ -76,7 +76,7 @@ def encode(topk: TopK, id_order: IdOrder, fingerprint: Fingerprint, chunk_rows: 
         ones.
     """
     has_target = topk.has_target.cpu().numpy()
-    entropies = _to_steps(entropies_of(topk).cpu().numpy())
+    entropies = _in_steps(topk).cpu().numpy().astype(np.uint16)
     arrays = {
         "lse": np.where(has_target, _to_half(_in_range(topk.lse)), np.float16(0.0)),
         "entropies": np.where(has_target[..., None], entropies, np.uint16(0)),
@@ -162,17 +162,14 @@ def to_topk(arrays: Arrays, id_order: IdOrder, fingerprint: Fingerprint) -> TopK
     has_target = counts.new_zeros(leading, dtype=torch.bool)
     for first in (logprobs[..., :1] > -torch.inf, counts[..., :1] > 0):
         has_target |= first.any(-1)
-    entropy, *renyi = tensor("entropies", torch.float32).div_(ENTROPY_STEPS).unbind(-1)
-    lse_tau = [
-        h * (1.0 - 1.0 / tau) for h, tau in zip(renyi, fingerprint.temperatures, strict=True)
-    ]
+    entropies = tensor("entropies", torch.float32).div_(ENTROPY_STEPS)
     return TopK(
         has_target=has_target,
         ids=ids("ids"),
         logprobs=logprobs,
         lse=tensor("lse", torch.float32),
-        lse_tau=torch.stack(lse_tau, -1) if lse_tau else entropy.new_zeros(*leading, 0),
-        entropy=entropy,
+        lse_tau=entropies[..., 1:] * _exponents(fingerprint.temperatures),
+        entropy=entropies[..., 0],
         sampled_ids=ids("sampled_ids"),
         sampled_counts=counts,
         sampled_logprobs=tensor("sampled_logprobs", torch.float32),
@@ -184,33 +181,32 @@ def to_topk(arrays: Arrays, id_order: IdOrder, fingerprint: Fingerprint) -> TopK
 
 def as_stored(topk: TopK) -> TopK:
     """Round a TopK of any leading shape as a cache does."""
-    entropy, *renyi = (entropies_of(topk) * ENTROPY_STEPS).round().div(ENTROPY_STEPS).unbind(-1)
-    lse_tau = [h * (1.0 - 1.0 / tau) for h, tau in zip(renyi, topk.temperatures, strict=True)]
+    entropies = _in_steps(topk) / ENTROPY_STEPS
     return replace(
         topk,
         logprobs=topk.logprobs.half().float(),
         lse=_in_range(topk.lse).half().float(),
         sampled_logprobs=topk.sampled_logprobs.half().float(),
-        entropy=entropy,
-        lse_tau=torch.stack(lse_tau, -1) if lse_tau else topk.lse_tau,
+        entropy=entropies[..., 0],
+        lse_tau=entropies[..., 1:] * _exponents(topk.temperatures).to(entropies.device),
     )
 
 
-def entropies_of(topk: TopK) -> Tensor:
-    """Return the entropy, then the Renyi entropy that belongs to each temperature: [..., 1 + J]."""
-    exponents = [1.0 - 1.0 / tau for tau in topk.temperatures]
-    renyi = topk.lse_tau / topk.lse_tau.new_tensor(exponents)
-    return torch.cat((topk.entropy[..., None], renyi), -1)
+def _in_steps(topk: TopK) -> Tensor:
+    """Return the entropy, then the Renyi entropies of the temperatures, in steps: [..., 1 + J]."""
+    renyi = topk.lse_tau / _exponents(topk.temperatures).to(topk.lse_tau.device)
+    entropies = torch.cat((topk.entropy[..., None], renyi), -1)
+    return (entropies * ENTROPY_STEPS).round().clamp(0, 65_535)
+
+
+def _exponents(temperatures: tuple[float, ...]) -> Tensor:
+    """Return 1 - 1 / tau, by which a Renyi entropy gives the normaliser: float32 [J]."""
+    return torch.tensor([1.0 - 1.0 / tau for tau in temperatures])
 
 
 def count_dtype(most: int) -> str:
     """Return the narrowest unsigned type for counts up to `most`."""
     return str(np.min_scalar_type(most))
-
-
-def _to_steps(nats: NDArray[Any]) -> NDArray[Any]:
-    steps: NDArray[Any] = np.rint(nats * ENTROPY_STEPS).clip(0, 65_535).astype(np.uint16)
-    return steps
 
 
 def _to_half(values: Tensor) -> NDArray[Any]:

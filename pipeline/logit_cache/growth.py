@@ -17,7 +17,7 @@ from pipeline.io.checked_json import DamagedError
 from pipeline.io.folders import Folder, open_folder
 from pipeline.io.zarr_groups import write_group
 from pipeline.logit_cache.codec import Arrays
-from pipeline.logit_cache.format import SHORT, Fingerprint, Marker, marker_key
+from pipeline.logit_cache.format import SHORT, Fingerprint, marker_key
 from pipeline.logit_cache.layout import CacheLayout, load_layout, read_marker
 from pipeline.logit_cache.reader import holds_first_rows, read_shard_arrays
 
@@ -58,13 +58,9 @@ def _set_short_shard_aside(folder: Folder, layout: CacheLayout) -> None:
     except DamagedError:
         return
     is_short = marker.rows[1] - marker.rows[0] < layout.shard_rows
-    if is_short and _belongs(marker, layout, shard) and marker.rows == layout.rows_of(shard):
+    if is_short and layout.owns(marker, shard) and marker.rows == layout.rows_of(shard):
         folder.write(marker_key(shard, SHORT), folder.read(marker_key(shard)))
         folder.remove(marker_key(shard))
-
-
-def _belongs(marker: Marker, layout: CacheLayout, shard: int) -> bool:
-    return marker.shard == shard and marker.cache == layout.checksum()
 
 
 def short_shards(folder: Folder, layout: CacheLayout) -> dict[int, int]:
@@ -77,7 +73,7 @@ def short_shards(folder: Folder, layout: CacheLayout) -> dict[int, int]:
             except DamagedError:
                 continue
             start, stop = layout.rows_of(shard)
-            if _belongs(marker, layout, shard) and start == marker.rows[0] < marker.rows[1] <= stop:
+            if layout.owns(marker, shard) and start == marker.rows[0] < marker.rows[1] <= stop:
                 found[shard] = marker.rows[1]
     return found
 

@@ -143,6 +143,10 @@ class CacheLayout:
         grows = ("num_rows", "corpus_sha256")
         return json_crc32c({name: v for name, v in self.about().items() if name not in grows})
 
+    def owns(self, marker: Marker, shard: int) -> bool:
+        """Return whether a marker is that of a shard of this cache, of however many rows."""
+        return marker.shard == shard and marker.cache == self.checksum()
+
 
 def load_layout(folder: Folder, where: str) -> CacheLayout | None:
     """Read the layout of the cache in a folder; None if there is no cache.
@@ -271,5 +275,4 @@ def is_committed(folder: Folder, layout: CacheLayout, shard: int) -> bool:
         marker = read_marker(folder, shard)
     except DamagedError:
         return False
-    is_ours = marker.shard == shard and marker.cache == layout.checksum()
-    return is_ours and marker.rows == layout.rows_of(shard)
+    return layout.owns(marker, shard) and marker.rows == layout.rows_of(shard)

@@ -18,7 +18,7 @@ from pipeline.io.checked_json import DamagedError, add_checksum
 from pipeline.io.folders import open_folder
 from pipeline.io.ownership import claim
 from pipeline.io.zarr_groups import write_group
-from pipeline.io.zarr_shards import encode_shard, object_hash
+from pipeline.io.zarr_shards import encode_shard, entry_of
 from pipeline.logit_cache.codec import IdOrder, encode, to_topk
 from pipeline.logit_cache.format import SHORT, Fingerprint, Marker, marker_key
 from pipeline.logit_cache.growth import read_short_shard, short_shards
@@ -140,7 +140,7 @@ class CacheWriter:
         for name, spec in self.layout.specs.items():
             data = encode_shard(spec, arrays[name])
             self._folder.write(spec.key_of(shard), data)
-            objects[name] = (len(data), object_hash(spec.key_of(shard), data))
+            objects[name] = entry_of(spec.key_of(shard), data)
         marker = Marker(
             shard=shard,
             rows=(start, stop),

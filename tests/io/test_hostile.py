@@ -22,11 +22,11 @@ from torch import nn
 
 from pipeline.config.params import Params, load_params
 from pipeline.config.params_file import load_yaml
-from pipeline.data.corpus_zarr import OBJECTS, CorpusSplit, entry_of, objects_key
+from pipeline.data.corpus_zarr import OBJECTS, CorpusSplit, objects_key
 from pipeline.errors import DecantError, ParamsError
 from pipeline.io.checked_json import DamagedError, add_checksum, crc32c
 from pipeline.io.folders import LocalFolder
-from pipeline.io.zarr_shards import _BLOSC, decode_shard
+from pipeline.io.zarr_shards import _BLOSC, decode_shard, entry_of
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
 from pipeline.logit_cache.reader import CacheReader
