@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
-from pipeline.data.packing import IGNORE, Rows, next_token_labels
+from pipeline.data.packing import Rows, positions_in_loss
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.io.address import Address
@@ -40,7 +40,6 @@ from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.console import progress_bar, say
 from pipeline.runtime.device import dtype_name, pick_device, seconds_of
 from pipeline.targets.reduce import row_uniforms
-from pipeline.targets.selection import keep_highest_entropy
 from pipeline.targets.topk import TopK
 from pipeline.teacher.engines import describe_engine, open_teacher, teacher_dtype
 from pipeline.teacher.teacher import Teacher
@@ -88,7 +87,7 @@ def fingerprint_of(
         k=wanted.k,
         num_sampled=wanted.num_sampled,
         sampling_seed=params.seed if wanted.num_sampled else 0,
-        temperatures=tuple(tau for tau in wanted.temperatures if tau != 1.0),
+        temperatures=wanted.stored_temperatures,
         top_p=wanted.top_p,
         entropy_quantile=wanted.stored_quantile,
         vocab_size=info.vocab_size,
@@ -267,17 +266,16 @@ def begin_top_k_of(
         numbers, fingerprint.row_length, fingerprint.num_sampled, fingerprint.sampling_seed
     )
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
-    result = teacher.begin_top_k(
+    return teacher.begin_top_k(
         tokens,
         fingerprint.k,
         fingerprint.temperatures,
         uniforms,
         documents_apart(doc_ids, fingerprint.document_mask),
         top_p=fingerprint.top_p,
-        wanted=labels != IGNORE,
+        wanted=positions_in_loss(rows),
+        entropy_quantile=fingerprint.entropy_quantile,
     )
-    return lambda: keep_highest_entropy(result(), fingerprint.entropy_quantile)
 
 
 def make_id_order(teacher: Teacher, corpus: CorpusSplit, fingerprint: Fingerprint) -> IdOrder:

@@ -152,6 +152,11 @@ class PrepareParams(Section):
         return self
 
     @property
+    def stored_temperatures(self) -> tuple[float, ...]:
+        """The temperatures whose normalisers are stored: all but 1, at which it is 0."""
+        return tuple(tau for tau in self.temperatures if tau != 1.0)
+
+    @property
     def stored_quantile(self) -> float:
         """The quantile of the entropy that the choice of positions applies; 0 keeps all."""
         return self.entropy_quantile if self.positions == "high_entropy" else 0.0

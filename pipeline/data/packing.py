@@ -220,3 +220,15 @@ def next_token_labels(tokens: Tensor, doc_ids: Tensor, in_loss: Tensor) -> Tenso
     follows = (doc_ids[:, 1:] == doc_ids[:, :-1]) & (doc_ids[:, 1:] != PADDING)
     labels[:, :-1] = torch.where(follows & in_loss[:, 1:], tokens[:, 1:], IGNORE)
     return labels
+
+
+def row_labels(rows: Rows) -> Tensor:
+    """Return the labels of packed rows, int64 [n, L]; see `next_token_labels`."""
+    import torch
+
+    return next_token_labels(*map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss)))
+
+
+def positions_in_loss(rows: Rows) -> Tensor:
+    """Return where packed rows have a label, bool [n, L]: where the NEXT token is in the loss."""
+    return row_labels(rows) != IGNORE

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.delivery_params import EvaluateParams
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, Rows, next_token_labels
+from pipeline.data.packing import IGNORE, Rows, row_labels
 from pipeline.errors import DecantError
 from pipeline.evaluation.metrics import PositionScores
 from pipeline.evaluation.models import JudgedModel
@@ -59,7 +59,7 @@ def compare(
     documents, row_numbers = [], []
     for first in progress(range(0, len(corpus), params.batch_rows), what="evaluate", unit="batch"):
         rows = corpus.rows(first, min(first + params.batch_rows, len(corpus)))
-        labels = _labels(rows)
+        labels = row_labels(rows)
         _judge(teacher, models, rows, labels, document_mask, found)
         place = (labels != IGNORE).numpy()
         documents.append(rows.doc_ids[place])
@@ -98,7 +98,7 @@ def _announce(
         unused = {
             name: PositionScores(params.calibration_bins, name) for name in (TEACHER, *models)
         }
-        _judge(teacher, models, rows, _labels(rows), document_mask, unused)
+        _judge(teacher, models, rows, row_labels(rows), document_mask, unused)
         for scores in unused.values():
             scores.values()  # a model that has diverged is reported now, not after all rows
 
@@ -146,8 +146,3 @@ def _differences(
         )
         for name in others
     }
-
-
-def _labels(rows: Rows) -> Tensor:
-    tokens, doc_ids, in_loss = map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss))
-    return next_token_labels(tokens, doc_ids, in_loss)

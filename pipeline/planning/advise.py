@@ -43,7 +43,7 @@ from pipeline.config.cache_params import AdviseParams, PrepareParams
 from pipeline.config.params import Params
 from pipeline.config.resolved import resolve
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, Rows, next_token_labels
+from pipeline.data.packing import Rows, positions_in_loss
 from pipeline.errors import ParamsError
 from pipeline.io.zarr_shards import decode_shard, encode_shard
 from pipeline.logit_cache.codec import IdOrder, decode, encode, to_topk
@@ -442,8 +442,7 @@ def _rows_at(corpus: CorpusSplit, places: list[int]) -> Rows:
 def _inputs_of(rows: Rows, fingerprint: Fingerprint) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return tokens, documents to keep apart, and the flattened batch's positions in the loss."""
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
-    positions = (labels != IGNORE).flatten().nonzero()[:, 0]
+    positions = positions_in_loss(rows).flatten().nonzero()[:, 0]
     return tokens, documents_apart(doc_ids, fingerprint.document_mask), positions
 
 

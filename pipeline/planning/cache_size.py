@@ -150,7 +150,7 @@ def cache_size(
     rows = sum(split_rows)
     shards = sum(math.ceil(count / prepare.shard_rows) for count in split_rows)
     layout = CacheLayout(
-        fingerprint=_fingerprint(mode, vocab_size, rows, row_length, prepare.temperatures),
+        fingerprint=_fingerprint(mode, vocab_size, rows, row_length, prepare.stored_temperatures),
         chunk_rows=prepare.chunk_rows,
         shard_rows=prepare.shard_rows,
         id_order="",
@@ -178,7 +178,7 @@ def _fingerprint(
         engine="",
         document_mask=True,
         sampling_seed=0,
-        temperatures=tuple(tau for tau in temperatures if tau != 1.0),
+        temperatures=temperatures,
         vocab_size=vocab_size,
         num_rows=rows,
         row_length=row_length,

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.data.packing import positions_in_loss
 from pipeline.data.row_order import Shard, read_rows
 from pipeline.model.attention_mask import documents_apart
 from pipeline.target_sources.target_source import Place, rows_at
 from pipeline.targets.reduce import row_uniforms
-from pipeline.targets.selection import keep_highest_entropy
 from pipeline.targets.topk import TopK
 from pipeline.teacher.teacher import Teacher
 
@@ -84,7 +83,6 @@ class OnlineTargets:
         )
         rows = rows_at(places)
         doc_ids = torch.from_numpy(rows.doc_ids)
-        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
         with torch.cuda.stream(self._stream):  # this thread's stream; None changes nothing
             topk = self.teacher.top_k(
                 tokens,
@@ -93,9 +91,9 @@ class OnlineTargets:
                 uniforms,
                 documents_apart(doc_ids, self.document_mask),
                 top_p=self.top_p,
-                wanted=labels != IGNORE,
+                wanted=positions_in_loss(rows),
+                entropy_quantile=self.entropy_quantile,
             )
-            topk = keep_highest_entropy(topk, self.entropy_quantile)
         if self._stream is not None:
             self._stream.synchronize()
             topk.map(self._keep_for_student)

@@ -25,6 +25,7 @@ from pipeline.runtime.device import compute_dtype, dtype_name
 from pipeline.runtime.numerics import as_factor, matmul_float32
 from pipeline.runtime.transfer import begin_copy_to_host, to_device
 from pipeline.targets.reduce import top_k_from_logits
+from pipeline.targets.selection import keep_highest_entropy
 from pipeline.targets.topk import TopK
 
 _TILE = 64  # columns of a product, a multiple of what any kernel writes at once
@@ -162,6 +163,7 @@ class Teacher(ABC):
         *,
         top_p: float | None = None,
         wanted: Tensor | None = None,
+        entropy_quantile: float = 0.0,
     ) -> TopK:
         """Map tokens, int64 [B, L], to TopK [B, L, ...] on the teacher's device.
 
@@ -171,14 +173,14 @@ class Teacher(ABC):
             top_p: see `top_k_from_logits`.
             wanted: bool [B, L] on the CPU, the positions that get a target; None: all. The head
                 does not run on the others.
+            entropy_quantile: see `keep_highest_entropy`.
 
         Raises:
             DecantError: the teacher produced a logit that is not finite.
         """
         positions = _positions(wanted)
         topk = self._reduced(tokens, k, temperatures, uniforms, doc_ids, top_p, positions)
-        self.require_finite(topk)
-        return _spread(topk, positions, tokens.shape)
+        return self._finished(topk, tokens.shape, positions, entropy_quantile)
 
     def begin_top_k(
         self,
@@ -190,6 +192,7 @@ class Teacher(ABC):
         *,
         top_p: float | None = None,
         wanted: Tensor | None = None,
+        entropy_quantile: float = 0.0,
     ) -> Callable[[], TopK]:
         """Begin `top_k`; return a function that waits for its result, in CPU memory.
 
@@ -207,8 +210,7 @@ class Teacher(ABC):
         def result() -> TopK:
             if done is not None:
                 done.synchronize()
-            self.require_finite(topk)
-            return _spread(topk, positions, tokens.shape)
+            return self._finished(topk, tokens.shape, positions, entropy_quantile)
 
         return result
 
@@ -236,6 +238,17 @@ class Teacher(ABC):
             ]
         )
 
+    def _finished(
+        self, topk: TopK, shape: torch.Size, positions: Tensor | None, entropy_quantile: float
+    ) -> TopK:
+        """Check what `_reduced` returned, give it the shape [B, L], and choose its positions."""
+        self.require_finite(topk)
+        if positions is None:
+            topk = topk.map(lambda t: t.view(*shape, *t.shape[1:]))
+        else:
+            topk = topk.spread(to_device(positions, topk.lse.device), shape)
+        return keep_highest_entropy(topk, entropy_quantile)
+
     def require_finite(self, topk: TopK) -> None:
         """Refuse a reduction of logits that are not finite.
 
@@ -255,12 +268,6 @@ def _positions(wanted: Tensor | None) -> Tensor | None:
     if wanted is None or bool(wanted.all()):
         return None
     return wanted.flatten().nonzero()[:, 0]
-
-
-def _spread(topk: TopK, positions: Tensor | None, shape: torch.Size) -> TopK:
-    if positions is None:
-        return topk.map(lambda t: t.view(*shape, *t.shape[1:]))
-    return topk.spread(to_device(positions, topk.lse.device), shape)
 
 
 def _whole_tiles(head: Tensor, vocab_size: int, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.data.packing import IGNORE, row_labels
 from pipeline.data.row_order import Shard, ShuffledRows
 from pipeline.model.attention_mask import documents_apart
 from pipeline.target_sources.target_source import Place, TargetSource, rows_at
@@ -75,7 +75,7 @@ def make_batch(source: TargetSource, places: list[Place]) -> Batch:
     """Return the batch of the given corpus rows, whose shards are already read."""
     rows = rows_at(places)
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-    labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss))
+    labels = row_labels(rows)
     quantile = source.entropy_quantile
     num_targets = 0  # counted without the targets, which may be on a GPU
     if quantile is not None:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, Rows, next_token_labels
+from pipeline.data.packing import IGNORE, Rows, row_labels
 from pipeline.data.vocabulary import require_shared_ids, require_tokenizer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.model.attention_mask import documents_apart
@@ -145,7 +145,7 @@ def compare(
     row_numbers: list[NDArray[np.int64]] = []
     for batch in progress(batches, what="verify", unit="batch"):
         rows = _read(corpus, batch)
-        labels = _labels(rows)
+        labels = row_labels(rows)
         wanted = (labels != IGNORE).numpy()
         if not wanted.any():
             continue
@@ -206,7 +206,7 @@ def _announce(
     batches: list[list[int]],
 ) -> None:
     row = _read(corpus, batches[0][:1])
-    labels = _labels(row)
+    labels = row_labels(row)
     a_row = seconds_of(lambda: _compare(teacher, against, row, labels, params), teacher.device)
     announce(
         "verify",
@@ -217,11 +217,6 @@ def _announce(
 
 def _read(corpus: CorpusSplit, numbers: list[int]) -> Rows:
     return Rows.cat([corpus.rows(number, number + 1) for number in numbers])
-
-
-def _labels(rows: Rows) -> Tensor:
-    tokens, doc_ids, in_loss = map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss))
-    return next_token_labels(tokens, doc_ids, in_loss)
 
 
 def _compare(

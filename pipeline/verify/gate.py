@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import ceil
 
 import numpy as np
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from pipeline.config.cache_params import VerifyParams
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import Rows
+from pipeline.data.packing import Rows, positions_in_loss
 from pipeline.errors import DecantError
 from pipeline.logit_cache.codec import as_stored
 from pipeline.logit_cache.format import Fingerprint
@@ -50,7 +51,7 @@ from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import seconds_of
 from pipeline.targets.block_search import sample_by_inversion
 from pipeline.targets.reduce import row_uniforms, top_k_from_logits
-from pipeline.targets.selection import count_distinct, keep_highest_entropy
+from pipeline.targets.selection import count_distinct
 from pipeline.targets.topk import TopK
 from pipeline.teacher.teacher import Teacher
 from pipeline.verify.agreement import Agreement, agreement, comparable, said_ids, signed_names
@@ -70,7 +71,7 @@ from pipeline.verify.limits import (
     limits_from,
     smallest_found,
 )
-from pipeline.verify.positions import entropy_gap, in_loss, misplaced
+from pipeline.verify.positions import entropy_gap, misplaced
 from pipeline.verify.power import reach, spread
 from pipeline.verify.sampled_ids import SampleSums, fit_tests, sample_sums
 
@@ -217,7 +218,7 @@ def _sample(readers: Sequence[CacheReader], wanted: int, seed: int) -> tuple[lis
         number = int(np.searchsorted(ends, row, side="right"))
         reader = readers[number]
         before = int(ends[number]) - len(reader.corpus)
-        place = _place(reader, row - before, {other - before for other in taken})
+        place = _place(reader, row - before, before, taken)
         if place is not None:
             places.append(place)
             taken.add(place.row + before)
@@ -229,12 +230,16 @@ def _sample(readers: Sequence[CacheReader], wanted: int, seed: int) -> tuple[lis
     return places, len(sizes)
 
 
-def _place(reader: CacheReader, row: int, taken: set[int]) -> Place | None:
-    """Return a row, or else the next one of its shard that is not taken, with a position."""
+def _place(reader: CacheReader, row: int, before: int, taken: set[int]) -> Place | None:
+    """Return a row, or else the next one of its shard that is not taken, with a position.
+
+    Args:
+        before: number of rows in the splits before the reader's; `taken` counts these, too.
+    """
     start, stop = reader.layout.rows_of(row // reader.layout.shard_rows)
-    others = [(row + i - start) % (stop - start) + start for i in range(1, stop - start)]
-    for other in (row, *(other for other in others if other not in taken)):
-        if number := int(in_loss(reader.corpus.rows(other, other + 1)).sum()):
+    others = ((row + i - start) % (stop - start) + start for i in range(1, stop - start))
+    for other in chain((row,), (other for other in others if before + other not in taken)):
+        if number := int(positions_in_loss(reader.corpus.rows(other, other + 1)).sum()):
             return Place(reader, other, number)
     return None
 
@@ -263,7 +268,7 @@ def _read(places: Sequence[Place]) -> _Batch:
         made_from=made_from,
         tokens=torch.from_numpy(rows.tokens),
         apart=documents_apart(doc_ids, made_from.document_mask),
-        wanted=in_loss(rows),
+        wanted=positions_in_loss(rows),
         uniforms=row_uniforms([place.row for place in places], length, num_sampled, seed),
         stored=TopK.cat([place.reader.top_k(np.array([place.row])) for place in places]),
     )
@@ -284,9 +289,9 @@ def _capture_again(teacher: Teacher, batch: _Batch) -> TopK:
         None if batch.apart is None else batch.apart.repeat(3, 1),
         top_p=made_from.top_p,
         wanted=batch.wanted.repeat(3, 1),
+        entropy_quantile=made_from.entropy_quantile,
     )
-    again = again[: len(batch.tokens)].map(Tensor.cpu)
-    return as_stored(keep_highest_entropy(again, made_from.entropy_quantile))
+    return as_stored(again[: len(batch.tokens)].map(Tensor.cpu))
 
 
 def _shifted_by_one(topk: TopK) -> TopK:

@@ -13,14 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.packing import IGNORE, Rows, next_token_labels
 from pipeline.targets.selection import number_kept
-
-
-def in_loss(rows: Rows) -> Tensor:
-    """Return where rows of a corpus have a next token that is in the loss, bool [B, L]."""
-    tokens, doc_ids, flags = map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss))
-    return next_token_labels(tokens, doc_ids, flags) != IGNORE
 
 
 def misplaced(has_target: Tensor, wanted: Tensor, quantile: float) -> Tensor:

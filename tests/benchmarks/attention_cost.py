@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.data.packing import IGNORE, row_labels
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.batch_sizes import gpu_memory, resolve_batch_rows, resolve_head_chunk
 from pipeline.runtime.device import pick_device, training_dtype
@@ -72,8 +72,7 @@ def teacher_loss(teacher: Teacher, corpus: CorpusSplit, way: str) -> float:
     for first in range(0, len(corpus), 16):
         rows = corpus.rows(first, min(first + 16, len(corpus)))
         tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
-        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(rows.in_loss)).flatten()
-        labels = labels.to(teacher.device)
+        labels = row_labels(rows).flatten().to(teacher.device)
         for place, logits in teacher.logits_by_chunk(tokens, documents_apart(doc_ids, WAYS[way])):
             wanted = labels[place] != IGNORE
             log_p = logits[wanted].log_softmax(-1)

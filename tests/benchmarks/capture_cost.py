@@ -21,7 +21,7 @@ import torch
 from pipeline.capture.capture import fingerprint_of, open_capture
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, next_token_labels
+from pipeline.data.packing import positions_in_loss
 from pipeline.model.attention_mask import documents_apart
 from pipeline.runtime.batch_sizes import resolve_batch_rows
 from pipeline.runtime.device import pick_device
@@ -37,8 +37,7 @@ def bare(teacher: Teacher, corpus: CorpusSplit, rows: range, params: Params) -> 
     for first in range(rows.start, rows.stop, batch_rows):
         batch = corpus.rows(first, min(first + batch_rows, rows.stop))
         tokens, doc_ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.doc_ids)
-        labels = next_token_labels(tokens, doc_ids, torch.from_numpy(batch.in_loss))
-        positions = (labels != IGNORE).flatten().nonzero()[:, 0]
+        positions = positions_in_loss(batch).flatten().nonzero()[:, 0]
         apart = documents_apart(doc_ids, params.prepare.document_mask)
         for _ in teacher.logits_by_chunk(tokens, apart, positions):
             pass

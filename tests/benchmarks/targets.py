@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.capture.capture import COUNTED_ROWS, fingerprint_of
 from pipeline.config.params import Params, load_params
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, Rows, next_token_labels
+from pipeline.data.packing import Rows, positions_in_loss
 from pipeline.io.zarr_shards import ArraySpec, encode_shard
 from pipeline.logit_cache.codec import IdOrder, encode
 from pipeline.logit_cache.layout import CacheLayout
@@ -143,10 +143,7 @@ def main(overrides: tuple[str, ...]) -> None:
     doc_ids = documents_apart(torch.from_numpy(rows.doc_ids), params.prepare.document_mask)
     tokens = torch.from_numpy(rows.tokens)
     inputs = tokens, doc_ids
-    labels = next_token_labels(
-        tokens, torch.from_numpy(rows.doc_ids), torch.from_numpy(rows.in_loss)
-    )
-    positions = (labels != IGNORE).flatten().nonzero()[:, 0]
+    positions = positions_in_loss(rows).flatten().nonzero()[:, 0]
     modes = [mode for mode, _ in MODES.values()]
     chances = {
         mode: row_uniforms(range(count), corpus.info.row_length, mode.num_sampled, 0).flatten(0, 1)[

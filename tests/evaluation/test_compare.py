@@ -170,7 +170,7 @@ def test_nothing_in_the_loss_is_one_sentence(
     tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pipeline.evaluation.compare._labels",
+        "pipeline.evaluation.compare.row_labels",
         lambda rows: torch.full(rows.tokens.shape, IGNORE),
     )
     with pytest.raises(DecantError, match="no token of the corpus's validation rows is in the"):

@@ -101,8 +101,8 @@ def test_no_position_in_the_loss_is_a_sentence(
     tiny_corpus: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pipeline.verify.against.next_token_labels",
-        lambda tokens, doc_ids, in_loss: torch.full_like(tokens, IGNORE),
+        "pipeline.verify.against.row_labels",
+        lambda rows: torch.full(rows.tokens.shape, IGNORE),
     )
     with pytest.raises(DecantError, match="rows has a position in the loss, so there is nothing"):
         compare_with(tiny_corpus.paths.teacher, tiny_corpus)

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import hash_rows
+from pipeline.data.packing import positions_in_loss
 from pipeline.logit_cache.codec import as_stored
 from pipeline.losses.reference import tail_bucket_kl
 from pipeline.model.attention_mask import documents_apart
@@ -22,7 +23,6 @@ from pipeline.targets.selection import count_distinct
 from pipeline.targets.topk import TopK
 from pipeline.teacher.transformers import HuggingFaceTeacher
 from pipeline.verify.agreement import agreement, comparable
-from pipeline.verify.positions import in_loss
 from tests.helpers import (
     capture_all,
     change,
@@ -104,7 +104,7 @@ def test_the_noise_floor_is_rounded_as_the_cache_is(tiny_cache: Params) -> None:
         tiny_cache.prepare.temperatures,
         None,
         apart,
-        wanted=in_loss(rows),
+        wanted=positions_in_loss(rows),
     )
     stored, again = reader.top_k(np.arange(4)), as_stored(said)
     assert torch.equal(stored.has_target, again.has_target)

@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.data.packing import positions_in_loss
 from pipeline.errors import DecantError
 from pipeline.targets.selection import cut_to_mass, keep_highest_entropy
 from pipeline.targets.topk import TopK
-from pipeline.verify.positions import entropy_gap, in_loss, misplaced
+from pipeline.verify.positions import entropy_gap, misplaced
 from stages.verify import main
 from tests.helpers import (
     capture_all,
@@ -270,7 +271,7 @@ def test_completions_alone(batch_rows: int, chats: Params, monkeypatch: pytest.M
     )
     capture_all(params)
     corpus = CorpusSplit(params.paths.corpus, "train")
-    wanted = in_loss(corpus.rows(0, len(corpus)))
+    wanted = positions_in_loss(corpus.rows(0, len(corpus)))
     assert 5 < int(wanted.any(-1).sum()) < len(corpus) - 5  # rows without any target
     asked = []
     teacher = live_teacher(params)
@@ -308,7 +309,7 @@ def test_no_target_at_all_is_a_sentence(chats: Params, monkeypatch: pytest.Monke
     with pytest.raises(DecantError, match="holds no target in rows that have positions in the lo"):
         gate(chats)
     monkeypatch.setattr(
-        "pipeline.verify.gate.in_loss", lambda rows: torch.zeros(rows.tokens.shape).bool()
+        "pipeline.verify.gate.positions_in_loss", lambda rows: torch.zeros(rows.tokens.shape).bool()
     )
     with pytest.raises(DecantError, match="none of 10 rows has a position in the loss"):
         gate(chats)
