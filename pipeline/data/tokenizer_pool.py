@@ -144,7 +144,7 @@ class LocalPool:
         self._executor = ProcessPoolExecutor(
             self._workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
         )
-        with _interrupts_blocked():
+        with _interrupts_deferred():
             self._loading = [  # each call starts a process
                 self._executor.submit(tokenize_block, self._settings, [])
                 for _ in range(self._workers)
@@ -160,16 +160,25 @@ def _killed(workers: int) -> DecantError:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Let processes that are started inherit that Ctrl-C is not for them: this one ends them.
+def _interrupts_deferred() -> Iterator[None]:
+    """Let a Ctrl-C take effect at the end, and never in processes that are started meanwhile.
 
-    A Ctrl-C meanwhile takes effect at the end.
+    Those inherit this thread's signal mask, and this process ends them. The mask does not hold a
+    signal back from this process, as its other threads receive it: hence the handler.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    received: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
+        handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _end_with_parent() -> None:

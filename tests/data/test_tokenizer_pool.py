@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -218,6 +220,29 @@ def test_an_interrupt_ends_all_processes(
         at_work.kill()
     wait_until(lambda: not any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers))
     assert not list(Path(str(tiny_params.paths.corpus)).glob("*/zarr.json"))
+
+
+def test_an_interrupt_waits_until_the_processes_have_started() -> None:
+    """A signal to the process reaches its other threads, even if the main thread blocks it."""
+    ended, passed = threading.Event(), []
+    other = threading.Thread(target=ended.wait)
+    other.start()
+
+    def interrupted() -> None:
+        with tokenizer_pool._interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # the handler runs here
+            passed.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        ended.set()
+    assert len(passed) == 1
+    assert signal.SIGINT in passed[0]  # started processes inherit this
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_cores_are_those_that_may_be_used() -> None:
