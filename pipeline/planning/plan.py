@@ -36,8 +36,8 @@ from pipeline.planning.shapes import student_shape, teacher_shape, tokenizer_ids
 from pipeline.planning.teacher_sharing import Sharing, share_teacher
 
 TOKENIZED = 2.1e5  # tokens per second on one processor, by `build_corpus` of Python's library
-READ = 6.1e6  # tokens per second read and decoded by two threads beside a device (cache_speed.py)
-WRITTEN = 1.6e6  # tokens per second encoded and committed by two threads (cache_speed.py)
+READ = 1.8e6  # tokens per second read and decoded by two threads beside a device (cache_speed.py)
+WRITTEN = 0.35e6  # tokens per second encoded and committed by two threads (cache_speed.py)
 NOISE_COPIES = 3  # copies of a row in a forward of the noise floor (pipeline/verify/gate.py)
 MODES = (
     Mode(k=64),
