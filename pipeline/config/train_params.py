@@ -33,6 +33,10 @@ Divergence = Literal[
 """The distance of the student from the teacher, defined in `pipeline/losses/reference.py`."""
 
 
+ReportTo = Literal["tensorboard", "wandb", "mlflow"]
+"""A logger of training curves besides DVCLive, see `pipeline/training/loggers.py`."""
+
+
 class LoraParams(Section):
     """Low-rank adapters beside frozen matrices (Hu et al. 2021), merged when the run ends."""
 
@@ -220,3 +224,7 @@ class RunParams(Section):
     """Probability mass on the kept ids below which a warning is printed."""
     checkpoint_every: Count = 32
     """Steps between checkpoints."""
+    report_to: tuple[ReportTo, ...] = ()
+    """Further logs of the curves, besides DVCLive's, which the report reads: any of tensorboard,
+    wandb (offline unless WANDB_MODE says otherwise) and mlflow (local unless MLFLOW_TRACKING_URI
+    names a server)."""

@@ -1,16 +1,19 @@
-"""Training curves, kept in the run's state and written by DVCLive."""
+"""Training curves, kept in the run's state, and written by DVCLive and the loggers asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from dvclive import Live
 from scmrepo.exceptions import SCMError
 
+from pipeline.config.train_params import ReportTo
 from pipeline.errors import DecantError
 from pipeline.runtime.launch import is_first_rank
 from pipeline.training.checkpoint import TrainState
+from pipeline.training.loggers import LOGGERS, Logger
 
 
 class Curves:
@@ -18,28 +21,47 @@ class Curves:
 
     All ranks remember, because a run may resume on any number of ranks; only rank 0 writes.
 
+    Args:
+        run: the run's folder; DVCLive's files, which the report reads, go into its `dvclive`.
+        report_to: further loggers.
+        config: the values of params.yaml, which those show beside the curves.
+
     Raises:
-        DecantError: on opening, the git repository that contains `folder` has no commit.
+        DecantError: on opening, the git repository that contains the folder has no commit, or a
+            logger's library is not installed.
     """
 
-    def __init__(self, folder: Path, state: TrainState) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        run: Path,
+        state: TrainState,
+        report_to: Sequence[ReportTo] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._run = run
         self._state = state
+        self._report_to = report_to
+        self._config = config or {}
         self._live: Any = None
+        self._loggers: list[Logger] = []
 
     def __enter__(self) -> Self:
-        if is_first_rank():
-            try:
-                self._live = Live(str(self._folder), save_dvc_exp=False, dvcyaml=None)
-            except SCMError as error:
-                raise DecantError(
-                    f"DVCLive cannot use this git repository ({error}): make a first commit"
-                ) from None
-            for record in self._state.history:
-                self._show(record)
+        if not is_first_rank():
+            return self
+        self._loggers = [LOGGERS[name](self._run, self._config) for name in self._report_to]
+        try:
+            self._live = Live(str(self._run / "dvclive"), save_dvc_exp=False, dvcyaml=None)
+        except SCMError as error:
+            raise DecantError(
+                f"DVCLive cannot use this git repository ({error}): make a first commit"
+            ) from None
+        for record in self._state.history:
+            self._show(record)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        for logger in self._loggers:
+            logger.close(finished=error[0] is None)
         if self._live is not None:
             self._live.__exit__(*error)
 
@@ -52,8 +74,11 @@ class Curves:
     def _show(self, point: dict[str, float]) -> None:
         if self._live is None:
             return
-        self._live.step = int(point["step"])
-        for name, value in point.items():
-            if name != "step":
-                self._live.log_metric(name, value)
+        step = int(point["step"])
+        values = {name: value for name, value in point.items() if name != "step"}
+        self._live.step = step
+        for name, value in values.items():
+            self._live.log_metric(name, value)
         self._live.make_summary()
+        for logger in self._loggers:
+            logger.show(step, values)

@@ -4,7 +4,7 @@
                              of the last step, or of the lowest validation loss with train.keep_best
 <runs>/<name>/adapter/       with student.lora: the adapter alone, to apply to student.checkpoint
 <runs>/<name>/run.json       the run's inputs; a run with other inputs is refused in this folder
-<runs>/<name>/dvclive/       metrics and curves
+<runs>/<name>/dvclive/       metrics and curves; with run.report_to, others beside it (loggers.py)
 <runs>/<name>/checkpoints/   only while the run is unfinished; with paths.checkpoints they are in
                              <name> there, with a copy of run.json for another machine to take over
 """
@@ -41,6 +41,7 @@ from pipeline.target_sources.online import OnlineTargets
 from pipeline.target_sources.target_source import TargetSource
 from pipeline.target_sources.tokens_only import TokensOnly
 from pipeline.teacher.engines import describe_engine, open_teacher, teacher_dtype
+from pipeline.training import loggers
 from pipeline.training.batches import BatchStream, first_rows
 from pipeline.training.checkpoint import Checkpoints, TrainState
 from pipeline.training.distillation import DistillationLoss
@@ -291,7 +292,7 @@ def _claim(
                     f"{folder} {difference}: add --overwrite to replace it, or choose another --run"
                 )
             checkpoints.remove()
-            for name in ("run.json", *_FOLDERS, "dvclive"):
+            for name in ("run.json", *_FOLDERS, "dvclive", *loggers.FOLDERS):
                 open_folder(folder).remove(name)
         elif finished and not (damage := find_damage(folder / "model")):
             _sign(folder)

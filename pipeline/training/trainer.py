@@ -69,7 +69,8 @@ def train(
     if state.step:
         say(f"continuing from step {state.step} of {recipe.num_steps}")
     batches = stream.starting_at(state.step * recipe.gradient_accumulation_steps)
-    with Curves(folder / "dvclive", state) as curves, StopRequest() as stop:
+    config = params.model_dump(mode="json", include={"seed", "prepare", "student", "train"})
+    with Curves(folder, state, params.run.report_to, config) as curves, StopRequest() as stop:
         _announce(model, student, validation, params, state, ranks)
         if state.step == 0:
             curves.record(_validate(model, learner, validation, state, recipe, ranks))
