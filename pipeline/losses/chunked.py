@@ -113,6 +113,74 @@ def distillation_loss_sums(
     return LossSums(total=total, ce=ce, divergence=value)
 
 
+def logits_loss_sums(
+    logits: Tensor,
+    labels: Tensor,
+    topk: TopK | None,
+    *,
+    alpha: float,
+    temperature: float,
+    divergence: Divergence = "forward_kl",
+    target_weight: float = 1.0,
+    chunk: int = 256,
+) -> LossSums:
+    """Return what `distillation_loss_sums` does, from logits [n, V] of any floating dtype.
+
+    The logits are the student's, after any scale and soft cap. The gradient is computed with the
+    loss, in a buffer of the logits' size and dtype; beyond that, the memory used is chunk x V x 4
+    bytes.
+    """
+    if topk is None:
+        alpha, temperature = 0.0, 1.0
+    else:
+        require_expressible(divergence, topk)
+    if not torch.is_grad_enabled():
+        logits = logits.detach()
+    objective = _Objective(alpha, temperature, divergence, target_weight)
+    total, ce, value = _LossOfLogits.apply(  # type: ignore[no-untyped-call]
+        logits, labels, topk, objective, chunk
+    )
+    return LossSums(total=total, ce=ce, divergence=value)
+
+
+class _LossOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        topk: TopK | None,
+        objective: _Objective,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = logits.detach()
+        need_grad = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits) if need_grad else None
+        divergence_sum, ce_sum = (torch.zeros((), device=logits.device) for _ in range(2))
+        for start in range(0, len(logits), chunk):
+            rows = slice(start, min(start + chunk, len(logits)))
+            part = logits[rows].to(torch.float32, copy=True)
+            divergence, ce = _loss_and_grad(
+                part,
+                labels[rows],
+                topk[rows] if topk is not None else None,
+                objective,
+                need_grad=need_grad,
+            )
+            divergence_sum += divergence
+            ce_sum += ce
+            if gradient is not None:
+                gradient[rows] = part
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(ce_sum, divergence_sum)
+        return _total(divergence_sum, ce_sum, objective), ce_sum, divergence_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grads[0]), None, None, None, None
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -261,19 +261,25 @@ def body_states(model: Any, tokens: Tensor, positions: Tensor | None = None) -> 
     Args:
         positions: int64 [B, L], restarting at each document; None counts from the row's start.
     """
-    options = {} if positions is None else document_options(model, positions)
     if isinstance(model, FSDPModule):
-        return _states_within(model, tokens, options)
+        return _states_within(model, tokens, positions)
+    return run_body(model, tokens, positions)
+
+
+def run_body(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return what `body_states` does, where the body's weights are gathered if they are sharded."""
+    options = {} if positions is None else document_options(model, positions)
     hidden: Tensor = body_of(model)(input_ids=tokens, use_cache=False, **options).last_hidden_state
     return hidden
 
 
-def _states_within(model: Any, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+def _states_within(model: Any, tokens: Tensor, positions: Tensor | None) -> Tensor:
     """Return what the body computes within the model's own forward.
 
     FSDP2 gathers the weights outside the layers only there. Logits beyond the last ones are not
     computed.
     """
+    options = {} if positions is None else document_options(model, positions)
     found: list[Tensor] = []
     hook = body_of(model).register_forward_hook(
         lambda _, __, output: found.append(output.last_hidden_state)

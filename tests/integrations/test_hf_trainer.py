@@ -1,0 +1,219 @@
+"""The Trainer of transformers with a cache: the losses and weights of our own training."""
+
+from __future__ import annotations
+
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from pipeline.config.params import Params
+from pipeline.errors import DecantError
+from pipeline.integrations.cache_dataset import IterableCacheDataset, collate, model_inputs
+from pipeline.integrations.hf_trainer import DistillationTrainer, add_loss
+from pipeline.integrations.kd_loss import Objective
+from pipeline.training.run import run_training
+from tests.helpers import change, from_folder, losses, weights
+from tests.integrations.test_cache_dataset import dataset_of
+from tests.training.ranks import run_ranks
+
+STEPS = 20
+PEAK = 0.002
+
+
+def same_recipe(params: Params, **train: Any) -> Params:
+    """Training by `stages/train.py` as Trainer can do it too: a constant rate, no decay."""
+    recipe = {
+        "steps": STEPS,
+        "batch_rows": 4,
+        "warmup_steps": 0,
+        "learning_rate": PEAK,
+        "min_learning_rate": PEAK,
+        "weight_decay": 0.0,
+        "eval_every": STEPS,
+        "eval_rows": 1000,
+        "shuffle_shards": 4,
+        "temperature": 2.0,
+        "alpha": 0.7,
+    }
+    return change(from_folder(params, params.paths.teacher), train=recipe | train)
+
+
+def arguments(params: Params, folder: Path, **changes: Any) -> TrainingArguments:
+    train = params.train
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": train.batch_rows,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "learning_rate": PEAK,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "adam_beta1": train.betas[0],
+        "adam_beta2": train.betas[1],
+        "max_grad_norm": train.max_grad_norm,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": params.seed,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**values | changes)
+
+
+def trainer_of(params: Params, folder: Path, **options: Any) -> DistillationTrainer:
+    changes = options.pop("arguments", {})
+    torch.manual_seed(0)
+    train = params.train
+    return DistillationTrainer(
+        model=AutoModelForCausalLM.from_pretrained(params.paths.teacher),
+        args=arguments(params, folder, **changes),
+        train_dataset=options.pop("train_dataset", dataset_of(params)),
+        eval_dataset=dataset_of(params, "validation"),
+        objective=Objective(
+            alpha=train.alpha, temperature=train.temperature, divergence=train.divergence
+        ),
+        **options,
+    )
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [record[name] for record in trainer.state.log_history if name in record]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("head_chunk", [7, None])
+def test_losses_are_those_of_our_own_training(
+    head_chunk: int | None, accumulation: int, tiny_cache: Params, tmp_path: Path
+) -> None:
+    recipe = {"gradient_accumulation_steps": accumulation, "batch_rows": 4 // accumulation}
+    params = same_recipe(tiny_cache, **recipe)  # no more steps than an epoch has
+    run_training(params, "ours")
+    folder = params.paths.runs / "ours"
+    curves = losses(folder)
+    trainer = trainer_of(params, tmp_path / "out", head_chunk=head_chunk)
+    trainer.train()
+    for name, ours in (
+        ("loss", "train/loss"),
+        ("ce", "train/ce"),
+        ("divergence", "train/divergence"),
+    ):
+        assert logged(trainer, name)[:STEPS] == pytest.approx(curves[ours][1], abs=1e-5), name
+    found = dict(trainer.model.named_parameters())
+    for name, tensor in weights(folder).items():
+        off = (tensor - found[name]).norm() / tensor.norm()
+        assert off < 1e-4, name
+    ce = trainer.evaluate()["eval_ce"]
+    assert ce == pytest.approx(curves["validation/loss"][1][-1], abs=1e-5)
+
+
+def train_on_a_rank(params: Params, folder: Path) -> None:
+    trainer = trainer_of(params, folder)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        torch.save([logged(trainer, name) for name in ("loss", "ce", "divergence")], folder / "log")
+
+
+def test_two_processes_have_the_losses_of_one(
+    forkserver: ForkServerContext, tiny_cache: Params, tmp_path: Path
+) -> None:
+    """DistributedDataParallel, with the mean over the positions of both."""
+    params = same_recipe(tiny_cache)
+    run_training(params, "ours")
+    (tmp_path / "out").mkdir()
+    halved = change(params, train={"batch_rows": 2})
+    run_ranks(forkserver, 2, train_on_a_rank, halved, tmp_path / "out")
+    curves = losses(params.paths.runs / "ours")
+    found = torch.load(tmp_path / "out" / "log", weights_only=True)
+    for values, name in zip(found, ("loss", "ce", "divergence"), strict=True):
+        assert values[:STEPS] == pytest.approx(curves[f"train/{name}"][1], abs=1e-5), name
+
+
+def test_a_stopped_training_continues_exactly(tiny_cache: Params, tmp_path: Path) -> None:
+    params = same_recipe(tiny_cache)
+    whole = trainer_of(params, tmp_path / "whole")
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": 8, "save_total_limit": 1}
+    first = trainer_of(params, tmp_path / "parts", arguments={**saving, "max_steps": 8})
+    first.train()
+    second = trainer_of(params, tmp_path / "parts", arguments=saving)
+    second.train(resume_from_checkpoint=True)
+    assert logged(second, "loss")[:STEPS] == pytest.approx(logged(whole, "loss")[:STEPS], abs=1e-6)
+
+
+def test_a_stream_trains(tiny_cache: Params, tmp_path: Path) -> None:
+    params = same_recipe(tiny_cache)
+    rows = len(dataset_of(params))
+    stream = IterableCacheDataset(dataset_of(params), seed=params.seed)
+    trainer = trainer_of(params, tmp_path, train_dataset=stream)
+    trainer.train()
+    by_number = trainer_of(params, tmp_path)
+    by_number.train()
+    steps = min(STEPS, rows // 4)
+    assert logged(trainer, "loss")[:steps] == pytest.approx(
+        logged(by_number, "loss")[:steps], abs=1e-5
+    )
+
+
+def test_adapters_of_peft_alone_learn(tiny_cache: Params, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    params = same_recipe(tiny_cache)
+    model = AutoModelForCausalLM.from_pretrained(params.paths.teacher)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    trainer = DistillationTrainer(
+        model=adapted,
+        args=arguments(params, tmp_path, learning_rate=0.02),
+        train_dataset=dataset_of(params),
+        objective=Objective(alpha=1.0, divergence="reverse_kl"),
+    )
+    before = adapted.state_dict()["base_model.model.lm_head.weight"].clone()
+    trainer.train()
+    assert torch.equal(adapted.state_dict()["base_model.model.lm_head.weight"], before)
+    changed = [
+        p.detach().abs().max() > 0 for name, p in adapted.named_parameters() if "lora_B" in name
+    ]
+    assert all(changed)
+
+
+def test_evaluation_may_ask_for_logits(tiny_cache: Params, tmp_path: Path) -> None:
+    params = same_recipe(tiny_cache)
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        chosen = prediction.predictions.argmax(-1)[:, :-1]
+        labels = prediction.label_ids[:, 1:]
+        return {"accuracy": float((chosen == labels)[labels != -100].mean())}
+
+    trainer = trainer_of(params, tmp_path, compute_metrics=accuracy)
+    found = trainer.evaluate()
+    assert 0.0 <= found["eval_accuracy"] <= 1.0
+    plain = trainer_of(params, tmp_path).evaluate()
+    assert found["eval_ce"] == pytest.approx(plain["eval_ce"], abs=1e-6)
+    assert found["eval_divergence"] == pytest.approx(plain["eval_divergence"], abs=1e-6)
+
+
+def test_a_model_is_itself_without_a_batch(tiny_cache: Params) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_cache.paths.teacher).eval()
+    batch = next(iter(DataLoader(dataset_of(tiny_cache), batch_size=2, collate_fn=collate)))
+    before = model(**model_inputs(batch)).logits
+    add_loss(model, Objective(), 16)
+    assert torch.equal(model(**model_inputs(batch)).logits, before)
+    assert (
+        model.generate(batch["input_ids"][:, :4], max_new_tokens=2, do_sample=False).shape[1] == 6
+    )
+
+
+def test_a_head_with_a_bias_is_refused(tiny_cache: Params) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_cache.paths.teacher)
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=True)
+    model.set_output_embeddings(head)
+    with pytest.raises(DecantError, match=r"has a bias, .*head_chunk=None"):
+        add_loss(model, Objective(), 16)
