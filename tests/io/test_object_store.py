@@ -22,7 +22,7 @@ from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, chain_rows
 from pipeline.errors import DecantError, MismatchError
-from pipeline.io import object_store
+from pipeline.io import object_store, retries
 from pipeline.io.address import Url, parse_address
 from pipeline.io.folders import Folder, open_folder
 from pipeline.logit_cache.integrity import check_cache
@@ -103,7 +103,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
         "AWS_ENDPOINT_URL": server.url,
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.02)
     monkeypatch.setitem(object_store._CLIENT, "timeout", timedelta(seconds=1))
     server.misbehave = lambda number: None
     name = f"bucket{abs(hash(request.node.nodeid)) % 10**9}"
