@@ -116,8 +116,10 @@ def writes(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(params: Params, *words: Any, **options: Any) -> None:
+            from pipeline.io.hub_folder import require_writable
             from pipeline.io.ownership import lock
 
+            require_writable(getattr(params.paths, name), key=f"paths.{name}")
             with lock(getattr(params.paths, name), f"set paths.{name} to another place"):
                 function(params, *words, **options)
 

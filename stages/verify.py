@@ -104,7 +104,11 @@ def _run_gate(params: Params) -> None:
         noise_teacher=teachers[params.prepare.engine],
         engines=(engine_now, describe_engine(params, params.verify.engine)),
     )
-    write_json(params.paths.verify / "metrics.json", {"passed": report.passed, **vars(report)})
+    about = {
+        "passed": report.passed,
+        "cache_sha256": {corpus.split: reader.layout.sha256() for corpus, reader in splits},
+    }
+    write_json(params.paths.verify / "metrics.json", about | vars(report))
     write_json(params.paths.verify / "histogram.json", histogram)
     for line in report.lines():
         click.echo(f"  {line}")
@@ -129,6 +133,7 @@ def _compare_with(params: Params, folder: Path) -> None:
 
 def _check_structure(params: Params) -> None:
     from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+    from pipeline.io.hub_folder import remedy_for_damage
     from pipeline.logit_cache.integrity import check_cache
 
     whole, shards = True, 0
@@ -141,7 +146,8 @@ def _check_structure(params: Params) -> None:
             click.echo(f"  {split}: {result.missing} of {result.shards} shards are not captured")
         whole = whole and not result.damages and not result.missing
         shards += result.committed
-    verdict = "all whole" if whole else "NOT intact; run stages/prepare.py --repair"
+    how = remedy_for_damage(params.paths.logits, "run stages/prepare.py --repair")
+    verdict = "all whole" if whole else f"NOT intact; {how}"
     click.echo(f"verify: {shards} committed shards read, {verdict}")
     sys.exit(0 if whole else 1)
 

@@ -26,6 +26,7 @@ from pipeline.errors import DecantError, MismatchError, ParamsError, accident
 from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError
 from pipeline.io.folders import open_folder
+from pipeline.io.hub_folder import require_writable
 from pipeline.io.ownership import lock, require_ours
 from pipeline.logit_cache.codec import IdOrder
 from pipeline.logit_cache.format import FORMAT_VERSION, Fingerprint
@@ -385,6 +386,7 @@ def _something_else(address: Address, wanted: Fingerprint, corpus: CorpusSplit) 
 
 def lock_cache(params: Params, *, part: int = 1, parts: int = 1) -> AbstractContextManager[None]:
     """Exclude other processes that would write the same shards."""
+    require_writable(params.paths.logits, key="paths.logits")
     remedy = "set paths.logits to another place, or share the work by --shards I/N"
     return lock(params.paths.logits, remedy, part=part, parts=parts)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
-from pydantic import Field, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, field_validator
 
 from pipeline.config.cache_params import AdviseParams, CaptureParams, PrepareParams, VerifyParams
 from pipeline.config.delivery_params import (
@@ -27,10 +27,11 @@ from pipeline.config.delivery_params import (
     StudyParams,
 )
 from pipeline.config.params_file import read_params_file
-from pipeline.config.section import Location, Section
+from pipeline.config.section import Location, LocationOrHub, Section
 from pipeline.config.source_params import CorpusParams, TeacherParams
 from pipeline.config.train_params import RunParams, StudentParams, TrainParams
 from pipeline.errors import ParamsError, shortened
+from pipeline.io.address import HUB_FOLDERS, Address, HubUrl
 
 
 class Paths(Section):
@@ -40,12 +41,13 @@ class Paths(Section):
     """Hashes of what teacher.* and corpus.* name, for DVC."""
     teacher: Path = Path("cache/teacher")
     """Hugging Face folder of the teacher with its tokenizer, or a pointer to one."""
-    corpus: Location = Path("cache/corpus.zarr")
-    """Zarr group of tokens and document ids; a path, s3://bucket/prefix or gs://bucket/prefix."""
+    corpus: LocationOrHub = Path("cache/corpus.zarr")
+    """Zarr group of tokens and document ids; a path, s3://bucket/prefix or gs://bucket/prefix, or
+    hf://datasets/ORG/NAME@REVISION to read one that `share` published."""
     advise: Path = Path("cache/advise")
     """What each K would keep and cost, measured on a sample."""
-    logits: Location = Path("cache/logits.zarr")
-    """The cache, a zarr group of the teacher's top-K; also s3:// or gs://."""
+    logits: LocationOrHub = Path("cache/logits.zarr")
+    """The cache, a zarr group of the teacher's top-K; also s3:// or gs://, or hf:// as above."""
     verify: Path = Path("cache/verify")
     """Metrics and histogram of the gate."""
     runs: Path = Path("cache/runs")
@@ -62,6 +64,14 @@ class Paths(Section):
     """The HTML page."""
     study: Path = Path("cache/study")
     """What a model is made of: report, metrics and tensors."""
+
+    @field_validator("corpus", "logits")
+    @classmethod
+    def _in_repository(cls, address: Address, info: ValidationInfo) -> Address:
+        """Find corpus and cache in a repository that is named as a whole."""
+        if isinstance(address, HubUrl) and not address.parts.folder:
+            return address / HUB_FOLDERS[str(info.field_name)]
+        return address
 
 
 def _device(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from pipeline.io.address import Url, parse_address
+from pipeline.io.address import Address, HubUrl, Url, parse_address
 
 
 class Section(BaseModel):
@@ -23,10 +23,19 @@ class Section(BaseModel):
     )
 
 
-Location = Annotated[
+def _writable(value: object) -> Address:
+    address = parse_address(value)
+    if isinstance(address, HubUrl):
+        raise ValueError("the hub is only read: use a path, s3:// or gs://")
+    return address
+
+
+Location = Annotated[Path | Url, PlainValidator(_writable), PlainSerializer(str, return_type=str)]
+"""A path, s3://bucket/prefix or gs://bucket/prefix."""
+LocationOrHub = Annotated[
     Path | Url, PlainValidator(parse_address), PlainSerializer(str, return_type=str)
 ]
-"""A path, s3://bucket/prefix or gs://bucket/prefix."""
+"""A location, or hf://datasets/ORG/NAME@REVISION, which is only read."""
 
 
 def _count_or_auto(value: object) -> int | Literal["auto"]:

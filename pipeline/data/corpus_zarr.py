@@ -46,6 +46,7 @@ from pipeline.errors import DecantError, MismatchError
 from pipeline.io.address import Address
 from pipeline.io.checked_json import DamagedError, Length, Number, Sha256, Size, parse
 from pipeline.io.folders import Folder, open_folder
+from pipeline.io.hub_folder import remedy_for_absence, remedy_for_damage
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, Entry, entry_of, read_object, read_shard
 
@@ -146,10 +147,8 @@ class CorpusSplit:
         with self._damage_as_sentence(""):
             info = read_info(self._folder, str(address / split))
             if info is None:
-                raise DecantError(
-                    f"{address} holds no complete {split} split: run stages/corpus.py (or `dvc "
-                    "repro`)"
-                )
+                make = remedy_for_absence(address, "run stages/corpus.py (or `dvc repro`)")
+                raise DecantError(f"{address} holds no complete {split} split: {make}")
             self.info = info
             self._specs = split_specs(info)
             self.objects = _read_objects(self._folder, info, self._specs)
@@ -258,7 +257,8 @@ class CorpusSplit:
             yield
         except DamagedError as error:
             raise DecantError(
-                f"{what}{self.path / self.split} is damaged ({error}): {_REMEDY}"
+                f"{what}{self.path / self.split} is damaged ({error}): "
+                f"{remedy_for_damage(self.path / self.split, _REMEDY)}"
             ) from None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import CardData, ModelCardData
 
 from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
@@ -85,7 +85,7 @@ def run_facts(params: Params, run: str) -> RunFacts:
         terms = {key: front[key] for key in keys if isinstance(front.get(key), str)}
     return RunFacts(
         about=about,
-        license=params.export.license or _license_of(front),
+        license=params.export.license or license_of(front),
         terms=terms,
         base_model=_base_model(params, front) if has_teacher else None,
         has_teacher=has_teacher,
@@ -115,9 +115,9 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         tags=["decant", *(["knowledge-distillation"] if how else [])],
         **facts.terms,
     )
-    origin = [*_start(about.get("student", {})), ("data", _data(params))]
+    origin = [*_start(about.get("student", {})), ("data", data_line(params))]
     if facts.has_teacher:
-        origin.insert(0, ("teacher", _teacher(params)))
+        origin.insert(0, ("teacher", teacher_line(params)))
     rows = [*origin, *_training(about), *_kept(params, run)]
     sections = [
         f"# {run}\n\nA causal language model, {how or 'trained'} by Decant.",
@@ -126,7 +126,7 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
         _evaluation(params, run),
         _terms(facts.license, "the teacher and the data"),
     ]
-    return _page(front, sections)
+    return card_page(front, sections)
 
 
 def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
@@ -139,15 +139,16 @@ def folder_card(folder: Path, name: str, files: Sequence[str]) -> str:
         f"# {name}\n\nA causal language model, converted by Decant: its weights rounded to the "
         "format that config.json names, otherwise as it was."
     )
-    return _page(front, [said, _use(files), _terms(found, "the model it was made of")])
+    return card_page(front, [said, _use(files), _terms(found, "the model it was made of")])
 
 
 def card_license(folder: Path) -> str | None:
     """Return the licence in the front matter of a folder's README.md; None if there is none."""
-    return _license_of(read_front_matter(folder))
+    return license_of(read_front_matter(folder))
 
 
-def _license_of(front: Mapping[str, Any]) -> str | None:
+def license_of(front: Mapping[str, Any]) -> str | None:
+    """Return the licence in a card's front matter, if it is one."""
     found = front.get("license")
     return found if isinstance(found, str) else None
 
@@ -168,7 +169,8 @@ def _base_model(params: Params, front: Mapping[str, Any]) -> str | list[str] | N
     return found if isinstance(found, str) else None
 
 
-def _page(front: ModelCardData, sections: Iterable[str]) -> str:
+def card_page(front: CardData, sections: Iterable[str]) -> str:
+    """Return a card: front matter, then sections, of which empty ones are left out."""
     body = "\n\n".join(section for section in sections if section)
     return f"---\n{front.to_yaml()}\n---\n\n{body}\n"
 
@@ -184,7 +186,8 @@ def _use(files: Sequence[str]) -> str:
     return text
 
 
-def _teacher(params: Params) -> str:
+def teacher_line(params: Params) -> str:
+    """Name the teacher, and for one from the hub its revision."""
     teacher, name = params.teacher, teacher_name(params.teacher)
     if teacher.source == "hub":
         return f"{name} at revision {teacher.hub.revision}"
@@ -194,7 +197,8 @@ def _teacher(params: Params) -> str:
     )
 
 
-def _data(params: Params) -> str:
+def data_line(params: Params) -> str:
+    """Name the text, and for text from the hub its revision."""
     name = corpus_name(params.corpus)
     if params.corpus.sources:
         at = [f"{source.hub.id} at revision {source.hub.revision}" for source in _on_hub(params)]

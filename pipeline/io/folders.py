@@ -1,8 +1,9 @@
-"""Folders on a disk or in an object store, with one small interface.
+"""Folders on a disk, in an object store or on the hub, with one small interface.
 
 Corpus, cache and checkpoints may be stored at a path, at s3://bucket/prefix or at
-gs://bucket/prefix. They need little from either kind of storage: reading and writing whole objects
-at once, atomically; a listing with sizes; creation that only one of several writers wins.
+gs://bucket/prefix; corpus and cache may also be read from hf://datasets/ORG/NAME. They need little
+from storage: reading and writing whole objects at once, atomically; a listing with sizes; creation
+that only one of several writers wins.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.io.address import Address, Url
+from pipeline.io.address import Address, HubUrl, Url
 from pipeline.io.files import create_bytes, open_file, write_bytes
+from pipeline.io.hub_folder import HubFolder
 from pipeline.io.object_store import ObjectFolder
 
 
@@ -43,6 +45,8 @@ class Folder(Protocol):
 
 def open_folder(address: Address) -> Folder:
     """Return the folder at an address; it need not exist."""
+    if isinstance(address, HubUrl):
+        return HubFolder(address)
     return ObjectFolder(address) if isinstance(address, Url) else LocalFolder(address)
 
 

@@ -6,32 +6,28 @@ obstore takes credentials and endpoints from the environment as the vendors' own
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from pipeline.errors import DecantError, reason_of
 from pipeline.io.address import Url
+from pipeline.io.retries import FIRST_PAUSE, TRIES, GaveUpError, with_retries
 from pipeline.runtime.optional import require
 
 Result = TypeVar("Result")
 
-
-_TRIES = 6
-_FIRST_PAUSE = 0.5  # seconds; doubled after each try, with jitter
 _CLIENT = {
     "timeout": timedelta(seconds=60),  # per request with its body; a shard has a few megabytes
     "connect_timeout": timedelta(seconds=10),
     "allow_http": True,  # for endpoints given as http; the vendors' own use https
 }
 _RETRIES = {
-    "max_retries": 6,
+    "max_retries": TRIES,
     "retry_timeout": timedelta(minutes=3),
     "backoff": {
         "base": 2,
-        "init_backoff": timedelta(seconds=_FIRST_PAUSE),
+        "init_backoff": timedelta(seconds=FIRST_PAUSE),
         "max_backoff": timedelta(seconds=15),
     },
 }
@@ -98,17 +94,18 @@ class ObjectFolder:
             self._obstore.exceptions.PermissionDeniedError,
             self._obstore.exceptions.UnauthenticatedError,
         )
-        for number in range(1, _TRIES + 1):
-            try:
-                return request()
-            except answers:
-                raise
-            except (self._obstore.exceptions.BaseError, OSError) as error:
-                if number == _TRIES or isinstance(error, refusals):
-                    reason = reason_of(error)
-                    raise DecantError(
-                        f"cannot {what} {self._url}/{key}, on attempt {number} ({reason}): check "
-                        "the connection, the endpoint and the credentials in the environment"
-                    ) from error
-                time.sleep(_FIRST_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))
-        raise AssertionError
+
+        def may_pass(error: Exception) -> bool | None:
+            failed = isinstance(error, (self._obstore.exceptions.BaseError, OSError))
+            if isinstance(error, answers) or not failed:
+                return None
+            return not isinstance(error, refusals)
+
+        try:
+            return with_retries(request, may_pass)
+        except GaveUpError as error:
+            reason = reason_of(error.reason)
+            raise DecantError(
+                f"cannot {what} {self._url}/{key}, on attempt {error.number} ({reason}): check the "
+                "connection, the endpoint and the credentials in the environment"
+            ) from error.reason

@@ -72,7 +72,7 @@ def check_cache(address: Address, corpus: CorpusSplit) -> CheckResult:
         return CheckResult(0, 0, (Damage(None, str(error)),))
     if layout is None:
         return CheckResult(0, 0, (Damage(None, "it does not exist"),))
-    require_corpus(layout.fingerprint, corpus, str(where))
+    require_corpus(layout.fingerprint, corpus, where)
     damages = [Damage(None, what) for what in _metadata_damages(folder, layout)]
     committed = shards_with_marker(folder, layout)
     damages += _shard_damages(folder, layout, corpus, committed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.errors import MismatchError
+from pipeline.io.address import Address
 from pipeline.io.checked_json import (
     DamagedError,
     Size,
@@ -23,6 +25,7 @@ from pipeline.io.checked_json import (
     parse,
 )
 from pipeline.io.folders import Folder
+from pipeline.io.hub_folder import remedy_for_damage
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, read_shard
 from pipeline.logit_cache.codec import IdOrder, count_dtype
@@ -143,6 +146,11 @@ class CacheLayout:
         grows = ("num_rows", "corpus_sha256")
         return json_crc32c({name: v for name, v in self.about().items() if name not in grows})
 
+    def sha256(self) -> str:
+        """Return the sha256 of `about`, by which a measurement says on which cache it was made."""
+        text = json.dumps(self.about(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def owns(self, marker: Marker, shard: int) -> bool:
         """Return whether a marker is that of a shard of this cache, of however many rows."""
         return marker.shard == shard and marker.cache == self.checksum()
@@ -217,14 +225,19 @@ def remove_cache(folder: Folder) -> None:
 
 
 @contextmanager
-def damage_as_sentence(what: str) -> Iterator[None]:
-    """Turn DamagedError into MismatchError with the remedy; `what` names the shard or cache."""
+def damage_as_sentence(address: Address, shard: int | None = None) -> Iterator[None]:
+    """Turn DamagedError into MismatchError with the remedy.
+
+    Args:
+        address: the split's cache.
+        shard: the damaged shard; None if it is the cache itself.
+    """
     try:
         yield
     except DamagedError as error:
-        raise MismatchError(
-            f"{what} is damaged ({error}): run stages/prepare.py --repair"
-        ) from None
+        what = address if shard is None else f"shard {shard} of {address}"
+        how = remedy_for_damage(address, "run stages/prepare.py --repair")
+        raise MismatchError(f"{what} is damaged ({error}): {how}") from None
 
 
 def id_order_name(id_order: IdOrder) -> str:

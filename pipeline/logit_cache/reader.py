@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from pipeline.data.corpus_zarr import CorpusSplit, hash_rows
 from pipeline.data.packing import Rows
 from pipeline.data.row_order import Shard
 from pipeline.errors import MismatchError
-from pipeline.io.address import Address
+from pipeline.io.address import Address, HubUrl
 from pipeline.io.checked_json import DamagedError
 from pipeline.io.folders import Folder, open_folder
+from pipeline.io.hub_folder import remedy_for_absence
 from pipeline.io.zarr_shards import decode_shard, read_object
 from pipeline.logit_cache.codec import Arrays, decode, to_topk
 from pipeline.logit_cache.format import COMMITS, Fingerprint
@@ -36,6 +38,7 @@ from pipeline.logit_cache.layout import (
     read_marker,
     shards_with_marker,
 )
+from pipeline.model.folder import hash_weights
 from pipeline.targets.topk import TopK
 
 
@@ -62,21 +65,23 @@ class CacheReader:
         self.address = address / corpus.split
         self.corpus = corpus
         self._folder = open_folder(self.address)
-        with damage_as_sentence(str(self.address)):
+        with damage_as_sentence(self.address):
             layout = load_layout(self._folder, str(self.address))
         if layout is None:
-            raise MismatchError(
-                f"{self.address} does not exist: run stages/prepare.py (or `dvc repro`)"
-            )
+            make = remedy_for_absence(self.address, "run stages/prepare.py (or `dvc repro`)")
+            raise MismatchError(f"{self.address} does not exist: {make}")
         self.layout = layout
-        require_corpus(layout.fingerprint, corpus, str(self.address))
+        require_corpus(layout.fingerprint, corpus, self.address)
         marked = shards_with_marker(self._folder, layout)
         if missing := set(range(layout.num_shards)).difference(marked):
+            make = remedy_for_absence(
+                self.address, "run stages/prepare.py to capture what is missing"
+            )
             raise MismatchError(
                 f"shard {min(missing)} of {layout.num_shards} in {self.address} is not captured: "
-                "run stages/prepare.py to capture what is missing"
+                f"{make}"
             )
-        with damage_as_sentence(str(self.address)):
+        with damage_as_sentence(self.address):
             self.id_order = load_id_order(self._folder, layout)
         self._k = k
         self._kept: OrderedDict[int, CacheShard] = OrderedDict()
@@ -146,20 +151,24 @@ class CacheReader:
         return self._kept[number]
 
     def _checked(self, shard: int) -> AbstractContextManager[None]:
-        return damage_as_sentence(f"shard {shard} of {self.address}")
+        return damage_as_sentence(self.address, shard)
 
 
-def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) -> None:
+def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: Address) -> None:
     """Refuse a cache that was made from another corpus.
 
     Raises:
         MismatchError: a field of the fingerprint differs; the message names it.
     """
     info = corpus.info
+    longer = "run stages/prepare.py to capture the rows that were added"
+    other = "capture again with stages/prepare.py --overwrite"
+    if isinstance(where, HubUrl):
+        longer = other = "set paths.corpus to the corpus in the cache's repository"
     if holds_first_rows(fingerprint, corpus):
         raise MismatchError(
             f"{where} holds the first {fingerprint.num_rows:,} of the {info.num_rows:,} rows that "
-            f"{corpus.path} has by now: run stages/prepare.py to capture the rows that were added"
+            f"{corpus.path} has by now: {longer}"
         )
     wanted = {
         "corpus_sha256": info.sha256,
@@ -173,8 +182,29 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: str) ->
         if stored != value:
             raise MismatchError(
                 f"{where} was captured with {name}={stored}, {corpus.path} has {value}: they do "
-                "not belong together, capture again with stages/prepare.py --overwrite"
+                f"not belong together, {other}"
             )
+
+
+def require_teacher(reader: CacheReader, folder: Path) -> None:
+    """Refuse a folder that holds another teacher than the cache's.
+
+    Args:
+        folder: the teacher's folder; a reader of the cache needs none, so it may be absent.
+
+    Raises:
+        MismatchError: the folder holds another model.
+    """
+    if not (folder / "config.json").exists():
+        return
+    wanted, found = reader.fingerprint.teacher_sha256, hash_weights(folder)
+    if found != wanted:
+        on_hub = isinstance(reader.address, HubUrl)
+        again = "" if on_hub else "capture again with stages/prepare.py --overwrite, or "
+        raise MismatchError(
+            f"{reader.address} was captured from teacher {wanted[:12]}, {folder} holds "
+            f"{found[:12]}: {again}fetch the other teacher"
+        )
 
 
 def holds_first_rows(fingerprint: Fingerprint, corpus: CorpusSplit) -> bool:

@@ -41,7 +41,7 @@ def has_cache(address: Address, split: str) -> bool:
         MismatchError: what is there is damaged, or not a logit cache.
     """
     where = address / split
-    with damage_as_sentence(str(where)):
+    with damage_as_sentence(where):
         return load_layout(open_folder(where), str(where)) is not None
 
 
@@ -91,7 +91,7 @@ class CacheWriter:
         self.address = address / split
         where = str(self.address)
         self._folder = open_folder(self.address)
-        with damage_as_sentence(where):
+        with damage_as_sentence(self.address):
             layout = load_layout(self._folder, where)
             if layout is None:
                 raise MismatchError(f"{where} does not exist: run stages/prepare.py")

@@ -28,7 +28,7 @@ from pipeline.errors import MismatchError, ParamsError, shortened
 from pipeline.io.files import read_json_object, write_json
 from pipeline.io.folders import Folder, open_folder
 from pipeline.io.ownership import claim, find_damage, lock, require_ours
-from pipeline.logit_cache.reader import CacheReader
+from pipeline.logit_cache.reader import CacheReader, require_teacher
 from pipeline.losses.divergences import require_expressible
 from pipeline.model.folder import hash_weights, teacher_folder
 from pipeline.model.named_models import run_folder
@@ -109,6 +109,7 @@ def _run(params: Params, folder: Path, overwrite: bool, ranks: Ranks) -> RunResu
     recipe = params.train.model_copy(update={"dtype": dtype_name(dtype)})
     params = params.model_copy(update={"train": recipe})
     identity = _identity(params, corpus, ranks.device)
+    _require_same_data(identity, ranks)
     if ranks.on_first(lambda: _claim(folder, checkpoints, identity, overwrite)):
         return RunResult(folder, None)
     seed_everything(params.seed)
@@ -174,7 +175,7 @@ def _target_sources(
             for split in (corpus, held_out)
         ]
         for reader in readers:
-            _require_same_teacher(reader, teacher_folder(params.paths.teacher))
+            require_teacher(reader, teacher_folder(params.paths.teacher))
         return CachedTargets(readers[0]), CachedTargets(readers[1])
     if params.prepare.engine == "vllm":
         raise ParamsError(
@@ -207,19 +208,6 @@ def _target_sources(
         for split in (corpus, held_out)
     )
     return training, validation
-
-
-def _require_same_teacher(reader: CacheReader, teacher: Path) -> None:
-    """Refuse another teacher than the cache's; training needs none, but one may be present."""
-    if not (teacher / "config.json").exists():
-        return
-    found = hash_weights(teacher)
-    if found != reader.fingerprint.teacher_sha256:
-        raise MismatchError(
-            f"{reader.address} was captured from teacher {reader.fingerprint.teacher_sha256[:12]}, "
-            f"{teacher} holds {found[:12]}: capture again with stages/prepare.py --overwrite, or "
-            "fetch the other teacher"
-        )
 
 
 def _warn_of_lost_mass(source: TargetSource, params: Params) -> None:
@@ -276,6 +264,16 @@ def _identity(params: Params, corpus: CorpusSplit, device: torch.device) -> dict
     if start := start_folder(params.student, teacher):
         identity["start_sha256"] = hash_weights(start)
     return dict(json.loads(json.dumps(identity)))  # as read back from JSON: tuples become lists
+
+
+def _require_same_data(identity: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse ranks that found different data, as they may where a branch on the hub moves."""
+    mine = {name: identity.get(name) for name in ("corpus_sha256", "cache")}
+    if any(other != mine for other in ranks.gather(mine)):
+        raise MismatchError(
+            "the ranks read different corpora or caches: give all machines the same, and on the "
+            "hub name a commit instead of a branch"
+        )
 
 
 def _claim(

@@ -22,7 +22,8 @@ from pipeline.config.params import Params
 from pipeline.data.corpus import build_corpus
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, chain_rows
 from pipeline.errors import DecantError, MismatchError
-from pipeline.io import object_store
+from pipeline.export.shared_files import open_whole, shared_files
+from pipeline.io import object_store, retries
 from pipeline.io.address import Url, parse_address
 from pipeline.io.folders import Folder, open_folder
 from pipeline.logit_cache.integrity import check_cache
@@ -103,7 +104,7 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
         "AWS_ENDPOINT_URL": server.url,
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.02)
     monkeypatch.setitem(object_store._CLIENT, "timeout", timedelta(seconds=1))
     server.misbehave = lambda number: None
     name = f"bucket{abs(hash(request.node.nodeid)) % 10**9}"
@@ -253,14 +254,20 @@ def test_capture_check_and_train_in_an_object_store(
         for name, tensor in vars(local).items():
             if isinstance(tensor, torch.Tensor):
                 assert torch.equal(tensor, getattr(stored, name)), name
+    if how is None:  # what stages/share.py would publish of both
+        here, there = (
+            {path: file.read() for path, file in shared_files(p, open_whole(p), None).items()}
+            for p in (tiny_params.paths, remote.paths)
+        )
+        assert here == there
     assert gate(remote).passed
     server.requests.clear()
-    there = run_training(remote, "there").state
+    away = run_training(remote, "there").state
     reads = server.requests["GET"]
-    here = run_training(tiny_params, "here").state
-    assert here is not None
-    assert there is not None
-    for one, two in zip(here.history, there.history, strict=True):
+    home = run_training(tiny_params, "here").state
+    assert home is not None
+    assert away is not None
+    for one, two in zip(home.history, away.history, strict=True):
         for name in ("train/loss", "validation/loss"):
             assert one.get(name) == two.get(name)
     if how is None:  # 8 steps of 4 rows see 32 of 94 rows; no object is read twice in a window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.io.folders import open_folder
 from pipeline.io.ownership import lock
 from pipeline.model.named_models import model_folder
-from pipeline.training.run import run_training
+from pipeline.runtime.ranks import Ranks
+from pipeline.training.run import _require_same_data, run_training
 from tests.helpers import SMALL, capture_all, change, weights
 from tests.models import make_teacher, make_tokenizer
 
@@ -188,6 +190,20 @@ def test_student_from_a_checkpoint_starts_where_it_ended(tiny_cache: Params) -> 
     assert second.history[0]["validation/loss"] == pytest.approx(
         first.state.history[-1]["validation/loss"], abs=1e-5
     )
+
+
+class RanksThatDiffer(Ranks):
+    """This rank, and one that read a branch of the hub a moment later."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, {**value, "corpus_sha256": "0" * 64}]
+
+
+def test_ranks_that_read_other_data_are_refused() -> None:
+    identity = {"seed": 0, "corpus_sha256": "1" * 64}
+    _require_same_data(identity, Ranks(torch.device("cpu")))
+    with pytest.raises(MismatchError, match=r"read different corpora or caches: .* name a commit"):
+        _require_same_data(identity, RanksThatDiffer(torch.device("cpu")))
 
 
 def test_epochs_are_the_run_that_their_steps_are(tiny_cache: Params) -> None:
