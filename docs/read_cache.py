@@ -26,7 +26,9 @@ def read_chunk(group, chunk):
     rows = slice(chunk * about["chunk_rows"], (chunk + 1) * about["chunk_rows"])
     id_order = group[about["id_order"]][:]
     entropies = group["entropies"][rows].reshape(-1, 1 + len(about["temperatures"])) / 4096
-    found = {"entropy": entropies[:, 0], "lse": group["lse"][rows].ravel()}
+    found = {}
+    if not about["imported_from"]:  # an imported cache knows no sums over the full row
+        found |= {"entropy": entropies[:, 0], "lse": group["lse"][rows].ravel()}
     for tau, renyi in zip(about["temperatures"], entropies[:, 1:].T, strict=True):
         found[f"lse_at_{tau:g}"] = renyi * (1 - 1 / tau)  # log sum exp(logprob / tau)
     if about["k"]:

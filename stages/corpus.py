@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import stage, writes
-from pipeline.errors import ParamsError
+from pipeline.errors import MismatchError, ParamsError
 
 if TYPE_CHECKING:
     from pipeline.config.params import Params
@@ -49,6 +49,7 @@ def main(params: Params, overwrite: bool, append: bool, workers: int | None, exe
     from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
     from pipeline.data.text_hashes import (
         EARLIER,
+        IMPORTED,
         begin_append,
         earlier_files,
         has_grown,
@@ -67,8 +68,13 @@ def main(params: Params, overwrite: bool, append: bool, workers: int | None, exe
     if append and overwrite:
         raise ParamsError("--append keeps the corpus and --overwrite rebuilds it: leave out one")
     teacher, address = teacher_folder(params.paths.teacher), params.paths.corpus
-    source = made_from(params.corpus, teacher, address, params.paths.inputs / SEEN_TEXT)
     before = read_made_from(address)
+    if (origin := before.get(IMPORTED)) and not overwrite:
+        raise MismatchError(
+            f"{address} was imported from {origin} by stages/convert.py, and holds no text to add "
+            "to: set paths.corpus to another place, or replace it by --overwrite"
+        )
+    source = made_from(params.corpus, teacher, address, params.paths.inputs / SEEN_TEXT)
     there = is_there(address)
     if append:
         require_appendable(address, before, source)

@@ -62,18 +62,28 @@ def _run_gate(params: Params) -> None:
     from pipeline.io.files import write_json
     from pipeline.logit_cache.reader import CacheReader
     from pipeline.runtime.device import dtype_name, inference_dtype, pick_device
-    from pipeline.teacher.engines import describe_engine, differ_in_ranks_alone, open_teacher
+    from pipeline.teacher.engines import (
+        describe_engine,
+        differ_in_ranks_alone,
+        open_teacher,
+        teacher_dtype,
+    )
     from pipeline.verify.gate import run_gate
 
     corpora = [CorpusSplit(params.paths.corpus, split) for split in SPLITS]
     splits = [(corpus, CacheReader(params.paths.logits, corpus)) for corpus in corpora]
     device = pick_device(params.device)
-    dtype = inference_dtype(
-        splits[0][1].fingerprint.dtype,
-        device,
-        key="the cache's dtype",
-        remedy="verify it where it was captured, or capture it again with another prepare.dtype",
-    )
+    made_from = splits[0][1].fingerprint
+    if made_from.imported_from:  # nothing says what its teacher ran in
+        dtype = teacher_dtype(params, device)
+    else:
+        dtype = inference_dtype(
+            made_from.dtype,
+            device,
+            key="the cache's dtype",
+            remedy="verify it where it was captured, or capture it again with another "
+            "prepare.dtype",
+        )
     engine_now = describe_engine(params)
     for corpus, reader in splits:
         stored = reader.fingerprint
@@ -86,8 +96,11 @@ def _run_gate(params: Params) -> None:
         prepare = params.prepare.model_copy(update=kept)
         seed = stored.sampling_seed if stored.num_sampled else params.seed
         as_stored = params.model_copy(update={"prepare": prepare, "seed": seed})
+        wanted = fingerprint_of(
+            as_stored, corpus, dtype, engine=stored.engine if same else engine_now
+        )
         stored.require_equal(
-            fingerprint_of(as_stored, corpus, dtype, engine=stored.engine if same else engine_now),
+            wanted.with_origin_of(stored) if stored.imported_from else wanted,
             str(reader.address),
             "capture again with stages/prepare.py --overwrite, or restore what changed",
         )

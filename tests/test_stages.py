@@ -34,6 +34,7 @@ STAGES = (
     "export",
     "report",
     "study",
+    "convert",
 )
 
 

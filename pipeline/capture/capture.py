@@ -378,6 +378,11 @@ def _something_else(address: Address, wanted: Fingerprint, corpus: CorpusSplit) 
             f"{address} is damaged ({error}), so nothing says what it was made from: remove "
             "it to capture it again"
         ) from None
+    if layout and layout.fingerprint.imported_from:
+        raise MismatchError(
+            f"{address} was imported from {layout.fingerprint.imported_from}, and no capture "
+            "replaces it: set paths.logits to another place, or remove it"
+        )
     if layout and is_beginning(layout.fingerprint, wanted, corpus):
         return ""
     difference = layout and layout.fingerprint.difference(wanted)

@@ -170,12 +170,17 @@ class Mixture:
         except UnicodeEncodeError:
             reason = "it holds half of a surrogate pair, which is not a character"
             return Fault(source.place, reason)
-        is_validation = int.from_bytes(digest[:8]) < self._fraction * 2**64
-        split = "validation" if is_validation else "train"
+        split = split_of(digest, self._fraction)
         read = Read(source.place, source.position, is_text, digest, split, None)
         # Neither a split that is full nor a document that was taken can become undone meanwhile.
         is_needed = split in self._waiting and digest not in self._seen
         return _Unread(read, content, is_needed)
+
+
+def split_of(digest: bytes, validation_fraction: float) -> str:
+    """Return the split to which a document belongs, by the hash of its content."""
+    is_validation = int.from_bytes(digest[:8]) < validation_fraction * 2**64
+    return "validation" if is_validation else "train"
 
 
 def _needed(block: list[_Unread | Fault]) -> Iterator[Content]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,6 +197,14 @@ def _rows(filled: list[list[_Piece]], row_length: int, pad_id: int) -> Rows:
             rows.in_loss[place] = piece.part.in_loss
             start += len(piece)
     return rows
+
+
+def document_places(doc_ids: NDArray[Any]) -> Iterator[tuple[int, slice]]:
+    """Yield the number and the place of each document in a row, given the row's doc_ids [L]."""
+    bounds = np.flatnonzero(np.diff(doc_ids, prepend=PADDING, append=PADDING)).tolist()
+    for start, stop in pairwise(bounds):
+        if doc_ids[start] != PADDING:
+            yield int(doc_ids[start]), slice(start, stop)
 
 
 def next_token_labels(tokens: Tensor, doc_ids: Tensor, in_loss: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ source no longer names. While an append is being committed it has `adding`: the 
 the corpus will be complete. A process that is killed then may leave new rows in one split and not
 in the other. Each split is whole, and a later append adds what is missing; until then the corpus is
 not taken for one that was made from either source.
+
+A corpus that stages/convert.py has imported has `imported_from`, the name of a format, with what
+`pipeline/interchange/import_cache.py` needs to know it again.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from pipeline.io.hashes import hash_changed, hash_file
 from pipeline.io.hub import commit_of
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
 
-EARLIER, ADDING = "earlier", "adding"
+EARLIER, ADDING, IMPORTED = "earlier", "adding", "imported_from"
 _FIXED = (
     "row_length",
     "packing",

@@ -24,6 +24,7 @@ from pipeline.teacher.front_matter import read_front_matter
 
 _FROM_TRAIN = ("targets", "divergence", "alpha", "temperature", "steps", "batch_rows", "dtype")
 _FROM_CACHE = (
+    "imported_from",
     "teacher_sha256",
     "tokenizer_sha256",
     "corpus_sha256",

@@ -75,6 +75,9 @@ def encode(topk: TopK, id_order: IdOrder, fingerprint: Fingerprint, chunk_rows: 
         [rows, L, ...] for the arrays with a value per position; [chunks, up to S] for the ragged
         ones.
     """
+    if not topk.has_row_sums:  # NaN, which integers cannot express; the fingerprint says so
+        nothing = torch.zeros_like(topk.lse)
+        topk = replace(topk, lse=nothing, entropy=nothing)
     has_target = topk.has_target.cpu().numpy()
     entropies = _in_steps(topk).cpu().numpy().astype(np.uint16)
     arrays = {
@@ -163,19 +166,23 @@ def to_topk(arrays: Arrays, id_order: IdOrder, fingerprint: Fingerprint) -> TopK
     for first in (logprobs[..., :1] > -torch.inf, counts[..., :1] > 0):
         has_target |= first.any(-1)
     entropies = tensor("entropies", torch.float32).div_(ENTROPY_STEPS)
+    lse, entropy = tensor("lse", torch.float32), entropies[..., 0]
+    if fingerprint.imported_from:
+        lse, entropy = lse.fill_(torch.nan), entropy.fill_(torch.nan)
     return TopK(
         has_target=has_target,
         ids=ids("ids"),
         logprobs=logprobs,
-        lse=tensor("lse", torch.float32),
+        lse=lse,
         lse_tau=entropies[..., 1:] * _exponents(fingerprint.temperatures),
-        entropy=entropies[..., 0],
+        entropy=entropy,
         sampled_ids=ids("sampled_ids"),
         sampled_counts=counts,
         sampled_logprobs=tensor("sampled_logprobs", torch.float32),
         num_sampled=fingerprint.num_sampled,
         temperatures=fingerprint.temperatures,
         vocab_size=fingerprint.vocab_size,
+        has_row_sums=fingerprint.imported_from is None,
     )
 
 

@@ -94,6 +94,12 @@ reads the rows that it has, as of an array that ends with them, joins the new ro
 writes the shard and its marker, and removes the file in `short`. If it is killed before the marker
 is there, the old rows no longer match that file's hashes, and the whole shard is captured again.
 
+Imported caches. If imported_from names a format, the cache was not captured from a teacher by
+Decant but converted from files in that format (pipeline/interchange/), which keep nothing of the
+full row: lse and entropies are 0 and have no meaning, J = M = 0, a position may keep fewer than K
+ids although top_p is null, teacher_sha256 is the sha256 of what was imported, engine is the
+format's name, and dtype is "unknown".
+
 A reader refuses a format_version other than its own. The version also increases when the same
 inputs would give other numbers (pipeline/targets/topk.py), since any program of the same version
 may continue a cache that another has begun.
@@ -102,7 +108,7 @@ may continue a cache that another has begun.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -144,6 +150,7 @@ class Fingerprint:
     vocab_size: Length  # V
     num_rows: Size  # N
     row_length: Length  # L
+    imported_from: str | None = None  # name of a format; None: captured from the teacher by Decant
 
     @property
     def kept(self) -> str:
@@ -163,6 +170,11 @@ class Fingerprint:
         """
         known = {field.name: values[field.name] for field in fields(cls)}
         return parse(cls, known, "its zarr.json")
+
+    def with_origin_of(self, imported: Fingerprint) -> Fingerprint:
+        """Return it with what an imported cache says of its teacher, which nothing can confirm."""
+        names = ("teacher_sha256", "dtype", "engine", "imported_from")
+        return replace(self, **{name: getattr(imported, name) for name in names})
 
     def require_equal(self, other: Fingerprint, where: str, remedy: str) -> None:
         """Refuse another fingerprint, and name the first field that differs.

@@ -189,13 +189,15 @@ def require_corpus(fingerprint: Fingerprint, corpus: CorpusSplit, where: Address
 def require_teacher(reader: CacheReader, folder: Path) -> None:
     """Refuse a folder that holds another teacher than the cache's.
 
+    Nothing says which weights an imported cache came from: `verify` compares it with a teacher.
+
     Args:
         folder: the teacher's folder; a reader of the cache needs none, so it may be absent.
 
     Raises:
         MismatchError: the folder holds another model.
     """
-    if not (folder / "config.json").exists():
+    if reader.fingerprint.imported_from or not (folder / "config.json").exists():
         return
     wanted, found = reader.fingerprint.teacher_sha256, hash_weights(folder)
     if found != wanted:

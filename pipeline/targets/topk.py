@@ -45,9 +45,9 @@ class TopK:
     has_target: Tensor  # bool [...], False where all other values have no meaning
     ids: Tensor  # int64 [..., K], in descending order of logit
     logprobs: Tensor  # float32 [..., K], logit - lse, nats at temperature 1; -inf where no id is
-    lse: Tensor  # float32 [...], logsumexp of the full row's logits
+    lse: Tensor  # float32 [...], logsumexp of the full row's logits; NaN without row sums
     lse_tau: Tensor  # float32 [..., J], log sum_v exp(logprob_v / tau_j)
-    entropy: Tensor  # float32 [...], nats, of the full row at temperature 1
+    entropy: Tensor  # float32 [...], nats, of the full row at temperature 1; NaN without row sums
     # Sampled with replacement from p outside `ids`, at temperature 1; each distinct id once.
     sampled_ids: Tensor  # int64 [..., D]
     sampled_counts: Tensor  # int32 [..., D], how often each id was sampled; 0 where no id is
@@ -55,6 +55,7 @@ class TopK:
     num_sampled: int  # M, the number of ids sampled at each position, repeated ones included
     temperatures: tuple[float, ...]  # the J temperatures of lse_tau; 1 needs none
     vocab_size: int  # V
+    has_row_sums: bool = True  # False: of an imported cache, which knows neither lse nor entropy
 
     @property
     def k(self) -> int:

@@ -11,8 +11,9 @@ What can be compared depends on what a cache stores. The log-probabilities of sa
 stored if temperatures other than 1 are. Without them, probabilities are compared at the kept ids
 alone, and sampled ids by their counts. If there are no kept ids either, the targets are the counts:
 their cosine is then that of the counts, while KL, top-1 and the errors of log-probabilities are
-left out (`comparable`). In the fields of `Agreement`, NaN stands for what is left out, so that it
-could never pass by mistake.
+left out (`comparable`). An imported cache knows no sums over the full row, and is not judged by
+them. In the fields of `Agreement`, NaN stands for what is left out, so that it could never pass by
+mistake.
 
 Shapes: n positions, K kept ids, M sampled ids, D of them distinct, J stored temperatures.
 """
@@ -79,10 +80,11 @@ def agreement(said: TopK, live: TopK, live_logprobs: Tensor) -> Agreement:
     entropy = said.entropy - live.entropy
     bands = [_mean_where(known[:, band], off[:, band]) for _, band in _bands(said)]
     sizes = [_mean_where(known[:, band], off[:, band].abs()) for _, band in _bands(said)]
+    sums = [lse, *lse_tau.unbind(-1), entropy] if said.has_row_sums else []
     values = {
         "lse": lse.abs(),
         "entropy": entropy.abs(),
-        "signed": torch.stack([*bands, lse, *lse_tau.unbind(-1), entropy], -1),
+        "signed": torch.stack([*bands, *sums], -1),
     }
     if said.num_sampled:
         values["sampled"] = sampled_overlap(
@@ -121,9 +123,9 @@ def comparable(topk: TopK, *, entropy_quantile: float) -> list[str]:
         "top1": has_logprobs,
         "overlap": bool(topk.k),
         "logprobs": has_logprobs,
-        "lse": True,
+        "lse": topk.has_row_sums,
         "lse_tau": bool(topk.temperatures),
-        "entropy": True,
+        "entropy": topk.has_row_sums,
         "entropy_gap": bool(entropy_quantile),
         "sampled": bool(topk.num_sampled),
     }
@@ -139,8 +141,10 @@ def said_ids(topk: TopK) -> Tensor:
 
 def signed_names(topk: TopK) -> list[str]:
     """Return the names of the columns of `Agreement.signed`."""
+    names = [f"log-probabilities of {name}" for name, _ in _bands(topk)]
+    if not topk.has_row_sums:
+        return names
     taus = [f"lse_tau at temperature {tau:g}" for tau in topk.temperatures]
-    names = (f"log-probabilities of {name}" for name, _ in _bands(topk))
     return [*names, "lse", *taus, "entropy"]
 
 

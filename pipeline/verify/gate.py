@@ -291,7 +291,8 @@ def _capture_again(teacher: Teacher, batch: _Batch) -> TopK:
         wanted=batch.wanted.repeat(3, 1),
         entropy_quantile=made_from.entropy_quantile,
     )
-    return as_stored(again[: len(batch.tokens)].map(Tensor.cpu))
+    stored = as_stored(again[: len(batch.tokens)].map(Tensor.cpu))
+    return replace(stored, has_row_sums=batch.stored.has_row_sums)
 
 
 def _shifted_by_one(topk: TopK) -> TopK:
@@ -382,7 +383,7 @@ def _wrong_by_row(batch: _Batch) -> dict[str, Tensor]:
             stored.has_target, batch.wanted, made_from.entropy_quantile
         )
     }
-    if k and made_from.top_p is None:
+    if k and made_from.top_p is None and not made_from.imported_from:
         is_other = stored.is_kept.sum(-1) != k
         wrong[f"positions do not keep k={k} ids"] = (stored.has_target & is_other).sum(-1)
     if num_sampled:
@@ -482,9 +483,9 @@ def _summary(series: Compared) -> GateSummary:
         top1=means.get("top1"),
         overlap=means.get("overlap"),
         logprob_error=means.get("logprobs"),
-        lse_error=means["lse"],
+        lse_error=means.get("lse"),
         lse_tau_error=means.get("lse_tau"),
-        entropy_error=means["entropy"],
+        entropy_error=means.get("entropy"),
         entropy_gap=means.get("entropy_gap"),
         sampled_agreement=means.get("sampled"),
     )

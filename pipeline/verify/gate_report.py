@@ -23,9 +23,9 @@ class GateSummary:
     top1: float | None
     overlap: float | None
     logprob_error: float | None  # nats
-    lse_error: float  # nats
+    lse_error: float | None  # nats
     lse_tau_error: float | None  # nats
-    entropy_error: float  # nats
+    entropy_error: float | None  # nats
     entropy_gap: float | None  # nats
     sampled_agreement: float | None
 
