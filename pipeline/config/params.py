@@ -31,7 +31,7 @@ from pipeline.config.section import Location, LocationOrHub, Section
 from pipeline.config.source_params import CorpusParams, TeacherParams
 from pipeline.config.train_params import RunParams, StudentParams, TrainParams
 from pipeline.errors import ParamsError, shortened
-from pipeline.io.address import HUB_FOLDERS, Address, HubUrl
+from pipeline.io.address import Address, in_repository
 
 
 class Paths(Section):
@@ -69,9 +69,7 @@ class Paths(Section):
     @classmethod
     def _in_repository(cls, address: Address, info: ValidationInfo) -> Address:
         """Find corpus and cache in a repository that is named as a whole."""
-        if isinstance(address, HubUrl) and not address.parts.folder:
-            return address / HUB_FOLDERS[str(info.field_name)]
-        return address
+        return in_repository(address, str(info.field_name))
 
 
 def _device(value: object) -> str:

@@ -17,7 +17,6 @@ from pipeline.data.text_hashes import read_made_from
 from pipeline.errors import DecantError
 from pipeline.export.card import card_page, data_line, license_of, teacher_line
 from pipeline.export.shared_files import TOKENIZER, SharedFile
-from pipeline.io.address import HUB_FOLDERS
 from pipeline.io.checked_json import DamagedError, parse
 from pipeline.io.files import read_json_object
 from pipeline.logit_cache.reader import CacheReader
@@ -153,20 +152,17 @@ An `@` and a commit after the name pin what is read. {teacher}.
 In Python, with Decant:
 
 ```python
-import numpy as np
+from torch.utils.data import DataLoader
 
-from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.io.address import parse_address
-from pipeline.logit_cache.reader import CacheReader
+from pipeline.integrations.cache_dataset import CacheDataset, ShardSampler, collate
 
-corpus = CorpusSplit(parse_address("{address}/{HUB_FOLDERS["corpus"]}"), "train")
-cache = CacheReader(parse_address("{address}/{HUB_FOLDERS["logits"]}"), corpus)
-tokens = corpus.rows(0, 8).tokens  # [8, L]
-targets = cache.top_k(np.arange(8))  # ids, logprobs [8, L, K], lse and entropy [8, L]
+rows = CacheDataset("{address}", "{address}")
+loader = DataLoader(rows, batch_size=8, sampler=ShardSampler(rows, seed=0), collate_fn=collate)
+batch = next(iter(loader))  # input_ids, labels [8, L]; teacher_ids, teacher_logprobs [8, L, K]
 ```
 
-Both are Zarr v3 groups, which any reader of Zarr opens. Every file is compared with the checksum in
-its shard's marker when Decant reads it."""
+Corpus and cache are Zarr v3 groups, which any reader of Zarr opens. Decant compares every file with
+the checksum in its shard's marker when it reads it."""
 
 
 def _terms(params: Params, license_id: str | None) -> str:

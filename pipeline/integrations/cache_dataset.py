@@ -51,7 +51,7 @@ from pipeline.data.corpus_zarr import CorpusSplit
 from pipeline.data.packing import IGNORE, Rows, row_labels
 from pipeline.data.row_order import ShuffledRows
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.io.address import Address, parse_address
+from pipeline.io.address import Address, in_repository, parse_address
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.attention_mask import document_positions
@@ -72,7 +72,7 @@ class CacheDataset(Dataset[Row]):
     reads them again and again: `ShardSampler` has one that does not.
 
     Args:
-        corpus: address of the corpus, a folder or s3:// or gs://.
+        corpus: address of the corpus: a folder, s3:// or gs://, or hf://datasets/ORG/NAME@REVISION.
         logits: address of the cache.
         split: "train" or "validation".
         k: use only the first k stored ids; None uses all.
@@ -94,7 +94,7 @@ class CacheDataset(Dataset[Row]):
         k: int | None = None,
         shards_in_memory: int = 8,
     ) -> None:
-        self._corpus, self._logits = _address(corpus), _address(logits)
+        self._corpus, self._logits = _address(corpus, "corpus"), _address(logits, "logits")
         self._split = split
         self._k = k
         self._shards_in_memory = shards_in_memory
@@ -350,8 +350,8 @@ def _order(dataset: CacheDataset, seed: int, shuffle_shards: int) -> ShuffledRow
     )
 
 
-def _address(value: str | Path) -> Address:
+def _address(value: str | Path, key: str) -> Address:
     try:
-        return parse_address(value)
+        return in_repository(parse_address(value), key)
     except ValueError as error:
         raise MismatchError(str(error)) from None

@@ -79,3 +79,14 @@ def parse_address(value: object) -> Address:
     if not rest.strip("/"):
         raise ValueError(f"{text} names no bucket: write {scheme}://bucket/prefix")
     return Url(text.rstrip("/"))
+
+
+def in_repository(address: Address, key: str) -> Address:
+    """Return the folder of an address that names a whole repository; other addresses as they are.
+
+    Args:
+        key: "corpus" or "logits", the key of `paths` whose address this is.
+    """
+    if isinstance(address, HubUrl) and not address.parts.folder:
+        return address / HUB_FOLDERS[key]
+    return address

@@ -324,8 +324,8 @@ def test_the_card(hub: Hub, tiny_cache: Params, tmp_path: Path) -> None:
         assert fact in card
     found: dict[str, Any] = {}
     exec(card.split("```python\n")[1].split("```")[0], found)  # reads it from the stand-in
-    assert found["tokens"].shape == (8, 32)
-    assert found["targets"].ids.shape == (8, 32, 16)
+    assert found["batch"]["input_ids"].shape == (8, 32)
+    assert found["batch"]["teacher_ids"].shape == (8, 32, 16)
     assert not any(str(tmp_path).encode() in data for data in hub.files.values())
     assert "tokenizer/tokenizer.json" in hub.files
     assert "logits.zarr/train/notes.txt" not in hub.files
