@@ -28,7 +28,7 @@ from pipeline.config.delivery_params import (
 )
 from pipeline.config.params_file import read_params_file
 from pipeline.config.section import Location, Section
-from pipeline.config.source_params import CorpusParams, TeacherParams
+from pipeline.config.source_params import CorpusParams, RolloutsParams, TeacherParams
 from pipeline.config.train_params import RunParams, StudentParams, TrainParams
 from pipeline.errors import ParamsError, shortened
 
@@ -42,6 +42,8 @@ class Paths(Section):
     """Hugging Face folder of the teacher with its tokenizer, or a pointer to one."""
     corpus: Location = Path("cache/corpus.zarr")
     """Zarr group of tokens and document ids; a path, s3://bucket/prefix or gs://bucket/prefix."""
+    rollouts: Path = Path("cache/rollouts")
+    """Rollouts: a journal of them, and corpus.zarr, the corpus that they make."""
     advise: Path = Path("cache/advise")
     """What each K would keep and cost, measured on a sample."""
     logits: Location = Path("cache/logits.zarr")
@@ -80,6 +82,7 @@ class Params(Section):
     paths: Paths = Paths()
     teacher: TeacherParams = TeacherParams()
     corpus: CorpusParams = CorpusParams()
+    rollouts: RolloutsParams = RolloutsParams()
     advise: AdviseParams = AdviseParams()
     prepare: PrepareParams = PrepareParams()
     capture: CaptureParams = CaptureParams()
