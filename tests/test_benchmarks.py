@@ -31,7 +31,7 @@ TINY_RUNS = {  # options, and what it must print
     "head_memory": ("--tokens 64 --vocabulary 512 --size 32", "DistillKit's KL, missing uniform"),
     "model_speed": ("--shape tiny --rounds 1 --rows 1 --length 8", "decode, batch 8 "),
     "on_policy": (
-        "--prompts 60 --prompt-tokens 6 --new-tokens 8 --steps 2 --gradient-rollouts 3",
+        "--prompts 60 --prompt-tokens 12 --new-tokens 8 --steps 2 --gradient-rollouts 3",
         "| reverse KL | ",
     ),
     "online_step": ("--case tiny --rounds 1", "online, dense, teacher of 4.3x the size "),

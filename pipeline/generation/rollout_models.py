@@ -141,7 +141,7 @@ class VllmRollouts:
                 "set device=cuda, and CUDA_VISIBLE_DEVICES to the GPU's number"
             )
         self.context = max_positions(load_config(folder))
-        arguments = {
+        arguments: dict[str, Any] = {
             "disable_log_stats": True,
             "enable_prefix_caching": False,  # so that a rollout is computed in the same way again
             **params.options,
@@ -152,13 +152,14 @@ class VllmRollouts:
             "max_model_len": min(row_length, self.context or row_length),
         }
         threads = torch.get_num_threads() if device.type == "cpu" else None
-        self._engine = VllmProcess(params.python, arguments, threads=threads, key="rollouts.engine")
-        if (found := self._engine.about["dtype"]) != dtype_name(dtype):
-            self._engine.close()
+        engine = VllmProcess(params.python, arguments, threads=threads, key="rollouts.engine")
+        if (found := engine.about["dtype"]) != dtype_name(dtype):
+            engine.close()
             raise DecantError(
-                f"vLLM {self._engine.version} computes {folder} in {found} though "
-                f"{dtype_name(dtype)} was asked: set rollouts.dtype to {found}"
+                f"vLLM {engine.version} computes {folder} in {found} though {dtype_name(dtype)} "
+                f"was asked: set rollouts.dtype to {found}"
             )
+        self._engine: VllmProcess = engine
 
     def __call__(
         self, prompts: Sequence[list[int]], settings: GenerationSettings, uniforms: Tensor

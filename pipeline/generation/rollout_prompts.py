@@ -83,9 +83,7 @@ def read_rollout_prompts(params: RolloutsParams, tokenizer: Any, longest: int) -
         if found.num_read == params.num_prompts:
             break
         found.num_read += 1
-        fault, ids = source.fault, []
-        if fault is None:
-            fault, ids = to_ids(source.content)
+        fault, ids = (source.fault, []) if source.fault else to_ids(source.content)
         if fault is None and len(ids) > found.longest:
             fault = (
                 f"its {len(ids):,} tokens, with max_new_tokens={params.max_new_tokens}, exceed the "

@@ -198,7 +198,7 @@ def compare_gradients(
 @click.option("--seeds", default=1)
 @click.option("--steps", default=64)
 @click.option("--learning-rate", default=1e-4)
-@click.option("--prompts", default=384)
+@click.option("--prompts", default=192)
 @click.option("--prompt-tokens", default=64)
 @click.option("--new-tokens", default=128)
 @click.option("--gradient-rollouts", default=32)

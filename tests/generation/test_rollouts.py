@@ -32,6 +32,7 @@ from pipeline.generation.rollout_prompts import read_rollout_prompts
 from pipeline.generation.rollouts import Rollouts, make_rollouts, rollout_uniforms
 from pipeline.generation.sampling import GenerationSettings
 from pipeline.model.tokenizer import load_tokenizer
+from pipeline.teacher.vllm_process import VllmProcess
 from stages.rollouts import main
 from tests.helpers import capture_all, change, gate
 from tests.models import CHATML, make_qwen3, make_teacher, make_tokenizer
@@ -268,6 +269,20 @@ def test_vllm_writes(params: Params, student: Path, vllm_python: Path, tmp_path:
     assert written(there) == written(greedy)
     with pytest.raises(MismatchError, match=r"made with engine=.?vllm 1\.2\.3"):
         write(by_vllm(there, vllm_python, tmp_path / "greedy", engine="transformers"), student)
+
+
+def test_a_missing_continuation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any, what: str, remedy: str) -> None:
+        raise DecantError(f"{what}: {remedy}")
+
+    monkeypatch.setattr(VllmProcess, "_fail", fail)
+    for lengths, ids, match in (([1], 1, "1 continuations of 2 prompts"), ([1, 1], 3, "2 contin")):
+        reply = {"lengths": lengths}, np.zeros(ids, np.int32).tobytes()
+        monkeypatch.setattr(VllmProcess, "_exchange", lambda *_, reply=reply: reply)
+        process = VllmProcess.__new__(VllmProcess)
+        process._key = "rollouts.engine"
+        with pytest.raises(DecantError, match=f"{match}.* choose rollouts.engine=transformers"):
+            process.continuations(np.array([5, 6], np.int32), [1, 1], [{}, {}])
 
 
 def test_vllm_gets_a_seed_for_each_rollout(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
