@@ -13,9 +13,9 @@ Shapes: B batch, T tokens so far, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +31,19 @@ from pipeline.runtime.device import dtype_name, place_rounded
 from pipeline.runtime.optional import import_transformers
 from pipeline.teacher.vllm_process import VllmProcess
 
+RolloutModel = Callable[[Sequence[list[int]], GenerationSettings, Tensor], list[list[int]]]
+"""Return the new tokens of each prompt, with a closing eos.
 
-class RolloutModel(Protocol):
-    """A model that continues prompts."""
+The last argument, float64 [B, max_new_tokens] in [0, 1), decides what is sampled.
+"""
 
-    @property
-    def context(self) -> int | None:
-        """Tokens of the longest text that the model can read; None if there is no limit."""
 
-    def __call__(
-        self, prompts: Sequence[list[int]], settings: GenerationSettings, uniforms: Tensor
-    ) -> list[list[int]]:
-        """Return the new tokens of each prompt, with a closing eos.
-
-        Args:
-            uniforms: float64 [B, max_new_tokens] in [0, 1), which decide what is sampled.
-        """
+def context_of(folder: Path) -> int | None:
+    """Return the tokens of the longest text that a model can read; None if there is no limit."""
+    try:
+        return read_config(folder).max_seq_len
+    except DecantError:
+        return max_positions(load_config(folder))
 
 
 def open_rollout_model(
@@ -71,10 +68,6 @@ class _Ours:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._student = place_rounded(load_student(folder).eval(), dtype, device)
 
-    @property
-    def context(self) -> int | None:
-        return self._student.config.max_seq_len
-
     def __call__(
         self, prompts: Sequence[list[int]], settings: GenerationSettings, uniforms: Tensor
     ) -> list[list[int]]:
@@ -90,10 +83,6 @@ class _OfTransformers:
         self._device = device
         # `generate` would take from it whatever is not given, for example a repetition penalty.
         self._model.generation_config = import_transformers().GenerationConfig()
-
-    @property
-    def context(self) -> int | None:
-        return max_positions(self._model.config)
 
     def __call__(
         self, prompts: Sequence[list[int]], settings: GenerationSettings, uniforms: Tensor
@@ -140,7 +129,6 @@ class VllmRollouts:
                 f"device={device} does not reach vLLM, which takes the first GPUs that it sees: "
                 "set device=cuda, and CUDA_VISIBLE_DEVICES to the GPU's number"
             )
-        self.context = max_positions(load_config(folder))
         arguments: dict[str, Any] = {
             "disable_log_stats": True,
             "enable_prefix_caching": False,  # so that a rollout is computed in the same way again
@@ -149,7 +137,7 @@ class VllmRollouts:
             "runner": "generate",
             "generation_config": "vllm",  # not the folder's
             "dtype": dtype_name(dtype),
-            "max_model_len": min(row_length, self.context or row_length),
+            "max_model_len": min(row_length, context_of(folder) or row_length),
         }
         threads = torch.get_num_threads() if device.type == "cpu" else None
         engine = VllmProcess(params.python, arguments, threads=threads, key="rollouts.engine")

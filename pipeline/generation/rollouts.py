@@ -58,7 +58,12 @@ from pipeline.data.packing import Document, best_fit
 from pipeline.data.text_hashes import is_there, read_made_from, write_made_from
 from pipeline.data.vocabulary import require_same_vocabulary
 from pipeline.errors import DecantError
-from pipeline.generation.rollout_models import RolloutModel, VllmRollouts, open_rollout_model
+from pipeline.generation.rollout_models import (
+    RolloutModel,
+    VllmRollouts,
+    context_of,
+    open_rollout_model,
+)
 from pipeline.generation.rollout_prompts import (
     RolloutPrompts,
     digest_of,
@@ -66,9 +71,10 @@ from pipeline.generation.rollout_prompts import (
 )
 from pipeline.generation.sampling import GenerationSettings
 from pipeline.generation.text_generator import default_eos_ids, folder_defaults
+from pipeline.io.folders import open_folder
 from pipeline.io.journal import Journal
 from pipeline.model.config_json import embedding_rows
-from pipeline.model.folder import hash_tokenizer, hash_weights, teacher_folder
+from pipeline.model.folder import POINTER, hash_tokenizer, hash_weights, teacher_folder
 from pipeline.model.quantization import describe_weights, read_quantization
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.runtime.console import announce, progress, say
@@ -125,7 +131,7 @@ def make_rollouts(
     Raises:
         MismatchError: the model's ids are not the teacher's, or there are rollouts made from other
             inputs.
-        DecantError, ParamsError: see `read_rollout_prompts`, `open_rollout_model`.
+        DecantError, ParamsError: see `read_rollout_prompts`, `open_rollout_model`, `VllmRollouts`.
     """
     chosen, folder = params.rollouts, params.paths.rollouts
     teacher = teacher_folder(params.paths.teacher)
@@ -133,8 +139,7 @@ def make_rollouts(
     ids = num_ids(tokenizer, teacher)
     _require_ids(model_folder, teacher, ids)
     ends = end_ids(model_folder, tokenizer, ids)
-    model = _open(params, model_folder, dtype, device)
-    longest = min(chosen.row_length, model.context or chosen.row_length)
+    longest = min(chosen.row_length, context_of(model_folder) or chosen.row_length)
     prompts = read_rollout_prompts(chosen, tokenizer, longest)
     fingerprint = {
         "model": hash_weights(model_folder),
@@ -175,9 +180,12 @@ def make_rollouts(
     with Journal(
         folder / JOURNAL, fingerprint, key="paths.rollouts", overwrite=overwrite
     ) as journal:
-        started, before = time.perf_counter(), len(journal.lines)
-        _write(model, prompts.ids, settings, chosen, params.seed, journal)
-        seconds = time.perf_counter() - started
+        before, seconds = len(journal.lines), 0.0
+        if before < len(prompts.ids) * chosen.samples:
+            model = _open(params, model_folder, dtype, device)
+            started = time.perf_counter()
+            _write(model, prompts.ids, settings, chosen, params.seed, journal)
+            seconds = time.perf_counter() - started
         new_tokens = sum(len(line["ids"]) for line in journal.lines[before:])
         written = {(line["prompt"], line["sample"]): line["ids"] for line in journal.lines}
     splits = _write_corpus(address, chosen, prompts, written, tokenizer, teacher, ends)
@@ -297,6 +305,7 @@ def _write_corpus(
     for split, writer in writers.items():
         for rows in best_fit(documents(split), params.row_length, pad_id, _ROWS_AT_ONCE):
             writer.add(rows)
+    open_folder(address).remove(POINTER)  # a killed process must not leave the older record
     return {
         split: writer.commit(
             num_text_bytes=num_bytes[split],

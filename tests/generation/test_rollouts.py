@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.cache_params import VllmParams
@@ -27,13 +26,13 @@ from pipeline.generation.rollout_models import (
     VllmRollouts,
     _OfTransformers,
     _Ours,
+    context_of,
 )
 from pipeline.generation.rollout_prompts import read_rollout_prompts
 from pipeline.generation.rollouts import Rollouts, make_rollouts, rollout_uniforms
 from pipeline.generation.sampling import GenerationSettings
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.teacher.vllm_process import VllmProcess
-from stages.rollouts import main
 from tests.helpers import capture_all, change, gate
 from tests.models import CHATML, make_qwen3, make_teacher, make_tokenizer
 
@@ -193,17 +192,14 @@ def test_what_was_stopped_goes_on(
     def open_and_stop(*words: Any, **options: Any) -> RolloutModel:
         model = open_model(*words, **options)
 
-        class Stops:
-            context = model.context
+        def stops(*words: Any) -> list[list[int]]:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+            return model(*words)
 
-            def __call__(self, *words: Any) -> list[list[int]]:
-                nonlocal calls
-                calls += 1
-                if calls == 3:
-                    raise KeyboardInterrupt
-                return model(*words)
-
-        return Stops()
+        return stops
 
     monkeypatch.setattr(rollouts, "open_rollout_model", open_and_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -237,7 +233,7 @@ def test_transformers_writes_the_same(student: Path, options: dict[str, float]) 
     finally:
         file.write_text(before)
     ours = _Ours(student, torch.float32, CPU)
-    assert theirs.context == ours.context == 128
+    assert context_of(student) == 128
     assert theirs(prompts, settings, uniforms) == ours(prompts, settings, uniforms)
     one_by_one = [
         ours([prompt], settings, chance[None])
@@ -454,35 +450,6 @@ def test_a_model_without_an_end_of_text_token_writes_to_the_limit(
     assert "no token ends a text of this model" in capsys.readouterr().out
     assert done.num_ended == 0
     assert {len(ids) for ids in written(here).values()} == {NEW}
-
-
-def stage(tmp_path: Path, *words: str) -> Result:
-    command = ["--params", str(tmp_path / "params.yaml"), *words]
-    return CliRunner().invoke(main, command, catch_exceptions=False)
-
-
-def test_stage(tiny_params: Params, text_folder: Path, student: Path, tmp_path: Path) -> None:
-    sets = {**small(text_folder), "files": f"{{paths:['{text_folder}/*.jsonl'],column:text}}"}
-    words = [word for key, value in sets.items() for word in ("--set", f"rollouts.{key}={value}")]
-    done = stage(tmp_path, *words, "--model", str(student))
-    assert done.exit_code == 0, done.output
-    assert "24 rollouts of up to 12 tokens, 2 for each of 12 prompts, by" in done.output
-    assert "24 ended by themselves, the others are cut at" in done.output
-    assert "the first one: ..." in done.output
-    done = stage(tmp_path, *words, "--model", str(student))
-    assert done.exit_code == 0, done.output
-    assert "has nothing to do" in done.output
-    done = stage(tmp_path, *words, "--teacher")
-    assert done.exit_code == 1
-    assert "made with model=" in done.output
-    done = stage(tmp_path, *words, "--teacher", "--overwrite")
-    assert done.exit_code == 0, done.output
-    done = stage(tmp_path, *words, "--teacher", "--run", "x")
-    assert done.exit_code == 2
-    assert "give one of them" in done.output
-    done = stage(tmp_path, *words)
-    assert done.exit_code == 1
-    assert "run stages/train.py --run student first" in done.output
 
 
 def test_uniforms_are_of_the_request_alone() -> None:
