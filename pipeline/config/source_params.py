@@ -195,10 +195,11 @@ class RolloutsParams(TextSource):
 
     @model_validator(mode="after")
     def _rows_hold_rollouts(self) -> Self:
-        if self.max_new_tokens >= self.row_length:
+        if self.prompt_tokens + self.max_new_tokens > self.row_length:
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in rows of "
-                f"row_length={self.row_length}: enlarge row_length, or lower max_new_tokens"
+                f"prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} "
+                f"exceed row_length={self.row_length}, and rows hold whole rollouts: enlarge "
+                "row_length, or lower one of the two"
             )
         if self.samples > 1 and not self.temperature:
             raise ValueError(

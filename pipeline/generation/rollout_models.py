@@ -158,6 +158,7 @@ class VllmRollouts:
             "temperature": settings.temperature or 0.0,
             "top_p": settings.top_p or 1.0,
             "stop_token_ids": ends,
+            "ignore_eos": True,  # these alone end a rollout
             "detokenize": False,
         }
         seeds = (uniforms[:, 0] * 2**53).long().tolist()  # as random as the numbers themselves

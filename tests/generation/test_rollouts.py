@@ -313,6 +313,7 @@ def test_vllm_gets_a_seed_for_each_rollout(student: Path, monkeypatch: pytest.Mo
     seeds = [options["seed"] for options in asked]
     assert seeds[:2] == seeds[2:4]
     assert len({*seeds}) == 4
+    assert all(options["ignore_eos"] and options["stop_token_ids"] == [0] for options in asked)
     assert all(type(seed) is int and 0 <= seed < 2**53 for seed in seeds)
     answer[0] = [300]
     with pytest.raises(DecantError, match="a row of the head that none of the tokenizer's 300 ids"):
@@ -407,7 +408,8 @@ def test_wrong_inputs_are_one_sentence(params: Params, student: Path, tmp_path: 
         with pytest.raises(kind, match=match):
             write(change(params, rollouts=changes), model)
 
-    refuses(r"none of the 12 documents .* exceed the 32 of a row", prompt_tokens=25)
+    short = make_teacher(tmp_path / "short", max_position_embeddings=16)
+    refuses(r"none of the 12 documents .* exceed the 16 of a row, or of the model", model=short)
     refuses(r"puts all of the 1 prompts into \w+, .* give more prompts", ParamsError, num_prompts=1)
     refuses(
         "there is no column 'words', only text",
@@ -426,7 +428,7 @@ def test_wrong_inputs_are_one_sentence(params: Params, student: Path, tmp_path: 
     (narrow / "tokenizer.json").unlink()
     refuses("holds no tokenizer.json, so nothing says that its ids are the teacher's", model=narrow)
     for changes, sentence in (
-        ({"max_new_tokens": 32}, "leaves no room for a prompt"),
+        ({"max_new_tokens": 25}, "exceed row_length=32, and rows hold whole rollouts"),
         ({"temperature": 0}, "would all be the same"),
     ):
         with pytest.raises(ValueError, match=sentence):
