@@ -53,6 +53,7 @@ _SAVES_MEMORY = {
     "(docs/teachers.md)",
     "humaneval": "lower humaneval.batch_rows",
     "generate": "lower generate.batch_rows or generate.max_new_tokens",
+    "rollouts": "lower rollouts.batch_rows",
 }
 """What each stage can be told to do with less memory."""
 

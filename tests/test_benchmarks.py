@@ -30,6 +30,10 @@ TINY_RUNS = {  # options, and what it must print
     "head_and_loss": ("--case tiny --rounds 1", "of torch.topk's time"),
     "head_memory": ("--tokens 64 --vocabulary 512 --size 32", "DistillKit's KL, missing uniform"),
     "model_speed": ("--shape tiny --rounds 1 --rows 1 --length 8", "decode, batch 8 "),
+    "on_policy": (
+        "--prompts 60 --prompt-tokens 12 --new-tokens 8 --steps 2 --gradient-rollouts 3",
+        "| reverse KL | ",
+    ),
     "online_step": ("--case tiny --rounds 1", "online, dense, teacher of 4.3x the size "),
     "quality": ("--work quality --seeds 1 --steps 1", "| dense, live teacher | 600.0 "),
     "reduce_speed": ("--case tiny --rounds 1", "of the product of 3584"),
@@ -53,7 +57,7 @@ def test_it_runs(
 ) -> None:
     assert name in TINY_RUNS, f"tests/benchmarks/{name}.py has no tiny run: give it one here"
     words, printed = TINY_RUNS[name]
-    if name == "cache_speed":
+    if name in ("cache_speed", "on_policy"):
         run_training(tiny_cache, "student")
     if name == "engine_cost":
         monkeypatch.setenv("DECANT_TEST_VLLM", str(request.getfixturevalue("vllm_python")))

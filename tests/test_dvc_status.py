@@ -57,6 +57,7 @@ PARAMETERS = {  # the longest row that begins a key counts
     "run": "",
     "evaluate": "evaluate",
     "humaneval": "",
+    "rollouts": "",
     "export": "export",
     "generate": "",
     "study": "",

@@ -67,7 +67,7 @@ NO_EFFECT = {
 """Modules that no stage need name, since no result depends on them, and why."""
 EXECUTION = {"paths", "device", "capture", "run"}
 """Sections that say where and how: outs and deps hold the paths, no result depends on the rest."""
-BY_HAND = {"advise", "humaneval", "generate", "study"}
+BY_HAND = {"advise", "rollouts", "humaneval", "generate", "study"}
 """Sections of stages that are not in dvc.yaml."""
 READ_IN_VAIN = {("verify", "prepare"): "the fingerprint of the cache, a dep, takes its place"}
 """Sections that code of a stage reads without effect on what the stage writes."""

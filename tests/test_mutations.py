@@ -35,6 +35,18 @@ MUTATIONS = {
         "labels[:, 1:] = torch.where(follows & in_loss[:, 1:], tokens[:, :-1], IGNORE)",
         "data/test_packing.py::test_a_shift_either_way_is_noticed",
     ),
+    "the prompt of a rollout in the loss": Mutation(
+        "generation/rollouts.py",
+        "yield Document(np.array(ids), np.arange(len(ids)) >= len(before))",
+        "yield Document(np.array(ids), np.arange(len(ids)) >= 0)",
+        "generation/test_rollouts.py::test_documents_are_prompts_and_the_sampled_tokens",
+    ),
+    "rollouts that depend on the batch": Mutation(
+        "generation/rollouts.py",
+        "np.random.default_rng([seed, *request])",
+        "np.random.default_rng([seed, len(batch)])",
+        "generation/test_rollouts.py::test_no_rollout_depends_on_the_batch",
+    ),
     "the factor tau^2 forgotten": Mutation(
         "losses/chunked.py",
         "of_divergence = share * objective.target_weight * objective.temperature**2",

@@ -31,6 +31,7 @@ STAGES = (
     "train",
     "evaluate",
     "humaneval",
+    "rollouts",
     "export",
     "report",
     "study",

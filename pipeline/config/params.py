@@ -28,7 +28,7 @@ from pipeline.config.delivery_params import (
 )
 from pipeline.config.params_file import read_params_file
 from pipeline.config.section import Location, LocationOrHub, Section
-from pipeline.config.source_params import CorpusParams, TeacherParams
+from pipeline.config.source_params import CorpusParams, RolloutsParams, TeacherParams
 from pipeline.config.train_params import RunParams, StudentParams, TrainParams
 from pipeline.errors import ParamsError, shortened
 from pipeline.io.address import Address, in_repository
@@ -44,6 +44,8 @@ class Paths(Section):
     corpus: LocationOrHub = Path("cache/corpus.zarr")
     """Zarr group of tokens and document ids; a path, s3://bucket/prefix or gs://bucket/prefix, or
     hf://datasets/ORG/NAME@REVISION to read one that `share` published."""
+    rollouts: Path = Path("cache/rollouts")
+    """Rollouts: a journal of them, and corpus.zarr, the corpus that they make."""
     advise: Path = Path("cache/advise")
     """What each K would keep and cost, measured on a sample."""
     logits: LocationOrHub = Path("cache/logits.zarr")
@@ -88,6 +90,7 @@ class Params(Section):
     paths: Paths = Paths()
     teacher: TeacherParams = TeacherParams()
     corpus: CorpusParams = CorpusParams()
+    rollouts: RolloutsParams = RolloutsParams()
     advise: AdviseParams = AdviseParams()
     prepare: PrepareParams = PrepareParams()
     capture: CaptureParams = CaptureParams()

@@ -1,13 +1,22 @@
-"""Sections of params about what is distilled: the teacher's source and the corpus."""
+"""Sections of params about what is distilled: the teacher's source, the corpus, and rollouts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.config.section import Count, CountOrZero, Positive, Section
+from pipeline.config.cache_params import Engine
+from pipeline.config.section import (
+    Count,
+    CountOrZero,
+    Dtype,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Share,
+)
 
 
 class WheelTeacher(Section):
@@ -148,3 +157,53 @@ class CorpusParams(TextSource):
         if self.sources:
             return f"a mixture of {len(self.sources)} corpus.sources"
         return f"corpus.source={self.source}"
+
+
+class RolloutsParams(TextSource):
+    """Rollouts, a model's own continuations of prompts, as a corpus for on-policy distillation.
+
+    The prompts are the texts, or their beginnings, and the conversations of the source.
+    """
+
+    engine: Engine = "transformers"
+    """What runs the model: transformers in this process (our own decoder for Qwen2 and Llama), or
+    vllm in a process of its own, as prepare.vllm says."""
+    num_prompts: Count | None = 256
+    """Prompts that are read; null takes all of the source."""
+    prompt_tokens: Count = 64
+    """Tokens at which a text is cut to be a prompt; a conversation is kept whole, except for the
+    assistant's turn at its end."""
+    samples: Count = 1
+    """Rollouts of each prompt."""
+    max_new_tokens: Count = 128
+    """Tokens at which a rollout is cut if no end-of-text token was sampled before."""
+    temperature: PositiveOrZero = 1.0
+    """Sampling temperature; 0 is greedy, for one sample. At 1, and with top_p=1, rollouts are
+    samples of the model itself, as on-policy distillation assumes."""
+    top_p: Share = 1.0
+    """Sample among the most probable ids that hold this mass; 1 for all."""
+    row_length: Annotated[int, Field(ge=2)] = 256
+    """L, the number of tokens per row; a prompt that does not fit into a row together with
+    max_new_tokens is left out."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the prompts set aside for validation with all their rollouts, chosen by a hash of
+    the prompt, so that every round sets aside the same ones."""
+    batch_rows: Count = 16
+    """Prompts that are continued at once; beyond rounding, no rollout depends on it."""
+    dtype: Dtype = "auto"
+    """Dtype of the model: float32, bfloat16, float16 or auto, as in evaluate.dtype."""
+
+    @model_validator(mode="after")
+    def _rows_hold_rollouts(self) -> Self:
+        if self.prompt_tokens + self.max_new_tokens > self.row_length:
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} "
+                f"exceed row_length={self.row_length}, and rows hold whole rollouts: enlarge "
+                "row_length, or lower one of the two"
+            )
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"samples={self.samples} at temperature=0 would all be the same: raise the "
+                "temperature, or take one sample"
+            )
+        return self

@@ -111,8 +111,7 @@ class ChatTokenizer:
             BadConversationError: it is not a conversation, or the assistant's turns cannot be
                 found in the template's rendering.
         """
-        messages = [self._formed(message) for message in _checked(messages)]
-        messages = [self._marked(message) for message in messages]
+        messages = self._prepared(messages)
         if self._completions_only and self.marks_turns:
             text, spans = self._render_with_turns(messages)
         else:
@@ -127,7 +126,30 @@ class ChatTokenizer:
                 in_loss |= (start <= starts) & (stops <= stop) & (starts < stop)
         return Document(tokens, in_loss)
 
+    def prompt(self, messages: list[Message]) -> NDArray[np.int64]:
+        """Tokenize a conversation up to where the assistant's next turn begins.
+
+        The assistant's turns at its end are left out: they answer the prompt.
+
+        Raises:
+            BadConversationError: it is not a conversation, or has only the assistant's turns.
+        """
+        before = self._prepared(messages)
+        while before and before[-1]["role"] == "assistant":
+            before.pop()
+        if not before:
+            raise BadConversationError(
+                f"{_named(messages)} has only the assistant's turns, so there is no prompt: give "
+                "it a user's turn, or drop it"
+            )
+        return self._tokens(self._render(before, prompt=True))[0]
+
     # Rendering.
+
+    def _prepared(self, messages: list[Message]) -> list[Message]:
+        """Check messages, give them the template's form, and mark their special tokens."""
+        formed = [self._formed(message) for message in _checked(messages)]
+        return [self._marked(message) for message in formed]
 
     def _render(self, messages: list[Message], *, prompt: bool = False, **options: Any) -> str:
         return str(

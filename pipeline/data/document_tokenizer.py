@@ -140,7 +140,7 @@ class DocumentTokenizer:
             except BadConversationError as error:
                 results.append(str(error))
             except BaseException as error:
-                results.append(_reason_to_leave_out(error))
+                results.append(reason_to_leave_out(error))
         return results
 
     def _texts(self, texts: list[str]) -> list[Result]:
@@ -153,7 +153,7 @@ class DocumentTokenizer:
         try:
             encoded = self._encode.texts(texts)
         except BaseException as error:
-            reason = _reason_to_leave_out(error)
+            reason = reason_to_leave_out(error)
             if len(texts) == 1:
                 return [reason]
             return [result for text in texts for result in self._texts([text])]  # all but that one
@@ -187,7 +187,7 @@ class DocumentTokenizer:
         return str(self.tokenizer.decode(tokens)) if len(tokens) else ""
 
 
-def _reason_to_leave_out(error: BaseException) -> str:
+def reason_to_leave_out(error: BaseException) -> str:
     """Return why a document cannot be tokenized; re-raise what is not the document's fault."""
     if not is_library_error(error) or isinstance(error, DecantError) or memory_shortage(error):
         raise error

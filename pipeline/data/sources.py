@@ -111,7 +111,7 @@ def _files(patterns: tuple[str, ...], column: str, extent: Extent) -> Iterator[S
     if len(kinds) != 1 or None in kinds:
         endings = sorted({"".join(Path(file).suffixes[-2:]) or file for file in files})
         raise ParamsError(
-            f"corpus.files.paths holds {', '.join(endings[:5])}: give files of one kind out of "
+            f"files.paths holds {', '.join(endings[:5])}: give files of one kind out of "
             f"text (.txt), JSON ({', '.join(e for e, kind in _KINDS.items() if kind == 'json')}), "
             f"both also as {_COMPRESSED}, and .parquet"
         )
@@ -147,12 +147,12 @@ def find_files(patterns: tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         if Path(pattern).is_dir():
             raise ParamsError(
-                f"corpus.files.paths: {pattern!r} is a folder: name the files in it, for example "
+                f"files.paths: {pattern!r} is a folder: name the files in it, for example "
                 f"by {Path(pattern) / '*.jsonl'}"
             )
         matches = matching_files(pattern)
         if not matches:
-            raise DecantError(f"corpus.files.paths: nothing matches {pattern!r}")
+            raise DecantError(f"files.paths: nothing matches {pattern!r}")
         files |= dict.fromkeys(matches)
     return list(files)
 
@@ -254,7 +254,7 @@ def _parquet_rows(file: str, column: str) -> Iterator[tuple[int, float, Any]]:
         tests = ("string", "large_string", "string_view", "list", "large_list", "null")
         if not any(getattr(pa.types, f"is_{test}")(of_text) for test in tests):
             raise ParamsError(
-                f"the corpus's column {column!r} of {file} holds {kind}, neither text nor a list "
+                f"the column {column!r} of {file} holds {kind}, neither text nor a list "
                 "of messages: set the column's name"
             )
         total, done = max(parquet.metadata.num_rows, 1), 0
@@ -273,8 +273,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _no_column(column: str, columns: list[str], where: str) -> str:
     return (
-        f"the corpus has no column {column!r}, only {', '.join(columns)} ({where}): set the "
-        "column's name"
+        f"there is no column {column!r}, only {', '.join(columns)} ({where}): set the column's name"
     )
 
 
@@ -346,8 +345,7 @@ def _source(place: str, value: Any, column: str) -> Source:
     return Source(
         place,
         "",
-        f"the corpus's column {column!r} holds {str(value)[:40]!r}, neither text nor a list of "
-        "messages",
+        f"the column {column!r} holds {str(value)[:40]!r}, neither text nor a list of messages",
     )
 
 

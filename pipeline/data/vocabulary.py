@@ -111,11 +111,7 @@ def require_shared_ids(start: Path, corpora: Sequence[CorpusSplit], tokenizer: P
         MismatchError: the ids differ; the message names the first one.
         DecantError: there is no tokenizer to compare.
     """
-    if not (start / "tokenizer.json").exists():
-        raise DecantError(
-            f"{start} holds no tokenizer.json, so nothing says that its ids are the corpus's: put "
-            "the model's own there"
-        )
+    _require_tokenizer_file(start, "the corpus's")
     wanted = corpora[0].info.tokenizer_sha256
     found = hash_tokenizer(start)
     if found == wanted:
@@ -143,6 +139,36 @@ def require_shared_ids(start: Path, corpora: Sequence[CorpusSplit], tokenizer: P
             f"{start} has the corpus's token ids, but its tokenizer merges by other rules from "
             f"rule {_first_difference(ours.merges, theirs.merges):,} on: choose a student of the "
             "teacher's family"
+        )
+
+
+def require_same_vocabulary(folder: Path, teacher: Path) -> None:
+    """Refuse a model of which an id has another meaning than in the teacher's tokenizer.
+
+    Ids that only one of them has, such as control tokens added later, are allowed.
+
+    Raises:
+        MismatchError: the ids differ; the message names the first one.
+        DecantError: there is no tokenizer to compare.
+    """
+    _require_tokenizer_file(folder, "the teacher's")
+    if hash_tokenizer(folder) == hash_tokenizer(teacher):
+        return
+    ours, theirs = read_vocabulary(folder).tokens, read_vocabulary(teacher).tokens
+    wrong = sorted(n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n])
+    if wrong:
+        raise MismatchError(
+            f"{folder} has another vocabulary than the teacher: id {wrong[0]} is "
+            f"{ours[wrong[0]]!r} there and {theirs[wrong[0]]!r} in {teacher}, and "
+            f"{len(wrong) - 1:,} more differ: choose a model of the teacher's family"
+        )
+
+
+def _require_tokenizer_file(folder: Path, whose: str) -> None:
+    if not (folder / "tokenizer.json").exists():
+        raise DecantError(
+            f"{folder} holds no tokenizer.json, so nothing says that its ids are {whose}: put "
+            "the model's own there"
         )
 
 

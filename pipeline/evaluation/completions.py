@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from functools import partial
 from os import cpu_count
 from pathlib import Path
 from platform import python_version
@@ -23,12 +24,12 @@ from typing import Any
 from pipeline.config.delivery_params import HumanevalParams
 from pipeline.data.document_tokenizer import document_separator
 from pipeline.evaluation.humaneval import STOP, Problem, hash_problems, summarise
-from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.results import HumanEvalScores
 from pipeline.evaluation.sandbox import Limits, Outcome, run_program
 from pipeline.evaluation.stop import complete
 from pipeline.generation.sampling import GenerationSettings
 from pipeline.generation.text_generator import TextGenerator
+from pipeline.io.journal import Journal
 from pipeline.model.folder import hash_tokenizer, hash_weights
 from pipeline.runtime.console import progress
 from pipeline.runtime.device import dtype_name
@@ -60,9 +61,10 @@ def evaluate_model(
     """
     fingerprint = fingerprint_of(generator, problems, params, seed)
     limits = asdict(_limits(params)) | {"isolated": isolated, "python": python_version()}
-    with Journal(folder / "samples.jsonl", fingerprint, overwrite=overwrite) as samples:
+    journal = partial(Journal, key="paths.humaneval")
+    with journal(folder / "samples.jsonl", fingerprint, overwrite=overwrite) as samples:
         write_samples(generator, problems, params, seed, samples)
-        with Journal(folder / "results.jsonl", fingerprint | limits, overwrite=True) as results:
+        with journal(folder / "results.jsonl", fingerprint | limits, overwrite=True) as results:
             statuses = run_samples(problems, params, samples, results, isolated=isolated)
     seconds = sum(line["seconds"] for line in samples.lines)
     tokens = sum(line["tokens"] for line in samples.lines)

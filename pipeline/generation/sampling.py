@@ -7,6 +7,10 @@ its generation/utils.py), drawn by the same `torch.multinomial`, so the same see
 tokens (tests/generation/test_sampling.py). There is one difference: padding is not text, so the
 repetition penalty ignores it, and the result for a row is the same as for the row alone.
 
+`torch.multinomial` draws for a whole batch, so what it draws for a row depends on the other rows.
+Rollouts must not depend on the batch, so they bring a random number for each row and step
+(`uniforms`), which chooses the token by inversion of the cumulative probabilities.
+
 `pipeline/generation/text_generator.py` converts text to tokens and back.
 
 Shapes: B batch, L padded prompt, T tokens so far, V vocabulary rows.
@@ -24,6 +28,7 @@ from pipeline.errors import ParamsError
 from pipeline.generation.decode import DecodeStep
 from pipeline.model.decoder import StudentModel
 from pipeline.model.kv_cache import KVCache
+from pipeline.targets.block_search import sample_by_inversion
 
 ENDED = -1
 """The value in place of the next token for a row that has ended."""
@@ -43,6 +48,7 @@ class GenerationSettings:
         top_p: share of the mass held by the most probable ids that may be drawn; 1 for all.
         repetition_penalty: factor that lowers the logits of ids already in the text; 1 for none.
         eos_ids: ids that end a text; empty for none.
+        num_ids: ids from this one on are never chosen: rows of the head beyond the tokenizer's ids.
         seed: seed of the draws.
     """
 
@@ -52,6 +58,7 @@ class GenerationSettings:
     top_p: float | None = None
     repetition_penalty: float | None = None
     eos_ids: tuple[int, ...] | None = None
+    num_ids: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,13 +132,20 @@ def filter_logits(logits: Tensor, ids: Tensor, settings: GenerationSettings) -> 
 
 @torch.inference_mode()
 def choose(
-    logits: Tensor, ids: Tensor, settings: GenerationSettings, draws: torch.Generator
+    logits: Tensor, ids: Tensor, settings: GenerationSettings, draws: torch.Generator | Tensor
 ) -> Tensor:
-    """Choose the next token of each row, int64 [B]."""
-    logits = filter_logits(logits.float(), ids, settings)
+    """Choose the next token of each row, int64 [B].
+
+    Args:
+        draws: a random generator, or one number in [0, 1) for each row, float64 [B].
+    """
+    logits = filter_logits(logits[:, : settings.num_ids].float(), ids, settings)
     if not settings.temperature:
         return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=draws)[:, 0]
+    probabilities = logits.softmax(-1)
+    if isinstance(draws, Tensor):
+        return sample_by_inversion(probabilities, draws[:, None])[:, 0]
+    return torch.multinomial(probabilities, 1, generator=draws)[:, 0]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -152,6 +166,7 @@ def decode_steps(
     settings: GenerationSettings,
     draws: torch.Generator | None = None,
     ends: Callable[[Tensor], Tensor] | None = None,
+    uniforms: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, int64 [B] on the CPU, step by step; ENDED after an eos.
 
@@ -166,6 +181,9 @@ def decode_steps(
             given, rows that have ended leave the batch and cost nothing more. Otherwise they stay
             and tokens are drawn for them, as in Hugging Face's generate; without this, the draws
             for the other rows would differ from it.
+        uniforms: float64 [B, max_new_tokens] in [0, 1), which choose the tokens in place of
+            `draws`. What is drawn for a row then depends on that row alone, and rows that have
+            ended leave the batch.
     """
     device = student.head_weight.device
     tokens, real = pad_left(prompts, device)
@@ -178,8 +196,10 @@ def decode_steps(
     rows = torch.arange(num_rows)  # the rows still in the batch
     logits = _prefill(student, tokens, cache)
     read = DecodeStep(student, cache)
+    may_leave = ends is not None or uniforms is not None
     for end in range(prompt_len, prompt_len + most):
-        chosen = choose(logits, ids[:, :end], settings, draws)
+        chance = draws if uniforms is None else uniforms[rows, end - prompt_len].to(device)
+        chosen = choose(logits, ids[:, :end], settings, chance)
         found = chosen.cpu()
         step = torch.full((num_rows,), ENDED)
         step[rows] = found.masked_fill(ended, ENDED)
@@ -190,7 +210,7 @@ def decode_steps(
             ended |= ends(step)[rows]
         if bool(ended.all()):
             return
-        if ends is not None and bool(ended.any()):
+        if may_leave and bool(ended.any()):
             left = (~ended).nonzero()[:, 0]
             rows, ended = rows[left], ended[left]
             left = left.to(device)
@@ -218,10 +238,11 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     draws: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, with a closing eos; see `decode_steps`."""
     texts: list[list[int]] = [[] for _ in prompts]
-    for step in decode_steps(student, prompts, settings, draws):
+    for step in decode_steps(student, prompts, settings, draws, uniforms=uniforms):
         for text, token in zip(texts, step.tolist(), strict=True):
             if token != ENDED:
                 text.append(token)

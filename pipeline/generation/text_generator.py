@@ -118,7 +118,7 @@ class TextGenerator:
         self.tokenizer = load_tokenizer(folder)
         self.dtype = dtype
         self.student = place_rounded(load_student(folder).eval(), dtype, device)
-        self.defaults = _folder_defaults(folder, self.tokenizer)
+        self.defaults = folder_defaults(folder, self.tokenizer)
         self.counts = Counts()
 
     def generate(
@@ -249,8 +249,12 @@ def default_eos_ids(tokenizer: Any) -> list[int]:
     return sorted(ids - {None})
 
 
-def _folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """Return the value for each setting that is None; see the module's docstring."""
+def folder_defaults(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """Return the value for each setting that is None; see the module's docstring.
+
+    Raises:
+        DecantError: a file of the folder is damaged, or holds a value out of bounds.
+    """
     said = _read_optional(folder / "generation_config.json")
     eos = said.get("eos_token_id")
     if eos is None:

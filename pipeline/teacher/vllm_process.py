@@ -47,8 +47,11 @@ print(version(names[-1]))
 
 
 @cache
-def vllm_version(python: Path | None) -> str:
+def vllm_version(python: Path | None, key: str = "prepare.engine") -> str:
     """Return the version of vLLM that an interpreter would import, without importing it.
+
+    Args:
+        key: the parameter that asks for vLLM, for errors.
 
     Raises:
         DecantError: the interpreter cannot be run, or has no vLLM.
@@ -65,7 +68,7 @@ def vllm_version(python: Path | None) -> str:
         ) from None
     if done.returncode:
         raise DecantError(
-            f"prepare.engine=vllm needs vLLM, which {name} does not have: install it into an "
+            f"{key}=vllm needs vLLM, which {name} does not have: install it into an "
             "environment of its own and set prepare.vllm.python to that interpreter "
             "(docs/teachers.md)"
         )
@@ -73,12 +76,13 @@ def vllm_version(python: Path | None) -> str:
 
 
 class VllmProcess:
-    """A running vLLM that computes final hidden states.
+    """A running vLLM that computes final hidden states, or continues sequences.
 
     Args:
         python: interpreter of the environment that has vLLM; None: this one.
         arguments: of vllm.LLM.
         threads: number of PyTorch threads on a CPU; None leaves it to vLLM.
+        key: the parameter that asks for vLLM, for errors.
 
     Attributes:
         about: what vLLM says about the model: dtype, hidden_size, device, quantization, torch.
@@ -88,9 +92,15 @@ class VllmProcess:
     """
 
     def __init__(
-        self, python: Path | None, arguments: dict[str, Any], *, threads: int | None
+        self,
+        python: Path | None,
+        arguments: dict[str, Any],
+        *,
+        threads: int | None,
+        key: str = "prepare.engine",
     ) -> None:
-        self.version = vllm_version(python)
+        self.version = vllm_version(python, key)
+        self._key = key
         handle, name = tempfile.mkstemp(prefix="decant-vllm-", suffix=".log")
         self.log = Path(name)
         self._stream, theirs = socket.socketpair()
@@ -130,6 +140,31 @@ class VllmProcess:
                 "leave out the options that make it skip positions",
             )
         return torch.frombuffer(data, dtype=dtype).view(len(ids), size)
+
+    def continuations(
+        self,
+        ids: np.ndarray[Any, np.dtype[np.int32]],
+        lengths: Sequence[int],
+        sampling: Sequence[dict[str, Any]],
+    ) -> list[list[int]]:
+        """Continue sequences, if vLLM was started to generate; return the new tokens of each.
+
+        Args:
+            ids: all sequences, one after another.
+            sampling: arguments of vllm.SamplingParams for each.
+
+        Raises:
+            DecantError: vLLM failed, ended, hangs, or returns another number of sequences.
+        """
+        asked = {"lengths": list(lengths), "sampling": list(sampling)}
+        said, data = self._exchange(asked, ids, _ANSWER_SECONDS)
+        new = np.frombuffer(data, np.int32)
+        if len(said["lengths"]) != len(lengths) or sum(said["lengths"]) != len(new):
+            self._fail(
+                f"vLLM returned {len(said['lengths']):,} continuations of {len(lengths):,} prompts",
+                f"choose {self._key}=transformers",
+            )
+        return [part.tolist() for part in np.split(new, np.cumsum(said["lengths"])[:-1])]
 
     def close(self) -> None:
         """End vLLM, and wait until it has ended."""
@@ -176,7 +211,7 @@ class VllmProcess:
         if "error" in said:
             self._fail(
                 f"vLLM failed ({reason_of(ValueError(said['error']))})",
-                "correct prepare.vllm.options, or choose prepare.engine=transformers",
+                f"correct prepare.vllm.options, or choose {self._key}=transformers",
             )
         return said, answer
 

@@ -1,4 +1,4 @@
-"""Run vLLM as a server of final hidden states: `python -I vllm_worker.py DESCRIPTOR`.
+"""Run vLLM as a server of hidden states or of continuations: `python -I vllm_worker.py DESCRIPTOR`.
 
 This is a separate program, started by pipeline/teacher/vllm_process.py with the interpreter of
 vLLM's own environment. It imports nothing from Decant. It talks over a socket, whose descriptor it
@@ -9,6 +9,8 @@ bytes:
     from the worker   {"dtype", "hidden_size", ...}, once the model is loaded
     to the worker     {"lengths": of the sequences}, their ids as int32
     from the worker   {"lengths": as computed}, the states [sum of lengths, D] in the dtype
+    to the worker     {"lengths", "sampling": of vllm.SamplingParams, each}, ids: to continue them
+    from the worker   {"lengths": of the new tokens of each sequence}, their ids as int32
     from the worker   {"error": a sentence} instead, after which it ends
 
 All sequences of a message are given to vLLM in one call, and its scheduler runs in this process, so
@@ -97,13 +99,14 @@ def main(descriptor: int) -> None:
 
 
 def answer(stream: socket.socket) -> None:
-    """Start vLLM as the first message says, and compute the states that later ones ask for."""
+    """Start vLLM as the first message says, and compute what later ones ask for."""
     import vllm
     from vllm.config import PoolerConfig
     from vllm.platforms import current_platform
 
     arguments = receive(stream)[0]["arguments"]
-    arguments["pooler_config"] = PoolerConfig(**arguments["pooler_config"])
+    if "pooler_config" in arguments:
+        arguments["pooler_config"] = PoolerConfig(**arguments["pooler_config"])
     engine = vllm.LLM(**arguments)
     model = engine.model_config
     about = {
@@ -117,11 +120,15 @@ def answer(stream: socket.socket) -> None:
     while True:
         asked, data = receive(stream)
         ids = np.split(np.frombuffer(data, np.int32), np.cumsum(asked["lengths"])[:-1])
-        outputs = engine.encode(
-            [{"prompt_token_ids": part.tolist()} for part in ids],
-            pooling_task="token_embed",
-            use_tqdm=False,
-        )
+        prompts = [{"prompt_token_ids": part.tolist()} for part in ids]
+        if "sampling" in asked:
+            sampling = [vllm.SamplingParams(**options) for options in asked["sampling"]]
+            outputs = engine.generate(prompts, sampling, use_tqdm=False)
+            new = [output.outputs[0].token_ids for output in outputs]
+            flat = [token for ids in new for token in ids]
+            send(stream, {"lengths": list(map(len, new))}, np.array(flat, np.int32))
+            continue
+        outputs = engine.encode(prompts, pooling_task="token_embed", use_tqdm=False)
         states = [output.outputs.data for output in outputs]
         whole = torch.cat(states).to(device="cpu", dtype=model.dtype).contiguous()
         send(stream, {"lengths": list(map(len, states))}, whole.view(torch.uint8).numpy())

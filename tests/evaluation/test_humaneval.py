@@ -34,12 +34,12 @@ from pipeline.evaluation.humaneval import (
     summarise,
     wilson_interval,
 )
-from pipeline.evaluation.journal import Journal
 from pipeline.evaluation.results import HumanEvalScores
 from pipeline.evaluation.sandbox import Limits, probe, run_program
 from pipeline.evaluation.stop import StopStrings, complete
 from pipeline.generation.sampling import GenerationSettings, generate_ids
 from pipeline.generation.text_generator import TextGenerator
+from pipeline.io.journal import Journal
 from pipeline.runtime.optional import install_hint
 from stages.humaneval import main
 from tests.helpers import ROOT, RunPython, change
@@ -315,7 +315,7 @@ def test_results_are_those_of_the_programs(
     problems = load_problems(easy)
     fingerprint = completions.fingerprint_of(generator, problems, params, 1)
     texts = ["\n return 4", "\n import time; time.sleep(0.5); return 2 * x", "\n return x"]
-    with Journal(tmp_path / "samples.jsonl", fingerprint, overwrite=False) as samples:
+    with Journal(tmp_path / "samples.jsonl", fingerprint, key="", overwrite=False) as samples:
         samples.append(
             {"task_id": p.task_id, "sample": n, "completion": texts[n], "tokens": 5, "seconds": 0.5}
             for p in problems
@@ -347,27 +347,6 @@ def test_samples_of_something_else_are_refused(
     assert (tmp_path / "a" / "samples.jsonl").read_bytes() == before
     evaluate_model(*cases[1][0], tmp_path / "a", seed=1, isolated=False, overwrite=True)
     assert (tmp_path / "a" / "samples.jsonl").read_bytes() != before
-
-
-def test_journal_drops_a_torn_line_and_names_a_damaged_one(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "journal.jsonl"
-    with Journal(file, {"a": 1}, overwrite=False) as journal:
-        journal.append([{"n": 1}, {"n": 2}])
-        journal.append([{"n": 3}])
-        with pytest.raises(DecantError, match="being written by another process"):
-            Journal(file, {"a": 1}, overwrite=True)
-    data = file.read_bytes()
-    for cut in range(len(data)):
-        file.write_bytes(data[:cut])
-        whole = data[:cut].count(b"\n")
-        with Journal(file, {"a": 1}, overwrite=False) as opened:
-            assert [line["n"] for line in opened.lines] == [1, 2, 3][: max(whole - 1, 0)]
-            opened.append([{"n": 9}])
-        assert [json.loads(line) for line in file.read_text().splitlines()][-1] == {"n": 9}
-        assert len(file.read_text().splitlines()) == max(whole, 1) + 1
-    file.write_bytes(data.replace(b'{"n": 2}', b'{"n": 2'))
-    with pytest.raises(DecantError, match="line 3 is damaged"):
-        Journal(file, {"a": 1}, overwrite=False)
 
 
 def stage(tmp_path: Path, *words: str) -> Result:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 current_platform = SimpleNamespace(device_type="cpu")
-PoolerConfig = SimpleNamespace
+PoolerConfig = SamplingParams = SimpleNamespace
 
 
 class LLM:
@@ -29,16 +29,21 @@ class LLM:
             os.abort()
         if "unknown" in options:
             raise TypeError("LLM.__init__() got an unexpected keyword argument 'unknown'")
-        assert options["runner"] == "pooling"
+        generates = options["runner"] == "generate"
+        assert generates or options["runner"] == "pooling"
         assert options["enable_prefix_caching"] is False
-        assert options["pooler_config"].use_activation is False
+        assert generates or options["pooler_config"].use_activation is False
         self.longest, self.calls = max_model_len, 0
         self.model_config = SimpleNamespace(
             dtype=getattr(torch, "bfloat16" if self.fault == "dtype" else dtype),
             quantization=None,
             get_hidden_size=lambda: 64,
         )
-        if not self.fault or self.fault == "die":
+        if generates:
+            from transformers import LlamaForCausalLM
+
+            self.model = LlamaForCausalLM.from_pretrained(model, dtype=self.model_config.dtype)
+        elif not self.fault or self.fault == "die":
             from transformers.models.llama.modeling_llama import LlamaModel
 
             self.body = LlamaModel.from_pretrained(model, dtype=self.model_config.dtype).eval()
@@ -50,6 +55,25 @@ class LLM:
             print("INFO these are the last words", flush=True)  # noqa: T201
             os.kill(os.getpid(), 9)
         return [self._states(prompt["prompt_token_ids"]) for prompt in prompts]
+
+    def generate(
+        self, prompts: list[dict[str, list[int]]], sampling: list[Any], **_: Any
+    ) -> list[Any]:
+        return [
+            SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(self._continue(*pair)))])
+            for pair in zip([p["prompt_token_ids"] for p in prompts], sampling, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _continue(self, ids: list[int], sampling: Any) -> list[int]:
+        assert sampling.detokenize is False
+        assert sampling.temperature == 0.0
+        new: list[int] = []
+        while len(new) < sampling.max_tokens and not {*new} & {*sampling.stop_token_ids}:
+            assert len(ids) + len(new) <= self.longest
+            logits = self.model(input_ids=torch.tensor([[*ids, *new]])).logits[0, -1]
+            new.append(int(logits[:300].argmax()))  # no padding row, as of a trained model
+        return new
 
     @torch.no_grad()
     def _states(self, ids: list[int]) -> Any:

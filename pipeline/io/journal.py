@@ -27,6 +27,7 @@ class Journal:
     Args:
         file: created with its folder if absent.
         fingerprint: what the lines depend on, as JSON holds it.
+        key: the parameter that holds the folder, for errors.
         overwrite: discard lines with another fingerprint instead of refusing them.
 
     Raises:
@@ -34,8 +35,11 @@ class Journal:
         DecantError: it is damaged, or another process has it open.
     """
 
-    def __init__(self, file: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self, file: Path, fingerprint: dict[str, Any], *, key: str, overwrite: bool
+    ) -> None:
         self.file = file
+        self._key = key
         self.lines: list[dict[str, Any]] = []
         make_folder(file.parent)
         self._stream = file.open("ab")
@@ -58,12 +62,12 @@ class Journal:
         except BlockingIOError:
             raise DecantError(
                 f"{file} is being written by another process: wait until it has ended, or set "
-                "paths.humaneval to another folder"
+                f"{self._key} to another folder"
             ) from None
         found, kept = _read(file)
         if found and found[0].get("fingerprint") != fingerprint:
             if not overwrite:
-                _refuse(file, found[0].get("fingerprint"), fingerprint)
+                self._refuse(found[0].get("fingerprint"), fingerprint)
             found = []
         self._stream.truncate(kept if found else 0)
         if not found:
@@ -75,6 +79,16 @@ class Journal:
         new = list(lines)
         self._write(new)
         self.lines += new
+
+    def _refuse(self, found: Any, wanted: dict[str, Any]) -> None:
+        found = found if isinstance(found, dict) else {}
+        names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
+        first = names[0] if names else "fingerprint"
+        raise MismatchError(
+            f"{self.file} was made with {first}={shortened(found.get(first))}, not "
+            f"{shortened(wanted.get(first))}: run with "
+            f"--overwrite to start again, or set {self._key} to another folder"
+        )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._stream.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -98,14 +112,3 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
             )
         lines.append(line)
     return lines, len(whole)
-
-
-def _refuse(file: Path, found: Any, wanted: dict[str, Any]) -> None:
-    found = found if isinstance(found, dict) else {}
-    names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
-    first = names[0] if names else "fingerprint"
-    raise MismatchError(
-        f"{file} was made with {first}={shortened(found.get(first))}, not "
-        f"{shortened(wanted.get(first))}: run with "
-        "--overwrite to start again, or set paths.humaneval to another folder"
-    )
