@@ -31,6 +31,7 @@ from transformers import Trainer
 from pipeline.errors import DecantError, ParamsError
 from pipeline.integrations.cache_dataset import (
     CacheDataset,
+    IterableCacheDataset,
     Row,
     ShardSampler,
     collate,
@@ -48,9 +49,10 @@ _BATCH = "cache_batch"
 class DistillationMixin:
     """The loss, the order of rows and the log entries of distillation; goes before a Trainer class.
 
-    Datasets are a `CacheDataset`, in the order of `ShardSampler`, or an `IterableCacheDataset`. The
-    logs have `ce` and `divergence`, in nats per position, beside `loss`; those of an evaluation are
-    exact means over its positions, at the objective's own temperature.
+    Datasets are a `CacheDataset`, in the order of `ShardSampler`, or, on one process, an
+    `IterableCacheDataset`. The logs have `ce` and `divergence`, in nats per position, beside
+    `loss`; those of an evaluation are exact means over its positions, at the objective's own
+    temperature.
 
     Args:
         args: what the Trainer takes.
@@ -61,7 +63,8 @@ class DistillationMixin:
 
     Raises:
         DecantError: the head has a bias, which chunks do not support.
-        ParamsError: several GPUs in one process, which transformers uses by `DataParallel`.
+        ParamsError: several GPUs in one process, which transformers uses by `DataParallel`; a
+            stream on several processes; or label smoothing.
     """
 
     loss_is_scaled_for_ga = True
@@ -79,12 +82,7 @@ class DistillationMixin:
         kwargs.setdefault("data_collator", collate)
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        if trainer.args.n_gpu > 1:
-            raise ParamsError(
-                f"{trainer.args.n_gpu} GPUs in one process would be used by torch's DataParallel, "
-                "which cannot carry this loss: start one process for each by torchrun or "
-                "accelerate launch, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
+        _require_supported(trainer)
         trainer.args.remove_unused_columns = False  # the teacher's are not among the model's
         trainer.model_accepts_loss_kwargs = True  # so that the number of labels is counted
         self._chunked = head_chunk is not None
@@ -112,7 +110,8 @@ class DistillationMixin:
         """Return the mean loss; with `return_outputs`, also the model's outputs with all logits."""
         trainer: Any = self
         training = model.training
-        counts = self._counts if training and self._counts is not None else Counts.of(inputs)
+        own = Counts.of(inputs)
+        counts = self._counts if training and self._counts is not None else own
         outputs = None
         if self._chunked and not return_outputs:
             found = model(**model_inputs(inputs), **{_BATCH: inputs, "counts": counts})
@@ -120,7 +119,7 @@ class DistillationMixin:
         else:
             outputs = model(**model_inputs(inputs))
             sums = kd_loss_sums(outputs.logits, inputs, self.objective, counts)
-        self._add(sums, Counts.of(inputs), training)
+        self._add(sums, own, training)
         loss = sums.total / max(1.0, counts.labels)
         if training and trainer.args.average_tokens_across_devices:
             loss = loss * trainer.accelerator.num_processes  # which the engines divide by
@@ -180,6 +179,26 @@ class DistillationMixin:
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]
     """The Trainer of transformers with the loss of distillation; see `DistillationMixin`."""
+
+
+def _require_supported(trainer: Any) -> None:
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise ParamsError(
+            f"{args.n_gpu} GPUs in one process would be used by torch's DataParallel, which cannot "
+            "carry this loss: start one process for each by torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
+    if args.world_size > 1 and isinstance(trainer.train_dataset, IterableCacheDataset):
+        raise ParamsError(
+            f"accelerate would divide among {args.world_size} processes what an "
+            "IterableCacheDataset has divided already: pass the CacheDataset itself"
+        )
+    if args.label_smoothing_factor:
+        raise ParamsError(
+            f"label_smoothing_factor={args.label_smoothing_factor:g} has no meaning beside a "
+            "teacher's distribution: leave it out"
+        )
 
 
 def add_loss(model: Any, objective: Objective, head_chunk: int) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from pipeline.config.params import Params
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, ParamsError
 from pipeline.integrations.cache_dataset import IterableCacheDataset, collate, model_inputs
 from pipeline.integrations.hf_trainer import DistillationTrainer, add_loss
 from pipeline.integrations.kd_loss import Objective
@@ -209,6 +209,22 @@ def test_a_model_is_itself_without_a_batch(tiny_cache: Params) -> None:
     assert (
         model.generate(batch["input_ids"][:, :4], max_new_tokens=2, do_sample=False).shape[1] == 6
     )
+
+
+def test_what_would_train_wrongly_is_refused(
+    tiny_cache: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = same_recipe(tiny_cache)
+    with pytest.raises(ParamsError, match=r"label_smoothing_factor=0\.1 has no meaning"):
+        trainer_of(params, tmp_path, arguments={"label_smoothing_factor": 0.1})
+    stream = IterableCacheDataset(dataset_of(params), seed=0, rank=0, world_size=2)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ParamsError, match=r"among 2 processes .*: pass the CacheDataset"):
+        trainer_of(params, tmp_path, train_dataset=stream)
+    monkeypatch.undo()
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ParamsError, match=r"2 GPUs in one process .* torchrun"):
+        trainer_of(params, tmp_path)
 
 
 def test_a_head_with_a_bias_is_refused(tiny_cache: Params) -> None:
