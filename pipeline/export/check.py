@@ -17,11 +17,13 @@ pass from `export.min_agreement` on, and are not required to pass.
 
 Tokenizers are compared on lines of the same text: the original's tokenizer.json, the tokenizer that
 transformers' AutoTokenizer makes of the exported folder, and llama.cpp's. llama.cpp normalises
-nothing, so it gets each line after the tokenizer's own normaliser.
+nothing but the spaces of SentencePiece's tokenizers, so it gets each line after the tokenizer's own
+normaliser, except for these.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from torch import Tensor
 from pipeline.config.delivery_params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export.check_result import ExportCheck, PathResult, TokenizerResult
+from pipeline.export.gguf_vocabulary import is_sentencepiece
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.generation.sampling import GenerationSettings, generate_ids, pad_left
 from pipeline.model.folder import hash_weights
@@ -244,9 +247,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def normalised(tokenizer: Any, text: str) -> str:
-    """Return the text after the tokenizer's normaliser."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    return text if normalizer is None else str(normalizer.normalize_str(text))
+    """Return the text after the part of the tokenizer's normaliser that llama.cpp lacks."""
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None or is_sentencepiece(json.loads(backend.to_str())):
+        return text
+    return str(backend.normalizer.normalize_str(text))
 
 
 def compare_lines(

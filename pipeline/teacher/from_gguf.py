@@ -35,6 +35,7 @@ from pipeline.teacher.front_matter import write_gguf_card
 _EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """`tokenizer.ggml.pre` values that mean "each digit alone, then GPT-2's pattern"."""
 _AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo"}
+_HEAD_DIM_NOT_READ = ("qwen2", "qwen3")
 _UNKNOWN_PRE = (None, "", "default")  # files written before llama.cpp recorded it
 
 _WIDTHS = {
@@ -115,7 +116,7 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
         header = read_header(file, gguf.GGML_QUANT_SIZES)
         _require_sizes(header, file)
         rope = _rope_scaling(header, file)
-        model, tokenizer = _open(file)
+        model, tokenizer = _open(header, file)
         _split_as_said(tokenizer, header, file)
         if rope is not None:
             _scale_positions(model.config, rope, file)
@@ -263,10 +264,17 @@ def _require_sizes(header: Header, file: Path) -> None:
     require_sizes(values, StoredWeights(elements, 1 + max(numbers, default=-1)), file)
 
 
-def _open(file: Path) -> tuple[Any, Any]:
-    """Open the model, in float32, and the tokenizer, as transformers reads them."""
+def _open(header: Header, file: Path) -> tuple[Any, Any]:
+    """Open the model, in float32, and the tokenizer, as transformers reads them.
+
+    transformers does not read the width of a head for all architectures, so it is set here.
+    """
     transformers = import_transformers()
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    width = header.of_architecture("attention.key_length")
+    if width is not None and header.metadata["general.architecture"] in _HEAD_DIM_NOT_READ:
+        where["config"] = transformers.AutoConfig.from_pretrained(file.parent, **where)
+        where["config"].head_dim = width
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent,
         dtype=torch.float32,

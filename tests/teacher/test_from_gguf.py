@@ -56,12 +56,12 @@ def from_gguf(file: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("rope", SCALINGS, ids=lambda rope: rope["rope_type"])
 def test_positions_are_scaled_as_the_file_says(
     kind: str, rope: dict[str, Any], tmp_path: Path
 ) -> None:
-    if kind == "qwen2" and rope["rope_type"] == "llama3":
+    if kind != "llama" and rope["rope_type"] == "llama3":
         return  # llama.cpp has it for llama alone
     shape = {"rope_parameters": rope, "max_position_embeddings": 256}
     folder = make_model(tmp_path / "model", kind, **shape)
