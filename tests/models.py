@@ -21,8 +21,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -337,10 +337,11 @@ def make_qwen3(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
     return folder
 
 
-def make_olmo2(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
+def make_mistral(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
     """A random model that only transformers runs, with the corpus's tokenizer."""
     torch.manual_seed(seed)
-    Olmo2ForCausalLM(Olmo2Config(**SMALL_SHAPE, vocab_size=rows)).save_pretrained(folder)
+    config = MistralConfig(**SMALL_SHAPE, vocab_size=rows, head_dim=16, sliding_window=24)
+    MistralForCausalLM(config).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 

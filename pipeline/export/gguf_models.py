@@ -3,8 +3,8 @@
 llama.cpp's own converter is not called, since no well-kept package holds it (read in 2026-11):
 `gguf`, which its authors publish, has the format alone; `convert-hf-to-gguf` is another person's
 copy with two releases, which installs its own `gguf` over that one and a package named
-`conversion`. Names and metadata are the converter's (its conversion/llama.py, qwen.py, phi.py and
-gemma.py). What llama.cpp computes otherwise than transformers is refused, or adapted here:
+`conversion`. Names and metadata are the converter's. What llama.cpp computes otherwise than
+transformers is refused, or adapted here:
 
 - It rotates neighbouring dimensions of a Llama's or Mistral's queries and keys, where Hugging Face
   rotates dimension i with i + E / 2, so their rows are reordered; those of the others are not.

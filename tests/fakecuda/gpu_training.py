@@ -33,7 +33,7 @@ from pipeline.training.loss_scale import LossScale
 from pipeline.training.optim import build_optimizer
 from tests.fakecuda import stand_in
 from tests.helpers import LORA, ROOT, SMALL
-from tests.models import make_olmo2
+from tests.models import make_mistral
 
 GPU = Ranks(torch.device("cuda"))
 HAS_BFLOAT16 = torch.cuda.get_device_capability()[0] >= 8
@@ -158,7 +158,7 @@ def test_students(
 ) -> None:
     student = own_student()
     if kind == "transformers":
-        student = HuggingFaceStudent(make_olmo2(tmp_path))
+        student = HuggingFaceStudent(make_mistral(tmp_path))
     for documents in (False, True):
         changes = {"run": {"activation_checkpointing": checkpointing}, "dtype": dtype}
         require_same_step(adapt(student), batch(documents=documents), **changes)
