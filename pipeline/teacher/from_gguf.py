@@ -35,7 +35,6 @@ from pipeline.teacher.front_matter import write_gguf_card
 _EVERY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """`tokenizer.ggml.pre` values that mean "each digit alone, then GPT-2's pattern"."""
 _AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo"}
-_HEAD_DIM_NOT_READ = ("qwen2", "qwen3")
 _UNKNOWN_PRE = (None, "", "default")  # files written before llama.cpp recorded it
 
 _WIDTHS = {
@@ -267,19 +266,21 @@ def _require_sizes(header: Header, file: Path) -> None:
 def _open(header: Header, file: Path) -> tuple[Any, Any]:
     """Open the model, in float32, and the tokenizer, as transformers reads them.
 
-    transformers does not read the width of a head for all architectures, so it is set here.
+    transformers does not read the width of a Qwen3's heads, and would take 128.
     """
     transformers = import_transformers()
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    width = header.of_architecture("attention.key_length")
-    if width is not None and header.metadata["general.architecture"] in _HEAD_DIM_NOT_READ:
-        where["config"] = transformers.AutoConfig.from_pretrained(file.parent, **where)
-        where["config"].head_dim = width
+    unread = {}
+    if header.metadata["general.architecture"] == "qwen3":
+        usual = header.of_architecture("embedding_length")
+        usual //= header.of_architecture("attention.head_count")
+        unread["head_dim"] = header.of_architecture("attention.key_length") or usual
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent,
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),
         **where,
+        **unread,
     )
     return model, transformers.AutoTokenizer.from_pretrained(file.parent, **where)
 

@@ -27,6 +27,7 @@ from pipeline.export.check import (
     follow,
     judge,
     make_reference,
+    normalised,
 )
 from pipeline.export.check_result import ExportCheck
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
@@ -207,6 +208,34 @@ def test_sentencepiece_tokenizers_are_llama_cpps(prefix: bool, tmp_path: Path) -
         ("llama.cpp", 0),
     ]
     assert check.passed
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("steps", "whole_words"),
+    [key for key in gguf_vocabulary._PRE_TOKENIZERS if key[0][0][0] == "Split"],
+    ids=lambda key: None if isinstance(key, tuple) else str(key),
+)
+def test_ways_to_split_text_are_llama_cpps(
+    steps: tuple[tuple[str, str], ...], whole_words: bool, qwen_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(qwen_folder, tmp_path / "model")
+    content = json.loads((source / "tokenizer.json").read_text())
+    split = content["pre_tokenizer"]["pretokenizers"][0]
+    split["pattern"] = {"Regex": steps[0][1]}
+    content["model"]["ignore_merges"] = whole_words
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    write_gguf(source, tmp_path / "x.gguf", "f16", name="x")
+    tokenizer = load_tokenizer(source)
+    lines = [
+        *text_of_many_lines().splitlines(),
+        "camelCase HTTPServer2 don'T I'LL 1234567 a/b//\n/",
+    ]
+    with LlamaCpp(tmp_path / "x.gguf", context=32) as llama:
+        for line in lines:
+            plain = normalised(tokenizer, line)
+            ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
+            assert llama.tokenize(plain) == ids, line
 
 
 @needs_llama_cpp

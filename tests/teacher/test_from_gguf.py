@@ -101,6 +101,14 @@ def rewritten(source: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
+def test_a_qwen3_without_the_width_of_its_heads_has_the_usual_one(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "qwen3", head_dim=8)  # 48 / 6
+    write_gguf(folder, tmp_path / "x.gguf", "f32", name="x")
+    file = rewritten(tmp_path / "x.gguf", tmp_path / "y.gguf", qwen3__attention__key_length=None)
+    model = AutoModelForCausalLM.from_pretrained(from_gguf(file, tmp_path / "back"))
+    assert model.config.head_dim == 8
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
