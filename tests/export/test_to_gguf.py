@@ -348,6 +348,17 @@ def test_variants_of_transformers_that_llama_cpp_lacks_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("layers", "scored"), [(2, 24), (62, 16)])
+def test_queries_of_gemma_make_up_for_llama_cpps_scale(
+    layers: int, scored: int, tmp_path: Path
+) -> None:
+    """62 layers are Gemma 3 27B to llama.cpp, which then scales by hidden_size / heads = 16."""
+    shape = BLOCKS_OF_32 | {"num_hidden_layers": layers, "vocab_size": 320, "pad_token_id": 0}
+    config = AutoConfig.for_model("gemma3_text", **shape, head_dim=24, query_pre_attn_scalar=40)
+    config.save_pretrained(tmp_path)
+    assert require_convertible(tmp_path).query_scale == pytest.approx((scored / 40) ** 0.5)
+
+
 def test_a_context_ends_with_the_window_that_llama_cpp_lacks(tmp_path: Path) -> None:
     shape = BLOCKS_OF_32 | {"max_position_embeddings": 64, "vocab_size": 320, "pad_token_id": 0}
     for kind in ("mistral", "phi3"):

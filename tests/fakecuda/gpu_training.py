@@ -148,7 +148,7 @@ def with_adapters(student: Student) -> Student:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("adapt", [deepcopy, with_adapters], ids=["all weights", "lora"])
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("kind", ["own", "transformers"])
+@pytest.mark.parametrize("kind", ["own", "own, a qwen3", "transformers"])
 def test_students(
     kind: str,
     dtype: str,
@@ -157,6 +157,8 @@ def test_students(
     tmp_path: Path,
 ) -> None:
     student = own_student()
+    if kind == "own, a qwen3":
+        student = StudentModel(ModelConfig(**SMALL, max_seq_len=64, head_dim=16, qk_norm=True))
     if kind == "transformers":
         student = HuggingFaceStudent(make_mistral(tmp_path))
     for documents in (False, True):

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model import decoder
 from pipeline.model.decoder import (
     ModelConfig,
     RMSNorm,
@@ -179,6 +180,24 @@ def test_plain_attention_equals_hugging_face_step_by_step() -> None:
     torch.testing.assert_close(our_weights, weights)
     assert scores[0, 5, 3, 2].item() == pytest.approx((q[0, 5, 3] @ k[0, 1, 2]).item() / 2)
     assert scores[0, 5, 2, 3].item() == -torch.inf
+
+
+def test_norms_leave_queries_and_keys_in_the_format_of_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under autocast, in which norms give float32 and FlashAttention's kernel takes no mixture."""
+    formats: set[torch.dtype] = set()
+
+    def recorded(*inputs: torch.Tensor) -> torch.Tensor:
+        formats.update(x.dtype for x in inputs[:3])
+        return attend(*inputs)
+
+    monkeypatch.setattr(decoder, "attend", recorded)
+    shape = {"hidden_size": 32, "num_heads": 4, "num_layers": 1, "vocab_size": 50}
+    student = StudentModel(ModelConfig(**shape, qk_norm=True))  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student.hidden_states(torch.randint(0, 50, (1, 8)))
+    assert formats == {torch.bfloat16}
 
 
 def test_dropout_acts_in_training_alone() -> None:
