@@ -107,7 +107,7 @@ def check_export(
         with LlamaCpp(file, context=context) as llama:
             chosen = follow(llama.generate, reference)
             if len(tokenizers) == 1:  # all files contain the same tokenizer
-                plain = [normalised(tokenizer, line) for line in lines]
+                plain = normalised(tokenizer, lines)
                 ids = [llama.tokenize(line) for line in plain]
                 tokenizers.append(compare_lines("llama.cpp", ids, tokenizer, plain))
         paths.append(judge(f"llama.cpp, {kind}", chosen, reference, NEAR_TIE.get(kind), params))
@@ -246,12 +246,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def normalised(tokenizer: Any, text: str) -> str:
-    """Return the text after the part of the tokenizer's normaliser that llama.cpp lacks."""
+def normalised(tokenizer: Any, lines: Sequence[str]) -> list[str]:
+    """Return the lines after the part of the tokenizer's normaliser that llama.cpp lacks."""
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is None or is_sentencepiece(json.loads(backend.to_str())):
-        return text
-    return str(backend.normalizer.normalize_str(text))
+        return list(lines)
+    return [str(backend.normalizer.normalize_str(line)) for line in lines]
 
 
 def compare_lines(

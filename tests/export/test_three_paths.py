@@ -232,10 +232,9 @@ def test_ways_to_split_text_are_llama_cpps(
         "camelCase HTTPServer2 don'T I'LL 1234567 a/b//\n/",
     ]
     with LlamaCpp(tmp_path / "x.gguf", context=32) as llama:
-        for line in lines:
-            plain = normalised(tokenizer, line)
-            ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
-            assert llama.tokenize(plain) == ids, line
+        for line in normalised(tokenizer, lines):
+            ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+            assert llama.tokenize(line) == ids, line
 
 
 @needs_llama_cpp
