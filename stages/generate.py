@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="Hugging Face folder of type qwen2 or llama.  [default: paths.runs/student/model]",
+    help="Hugging Face folder of type qwen2, qwen3 or llama.  [default: paths.runs/student/model]",
 )
 @click.option("--prompt", help="Continue this text.")
 @click.option(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "models",
     multiple=True,
     metavar="NAME=FOLDER",
-    help="A Hugging Face folder of type qwen2 or llama; may be repeated.",
+    help="A Hugging Face folder of type qwen2, qwen3 or llama; may be repeated.",
 )
 @click.option(
     "--run",

@@ -9,12 +9,20 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.decoders import ByteFallback as ByteFallbackDecoder
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Fuse as FuseDecoder
+from tokenizers.decoders import Replace as ReplaceDecoder
+from tokenizers.decoders import Sequence as DecoderSequence
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -127,8 +135,24 @@ def make_qwen_tokenizer(folder: Path, **changes: Any) -> None:
     fast.save_pretrained(folder)
 
 
+OURS: dict[str, tuple[Any, Any]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+"""The architectures of our own model."""
+
+
+def move_norms(model: torch.nn.Module) -> None:
+    """Move norms and biases away from 1 and 0, where they would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+
+
 def make_model(folder: Path, kind: str, **changes: Any) -> Path:
-    """A random model of 3 layers whose norms and biases are not at 1 and 0, and its tokenizer."""
+    """A random model of 3 layers that ours can be, with tokenizer; a qwen3's heads are 12 wide."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": ROWS,
@@ -140,17 +164,12 @@ def make_model(folder: Path, kind: str, **changes: Any) -> Path:
         "max_position_embeddings": 64,
         "initializer_range": 0.2,
         "eos_token_id": ENTRIES + SPECIAL - 1,
+        **({"head_dim": 12} if kind == "qwen3" else {}),
         **changes,
     }
-    model: Any
-    if kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
+    make_config, make = OURS[kind]
+    model = make(make_config(**{"tie_word_embeddings": kind != "llama", **shape}))
+    move_norms(model)
     model.save_pretrained(folder)
     make_qwen_tokenizer(folder)
     return folder
@@ -182,6 +201,61 @@ def make_digit_tokenizer(folder: Path) -> None:
     tokenizer.add_tokens([AddedToken("<tool>", special=False)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     fast.save_pretrained(folder)
+
+
+def make_sentencepiece_tokenizer(folder: Path, *, prefix: bool = False, **changes: Any) -> None:
+    """BPE with byte fallback as transformers makes it of SentencePiece's: Gemma's, or Llama 2's."""
+    replace = normalizers.Replace(" ", "\u2581")
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = replace
+    learned.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=88, show_progress=False)
+    learned.train_from_iterator(make_sentences(80, seed=1), trainer)
+    pieces = [learned.id_to_token(number) for number in range(learned.get_vocab_size())]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *pieces]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [(token[:cut], token[cut:]) for token in pieces for cut in range(1, len(token))]
+    merges = [pair for pair in pairs if vocabulary.keys() >= set(pair)]
+    model = models.BPE(
+        vocabulary,
+        changes.get("merges", lambda rules: rules)(merges),
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = changes.get("normalizer", replace)
+    if prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace])
+    tokenizer.decoder = DecoderSequence(
+        [ReplaceDecoder("\u2581", " "), ByteFallbackDecoder(), FuseDecoder()]
+    )
+    added = ("<tool>", "\u2581\u2581\u2581")
+    tokenizer.add_tokens([AddedToken(token, normalized=not prefix) for token in added])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+
+
+def make_other(folder: Path, kind: str, **changes: Any) -> Path:
+    """A random model that transformers runs, with a tokenizer as Qwen2.5's."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        **BLOCKS_OF_32,
+        "vocab_size": ROWS,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": ENTRIES + SPECIAL - 1,
+        "pad_token_id": None,
+        **changes,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+    move_norms(model)
+    model.save_pretrained(folder)
+    make_qwen_tokenizer(folder)
+    return folder
 
 
 def make_llama(folder: Path, **changes: Any) -> Path:
@@ -218,16 +292,12 @@ DECODER = {
 }
 
 
-def hugging_face(kind: str, tied: bool) -> torch.nn.Module:
-    if kind == "qwen2":
-        config = Qwen2Config(**DECODER, tie_word_embeddings=tied, rms_norm_eps=1e-6)
-        model: torch.nn.Module = Qwen2ForCausalLM(config)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=tied))
-    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide mistakes
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
+def hugging_face(kind: str, tied: bool, **changes: Any) -> torch.nn.Module:
+    """A random model; its heads are 8 wide, in a qwen3 12, so that they exceed hidden_size."""
+    make_config, make = OURS[kind]
+    shape = DECODER | ({"head_dim": 12} if kind == "qwen3" else {}) | changes
+    model: torch.nn.Module = make(make_config(**shape, tie_word_embeddings=tied))
+    move_norms(model)
     return model.eval()
 
 
@@ -245,22 +315,33 @@ LLAMA3 = {
 }
 
 
+SMALL_SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "attention_dropout": 0.0,
+}
+
+
 def make_qwen3(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
+    """A random Qwen3 with the corpus's tokenizer."""
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(Qwen3Config(**SMALL_SHAPE, vocab_size=rows, head_dim=16)).save_pretrained(
+        folder
+    )
+    make_tokenizer(folder)
+    return folder
+
+
+def make_mistral(folder: Path, *, rows: int = 320, seed: int = 5) -> Path:
     """A random model that only transformers runs, with the corpus's tokenizer."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=rows,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    config = MistralConfig(**SMALL_SHAPE, vocab_size=rows, head_dim=16, sliding_window=24)
+    MistralForCausalLM(config).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 
@@ -303,5 +384,6 @@ def small_shape(**changes: Any) -> tuple[Shape, StudentModel]:
         vocab_size=values["vocab_size"],
         tied=values["tie_embeddings"],
         qkv_bias=values["attention_bias"],
+        qk_norm=values["qk_norm"],
     )
     return shape, StudentModel(config)

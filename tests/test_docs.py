@@ -22,10 +22,8 @@ BLOCK = re.compile(r"^```.*?^```|^ {4}.*?$", re.MULTILINE | re.DOTALL)  # of cod
 SPAN = re.compile(r"`[^`\n]+`")
 FOLDERS = ("pipeline", "stages", "tests", "tools", "docs")
 ELSEWHERE = {
-    "conversion/llama.py",
     "execution.py",
     "generation/utils.py",
-    "qwen.py",
     "stages/x.py",
 }
 """Files of other projects, and made-up ones, that comments and docstrings name."""

@@ -78,6 +78,8 @@ class StudentParams(Section):
     """Number of attention heads."""
     num_kv_heads: Count = 2
     """Number of key and value heads, each shared by num_heads / num_kv_heads heads."""
+    head_dim: CountOrAuto = "auto"
+    """Width of a head: a number, or auto, hidden_size / num_heads."""
     intermediate_size: Count = 2048
     """Width of the feed-forward layers."""
     vocab_size: CountOrAuto = "auto"
@@ -94,6 +96,8 @@ class StudentParams(Section):
     training."""
     attention_bias: bool = True
     """Whether the query, key and value projections have biases."""
+    qk_norm: bool = False
+    """Whether each head's query and key are normalised before they are rotated, as in Qwen3."""
     tie_embeddings: bool = True
     """Whether the head shares the embedding's weights."""
 

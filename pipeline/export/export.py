@@ -13,8 +13,9 @@ from pipeline.config.params import Params
 from pipeline.export.card import card_license, folder_card, run_card, run_facts
 from pipeline.export.check import check_export
 from pipeline.export.check_result import ExportCheck
+from pipeline.export.gguf_models import require_convertible
 from pipeline.export.source import Exported, text_to_check_by
-from pipeline.export.to_gguf import require_convertible, require_gguf, write_gguf
+from pipeline.export.to_gguf import require_gguf, write_gguf
 from pipeline.export.to_huggingface import write_huggingface
 from pipeline.io.files import write_json, write_text
 from pipeline.io.ownership import atomic_folder

@@ -7,8 +7,14 @@ tokenizers. Decant compares the definition itself, so that a tokenizer that you 
 too if it splits in one of the ways below. Any other is refused: under a wrong name a file loads,
 but the model reads other tokens than it was trained on.
 
+It also knows SentencePiece's BPE (Llama 2, Mistral, Phi-3, Gemma), which merges the pair whose
+union has the highest score. tokenizer.json has rules in place of scores. The two agree if each pair
+of tokens whose union is a token has a rule, and the rules for one token stand together, as
+transformers writes them; then the place of its rules is a token's score.
+
 llama.cpp normalises nothing. Qwen2's NFC leaves nearly all text unchanged and is accepted, so users
-who give llama.cpp other text must normalise it first; other normalisers are refused.
+who give llama.cpp other text must normalise it first; other normalisers are refused, except those
+that replace spaces as SentencePiece does.
 """
 
 from __future__ import annotations
@@ -28,13 +34,30 @@ _QWEN2 = (
 _LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 _GPT2_BYTES, _BYTES = ("ByteLevel", True), ("ByteLevel", False)
 _DIGITS = ("Digits", True)
-_PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
-    (_GPT2_BYTES,): "gpt-2",
-    (_DIGITS, _GPT2_BYTES): "smollm",
-    (("Split", _QWEN2), _BYTES): "qwen2",
-    (("Split", _LLAMA3), _BYTES): "llama-bpe",
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+    r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = _CASED % ("", "", "")
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = _CASED % (_ENDINGS, _ENDINGS, "{1,3}")
+_PRE_TOKENIZERS: dict[tuple[tuple[Any, ...], bool], str] = {
+    ((_GPT2_BYTES,), False): "gpt-2",
+    ((_DIGITS, _GPT2_BYTES), False): "smollm",
+    ((("Split", _QWEN2), _BYTES), False): "qwen2",
+    ((("Split", _LLAMA3), _BYTES), True): "llama-bpe",
+    ((("Split", _LLAMA3), _BYTES), False): "dbrx",  # Phi-4
+    ((("Split", _GPT4O), _BYTES), False): "gpt-4o",  # Phi-4-mini
+    ((("Split", _TEKKEN), _BYTES), True): "tekken",  # Mistral since Nemo
 }
-"""Steps of a pre-tokenizer -> llama.cpp's name for them (src/llama-vocab.cpp)."""
+"""Steps of a pre-tokenizer, and whether whole words that are tokens skip the merges -> llama.cpp's
+name for both (src/llama-vocab.cpp)."""
+_SPACE = "\u2581"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_PREPEND = {"type": "Prepend", "prepend": _SPACE}
+_NORMALIZERS = (_REPLACE, {"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]})
+"""Those of SentencePiece's tokenizers, without (Gemma) and with a space in front of a text."""
 _ROLES = ("bos", "eos", "unk", "sep", "pad")
 
 
@@ -51,12 +74,15 @@ def add_tokenizer(writer: Any, folder: Path, rows: int, config: Mapping[str, Any
     """
     tokenizer = load_tokenizer(folder)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(state, folder))
     tokens, kinds = token_table(tokenizer, rows, folder)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(rule) for rule in _merges(state)])
+    if is_sentencepiece(state):
+        _add_sentencepiece(writer, state, tokens, kinds, folder)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(state, folder))
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([" ".join(rule) for rule in _merges(state)])
     for role in _ROLES:
         number = getattr(tokenizer, f"{role}_token_id")
         if number is None:
@@ -70,6 +96,11 @@ def add_tokenizer(writer: Any, folder: Path, rows: int, config: Mapping[str, Any
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def is_sentencepiece(state: Mapping[str, Any]) -> bool:
+    """Return whether a tokenizer.json falls back to bytes, as SentencePiece's tokenizers do."""
+    return state["model"]["type"] == "BPE" and bool(state["model"].get("byte_fallback"))
+
+
 def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
     """Return llama.cpp's name for the way that a tokenizer splits text.
 
@@ -80,12 +111,11 @@ def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
     Raises:
         DecantError: it is not byte-level BPE, or llama.cpp has no name for the way it splits.
     """
-    model, steps = state["model"], _steps(state.get("pre_tokenizer"))
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with byte fallback" if model["type"] == "BPE" else model["type"]
+    model = state["model"]
+    if model["type"] != "BPE":
         raise DecantError(
-            f"the tokenizer of {folder} is {kind}, and GGUF files are written with byte-level BPE "
-            "alone (GPT-2's, Llama 3's, Qwen2's): set export.gguf=[]"
+            f"the tokenizer of {folder} is {model['type']}, and GGUF files are written with BPE "
+            "alone (GPT-2's, Llama's, Qwen2's, Gemma's): set export.gguf=[]"
         )
     normalizer = (state.get("normalizer") or {"type": "NFC"})["type"]
     if normalizer != "NFC":
@@ -93,14 +123,98 @@ def pre_tokenizer_name(state: Mapping[str, Any], folder: Path) -> str:
             f"the tokenizer of {folder} normalises text by {normalizer}, and llama.cpp does not: "
             "set export.gguf=[]"
         )
-    name = _PRE_TOKENIZERS.get(steps)
-    if name is None or model.get("ignore_merges", False) != (name == "llama-bpe"):
+    way = _steps(state.get("pre_tokenizer")), bool(model.get("ignore_merges"))
+    name = _PRE_TOKENIZERS.get(way)
+    if name is None:
         shown = json.dumps(state.get("pre_tokenizer"))
         raise DecantError(
             f"the tokenizer of {folder} splits text in a way that llama.cpp has no name for among "
             f"{', '.join(_PRE_TOKENIZERS.values())} ({shown[:300]}): set export.gguf=[]"
         )
     return name
+
+
+def _add_sentencepiece(
+    writer: Any, state: Mapping[str, Any], tokens: list[str], kinds: list[int], folder: Path
+) -> None:
+    """Write a tokenizer of SentencePiece's kind.
+
+    Raises:
+        DecantError: llama.cpp would give other tokens.
+    """
+    from gguf import TokenType
+
+    model = state["model"]
+    normalizer = state.get("normalizer")
+    if normalizer not in _NORMALIZERS or not _splits_nothing(state.get("pre_tokenizer")):
+        shown = json.dumps([normalizer, state.get("pre_tokenizer")])
+        raise DecantError(
+            f"the tokenizer of {folder} is BPE with byte fallback that treats spaces in a way that "
+            f"llama.cpp does not have ({shown[:300]}): set export.gguf=[]"
+        )
+    for added in state["added_tokens"]:
+        if not added["normalized"] or added["id"] >= len(tokens):
+            continue
+        if normalizer != _REPLACE:
+            raise DecantError(
+                f"the tokenizer of {folder} looks for {added['content']!r} after a space was put "
+                "in front of the text, and llama.cpp before that: set export.gguf=[]"
+            )
+        tokens[added["id"]] = added["content"].replace(_SPACE, " ")
+    missing_bytes = {f"<0x{number:02X}>" for number in range(256)}
+    places: dict[str, int] = {}  # token -> number of tokens whose rules precede its own
+    previous = None
+    for left, right in _merges(state):
+        union = left + right
+        if union != previous and union in places:
+            raise _not_sentencepiece(folder, f"the rules for {union!r} do not stand together")
+        places.setdefault(union, len(places))
+        previous = union
+    known = set(map(tuple, _merges(state)))
+    scores = []
+    for number, token in enumerate(tokens):
+        if kinds[number] == TokenType.NORMAL:
+            if token in missing_bytes:
+                kinds[number] = int(TokenType.BYTE)
+                missing_bytes.remove(token)
+            elif token == model.get("unk_token"):
+                kinds[number] = int(TokenType.UNKNOWN)
+            elif missing := _missing_rule(token, model["vocab"], known):
+                raise _not_sentencepiece(
+                    folder, f"no rule merges {missing[0]!r} and {missing[1]!r}"
+                )
+        scores.append(-float(places.get(token, len(places) + number)))
+    if missing_bytes:
+        raise _not_sentencepiece(folder, f"the token {min(missing_bytes)} is missing")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(normalizer != _REPLACE)
+
+
+def _splits_nothing(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Return whether text without spaces stays whole."""
+    if pre_tokenizer is None:
+        return True
+    return bool(pre_tokenizer["type"] == "Split" and pre_tokenizer["pattern"] == {"String": " "})
+
+
+def _missing_rule(
+    token: str, vocabulary: Mapping[str, int], known: set[tuple[str, ...]]
+) -> tuple[str, str] | None:
+    """Return two tokens whose union is `token` and that no rule merges; None if there are none."""
+    pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+    both = (pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary)
+    return next((pair for pair in both if pair not in known), None)
+
+
+def _not_sentencepiece(folder: Path, reason: str) -> DecantError:
+    return DecantError(
+        f"the tokenizer of {folder} is BPE with byte fallback, but not as SentencePiece's, which "
+        f"llama.cpp merges by scores of tokens ({reason}): set export.gguf=[]"
+    )
 
 
 def token_table(tokenizer: Any, rows: int, folder: Path) -> tuple[list[str], list[int]]:

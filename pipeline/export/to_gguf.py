@@ -1,13 +1,9 @@
-"""Write Qwen2 and Llama folders as GGUF files, for llama.cpp and the programs built on it.
+"""Write Hugging Face folders as GGUF files, for llama.cpp and the programs built on it.
 
-Names and metadata are those of llama.cpp's own converter (its conversion/llama.py and qwen.py); the
-package gguf provides the format. Matrices are stored in the chosen format, vectors (norms and
-biases) in float32. q8_0 stores, for each 32 weights of a row, 32 integers and their scale, the
-largest weight / 127 in float16; a matrix whose row length is not a multiple of 32 stays float16 in
-such a file.
-
-llama.cpp rotates neighbouring dimensions of a Llama's queries and keys, where Hugging Face rotates
-dimension i with i + E / 2, so their rows are reordered; those of a Qwen2 are not.
+pipeline/export/gguf_models.py has the architectures, gguf_vocabulary.py the tokenizers; the package
+gguf provides the format. Matrices are stored in the chosen format, vectors (norms and biases) in
+float32. q8_0 stores, for each 32 weights of a row, 32 integers and their scale, the largest weight
+/ 127 in float16; a matrix whose row length is not a multiple of 32 stays float16 in such a file.
 """
 
 from __future__ import annotations
@@ -22,12 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.errors import DecantError
+from pipeline.export.gguf_models import GgufModel, require_convertible
 from pipeline.export.gguf_vocabulary import add_tokenizer
 from pipeline.io.files import fsync
 from pipeline.model.config_json import read_config_json
-from pipeline.model.decoder import ModelConfig
-from pipeline.model.rope import Llama3Scaling, YarnScaling, inverse_frequencies
-from pipeline.model.weights import OUT_BIAS, VariantError, read_config, stream_tensors
+from pipeline.model.weights import OUT_BIAS, stream_tensors
 from pipeline.runtime.console import progress
 from pipeline.runtime.optional import require
 
@@ -44,38 +39,6 @@ def require_gguf() -> Any:
     return require("gguf", "gguf", "a GGUF file", instead=", or set export.gguf=[]")
 
 
-def require_convertible(folder: Path) -> ModelConfig:
-    """Return the configuration of a folder that can be written as GGUF.
-
-    Raises:
-        DecantError: it has another architecture, or a variant that llama.cpp computes differently.
-    """
-    try:
-        config = read_config(folder)
-    except VariantError as error:
-        raise DecantError(
-            f"no GGUF file can be written of this model ({error}): set export.gguf=[], or use "
-            "llama.cpp's own converter on the Hugging Face folder"
-        ) from None
-    scaling = config.rope_scaling
-    if isinstance(scaling, YarnScaling):
-        named = scaling.factor, scaling.original_max_position_embeddings
-        plain = YarnScaling(factor=named[0], original_max_position_embeddings=named[1])
-        limits = scaling.beta_fast, scaling.beta_slow, scaling.truncate
-        same = math.isclose(scaling.amplitude(), plain.amplitude(), rel_tol=1e-6)
-        if not same or limits != (plain.beta_fast, plain.beta_slow, plain.truncate):
-            raise DecantError(
-                f"{folder} has a YaRN with an attention_factor, mscale, beta or truncate of its "
-                "own, which llama.cpp does not follow: set export.gguf=[]"
-            )
-    if isinstance(scaling, Llama3Scaling) and config.attention_bias:
-        raise DecantError(
-            f"{folder} is a qwen2 model with rope type 'llama3', which llama.cpp has for llama "
-            "alone: set export.gguf=[]"
-        )
-    return config
-
-
 def write_gguf(
     folder: Path, file: Path, kind: str, *, name: str, license_id: str | None = None
 ) -> None:
@@ -90,14 +53,14 @@ def write_gguf(
         DecantError: llama.cpp does not support the architecture or the tokenizer, weights are too
             large for float16, or the folder is damaged.
     """
-    gguf, config = require_gguf(), require_convertible(folder)
+    gguf, model = require_gguf(), require_convertible(folder)
     raw = read_config_json(folder)
     partial = file.with_name(f".{file.name}.partial")
-    writer = gguf.GGUFWriter(partial, "qwen2" if config.attention_bias else "llama")
+    writer = gguf.GGUFWriter(partial, model.architecture)
     try:
-        _add_metadata(writer, config, kind, name, license_id)
-        add_tokenizer(writer, folder, config.vocab_size, raw)
-        plan = _plan(folder, config, kind)
+        _add_metadata(writer, model, kind, name, license_id)
+        add_tokenizer(writer, folder, model.num_rows, raw)
+        plan = _plan(folder, model, kind)
         for tensor in plan.values():
             writer.add_tensor_info(
                 tensor.name,
@@ -110,7 +73,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for source, values in progress(
-            _values(folder, config), what=file.name, unit="tensor", total=len(plan)
+            _values(folder, model), what=file.name, unit="tensor", total=len(plan)
         ):
             writer.write_tensor_data(_encode(values, plan[source], file))
         writer.close()
@@ -137,20 +100,21 @@ class _Stored:
 
 
 _SUFFIXES = (".weight", ".bias")
-_ROPE = "rope_freqs.weight"
 
 
-def _plan(folder: Path, config: ModelConfig, kind: str) -> dict[str, _Stored]:
-    """Map Hugging Face's names to stored tensors, in the order of `_sources`."""
+def _plan(folder: Path, model: GgufModel, kind: str) -> dict[str, _Stored]:
+    """Map Hugging Face's names to stored tensors, in the order of `_values`."""
     gguf = require_gguf()
-    architecture = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
-    names = gguf.get_tensor_name_map(architecture, config.num_layers)
+    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == model.architecture)
+    names = gguf.get_tensor_name_map(architecture, model.num_layers)
     plan = {}
-    for source, tensor in _sources(folder, config):
-        target = source if source == _ROPE else names.get_name(source, _SUFFIXES)
+    for source, tensor in _sources(folder, model):
+        target = names.get_name(source, _SUFFIXES)
         if target is None:
-            raise DecantError(f"{folder} holds {source}, which no {architecture.name} model has")
+            raise DecantError(f"{folder} holds {source}, which no {model.architecture} model has")
         plan[source] = _placed(target, tuple(tensor.shape), kind)
+    for name, tensor in model.tensors.items():
+        plan[name] = _placed(name, tuple(tensor.shape), kind)
     return plan
 
 
@@ -167,10 +131,10 @@ def _placed(target: str, shape: tuple[int, ...], kind: str) -> _Stored:
     return _Stored(target, format_, shape, {"f16": "float16", "f32": "float32"}[kind])
 
 
-def _sources(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor for the file, as stored in the folder."""
+def _sources(folder: Path, model: GgufModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the folder that the file has too, as stored."""
     for name, tensor in stream_tensors(folder):
-        tied = name == "lm_head.weight" and config.tie_embeddings  # llama.cpp uses the embedding
+        tied = name == "lm_head.weight" and model.tied  # llama.cpp uses the embedding
         if name.endswith(OUT_BIAS) and tensor.any():
             raise DecantError(
                 f"{folder} has {name} other than zero, and its config.json says attention_out_bias="
@@ -180,26 +144,13 @@ def _sources(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         # OUT_BIAS.
         if not tied and not name.endswith((".rotary_emb.inv_freq", OUT_BIAS)):
             yield name, tensor
-    if isinstance(config.rope_scaling, Llama3Scaling):
-        plain = inverse_frequencies(config.head_size, config.rope_theta, None)
-        slowed = inverse_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
-        yield _ROPE, plain / slowed
 
 
-def _values(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors in llama.cpp's layout, float32, with one in memory at a time."""
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    for name, tensor in _sources(folder, config):
-        projection = name.split(".")[-2]
-        if projection in heads and not config.attention_bias:
-            tensor = interleave_halves(tensor, heads[projection])
-        yield name, tensor.float()
-
-
-def interleave_halves(rows: Tensor, heads: int) -> Tensor:
-    """Reorder rows [heads * E, ...] so that dimensions i and i + E / 2 of a head are neighbours."""
-    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
-    return halves.transpose(1, 2).reshape(rows.shape)
+def _values(folder: Path, model: GgufModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors as the file has them, float32, with one in memory at a time."""
+    for name, tensor in _sources(folder, model):
+        yield name, model.adapt(name, tensor)
+    yield from model.tensors.items()
 
 
 def _encode(values: Tensor, stored: _Stored, file: Path) -> Any:
@@ -217,28 +168,14 @@ def _encode(values: Tensor, stored: _Stored, file: Path) -> Any:
 
 
 def _add_metadata(
-    writer: Any, config: ModelConfig, kind: str, name: str, license_id: str | None
+    writer: Any, model: GgufModel, kind: str, name: str, license_id: str | None
 ) -> None:
     gguf = require_gguf()
     writer.add_type("model")
     writer.add_name(name)
     if license_id:
         writer.add_license(license_id)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(config.rope_theta)
-    scaling: Any = config.rope_scaling
-    if scaling is not None and not isinstance(scaling, Llama3Scaling):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
-        writer.add_rope_scaling_factor(scaling.factor)
-    if isinstance(scaling, YarnScaling):
-        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+    for key, value in model.metadata.items():
+        getattr(writer, f"add_{key}")(value)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.model.decoder import StudentModel, TransformerBlock
+from pipeline.model.decoder import RMSNorm, StudentModel, TransformerBlock
 from pipeline.model.kv_cache import KVCache, LayerCache
 
 _FEW = 32
@@ -88,11 +88,13 @@ class DecodeStep:
         q, k = product(h, layer.q, add=layer.q_bias), product(h, layer.k, add=layer.k_bias)
         v = product(h, layer.v, add=layer.v_bias).view(-1, groups, 1, size)
         both = torch.cat((q, k), -1).view(-1, heads + groups, 1, size)
+        if layer.qk_norm is not None:
+            both = F.rms_norm(both, (size,), None, self.config.norm_eps) * layer.qk_norm
         both = torch.addcmul(both * cos, both.roll(size // 2, -1), signed_sin)
         keys, values = kept.append(both[:, heads:], v)
         q = both[:, :heads].view(-1, groups, heads // groups, size)
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return product(mixed.reshape(x.shape), layer.o, add=x)
+        return product(mixed.reshape(*x.shape[:-1], -1), layer.o, add=x)
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
@@ -115,7 +117,11 @@ def product(x: Tensor, weight: Tensor, *, add: Tensor | None = None) -> Tensor:
 
 
 class _Layer(NamedTuple):
-    """The parameters of a block; biases are None if the block has none."""
+    """The parameters of a block; biases and `qk_norm` are None if the block has none.
+
+    `qk_norm` [H + G, 1, E] is the weight of `q_norm` for each query head, then of `k_norm` for each
+    key head.
+    """
 
     norm_1: Tensor
     q: Tensor
@@ -124,6 +130,7 @@ class _Layer(NamedTuple):
     k_bias: Tensor | None
     v: Tensor
     v_bias: Tensor | None
+    qk_norm: Tensor | None
     o: Tensor
     norm_2: Tensor
     gate: Tensor
@@ -134,8 +141,16 @@ class _Layer(NamedTuple):
     def of(cls, block: nn.Module) -> _Layer:
         assert isinstance(block, TransformerBlock)
         attention, mlp = block.self_attn, block.mlp
-        projections = (*attention.children(), *mlp.children())
-        assert all(type(p) is nn.Linear for p in projections), "adapters must be merged first"
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        assert all(type(p) is nn.Linear for p in (*projections, *mlp.children())), (
+            "adapters must be merged first"
+        )
+        normalised = (attention.q_proj, attention.q_norm), (attention.k_proj, attention.k_norm)
+        by_head = [
+            norm.weight.expand(projection.out_features // attention.head_size, 1, -1)
+            for projection, norm in normalised
+            if isinstance(norm, RMSNorm)
+        ]
         return cls(
             norm_1=block.input_layernorm.weight,
             q=attention.q_proj.weight,
@@ -144,6 +159,7 @@ class _Layer(NamedTuple):
             k_bias=attention.k_proj.bias,
             v=attention.v_proj.weight,
             v_bias=attention.v_proj.bias,
+            qk_norm=torch.cat(by_head) if by_head else None,
             o=attention.o_proj.weight,
             norm_2=block.post_attention_layernorm.weight,
             gate=mlp.gate_proj.weight,

@@ -92,7 +92,7 @@ class Counts:
 
 
 class TextGenerator:
-    """A student and its tokenizer, from a Hugging Face folder of type qwen2 or llama.
+    """A student and its tokenizer, from a Hugging Face folder of type qwen2, qwen3 or llama.
 
     Args:
         folder: model folder, written by Decant or Hugging Face.

@@ -1,8 +1,8 @@
-"""A Qwen2-like decoder, written to be read from top to bottom.
+"""A decoder as Qwen2, Qwen3 and Llama have it, written to be read from top to bottom.
 
-Parameter names are Hugging Face's, so a checkpoint of `Qwen2ForCausalLM` or `LlamaForCausalLM`
-loads without a rename map (see `pipeline/model/weights.py`), and the results agree number by number
-(tests/model/test_decoder.py).
+Parameter names are Hugging Face's, so a checkpoint of `Qwen2ForCausalLM`, `Qwen3ForCausalLM` or
+`LlamaForCausalLM` loads without a rename map (see `pipeline/model/weights.py`), and the results
+agree number by number (tests/model/test_decoder.py).
 
 Shapes: B batch, L length, S keys (L, or all that the cache holds), D hidden, H query heads,
 G key/value heads, E head size, F intermediate, V vocabulary rows.
@@ -39,13 +39,16 @@ class ModelConfig:
     """Hyper-parameters of the student; the defaults give 123.4 M parameters.
 
     `vocab_size` is the number of embedding ROWS, which may exceed the number of tokenizer entries
-    (Qwen2.5: 151,936 rows for 151,665 entries).
+    (Qwen2.5: 151,936 rows for 151,665 entries). `head_dim` is the width of a head, hidden_size /
+    num_heads if it is None. `qk_norm` normalises each head's query and key before they are rotated
+    (Dehghani et al. 2023, 2), as in Qwen3.
     """
 
     hidden_size: int = 512
     num_layers: int = 12
     num_heads: int = 8
     num_kv_heads: int = 2
+    head_dim: int | None = None
     intermediate_size: int = 2048
     vocab_size: int = 151_936
     max_seq_len: int = 512
@@ -54,6 +57,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     dropout: float = 0.0
     attention_bias: bool = True
+    qk_norm: bool = False
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
@@ -62,31 +66,34 @@ class ModelConfig:
             "num_layers",
             "num_heads",
             "num_kv_heads",
+            "head_dim",
             "intermediate_size",
             "vocab_size",
             "max_seq_len",
         ):
-            if getattr(self, name) < 1:
-                raise ParamsError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.hidden_size % self.num_heads:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ParamsError(f"{name}={value} must be at least 1")
+        # transformers refuses such a Llama whatever its head_dim.
+        if self.hidden_size % self.num_heads and not (self.head_dim and self.qk_norm):
             raise ParamsError(
-                f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}"
+                f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}, "
+                "unless head_dim is a number and qk_norm is true"
             )
         if self.num_heads % self.num_kv_heads:
             raise ParamsError(
                 f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
             )
         if self.head_size % 2:
-            raise ParamsError(
-                f"hidden_size / num_heads = {self.head_size} must be even, since RoPE rotates pairs"
-            )
+            name = "hidden_size / num_heads" if self.head_dim is None else "head_dim"
+            raise ParamsError(f"{name} = {self.head_size} must be even, since RoPE rotates pairs")
         if not 0.0 <= self.dropout < 1.0:
             raise ParamsError(f"dropout={self.dropout} must lie in [0, 1)")
 
     @property
     def head_size(self) -> int:
         """E, the width of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
 
 
 class RMSNorm(nn.Module):
@@ -152,20 +159,24 @@ class GQAAttention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads.
 
     o(softmax(q k^T / sqrt(E)) v) (Vaswani et al. 2017, eq. 1) by `scaled_dot_product_attention`;
-    query head h reads key/value head h // (H / G), and q and k are rotated first.
-    `attention_plain` computes the same, step by step.
+    query head h reads key/value head h // (H / G), and q and k are rotated first, after `q_norm`
+    and `k_norm` if the model has them. `attention_plain` computes the same, step by step.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
         self.dropout = config.dropout
-        kv_size = config.num_kv_heads * config.head_size
+        q_size, kv_size = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        norm: Callable[[], nn.Module] = nn.Identity
+        if config.qk_norm:
+            norm = partial(RMSNorm, self.head_size, config.norm_eps)
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(
         self,
@@ -184,10 +195,13 @@ class GQAAttention(nn.Module):
             cache: the new keys and values are appended to it.
         """
 
-        def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
-            return y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2)
+        def heads(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, L, heads, E]
+            return y.view(*y.shape[:2], -1, self.head_size)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        # Norms give float32 under autocast, and kernels take q, k and v of one format.
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, E]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -9,7 +9,8 @@ they treat the fast pairs.
 Classes and fields have the names and defaults of `rope_parameters` in config.json, so that reading
 and writing it is a copy; the numbers are those of `transformers.modeling_rope_utils`
 (tests/model/test_rope.py). "dynamic" and "longrope" are not supported, because their frequencies
-change with the length of the input, nor is "proportional", which no Qwen2 or Llama model uses.
+change with the length of the input, nor is "proportional", which none of our model's architectures
+uses.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Load and save students as Hugging Face folders: config.json, model.safetensors, tokenizer files.
 
 Parameter names are Hugging Face's, so loading is a copy by name and a saved student opens with
-`AutoModelForCausalLM`: as `llama`, or as `qwen2` if q/k/v have a bias. transformers opens the
-tokenizer of any `qwen2` folder as Qwen2's own, whatever its files say. A student with a bias and
-another tokenizer is therefore saved as a `llama` with `attention_bias`, whose fourth bias, that of
-o_proj, is zero; `attention_out_bias: false` says so (the key that Seed-OSS uses).
+`AutoModelForCausalLM`: as `qwen3` if queries and keys are normalised, else as `qwen2` if q/k/v have
+a bias, else as `llama`. transformers opens the tokenizer of any `qwen2` folder as Qwen2's own,
+whatever its files say. A student with a bias and another tokenizer is therefore saved as a `llama`
+with `attention_bias`, whose fourth bias, that of o_proj, is zero; `attention_out_bias: false` says
+so (the key that Seed-OSS uses), as it does for a `qwen3` with a bias.
 
 The engine that runs a folder is determined by its config.json, not by a parameter: our own model if
 it implements the architecture, otherwise transformers. Where both apply they agree number by number
@@ -38,6 +39,12 @@ from pipeline.model.rope import RopeScaling, YarnScaling, read_scaling, rope_par
 from pipeline.model.student import Student
 from pipeline.model.tokenizer import TokenizerClassError, save_tokenizer
 
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+"""The architectures of config.json that our model implements, and transformers' classes."""
 _NEEDED = (
     "hidden_size",
     "intermediate_size",
@@ -50,7 +57,9 @@ _NEEDED = (
 _BY_NUMBER = (*_NEEDED, "num_key_value_heads", "head_dim")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 OUT_BIAS = ".self_attn.o_proj.bias"
-"""Suffix of the bias that a `llama` with attention_bias has and our model lacks."""
+"""Suffix of the bias that a `llama` or `qwen3` with attention_bias has and our model lacks."""
+_QWEN3_HEAD_DIM = 128
+"""What transformers takes for a `qwen3` without head_dim; the others have hidden_size / heads."""
 
 
 class VariantError(DecantError):
@@ -74,7 +83,7 @@ def open_student(folder: Path, layers: Sequence[int] | None = None) -> Student:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read the ModelConfig of a Hugging Face `qwen2` or `llama` folder.
+    """Read the ModelConfig of a Hugging Face `qwen2`, `qwen3` or `llama` folder.
 
     Raises:
         VariantError: the folder uses a variant that this model does not implement; the message
@@ -85,8 +94,9 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_config_json(folder)
     refuse_quantized(folder, "student, or a model that writes text,")
     kind = raw.get("model_type")
-    if kind not in ("qwen2", "llama"):
-        raise VariantError(f"{folder} holds a {kind!r} model: this student reads qwen2 and llama")
+    if kind not in CLASSES:
+        names = ", ".join(CLASSES)
+        raise VariantError(f"{folder} holds a {kind!r} model: this student reads {names}")
     if absent := [name for name in _NEEDED if not raw.get(name)]:
         raise VariantError(
             f"{folder}/config.json lacks {absent[0]}: add it, or download the file again"
@@ -96,15 +106,13 @@ def read_config(folder: Path) -> ModelConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta", raw.get("rope_theta")) or 10_000.0)
     scaling = _read_rope(folder, raw, rope, theta)
-    head_size = raw["hidden_size"] // raw["num_attention_heads"]
     unsupported = {
         "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "head_dim": (raw.get("head_dim") or head_size, head_size),
         "mlp_bias": (raw.get("mlp_bias", False), False),
         "use_sliding_window": (raw.get("use_sliding_window", False), False),
     }
     bias = kind == "qwen2" or bool(raw.get("attention_bias"))
-    if kind == "llama" and bias and raw.get("attention_out_bias") is not False:
+    if kind != "qwen2" and bias and raw.get("attention_out_bias") is not False:
         raise VariantError(
             f"{folder} has attention_bias=True, for o_proj too: the student supports False"
         )
@@ -116,6 +124,7 @@ def read_config(folder: Path) -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         num_heads=raw["num_attention_heads"],
         num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        head_dim=_head_dim(raw),
         intermediate_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
         max_seq_len=_context(raw["max_position_embeddings"], scaling),
@@ -123,6 +132,7 @@ def read_config(folder: Path) -> ModelConfig:
         rope_scaling=scaling,
         norm_eps=float(raw["rms_norm_eps"]),
         attention_bias=bias,
+        qk_norm=kind == "qwen3",
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
     )
     stored = stored_weights(folder)
@@ -134,10 +144,19 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
+def _head_dim(raw: dict[str, Any]) -> int | None:
+    """Return the width of a head, or None if it is hidden_size / num_attention_heads."""
+    found: int | None = raw.get("head_dim")
+    if found is None and raw["model_type"] == "qwen3":
+        found = _QWEN3_HEAD_DIM
+    usual = found is None or found * raw["num_attention_heads"] == raw["hidden_size"]
+    return None if usual else found
+
+
 def num_weights(config: ModelConfig) -> int:
     """Return the number of weights in all matrices, counting a tied one once."""
-    width, kv_width = config.hidden_size, config.num_kv_heads * config.head_size
-    layer = width * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    width, heads = config.hidden_size, config.num_heads + config.num_kv_heads
+    layer = width * (2 * heads * config.head_size + 3 * config.intermediate_size)
     embeddings = 1 if config.tie_embeddings else 2
     return config.num_layers * layer + embeddings * config.vocab_size * width
 
@@ -246,7 +265,7 @@ def _write_model(student: StudentModel, folder: Path, tokenizer_from: Path | Non
         name: parameter.detach().to("cpu").contiguous()
         for name, parameter in student.named_parameters()
     }
-    if kind == "llama" and student.config.attention_bias:
+    if kind != "qwen2" and student.config.attention_bias:
         for number in range(student.config.num_layers):
             zeros = torch.zeros(student.config.hidden_size)
             tensors[f"model.layers.{number}{OUT_BIAS}"] = zeros
@@ -257,7 +276,9 @@ def _write_config_and_tokenizer(
     config: ModelConfig, folder: Path, tokenizer_from: Path | None
 ) -> str:
     """Try each model_type that has these weights; return the first that keeps the tokenizer."""
-    kinds = ("qwen2", "llama") if config.attention_bias else ("llama",)
+    kinds = ["qwen2", "llama"] if config.attention_bias else ["llama"]
+    if config.qk_norm:
+        kinds = ["qwen3"]
     for kind in kinds:
         text = json.dumps(_hugging_face_config(config, kind), indent=2)
         (folder / "config.json").write_text(text + "\n")
@@ -297,8 +318,9 @@ def stream_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _hugging_face_config(config: ModelConfig, kind: str) -> dict[str, Any]:
     biases = {"attention_bias": True, "attention_out_bias": False}
+    head_dim = {"head_dim": config.head_size}
     return {
-        "architectures": ["Qwen2ForCausalLM" if kind == "qwen2" else "LlamaForCausalLM"],
+        "architectures": [CLASSES[kind]],
         "model_type": kind,
         "dtype": "float32",
         "hidden_act": "silu",
@@ -306,6 +328,7 @@ def _hugging_face_config(config: ModelConfig, kind: str) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
+        **(head_dim if kind == "qwen3" or config.head_dim is not None else {}),
         "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
@@ -313,5 +336,5 @@ def _hugging_face_config(config: ModelConfig, kind: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_parameters": rope_parameters(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
-        **(biases if kind == "llama" and config.attention_bias else {}),
+        **(biases if kind != "qwen2" and config.attention_bias else {}),
     }

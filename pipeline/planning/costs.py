@@ -174,7 +174,8 @@ def block_bytes(student: Shape, params: Params) -> float:
     In float32: the input of each norm and its normalised copy. In autocast's dtype: the factors of
     the matrices, which autocast copies for each matrix; queries and attention's result; keys and
     values, repeated where no fused kernel takes grouped heads, as with a mask; the angles that
-    rotated them; gate, its silu, up and product. `size` is that of autocast's dtype.
+    rotated them; gate, its silu, up and product. `size` is that of autocast's dtype. Norms of
+    queries and keys keep their input in float32 too, and their normalised copy in autocast's dtype.
     """
     size = _SIZES[params.train.dtype]
     d, a = student.hidden_size, student.query_size
@@ -185,8 +186,9 @@ def block_bytes(student: Shape, params: Params) -> float:
     if device.is_gpu and (size == 4 or device.capability < (8, 0)):
         repeated = True  # no fused kernel takes grouped heads there
     keys_and_values = 2 * (a if repeated else student.kv_size)
-    rounded = copies * d + 2 * a + keys_and_values + turned + 4 * f
-    return 4.0 * (4 * d + student.num_heads) + size * rounded
+    normalised = a + student.kv_size if student.qk_norm else 0
+    rounded = copies * d + 2 * a + keys_and_values + turned + 4 * f + normalised
+    return 4.0 * (4 * d + student.num_heads + normalised) + size * rounded
 
 
 def step_operations(student: Shape, params: Params) -> float:

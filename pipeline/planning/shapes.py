@@ -70,7 +70,9 @@ def student_shape(params: StudentParams, teacher: Shape) -> tuple[str, Shape]:
             )
         return name, replace(teacher, num_layers=len(params.layers), weight_format=None)
     if params.init == "random":
-        assert params.vocab_size != "auto"  # pipeline/config/resolved.py has made it a number
+        # pipeline/config/resolved.py has made them numbers.
+        assert params.vocab_size != "auto"
+        assert params.head_dim != "auto"
         return name, _from_config(params.model_dump())
     found = params.checkpoint and _at_hand(str(params.checkpoint), params.checkpoint)
     if not found:
@@ -148,18 +150,19 @@ def _from_config(raw: Mapping[str, Any], weight_format: WeightFormat | None = No
     bias = raw.get("attention_bias", model_type in ("qwen2", "gpt_oss"))
     experts = _experts(raw)
     width = raw.get("moe_intermediate_size") if experts else None
+    head_size = 128 if model_type == "qwen3" else raw["hidden_size"] // heads  # without head_dim
     return Shape(
         hidden_size=raw["hidden_size"],
         num_layers=raw.get("num_hidden_layers") or raw["num_layers"],
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_size=raw.get("head_dim") or head_size,
         intermediate_size=width or raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
         tied=raw.get("tie_word_embeddings", raw.get("tie_embeddings", False)),
         qkv_bias=bias,
         o_bias=bias and model_type not in ("", "qwen2"),
-        qk_norm=model_type.startswith("qwen3"),
+        qk_norm=raw.get("qk_norm", model_type.startswith("qwen3")),
         sinks=model_type == "gpt_oss",
         experts=experts,
         model_type=model_type,

@@ -25,7 +25,7 @@ _OUR_NAMES = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_size (hidden_size / num_heads)",
+    "head_dim": "head_dim",
     "intermediate_size": "intermediate_size",
     "vocab_size": "vocab_size (embedding rows)",
     "max_position_embeddings": "max_seq_len",

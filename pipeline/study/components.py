@@ -66,13 +66,14 @@ def layer(subject: Subject) -> Part:
 
 @torch.no_grad()
 def rmsnorm(subject: Subject) -> Part:
-    """Compare both norms of the chosen layer, on their own input, and the final norm."""
+    """Compare the norms of the chosen layer, on their own input, and the final norm."""
     found = trace_layer(subject)
     norm, last = subject.ours.model.norm, found["layer.output"]
-    norms: dict[str, tuple[RMSNorm, Tensor, Tensor]] = {
-        name: (getattr(subject.our_block, name), found[f"{name}.input"], found[f"{name}.output"])
-        for name in ("input_layernorm", "post_attention_layernorm")
-    }
+    norms: dict[str, tuple[RMSNorm, Tensor, Tensor]] = {}
+    for path, module in subject.our_block.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, RMSNorm):
+            norms[name] = module, found[f"{name}.input"], found[f"{name}.output"]
     norms["norm, on this layer's output"] = (norm, last, subject.theirs.model.norm(last))
     rows: list[tuple[object, ...]] = [
         ("norm", "mean of x", "mean of x^2", "mean after", "mean square after", "LayerNorm off")
@@ -228,7 +229,8 @@ def attention_steps(
     def by_head(y: Tensor) -> Tensor:  # [B, L, heads * E] -> [B, heads, L, E]
         return y.view(*y.shape[:2], -1, attention.head_size).transpose(1, 2)
 
-    query, key, value = rotate(by_head(q), cos, sin), rotate(by_head(k), cos, sin), by_head(v)
+    query = rotate(attention.q_norm(by_head(q)), cos, sin)
+    key, value = rotate(attention.k_norm(by_head(k)), cos, sin), by_head(v)
     mixed, weights, scores = attention_plain(query, key, value)
     output = attention.o_proj(mixed.transpose(1, 2).flatten(-2))
     return dict(zip(_STEPS, (q, k, v, query, key, value, scores, weights, output), strict=True))

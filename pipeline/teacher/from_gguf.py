@@ -115,7 +115,7 @@ def dequantise(file: Path, sha256: str | None, folder: Path) -> None:
         header = read_header(file, gguf.GGML_QUANT_SIZES)
         _require_sizes(header, file)
         rope = _rope_scaling(header, file)
-        model, tokenizer = _open(file)
+        model, tokenizer = _open(header, file)
         _split_as_said(tokenizer, header, file)
         if rope is not None:
             _scale_positions(model.config, rope, file)
@@ -263,15 +263,24 @@ def _require_sizes(header: Header, file: Path) -> None:
     require_sizes(values, StoredWeights(elements, 1 + max(numbers, default=-1)), file)
 
 
-def _open(file: Path) -> tuple[Any, Any]:
-    """Open the model, in float32, and the tokenizer, as transformers reads them."""
+def _open(header: Header, file: Path) -> tuple[Any, Any]:
+    """Open the model, in float32, and the tokenizer, as transformers reads them.
+
+    transformers does not read the width of a Qwen3's heads, and would take 128.
+    """
     transformers = import_transformers()
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    unread = {}
+    if header.metadata["general.architecture"] == "qwen3":
+        usual = header.of_architecture("embedding_length")
+        usual //= header.of_architecture("attention.head_count")
+        unread["head_dim"] = header.of_architecture("attention.key_length") or usual
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent,
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),
         **where,
+        **unread,
     )
     return model, transformers.AutoTokenizer.from_pretrained(file.parent, **where)
 

@@ -51,7 +51,9 @@ def build_student(params: StudentParams, teacher: Path) -> Student:
     """Return the student at its start, all weights trainable (`RunStudent` adds adapters)."""
     start = start_folder(params, teacher)
     if start is None:
-        assert params.vocab_size != "auto"  # pipeline/config/resolved.py has made it a number
+        # pipeline/config/resolved.py has made them numbers.
+        assert params.vocab_size != "auto"
+        assert params.head_dim != "auto"
         shape = params.model_dump(exclude={"init", "checkpoint", "layers", "lora"})
         return StudentModel(ModelConfig(**shape))
     student = open_student(start, params.layers if params.init == "layers" else None)

@@ -70,6 +70,20 @@ def test_a_number_of_rows_is_taken_at_its_word(tiny_params: Params) -> None:
     assert resolve(params, train_rows=1, num_ids=300).student.vocab_size == 1000
 
 
+def test_auto_heads_divide_the_width(tiny_params: Params) -> None:
+    assert tiny_params.student.head_dim == "auto"  # the default of the project
+    params = change(tiny_params, student={"hidden_size": 96, "num_heads": 6})
+    assert resolve(params, train_rows=1, num_ids=300).student.head_dim == 16
+    wide = change(params, student={"head_dim": 64})
+    assert resolve(wide, train_rows=1, num_ids=300).student.head_dim == 64
+
+
+def test_auto_heads_of_no_whole_width_are_refused(tiny_params: Params) -> None:
+    params = change(tiny_params, student={"init": "random", "hidden_size": 96, "num_heads": 7})
+    with pytest.raises(ParamsError, match=r"hidden_size=96 is not divisible by .*num_heads=7"):
+        resolve(params, train_rows=1, num_ids=300)
+
+
 @pytest.mark.parametrize("value", ["many", "0", "1.5", "true"])
 def test_what_is_no_number_of_rows_is_refused(value: str) -> None:
     with pytest.raises(ParamsError, match=r"student\.vocab_size=.* must be auto or a whole number"):

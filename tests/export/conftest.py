@@ -16,6 +16,14 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 24, which exceed the hidden size of 64 together, and are normalised."""
+    return make_model(
+        tmp_path_factory.mktemp("qwen3") / "model", "qwen3", **BLOCKS_OF_32, head_dim=24
+    )
+
+
+@pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A head of its own, no biases, a tokenizer as SmolLM2's."""
     return make_llama(tmp_path_factory.mktemp("llama") / "model")

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from pipeline.config.delivery_params import ExportParams
 from pipeline.errors import DecantError, ParamsError
 from pipeline.export import check as check_module
-from pipeline.export import gguf_vocabulary, to_gguf
+from pipeline.export import gguf_models, gguf_vocabulary
 from pipeline.export.check import (
     WITHOUT_LLAMA_CPP,
     Reference,
@@ -27,14 +27,27 @@ from pipeline.export.check import (
     follow,
     judge,
     make_reference,
+    normalised,
 )
 from pipeline.export.check_result import ExportCheck
 from pipeline.export.llama_cpp import LlamaCpp, has_llama_cpp
 from pipeline.export.to_gguf import write_gguf
 from pipeline.export.to_huggingface import write_huggingface
+from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.tokenizer import load_tokenizer
+from pipeline.model.weights import save_student
 from pipeline.runtime.device import DTYPES
-from tests.models import LLAMA3, make_llama, make_qwen_tokenizer, text_of_many_lines, yarn
+from tests.models import (
+    LLAMA3,
+    ROWS,
+    make_llama,
+    make_other,
+    make_qwen_tokenizer,
+    make_sentencepiece_tokenizer,
+    move_norms,
+    text_of_many_lines,
+    yarn,
+)
 
 
 def export_params(**changes: Any) -> ExportParams:
@@ -65,12 +78,15 @@ def export_and_check(source: Path, folder: Path, params: ExportParams) -> Export
     return check_export("x", source, folder, files, text_of_many_lines(), params)
 
 
+FOLDERS = {"qwen2": "qwen_folder", "qwen3": "qwen3_folder", "llama": "llama_folder"}
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 def test_three_paths_say_the_same(
     architecture: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    source = request.getfixturevalue("qwen_folder" if architecture == "qwen2" else "llama_folder")
+    source = request.getfixturevalue(FOLDERS[architecture])
     check = export_and_check(source, tmp_path / "x", export_params())
     paths = {path.name: path for path in check.paths}
     assert list(paths) == [
@@ -111,11 +127,121 @@ def test_stretched_rotations_are_llama_cpps(rope: dict[str, Any], tmp_path: Path
     assert [path.equal_tokens for path in check.paths] == [60, 60]
 
 
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3, yarn": ("qwen3", {"rope_parameters": yarn(original_max_position_embeddings=32)}),
+    "mistral": ("mistral", {"head_dim": 24, "sliding_window": None}),
+    "phi3": ("phi3", {}),
+    "phi4-mini": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,  # llama.cpp's shortest context
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 24,
+            "query_pre_attn_scalar": 40,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": GEMMA_ROPE,
+        },
+    ),
+    "gemma3, all sliding": ("gemma3_text", {"head_dim": 16, "sliding_window": 8}),
+    "gemma3, all full": ("gemma3_text", {"layer_types": ["full_attention"] * 2, "head_dim": 16}),
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_are_llama_cpps(name: str, tmp_path: Path) -> None:
+    kind, changes = OTHERS[name]
+    source = make_other(tmp_path / "model", kind, **changes)
+    params = export_params(gguf=("f32",), prompts=4, prompt_tokens=40, max_new_tokens=12, lines=5)
+    check = export_and_check(source, tmp_path / "x", params)
+    assert [path.equal_tokens for path in check.paths] == [48, 48]
+    assert check.passed
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("bias", "qk_norm"), [(False, False), (False, True), (True, True)])
+def test_students_with_wide_heads_are_llama_cpps(bias: bool, qk_norm: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24}
+    sizes = {"intermediate_size": 96, "vocab_size": ROWS, "max_seq_len": 64}
+    config = ModelConfig(**shape, **sizes, attention_bias=bias, qk_norm=qk_norm)
+    student = StudentModel(config)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(10 if parameter.ndim == 2 else 1)
+    move_norms(student)
+    make_qwen_tokenizer(tmp_path / "tokenizer")
+    save_student(student, tmp_path / "model", tokenizer_from=tmp_path / "tokenizer")
+    params = export_params(gguf=("f32",), lines=5)
+    check = export_and_check(tmp_path / "model", tmp_path / "x", params)
+    assert [path.equal_tokens for path in check.paths] == [40, 40]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("prefix", [False, True], ids=["gemma", "llama2"])
+def test_sentencepiece_tokenizers_are_llama_cpps(prefix: bool, tmp_path: Path) -> None:
+    source = make_other(tmp_path / "model", "mistral", sliding_window=None)
+    make_sentencepiece_tokenizer(source, prefix=prefix)
+    check = export_and_check(source, tmp_path / "x", export_params(gguf=("f32",), lines=500))
+    assert [(t.name, t.lines - t.equal_lines) for t in check.tokenizers] == [
+        ("transformers", 0),
+        ("llama.cpp", 0),
+    ]
+    assert check.passed
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("steps", "whole_words"),
+    [key for key in gguf_vocabulary._PRE_TOKENIZERS if key[0][0][0] == "Split"],
+    ids=lambda key: None if isinstance(key, tuple) else str(key),
+)
+def test_ways_to_split_text_are_llama_cpps(
+    steps: tuple[tuple[str, str], ...], whole_words: bool, qwen_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(qwen_folder, tmp_path / "model")
+    content = json.loads((source / "tokenizer.json").read_text())
+    split = content["pre_tokenizer"]["pretokenizers"][0]
+    split["pattern"] = {"Regex": steps[0][1]}
+    content["model"]["ignore_merges"] = whole_words
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    write_gguf(source, tmp_path / "x.gguf", "f16", name="x")
+    tokenizer = load_tokenizer(source)
+    lines = [
+        *text_of_many_lines().splitlines(),
+        "camelCase HTTPServer2 don'T I'LL 1234567 a/b//\n/",
+    ]
+    with LlamaCpp(tmp_path / "x.gguf", context=32) as llama:
+        for line in normalised(tokenizer, lines):
+            ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+            assert llama.tokenize(line) == ids, line
+
+
 @needs_llama_cpp
 def test_rows_in_the_wrong_order_are_found(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(to_gguf, "interleave_halves", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_models, "interleave_halves", lambda rows, heads: rows)
     check = export_and_check(llama_folder, tmp_path / "x", export_params(gguf=("f16",)))
     assert not check.passed
     assert [path.passed for path in check.paths] == [True, False]

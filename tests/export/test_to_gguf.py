@@ -13,11 +13,12 @@ import pytest
 import torch
 from tokenizers import normalizers
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import DecantError
+from pipeline.export.gguf_models import interleave_halves, require_convertible
 from pipeline.export.gguf_vocabulary import pre_tokenizer_name
-from pipeline.export.to_gguf import interleave_halves, require_convertible, write_gguf
+from pipeline.export.to_gguf import write_gguf
 from pipeline.model.decoder import ModelConfig, StudentModel
 from pipeline.model.weights import save_student, stream_tensors
 from tests.models import (
@@ -28,10 +29,12 @@ from tests.models import (
     make_llama,
     make_model,
     make_qwen_tokenizer,
+    make_sentencepiece_tokenizer,
     make_tokenizer,
     yarn,
 )
 
+FOLDERS = {"qwen2": "qwen_folder", "qwen3": "qwen3_folder", "llama": "llama_folder"}
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -42,6 +45,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -80,15 +85,15 @@ def in_neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 def test_every_tensor_comes_back(
     architecture: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    folder = request.getfixturevalue("qwen_folder" if architecture == "qwen2" else "llama_folder")
+    folder = request.getfixturevalue(FOLDERS[architecture])
     write_gguf(folder, tmp_path / "x.gguf", kind, name="x")
     _, found, formats = read(tmp_path / "x.gguf")
     wanted = dict(stream_tensors(folder))
-    if architecture == "qwen2":
+    if architecture != "llama":
         wanted.pop("lm_head.weight", None)  # tied
     assert found.keys() == {gguf_name(name) for name in wanted}
     for name, tensor in wanted.items():
@@ -193,7 +198,6 @@ def test_bos_is_put_before_a_text_only_where_the_tokenizer_does(tmp_path: Path) 
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "no name for"),
         ({"model": {"type": "Unigram"}}, "is Unigram"),
         ({"normalizer": {"type": "Lowercase"}}, "normalises text by Lowercase"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "is BPE with byte fallback"),
         ({"model": {"type": "BPE", "ignore_merges": True}}, "no name for"),
     ],
 )
@@ -205,6 +209,59 @@ def test_other_tokenizers_are_refused_by_name(changes: dict[str, Any], message: 
     assert pre_tokenizer_name(state, Path("m")) == "gpt-2"
     with pytest.raises(DecantError, match=message):
         pre_tokenizer_name(state | changes, Path("m"))
+
+
+def with_one_rule_later(rules: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The first of several rules for one token stands at the end."""
+    unions = ["".join(rule) for rule in rules]
+    place = next(place for place, union in enumerate(unions) if unions[place + 1] == union)
+    return [*rules[:place], *rules[place + 1 :], rules[place]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": normalizers.Lowercase()}, "treats spaces in a way that llama.cpp does not"),
+        ({"merges": lambda rules: rules[1:]}, "no rule merges"),
+        ({"merges": with_one_rule_later}, "do not stand together"),
+    ],
+)
+def test_rules_that_scores_cannot_express_are_refused(
+    changes: dict[str, Any], message: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    make_sentencepiece_tokenizer(folder, **changes)
+    with pytest.raises(DecantError, match=message) as caught:
+        write_gguf(folder, tmp_path / "x.gguf", "f16", name="x")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_looked_for_after_the_first_space_is_refused(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    make_sentencepiece_tokenizer(folder, prefix=True)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["normalized"] = True
+    edit_json(folder / "tokenizer.json", added_tokens=content["added_tokens"])
+    with pytest.raises(DecantError, match="after a space was put in front"):
+        write_gguf(folder, tmp_path / "x.gguf", "f16", name="x")
+
+
+def test_scores_fall_in_the_order_of_the_rules(llama_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    make_sentencepiece_tokenizer(folder)
+    write_gguf(folder, tmp_path / "x.gguf", "f16", name="x")
+    fields, _, _ = read(tmp_path / "x.gguf")
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    unions = list(dict.fromkeys("".join(rule) for rule in model["merges"]))
+    assert [scores[union] for union in unions] == [-float(place) for place in range(len(unions))]
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] is False
+    by_token = dict(zip(tokens, kinds, strict=True))
+    assert [by_token[token] for token in ("<unk>", "<0x0A>", "<tool>", "   ")] == [3, 6, 4, 4]
 
 
 def test_names_of_known_tokenizers(tmp_path: Path) -> None:
@@ -229,17 +286,19 @@ def test_names_of_known_tokenizers(tmp_path: Path) -> None:
         ("llama", {"rope_parameters": yarn(truncate=False)}, "truncate"),
         ("llama", {"rope_parameters": yarn(beta_fast=16.0)}, "beta"),
         ("qwen2", {"rope_parameters": LLAMA3}, "'llama3', which llama.cpp has for llama alone"),
+        ("qwen3", {"rope_parameters": LLAMA3}, "'llama3', which llama.cpp has for llama alone"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen2", {"head_dim": 24}, "a qwen2 model with head_dim=24, and llama.cpp supports .* 16"),
     ],
 )
 def test_variants_that_llama_cpp_computes_otherwise_are_refused(
     kind: str,
     changes: dict[str, Any],
     message: str,
-    qwen_folder: Path,
-    llama_folder: Path,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    shutil.copytree(qwen_folder if kind == "qwen2" else llama_folder, tmp_path / "model")
+    shutil.copytree(request.getfixturevalue(FOLDERS[kind]), tmp_path / "model")
     edit_json(tmp_path / "model" / "config.json", **changes)
     with pytest.raises(DecantError, match=message) as caught:
         write_gguf(tmp_path / "model", tmp_path / "x.gguf", "f16", name="x")
@@ -251,8 +310,60 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=320)).save_pretrained(
         tmp_path / "model"
     )
-    with pytest.raises(DecantError, match="holds a 'gpt2' model"):
+    with pytest.raises(DecantError, match="holds a 'gpt2' model, and Decant writes qwen2, qwen3"):
         require_convertible(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("mistral", {"hidden_act": "gelu"}, "hidden_act='gelu', and llama.cpp supports 'silu'"),
+        ("mistral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (
+            "gemma3_text",
+            {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+            r"full attention in the layers \[0, 1\], .* choose student\.layers accordingly",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": yarn(original_max_position_embeddings=8),
+                    "sliding_attention": {"rope_type": "default"},
+                }
+            },
+            "rope types 'yarn' and 'default'",
+        ),
+    ],
+)
+def test_variants_of_transformers_that_llama_cpp_lacks_are_refused(
+    kind: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    shape = BLOCKS_OF_32 | {"num_hidden_layers": 3, "vocab_size": 320, "pad_token_id": 0}
+    AutoConfig.for_model(kind, **(shape | changes)).save_pretrained(tmp_path)
+    with pytest.raises(DecantError, match=message) as caught:
+        require_convertible(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("layers", "scored"), [(2, 24), (62, 16)])
+def test_queries_of_gemma_make_up_for_llama_cpps_scale(
+    layers: int, scored: int, tmp_path: Path
+) -> None:
+    """62 layers are Gemma 3 27B to llama.cpp, which then scales by hidden_size / heads = 16."""
+    shape = BLOCKS_OF_32 | {"num_hidden_layers": layers, "vocab_size": 320, "pad_token_id": 0}
+    config = AutoConfig.for_model("gemma3_text", **shape, head_dim=24, query_pre_attn_scalar=40)
+    config.save_pretrained(tmp_path)
+    assert require_convertible(tmp_path).query_scale == pytest.approx((scored / 40) ** 0.5)
+
+
+def test_a_context_ends_with_the_window_that_llama_cpp_lacks(tmp_path: Path) -> None:
+    shape = BLOCKS_OF_32 | {"max_position_embeddings": 64, "vocab_size": 320, "pad_token_id": 0}
+    for kind in ("mistral", "phi3"):
+        AutoConfig.for_model(kind, **shape, sliding_window=24).save_pretrained(tmp_path)
+        assert require_convertible(tmp_path).metadata["context_length"] == 24
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:

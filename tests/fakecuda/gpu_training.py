@@ -33,7 +33,7 @@ from pipeline.training.loss_scale import LossScale
 from pipeline.training.optim import build_optimizer
 from tests.fakecuda import stand_in
 from tests.helpers import LORA, ROOT, SMALL
-from tests.models import make_qwen3
+from tests.models import make_mistral
 
 GPU = Ranks(torch.device("cuda"))
 HAS_BFLOAT16 = torch.cuda.get_device_capability()[0] >= 8
@@ -148,7 +148,7 @@ def with_adapters(student: Student) -> Student:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("adapt", [deepcopy, with_adapters], ids=["all weights", "lora"])
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("kind", ["own", "transformers"])
+@pytest.mark.parametrize("kind", ["own", "own, a qwen3", "transformers"])
 def test_students(
     kind: str,
     dtype: str,
@@ -157,8 +157,10 @@ def test_students(
     tmp_path: Path,
 ) -> None:
     student = own_student()
+    if kind == "own, a qwen3":
+        student = StudentModel(ModelConfig(**SMALL, max_seq_len=64, head_dim=16, qk_norm=True))
     if kind == "transformers":
-        student = HuggingFaceStudent(make_qwen3(tmp_path))
+        student = HuggingFaceStudent(make_mistral(tmp_path))
     for documents in (False, True):
         changes = {"run": {"activation_checkpointing": checkpointing}, "dtype": dtype}
         require_same_step(adapt(student), batch(documents=documents), **changes)

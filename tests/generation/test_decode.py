@@ -33,7 +33,12 @@ def make_student(**changes: object) -> StudentModel:
 @pytest.mark.parametrize("lengths", [[6], [6, 3, 5], [1, 1]])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_bias": False, "tie_embeddings": False}, {"rope_scaling": YARN}],
+    [
+        {},
+        {"attention_bias": False, "tie_embeddings": False},
+        {"rope_scaling": YARN},
+        {"attention_bias": False, "qk_norm": True, "head_dim": 12},
+    ],
 )
 @torch.no_grad()
 def test_steps_equal_the_student(lengths: list[int], changes: dict[str, object]) -> None:

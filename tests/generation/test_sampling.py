@@ -33,7 +33,7 @@ from tests.models import hugging_face
 PROMPTS = [[5, 9, 200, 31, 8, 8], [7, 8], [100]]  # left padded in a batch
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
 def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, StudentModel]:

@@ -217,7 +217,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_other_architectures_are_named(gpt2: Path) -> None:
-    with pytest.raises(DecantError, match="'gpt2' model: this student reads qwen2 and llama"):
+    with pytest.raises(DecantError, match="'gpt2' model: this student reads qwen2, qwen3, llama"):
         TextGenerator(gpt2)
 
 

@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from pipeline.errors import DecantError
+from pipeline.export.gguf_models import require_convertible
 from pipeline.losses.chunked import distillation_loss_sums
 from pipeline.losses.reference import distillation_loss
 from pipeline.model.huggingface import HuggingFaceStudent, is_part_of_a_larger_model
@@ -434,12 +435,20 @@ The table is made from tiny random models, run by transformers in float32, by
   attention, convolution), or a model that masks attention without regard to positions: then
   capture and training ask for `prepare.document_mask=false`;
 - student: the chunked loss and all gradients equal those of autograd through the model's own
-  logits.
+  logits;
+- GGUF: `export` writes files for llama.cpp, and its check compares their tokens with transformers'.
+  llama.cpp has no sliding window for Mistral and Phi-3, so the file's context ends with the window;
+  of Gemma 3, every n-th layer must have full attention. Other architectures are exported as Hugging
+  Face folders (`export.gguf=[]`), which llama.cpp's own converter reads.
+
+`qwen2`, `qwen3` and `llama` students run on our own model, whose numbers are those of transformers
+(`python stages/study.py` compares them part by part), unless their config has a variant that it
+lacks, such as a sliding window; all others are run by transformers.
 
 Architectures that are not in the table are checked in the same way when they are opened.
 
-| `model_type` | Models | Teacher | Documents | Student | Notes |
-|---|---|---|---|---|---|
+| `model_type` | Models | Teacher | Documents | Student | GGUF | Notes |
+|---|---|---|---|---|---|---|
 {rows}
 """
 LENGTHS = (5, 1, 11, 6)  # of the documents packed into one row; most exceed windows and chunks
@@ -453,10 +462,12 @@ class Row:
     teacher: bool
     documents: bool
     student: bool
+    gguf: bool
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        works = ("yes" if x else "no" for x in (self.teacher, self.documents, self.student))
+        answers = self.teacher, self.documents, self.student, self.gguf
+        works = ("yes" if answer else "no" for answer in answers)
         cells = (f"`{self.kind}`", FAMILIES[self.kind][0], *works, ", ".join(self.notes))
         return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
@@ -489,6 +500,7 @@ def measure(kind: str, folder: Path) -> Row:
         ("teacher", check_teacher),
         ("documents", check_documents),
         ("student", check_student),
+        ("gguf", check_gguf),
     ):
         try:
             check(folder, model)
@@ -562,6 +574,11 @@ def check_student(folder: Path, _: Any) -> None:
     grads = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (ours, theirs))
     for found, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+def check_gguf(folder: Path, _: Any) -> None:
+    """The architecture alone; tests/export/test_three_paths.py compares what llama.cpp says."""
+    require_convertible(folder)
 
 
 def main() -> None:

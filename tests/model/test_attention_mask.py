@@ -89,7 +89,7 @@ def test_the_masked_path_of_one_document_is_the_plain_one() -> None:
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_student_sees_each_document_as_if_alone(kind: str, tmp_path: Path) -> None:
     hugging_face(kind, True).save_pretrained(tmp_path)
     student = load_student(tmp_path).eval()
@@ -106,7 +106,7 @@ def test_student_sees_each_document_as_if_alone(kind: str, tmp_path: Path) -> No
         start += length
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_student_and_hugging_face_keep_the_same_documents_apart(kind: str, tmp_path: Path) -> None:
     theirs = hugging_face(kind, False)
     theirs.save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config
 
 from pipeline.data.vocabulary import read_vocabulary
 from pipeline.errors import DecantError
-from pipeline.export.to_gguf import require_convertible
+from pipeline.export.gguf_models import require_convertible
 from pipeline.model.config_json import describe, embedding_rows, read_config_json
 from pipeline.model.folder import copy_files, hash_weights
 from pipeline.model.tokenizer import load_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pipeline.errors import DecantError, ParamsError
+from pipeline.model import decoder
 from pipeline.model.decoder import (
     ModelConfig,
     RMSNorm,
@@ -21,14 +23,28 @@ from pipeline.model.decoder import (
     attend,
     attention_plain,
 )
-from pipeline.model.weights import load_student, read_config, save_student
-from tests.models import hugging_face
+from pipeline.model.huggingface import HuggingFaceStudent
+from pipeline.model.weights import load_student, open_student, read_config, save_student
+from tests.models import hugging_face, move_norms
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen2", {}),
+        ("qwen2", {"head_dim": 4}),
+        ("llama", {}),
+        ("llama", {"head_dim": 12}),
+        ("qwen3", {}),
+        ("qwen3", {"head_dim": 8, "num_key_value_heads": 8}),
+        ("qwen3", {"hidden_size": 60}),  # no multiple of the 8 heads
+    ],
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_and_gradients_equal_hugging_face(kind: str, tied: bool, tmp_path: Path) -> None:
-    theirs = hugging_face(kind, tied)
+def test_logits_and_gradients_equal_hugging_face(
+    kind: str, changes: dict[str, int], tied: bool, tmp_path: Path
+) -> None:
+    theirs = hugging_face(kind, tied, **changes)
     theirs.save_pretrained(tmp_path)
     ours = load_student(tmp_path)
     tokens = torch.randint(0, 257, (3, 40))
@@ -45,7 +61,11 @@ def test_logits_and_gradients_equal_hugging_face(kind: str, tied: bool, tmp_path
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_saved_student_opens_in_hugging_face(bias: bool, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_dim", [None, 12])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_saved_student_opens_in_hugging_face(
+    bias: bool, tied: bool, head_dim: int | None, qk_norm: bool, tmp_path: Path
+) -> None:
     config = ModelConfig(
         hidden_size=32,
         num_layers=2,
@@ -53,12 +73,16 @@ def test_saved_student_opens_in_hugging_face(bias: bool, tied: bool, tmp_path: P
         num_kv_heads=1,
         intermediate_size=48,
         vocab_size=99,
+        head_dim=head_dim,
         attention_bias=bias,
+        qk_norm=qk_norm,
         tie_embeddings=tied,
     )
     student = StudentModel(config).eval()
+    move_norms(student)
     save_student(student, tmp_path / "model", tokenizer_from=None)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert theirs.config.model_type == ("qwen3" if qk_norm else "qwen2" if bias else "llama")
     tokens = torch.randint(0, 99, (2, 17))
     torch.testing.assert_close(theirs(tokens).logits, student(tokens), atol=1e-5, rtol=1e-5)
     assert read_config(tmp_path / "model") == config
@@ -74,8 +98,33 @@ def test_default_student_has_123_million_parameters() -> None:
     assert student.count_parameters() == 151_936 * 512 + 12 * block + 512 == 123_426_304
 
 
-def test_chosen_layers_of_a_teacher(tmp_path: Path) -> None:
-    theirs = hugging_face("llama", True)
+def test_a_qwen3_without_head_dim_has_heads_as_wide_as_transformers_says(tmp_path: Path) -> None:
+    theirs = hugging_face("qwen3", True, head_dim=128, num_hidden_layers=1)
+    theirs.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path).head_size == 128
+    tokens = torch.randint(0, 257, (1, 12))
+    logits = theirs(tokens).logits
+    torch.testing.assert_close(load_student(tmp_path)(tokens), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_sliding_windows_are_left_to_transformers(kind: str, tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    theirs = hugging_face(kind, True, **window)
+    theirs.save_pretrained(tmp_path)
+    student = open_student(tmp_path).eval()
+    assert isinstance(student, HuggingFaceStudent)
+    tokens = torch.randint(0, 257, (1, 12))
+    logits = student.hidden_states(tokens) @ student.head_weight.T
+    torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_chosen_layers_of_a_teacher(kind: str, tmp_path: Path) -> None:
+    theirs = hugging_face(kind, True)
     theirs.save_pretrained(tmp_path)
     ours = load_student(tmp_path, layers=[2, 0])
     kept = theirs.model.layers
@@ -133,6 +182,24 @@ def test_plain_attention_equals_hugging_face_step_by_step() -> None:
     assert scores[0, 5, 2, 3].item() == -torch.inf
 
 
+def test_norms_leave_queries_and_keys_in_the_format_of_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under autocast, in which norms give float32 and FlashAttention's kernel takes no mixture."""
+    formats: set[torch.dtype] = set()
+
+    def recorded(*inputs: torch.Tensor) -> torch.Tensor:
+        formats.update(x.dtype for x in inputs[:3])
+        return attend(*inputs)
+
+    monkeypatch.setattr(decoder, "attend", recorded)
+    shape = {"hidden_size": 32, "num_heads": 4, "num_layers": 1, "vocab_size": 50}
+    student = StudentModel(ModelConfig(**shape, qk_norm=True))  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student.hidden_states(torch.randint(0, 50, (1, 8)))
+    assert formats == {torch.bfloat16}
+
+
 def test_dropout_acts_in_training_alone() -> None:
     shape = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "vocab_size": 50}
     student = StudentModel(ModelConfig(**shape, dropout=0.5))  # type: ignore[arg-type]
@@ -155,6 +222,9 @@ def test_rms_norm_normalises_the_mean_square_and_keeps_the_mean() -> None:
         ({"num_kv_heads": 3}, "num_heads=8 must be divisible by num_kv_heads=3"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 must lie in"),
+        ({"head_dim": 0}, "head_dim=0 must be at least 1"),
+        ({"head_dim": 65}, "head_dim = 65 must be even"),
+        ({"hidden_size": 510, "head_dim": 64}, "unless head_dim is a number and qk_norm is true"),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict[str, float], message: str) -> None:
@@ -173,14 +243,12 @@ def test_row_longer_than_the_context_is_refused() -> None:
     [
         ("model_type", "gpt2", "'gpt2' model"),
         ("hidden_act", "gelu", "hidden_act='gelu'"),
-        ("head_dim", 16, "head_dim=16"),
+        ("mlp_bias", True, "mlp_bias=True"),
     ],
 )
 def test_variants_not_implemented_are_named(
     key: str, value: object, message: str, tmp_path: Path
 ) -> None:
-    import json
-
     hugging_face("llama", True).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))

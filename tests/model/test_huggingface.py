@@ -44,7 +44,7 @@ SHAPE: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SHAPE | {"head_dim": None},
-    "qwen3": SHAPE | {"tie_word_embeddings": True},
+    "olmo2": SHAPE | {"tie_word_embeddings": True},
     "mistral": SHAPE | {"sliding_window": 4, "tie_word_embeddings": False},
     "gemma3_text": SHAPE
     | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -67,7 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": SHAPE | {"sliding_window": 4, "final_logit_softcapping": 3.0},
 }
 KINDS["gemma3_text"]["num_hidden_layers"] = 4
-TRAINABLE = ["qwen3", "mistral", "gemma3_text", "gpt2"]
+TRAINABLE = ["olmo2", "mistral", "gemma3_text", "gpt2"]
 
 
 def make_model(folder: Path, kind: str, **changes: Any) -> Path:
@@ -164,7 +164,7 @@ def save_again(folder: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("kind", ["olmo2", "gemma3_text", "gpt2"])
 def test_saved_student_opens_everywhere(kind: str, tmp_path: Path) -> None:
     student = open_student(make_model(tmp_path / "start", kind)).eval()
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_saved_student_opens_everywhere(kind: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("kind", ["olmo2", "gemma3_text", "gpt2"])
 def test_chosen_layers(kind: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "start", kind)
     student = open_student(folder, layers=[2, 1]).eval()
@@ -286,7 +286,7 @@ def test_both_engines_agree_on_values_and_gradients(tmp_path: Path) -> None:
 
 
 def test_missing_tensors_are_not_drawn_at_random(tmp_path: Path) -> None:
-    folder = make_model(tmp_path, "qwen3")
+    folder = make_model(tmp_path, "olmo2")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -309,7 +309,7 @@ def no_heads(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(raw | {"num_attention_heads": 0}))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # ours, transformers
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])  # ours, transformers
 @pytest.mark.parametrize("damage", [shorten, widen, no_heads])
 def test_damage_is_one_sentence(kind: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
     folder = make_model(tmp_path, kind)
@@ -319,7 +319,7 @@ def test_damage_is_one_sentence(kind: str, damage: Callable[[Path], None], tmp_p
 
 
 def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
-    folder = make_model(tmp_path, "qwen3")
+    folder = make_model(tmp_path, "olmo2")
     raw = json.loads((folder / "config.json").read_text())
     raw |= {"model_type": "ours", "auto_map": {"AutoModelForCausalLM": "code.Model"}}
     raw["auto_map"]["AutoConfig"] = "code.Config"

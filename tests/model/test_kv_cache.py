@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,9 +22,12 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture
-def student() -> StudentModel:
-    model = StudentModel(CONFIG).eval()
+QWEN3 = replace(CONFIG, head_dim=12, qk_norm=True, attention_bias=False)
+
+
+@pytest.fixture(params=[CONFIG, QWEN3], ids=["qwen2", "qwen3"])
+def student(request: pytest.FixtureRequest) -> StudentModel:
+    model = StudentModel(request.param).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # else attention is nearly uniform, hiding mistakes
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -58,7 +63,8 @@ def test_padded_rows_equal_each_row_alone(student: StudentModel, splits: list[in
 @torch.no_grad()
 def test_cache_is_one_tensor_filled_from_the_front(student: StudentModel) -> None:
     cache = student.new_cache(2, 10)
-    assert cache.tensor.shape == (3, 2, 2, 2, 10, 8)  # layers, k and v, B, G, max_len, E
+    width = student.config.head_size
+    assert cache.tensor.shape == (3, 2, 2, 2, 10, width)  # layers, k and v, B, G, max_len, E
     before = cache.tensor.data_ptr()
     student(torch.randint(0, 71, (2, 4)), cache=cache)
     assert cache.length == 4

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.config.params import Params
 from pipeline.config.source_params import TeacherParams
 from pipeline.data.corpus_zarr import CorpusSplit
+from pipeline.model.decoder import StudentModel
 from pipeline.planning.costs import (
     activation_bytes,
     block_bytes,
@@ -47,9 +48,8 @@ def batch_of(params: Params, document_mask: bool) -> Batch:
     )
 
 
-def kept_bytes(params: Params, batch: Batch) -> float:
+def kept_bytes(params: Params, batch: Batch, student: StudentModel) -> float:
     """What autograd keeps of a batch until backward, without parameters, a token."""
-    _, student = small_shape(**WIDE)
     step = DistillationLoss(student, dtype=DTYPES[params.train.dtype], head_chunk=64)
     model = parallelise(step, ALONE, params.run)
     sizes: dict[int, int] = {}
@@ -71,16 +71,17 @@ def kept_bytes(params: Params, batch: Batch) -> float:
 
 @pytest.mark.parametrize("document_mask", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("qwen3", [{}, {"head_dim": 32, "qk_norm": True}], ids=["qwen2", "qwen3"])
 def test_activations_are_what_autograd_keeps(
-    document_mask: bool, dtype: str, tiny_corpus: Params
+    document_mask: bool, dtype: str, qwen3: dict[str, Any], tiny_corpus: Params
 ) -> None:
     """Rounded weights, which it keeps too, are counted apart."""
     params = change(tiny_corpus, prepare={"document_mask": document_mask}, train={"dtype": dtype})
     batch = batch_of(params, document_mask)
     assert (batch.doc_ids is None) == (not document_mask)
-    shape, _ = small_shape(**WIDE)
+    shape, student = small_shape(**WIDE, **qwen3)
     weights = 0 if dtype == "float32" else 2 * shape.body_matrices
-    found = kept_bytes(params, batch) - weights / batch.tokens.numel()
+    found = kept_bytes(params, batch, student) - weights / batch.tokens.numel()
     assert found == pytest.approx(activation_bytes(shape, params) + mask_bytes(params), rel=0.06)
 
 

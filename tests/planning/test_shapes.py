@@ -121,6 +121,13 @@ def test_a_config_gives_the_counts_of_its_model(
     assert shape.parameters == model.num_parameters()
 
 
+def test_a_qwen3_without_head_dim_has_heads_as_wide_as_transformers_says(tmp_path: Path) -> None:
+    config = SIZES | {"model_type": "qwen3", "head_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, shape = teacher_shape(of_teacher(source="folder"), tmp_path)
+    assert shape.head_size == AutoConfig.for_model("qwen3").head_dim == 128
+
+
 def test_the_language_model_within_a_larger_one_is_read(tmp_path: Path) -> None:
     config = {"text_config": SIZES | {"model_type": "qwen3"}, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -165,8 +172,9 @@ def test_experts_operations_are_those_that_pytorch_counts() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_parameters_are_those_of_the_model(tied: bool, bias: bool) -> None:
-    shape, model = small_shape(tie_embeddings=tied, attention_bias=bias)
+@pytest.mark.parametrize("qwen3", [{}, {"head_dim": 12, "qk_norm": True}])
+def test_parameters_are_those_of_the_model(tied: bool, bias: bool, qwen3: dict[str, Any]) -> None:
+    shape, model = small_shape(tie_embeddings=tied, attention_bias=bias, **qwen3)
     assert shape.parameters == model.count_parameters()
 
 
@@ -287,7 +295,7 @@ def test_the_three_starts_of_a_student(tiny_params: Params) -> None:
         change(tiny_params, student=values).student
         for values in (
             {"init": "layers", "layers": [0, 5]},
-            {"init": "random", "vocab_size": 151_936},
+            {"init": "random", "vocab_size": 151_936, "head_dim": 64},
             {"init": "checkpoint", "checkpoint": "models/Qwen2.5-Coder-0.5B-Instruct"},
         )
     ]
@@ -295,5 +303,10 @@ def test_the_three_starts_of_a_student(tiny_params: Params) -> None:
     assert (some.num_layers, some.hidden_size) == (2, 576)
     with torch.device("meta"):
         assert random.parameters == StudentModel(ModelConfig()).count_parameters()
+    qwen3 = {"head_dim": 96, "qk_norm": True, "attention_bias": False}
+    wider = change(tiny_params, student={"init": "random", "vocab_size": 151_936, **qwen3}).student
+    with torch.device("meta"):
+        model = StudentModel(ModelConfig(**qwen3))  # type: ignore[arg-type]
+    assert student_shape(wider, teacher)[1].parameters == model.count_parameters()
     assert checkpoint == KNOWN["Qwen2.5-0.5B"]
     assert known("gpt2") is None

@@ -56,6 +56,29 @@ def test_all_comparisons_pass(kind: str, qwen_folder: Path, llama_folder: Path) 
             assert comparison.limit < 1e-3
 
 
+def test_all_comparisons_of_a_qwen3_pass(tmp_path: Path) -> None:
+    subject = make_subject(make_model(tmp_path, "qwen3"))
+    others = [name for name in PARTS if name not in ("speed", "tokenizer")]
+    sections = {section.name: section for section in run_parts(subject, others)}
+    assert not any(map(failed, sections.values()))
+    assert [comparison.name for comparison in sections["rmsnorm"].comparisons] == [
+        "input_layernorm",
+        "q_norm",
+        "k_norm",
+        "post_attention_layernorm",
+        "norm, on this layer's output",
+    ]
+
+
+def test_queries_that_are_not_normalised_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = make_subject(make_model(tmp_path, "qwen3"))
+    monkeypatch.setattr(subject.our_block.self_attn, "q_norm", torch.nn.Identity())
+    assert failed(run_one(subject, "gqa")) >= {"Q, rotated, by head", "output of the fused kernel"}
+    assert failed(run_one(subject, "layer")) == {"our block"}
+
+
 def test_stretched_rope_passes_too(tmp_path: Path) -> None:
     parameters = {
         "rope_type": "yarn",

@@ -56,12 +56,12 @@ def from_gguf(file: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("rope", SCALINGS, ids=lambda rope: rope["rope_type"])
 def test_positions_are_scaled_as_the_file_says(
     kind: str, rope: dict[str, Any], tmp_path: Path
 ) -> None:
-    if kind == "qwen2" and rope["rope_type"] == "llama3":
+    if kind != "llama" and rope["rope_type"] == "llama3":
         return  # llama.cpp has it for llama alone
     shape = {"rope_parameters": rope, "max_position_embeddings": 256}
     folder = make_model(tmp_path / "model", kind, **shape)
@@ -99,6 +99,14 @@ def rewritten(source: Path, target: Path, **changes: Any) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def test_a_qwen3_without_the_width_of_its_heads_has_the_usual_one(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "qwen3", head_dim=8)  # 48 / 6
+    write_gguf(folder, tmp_path / "x.gguf", "f32", name="x")
+    file = rewritten(tmp_path / "x.gguf", tmp_path / "y.gguf", qwen3__attention__key_length=None)
+    model = AutoModelForCausalLM.from_pretrained(from_gguf(file, tmp_path / "back"))
+    assert model.config.head_dim == 8
 
 
 @pytest.fixture(scope="module")

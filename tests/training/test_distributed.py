@@ -42,7 +42,7 @@ from tests.helpers import (
     run_with_power_cut,
     weights,
 )
-from tests.models import make_qwen3
+from tests.models import make_mistral
 from tests.training.ranks import run_ranks, start_ranks, train_stage
 from tests.waiting import PATIENCE, wait_until
 
@@ -105,7 +105,7 @@ def test_students_of_transformers_train_on_two_ranks(
     tmp_path: Path,
 ) -> None:
     """A whole one; and one that is frozen but for adapters, its blocks computed again."""
-    start = make_qwen3(tmp_path / "qwen3")
+    start = make_mistral(tmp_path / "mistral")
     params = from_folder(tiny_cache, start, lora=LORA if adapters else None)
     run_training(params, "one")
     run = {"parallel": parallel, "activation_checkpointing": adapters}

@@ -28,7 +28,7 @@ from tests.helpers import (
     run_with_power_cut,
     weights,
 )
-from tests.models import make_qwen3
+from tests.models import make_mistral
 from tests.training.ranks import run_ranks
 
 
@@ -182,7 +182,7 @@ def test_it_trains_as_float32_does(
 
 
 def test_a_student_of_transformers_trains_in_float16(tiny_cache: Params) -> None:
-    params = from_folder(tiny_cache, make_qwen3(tiny_cache.paths.runs.parent / "qwen3"))
+    params = from_folder(tiny_cache, make_mistral(tiny_cache.paths.runs.parent / "mistral"))
     params = change(params, train={"steps": 2, "eval_every": 2})
     single, half = (
         run_training(change(params, train={"dtype": dtype}), dtype).state

@@ -29,13 +29,13 @@ from pipeline.model.weights import open_student
 from pipeline.runtime.optional import install_hint
 from pipeline.training.optim import build_optimizer
 from pipeline.training.run import run_training
-from tests.helpers import LORA, change, from_folder, judge, run_with_power_cut
-from tests.models import make_qwen3, make_tokenizer
+from tests.helpers import LORA, SMALL, change, from_folder, judge, run_with_power_cut
+from tests.models import make_mistral, make_qwen3, make_tokenizer
 
 
 @pytest.fixture
-def qwen3(tmp_path: Path) -> Path:
-    return make_qwen3(tmp_path / "qwen3")
+def mistral(tmp_path: Path) -> Path:
+    return make_mistral(tmp_path / "mistral")
 
 
 def curve(state: Any, name: str) -> list[float]:
@@ -43,11 +43,11 @@ def curve(state: Any, name: str) -> list[float]:
 
 
 def test_a_student_of_transformers_learns_and_is_judged(
-    tiny_cache: Params, qwen3: Path, capsys: pytest.CaptureFixture[str]
+    tiny_cache: Params, mistral: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    params = from_folder(change(tiny_cache, train={"steps": 20}), qwen3)
+    params = from_folder(change(tiny_cache, train={"steps": 20}), mistral)
     result = run_training(params, "student")
-    assert f"transformers runs {qwen3}, a qwen3 model" in capsys.readouterr().out
+    assert f"transformers runs {mistral}, a mistral model" in capsys.readouterr().out
     losses = curve(result.state, "validation/loss")
     assert losses[-1] < 0.95 * losses[0]
     model = result.folder / "model"
@@ -60,8 +60,8 @@ def test_a_student_of_transformers_learns_and_is_judged(
     assert run_training(params, "student").state is None
 
 
-def test_layers_of_a_teacher_that_transformers_runs(tiny_corpus: Params, qwen3: Path) -> None:
-    params = change(tiny_corpus, paths={"teacher": str(qwen3)}, train={"targets": "none"})
+def test_layers_of_a_teacher_that_transformers_runs(tiny_corpus: Params, mistral: Path) -> None:
+    params = change(tiny_corpus, paths={"teacher": str(mistral)}, train={"targets": "none"})
     params = change(params, student={"init": "layers", "layers": [2, 0]})
     result = run_training(params, "student")
     assert (
@@ -69,15 +69,43 @@ def test_layers_of_a_teacher_that_transformers_runs(tiny_corpus: Params, qwen3: 
     )
 
 
+def test_layers_of_a_qwen3_run_on_our_model(tiny_corpus: Params, tmp_path: Path) -> None:
+    """With adapters, documents apart and blocks computed again."""
+    teacher = make_qwen3(tmp_path / "qwen3")
+    params = change(tiny_corpus, paths={"teacher": str(teacher)}, train={"targets": "none"})
+    params = change(params, run={"activation_checkpointing": True})
+    params = change(params, student={"layers": [2, 0], "lora": LORA})
+    assert params.prepare.document_mask
+    result = run_training(params, "student")
+    losses = curve(result.state, "validation/loss")
+    assert losses[-1] < losses[0]
+    trained = open_student(result.folder / "model").eval()
+    assert isinstance(trained, StudentModel)
+    theirs = AutoModelForCausalLM.from_pretrained(result.folder / "model").eval()
+    assert (theirs.config.model_type, theirs.config.num_hidden_layers) == ("qwen3", 2)
+    tokens = torch.randint(0, 300, (2, 16))
+    torch.testing.assert_close(trained(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_qwen3_may_start_at_random(tiny_corpus: Params) -> None:
+    shape = {"head_dim": 12, "qk_norm": True, "attention_bias": False}
+    params = change(tiny_corpus, train={"targets": "none", "steps": 2})
+    params = change(params, student=SMALL | shape | {"init": "random", "max_seq_len": 32})
+    model = run_training(params, "student").folder / "model"
+    config = AutoModelForCausalLM.from_pretrained(model).config
+    assert (config.model_type, config.head_dim, config.attention_bias) == ("qwen3", 12, False)
+    open_student(model)
+
+
 @pytest.mark.parametrize("engine", ["ours", "transformers"])
 def test_interrupted_adapters_continue_exactly(
-    engine: str, tiny_cache: Params, qwen3: Path
+    engine: str, tiny_cache: Params, mistral: Path
 ) -> None:
     """With dropout, so that mode and random state count."""
     lora = {"lora": LORA | {"dropout": 0.3}}
     params = change(tiny_cache, student=lora)
     if engine == "transformers":
-        params = from_folder(tiny_cache, qwen3, **lora)
+        params = from_folder(tiny_cache, mistral, **lora)
     run_training(params, "whole")
     run_with_power_cut(params, "broken", before_step=5)
     run_training(params, "broken")
@@ -91,10 +119,10 @@ def test_interrupted_adapters_continue_exactly(
 
 @pytest.mark.parametrize("engine", ["ours", "transformers"])
 def test_adapters_alone_are_trained_and_merged(
-    engine: str, tiny_cache: Params, qwen3: Path
+    engine: str, tiny_cache: Params, mistral: Path
 ) -> None:
     params = change(tiny_cache, train={"steps": 30, "learning_rate": 0.02})
-    start = qwen3 if engine == "transformers" else run_training(params, "start").folder / "model"
+    start = mistral if engine == "transformers" else run_training(params, "start").folder / "model"
     result = run_training(from_folder(params, start, lora=LORA), "student")
     kind = HuggingFaceStudent if engine == "transformers" else StudentModel
     trained = open_student(result.folder / "model").eval()
@@ -227,38 +255,38 @@ def test_a_name_on_the_hub_is_no_folder(tiny_cache: Params) -> None:
 
 
 def test_a_student_of_another_family_is_refused(
-    tiny_cache: Params, qwen3: Path, tmp_path: Path
+    tiny_cache: Params, mistral: Path, tmp_path: Path
 ) -> None:
-    make_tokenizer(qwen3, vocab_size=280)
+    make_tokenizer(mistral, vocab_size=280)
     with pytest.raises(MismatchError, match=r"id 280 is None there"):
-        run_training(from_folder(tiny_cache, qwen3), "student")
+        run_training(from_folder(tiny_cache, mistral), "student")
     assert not (tiny_cache.paths.runs / "student" / "model").exists()
-    small = make_qwen3(tmp_path / "small", rows=299)
+    small = make_mistral(tmp_path / "small", rows=299)
     with pytest.raises(ParamsError, match="299 vocabulary rows, the corpus uses"):
         run_training(from_folder(tiny_cache, small), "other")
 
 
-def test_a_cached_run_needs_no_teacher(tiny_cache: Params, qwen3: Path, tmp_path: Path) -> None:
+def test_a_cached_run_needs_no_teacher(tiny_cache: Params, mistral: Path, tmp_path: Path) -> None:
     """The student's own tokenizer goes with it."""
-    shutil.copy(tiny_cache.paths.teacher / "tokenizer.json", qwen3)
+    shutil.copy(tiny_cache.paths.teacher / "tokenizer.json", mistral)
     params = change(tiny_cache, paths={"teacher": str(tmp_path / "gone")}, train={"steps": 1})
-    result = run_training(from_folder(params, qwen3), "student")
+    result = run_training(from_folder(params, mistral), "student")
     assert (result.folder / "model" / "tokenizer.json").exists()
 
 
 def test_a_teacher_with_another_tokenizer_is_no_start(tiny_cache: Params, tmp_path: Path) -> None:
     """init=layers takes the teacher's embedding, so the corpus must be of its tokenizer."""
-    other = make_qwen3(tmp_path / "other")
+    other = make_mistral(tmp_path / "other")
     make_tokenizer(other, vocab_size=290)
     params = change(tiny_cache, paths={"teacher": str(other)}, train={"targets": "none"})
     with pytest.raises(MismatchError, match="does not hold for a comparison"):
         run_training(change(params, student={"layers": [0]}), "student")
 
 
-def test_another_start_is_another_run(tiny_cache: Params, qwen3: Path) -> None:
-    params = from_folder(tiny_cache, qwen3)
+def test_another_start_is_another_run(tiny_cache: Params, mistral: Path) -> None:
+    params = from_folder(tiny_cache, mistral)
     run_training(params, "student")
-    make_qwen3(qwen3, seed=6)
+    make_mistral(mistral, seed=6)
     with pytest.raises(MismatchError, match="start_sha256"):
         run_training(params, "student")
     assert run_training(params, "student", overwrite=True).state is not None
