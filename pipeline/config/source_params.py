@@ -166,8 +166,8 @@ class RolloutsParams(TextSource):
     """
 
     engine: Engine = "transformers"
-    """What runs the model: transformers in this process (our own decoder for Qwen2 and Llama), or
-    vllm in a process of its own, as prepare.vllm says."""
+    """What runs the model: transformers in this process (for Qwen2, Qwen3 and Llama our own
+    decoder), or vllm in a process of its own, as prepare.vllm says."""
     num_prompts: Count | None = 256
     """Prompts that are read; null takes all of the source."""
     prompt_tokens: Count = 64

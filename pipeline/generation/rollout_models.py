@@ -1,4 +1,4 @@
-"""The model that writes rollouts: our own for Qwen2 and Llama, any other by transformers, or vLLM.
+"""The model that writes rollouts: our own, any other by transformers, or one in vLLM.
 
 The first two choose tokens by the same function and the same random numbers, so both give the same
 rollouts (tests/generation/test_rollouts.py). transformers' `generate` keeps the cache, which

@@ -69,7 +69,8 @@ def test_every_extra_that_is_named_exists() -> None:
     sources = "".join(file.read_text() for file in ROOT.glob("pipeline/**/*.py"))
     extras = set(re.findall(r"install_hint\(['\"]([^'\"]+)", sources))
     extras |= set(re.findall(r"require\((?:\"\w+\"|package), \"([^\"]+)", sources))
-    assert extras == {"eval", "gguf", "llama", "lm-eval", "lora", "objects", "ray", "report"}
+    of_stages = {"eval", "gguf", "llama", "lm-eval", "lora", "objects", "ray", "report"}
+    assert extras == of_stages | {"mlflow", "tensorboard", "trl", "wandb"}
     assert extras <= PYPROJECT["project"]["optional-dependencies"].keys()
 
 
