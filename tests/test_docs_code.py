@@ -41,6 +41,7 @@ def run(blocks: list[str]) -> dict[str, Any]:
 def test_a_loop_of_your_own_and_a_stream(project: Path) -> None:
     loop = code_of("A loop of your own")
     assert len(loop) == 2
+    assert len(loop[0].splitlines()) <= MOST_LINES
     names = run(loop + code_of("Streams, workers, ranks"))
     assert float(names["loss"]) > 0
     assert names["state"]

@@ -16,8 +16,8 @@ A row is a dict of tensors, named as transformers names them, with the teacher's
     teacher_has_target         bool [L], False where all other values of the teacher have no meaning
     teacher_ids                int32 [L, K], in descending order of probability
     teacher_logprobs           float32 [L, K], nats at temperature 1; -inf where no id is kept
-    teacher_lse                float32 [L], logsumexp of all logits
-    teacher_entropy            float32 [L], nats, of the whole distribution at temperature 1
+    teacher_lse                float32 [L], logsumexp of all logits; not in imported caches
+    teacher_entropy            float32 [L], nats, at temperature 1; not in imported caches
     teacher_lse_tau_2.0        float32 [L], log sum exp(logprob / 2); one key per stored temperature
     teacher_sampled_ids        int32 [L, D], only in caches with sampled ids, like the following
     teacher_sampled_counts     int32 [L, D], how often each was sampled; 0 where no id is
@@ -298,26 +298,28 @@ def topk_of(batch: Row, vocab_size: int) -> TopK:
         vocab_size: rows of the student's head. With as many kept ids, nothing is outside them.
     """
     temperatures = [name.removeprefix(LSE_TAU) for name in batch if name.startswith(LSE_TAU)]
-    lse = batch["teacher_lse"]
-    is_sampled = f"{_SAMPLED}ids" in batch
-    nothing = lse.new_zeros(*lse.shape, 0)
+    logprobs, has_target = batch["teacher_logprobs"], batch["teacher_has_target"]
+    has_row_sums, is_sampled = "teacher_lse" in batch, f"{_SAMPLED}ids" in batch
+    nothing = logprobs.new_zeros(*has_target.shape, 0)
+    unknown = torch.full_like(has_target, torch.nan, dtype=logprobs.dtype)
     # Shares of the samples in place of counts, since their number is not known without waiting.
     counts = batch[f"{_SAMPLED}counts"].float() if is_sampled else nothing
     return TopK(
-        has_target=batch["teacher_has_target"],
+        has_target=has_target,
         ids=batch["teacher_ids"].long(),
-        logprobs=batch["teacher_logprobs"],
-        lse=lse,
+        logprobs=logprobs,
+        lse=batch.get("teacher_lse", unknown),
         lse_tau=torch.stack([batch[LSE_TAU + tau] for tau in temperatures], -1)
         if temperatures
         else nothing,
-        entropy=batch["teacher_entropy"],
+        entropy=batch.get("teacher_entropy", unknown),
         sampled_ids=batch[f"{_SAMPLED}ids"].long() if is_sampled else nothing.long(),
         sampled_counts=counts / counts.sum(-1, keepdim=True).clamp_min(1.0),
         sampled_logprobs=batch.get(f"{_SAMPLED}logprobs", nothing),
         num_sampled=1 if is_sampled else 0,
         temperatures=tuple(map(float, temperatures)),
         vocab_size=vocab_size,
+        has_row_sums=has_row_sums,
     )
 
 
@@ -326,9 +328,9 @@ def _to_tensors(topk: TopK) -> Row:
         "teacher_has_target": topk.has_target,
         "teacher_ids": topk.ids.int(),
         "teacher_logprobs": topk.logprobs,
-        "teacher_lse": topk.lse,
-        "teacher_entropy": topk.entropy,
     }
+    if topk.has_row_sums:
+        found |= {"teacher_lse": topk.lse, "teacher_entropy": topk.entropy}
     for number, temperature in enumerate(topk.temperatures):
         found[f"{LSE_TAU}{temperature!r}"] = topk.lse_tau[..., number]
     if topk.num_sampled:

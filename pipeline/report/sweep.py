@@ -108,7 +108,9 @@ def experiments_of(shown: Sequence[Mapping[str, Any]], paths: Paths) -> list[Swe
         metrics = _data(data["metrics"].get(trained))
         if values is None or not metrics:
             continue
-        params = _flat({key: values.get(key) for key in _SECTIONS})
+        flat = _flat({key: values.get(key) for key in _SECTIONS})
+        # What `auto` became is in run.json, which DVC does not list, so it says of no difference.
+        params = {key: value for key, value in flat.items() if value != "auto"}
         judged = _data(data["metrics"].get(evaluated)).get("student", {})
         runs.append(_run(experiment["name"], params, metrics, judged))
     return runs

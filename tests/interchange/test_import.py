@@ -18,6 +18,8 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.packing import Document, document_places, positions_in_loss
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.integrations.cache_dataset import CacheDataset, collate, model_inputs
+from pipeline.integrations.kd_loss import sparse_kd_loss
 from pipeline.interchange import import_cache
 from pipeline.interchange.distillkit import Cleaned, DistillKitCapture, Targets, clean
 from pipeline.interchange.hf_dataset import plain_table
@@ -228,6 +230,11 @@ def test_one_step_by_hand(sequences: list[Sequence], tiny_params: Params, tmp_pa
     assert step["train/ce"] == pytest.approx(ce / count, rel=1e-5)
     expected = (0.6 * divergence + 0.4 * ce) / count
     assert step["train/loss"] == pytest.approx(expected, rel=1e-5)
+    rows = CacheDataset(str(params.paths.corpus), str(params.paths.logits))
+    batch = collate(list(rows))
+    assert not {"teacher_lse", "teacher_entropy"} & batch.keys()
+    logits = model.float()(**model_inputs(batch)).logits
+    assert sparse_kd_loss(logits, batch, alpha=0.6).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_documents_are_cut_and_limited_as_by_the_corpus(

@@ -135,6 +135,9 @@ def test_experiments_of_dvc(tiny_params: Params, tmp_path: Path) -> None:
     ]
     assert varied_keys(runs) == ["student.lora", "train.temperature"]
     assert sweep_rows(runs)[1]["student.lora"] == "given"
+    assert values["student"]["vocab_size"] == values["student"]["head_dim"] == "auto"
+    by_hand = made_up("by hand", 5.0, student_vocab_size=320, student_head_dim=64)
+    assert varied_keys([*runs, by_hand]) == ["student.lora", "train.temperature"]
 
 
 def test_outside_of_a_project_dvc_says_why(
