@@ -34,7 +34,7 @@ def test_keys_that_are_named_exist(text: str) -> None:
     sections = "|".join(Params.model_fields)
     named = set(re.findall(rf"[`'\s(]((?:{sections})\.[a-z_][a-z_0-9.]*[a-z0-9])[`'=:\s]", text))
     assert named
-    named -= {"run.json", "study.json", "study.md"}  # files
+    named -= {"corpus.zarr", "run.json", "study.json", "study.md"}  # files
     assert named <= KEYS, sorted(named - KEYS)
 
 

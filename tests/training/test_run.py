@@ -160,7 +160,7 @@ def test_low_retained_mass_is_warned_about(
     [
         ({"vocab_size": 299}, "299 vocabulary rows, the corpus uses a tokenizer of 300 ids"),
         ({"max_seq_len": 16}, r"max_seq_len=16 is less than the corpus's row length 32"),
-        ({"num_heads": 5}, "hidden_size=32 must be divisible by num_heads=5"),
+        ({"num_heads": 5}, r"hidden_size=32 is not divisible by student\.num_heads=5"),
         ({"init": "checkpoint"}, r"needs student\.checkpoint"),
         ({"init": "layers", "layers": [9]}, r"student\.layers=\[9\] must name different layers"),
     ],
