@@ -99,6 +99,7 @@ class CacheDataset(Dataset[Row]):
         self._k = k
         self._shards_in_memory = shards_in_memory
         self._opened_by = 0
+        self._made_from: Fingerprint | None = None
         self._open()
 
     def __len__(self) -> int:
@@ -140,6 +141,11 @@ class CacheDataset(Dataset[Row]):
         if self._opened_by == os.getpid():
             return
         self._reader = CacheReader(self._logits, CorpusSplit(self._corpus, self._split), k=self._k)
+        if self._made_from not in (None, self._reader.fingerprint):
+            raise MismatchError(
+                f"{self._logits} has changed since it was opened: name a revision, or start again"
+            )
+        self._made_from = self._reader.fingerprint
         self._shard = lru_cache(maxsize=self._shards_in_memory)(self._reader.shard)
         self._opened_by = os.getpid()
 
@@ -229,15 +235,16 @@ class IterableCacheDataset(IterableDataset[Row]):
                 "start fewer ranks or DataLoader workers"
             )
         self._done = 0
-        if self._continued is not None:
-            epoch, self._done = self._continued["epoch"], self._continued["done"]
-            if self._continued["parts"] != parts:
+        state, self._continued = self._continued, None
+        if state is not None:
+            if state["parts"] != parts:
                 raise ParamsError(
-                    f"the state was saved by {self._continued['parts']} processes that read, now "
-                    f"there are {parts}: continue with as many ranks and DataLoader workers"
+                    f"the state was saved by {state['parts']} processes that read, now there are "
+                    f"{parts}: continue with as many ranks and DataLoader workers"
                 )
-            self._continued = None
-            self.set_epoch(epoch)
+            if state["done"] < num_rows:  # else the next epoch is meant, which set_epoch chooses
+                epoch, self._done = state["epoch"], state["done"]
+                self.set_epoch(epoch)
         first = epoch * len(self.dataset) + part * num_rows
         order = _order(self.dataset, *self._order)
         while self._done < num_rows:
@@ -253,7 +260,10 @@ class IterableCacheDataset(IterableDataset[Row]):
         return {"epoch": int(self._epoch), "done": self._done, "parts": self._part()[1]}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next iteration continue after the rows that `state_dict` counted."""
+        """Let the next iteration continue after the rows that `state_dict` counted.
+
+        If that was a whole epoch, it is the first of the epoch that `set_epoch` chooses.
+        """
         self._continued = dict(state)
 
     def _part(self) -> tuple[int, int]:

@@ -22,13 +22,15 @@ does, for example TRL's SFTTrainer (`pipeline/integrations/trl_trainer.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from pipeline.errors import DecantError, ParamsError
+from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.integrations.cache_dataset import (
     CacheDataset,
     IterableCacheDataset,
@@ -39,11 +41,17 @@ from pipeline.integrations.cache_dataset import (
 )
 from pipeline.integrations.kd_loss import Counts, Objective, kd_loss_sums
 from pipeline.losses.chunked import LossSums
-from pipeline.model.huggingface import run_body
+from pipeline.model.huggingface import (
+    document_options,
+    keeps_documents_apart,
+    require_own_logits,
+    run_body,
+)
 from pipeline.model.logit_transform import LogitTransform
 
 _BATCH = "cache_batch"
 """The argument of the model's forward that asks for the loss of a batch."""
+_TEACHER = "teacher_"
 
 
 class DistillationMixin:
@@ -52,44 +60,75 @@ class DistillationMixin:
     Datasets are a `CacheDataset`, in the order of `ShardSampler`, or, on one process, an
     `IterableCacheDataset`. The logs have `ce` and `divergence`, in nats per position, beside
     `loss`; those of an evaluation are exact means over its positions, at the objective's own
-    temperature.
+    temperature (on several processes, rows that accelerate repeats to fill the last batch count
+    twice).
 
     Args:
-        args: what the Trainer takes.
+        model, args, data_collator, kwargs: what the Trainer takes.
         objective: the weight of the divergence, the temperature and the divergence.
         head_chunk: positions whose logits are in memory at once; None computes all logits of a
             batch, by the model's own forward, which DeepSpeed's ZeRO 3 needs.
-        kwargs: what the Trainer takes.
 
     Raises:
-        DecantError: the head has a bias, which chunks do not support.
-        ParamsError: several GPUs in one process, which transformers uses by `DataParallel`; a
-            stream on several processes; or label smoothing.
+        ParamsError: several GPUs in one process, which transformers uses by `DataParallel`; label
+            smoothing; ZeRO 3 with chunks. On the first use of a dataset also: a stream on several
+            processes, or an adapter on the head with chunks.
+        MismatchError: on the first use of a dataset, the model has fewer vocabulary rows than the
+            cache's ids.
+        DecantError: likewise, the teacher kept documents apart and the model does not; or, with
+            chunks, the logits are not hidden states times the head's matrix, or the head has a
+            bias.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        *args: Any,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        *,
         objective: Objective | None = None,
         head_chunk: int | None = 1024,
         **kwargs: Any,
     ) -> None:
         self.objective = objective or Objective()
+        self._head_chunk = head_chunk
         self._counts: Counts | None = None
         self._sums: dict[bool, Tensor] = {}
-        kwargs.setdefault("data_collator", collate)
-        super().__init__(*args, **kwargs)
+        self._model_with_loss: Any = None
+        self._sampler: ShardSampler | None = None
+        super().__init__(  # type: ignore[call-arg]  # of the Trainer class that follows
+            model=model, args=args, data_collator=data_collator or collate, **kwargs
+        )
         trainer: Any = self
-        _require_supported(trainer)
+        _require_supported(trainer.args, head_chunk)
         trainer.args.remove_unused_columns = False  # the teacher's are not among the model's
         trainer.model_accepts_loss_kwargs = True  # so that the number of labels is counted
-        self._chunked = head_chunk is not None
-        if head_chunk is not None:
-            base = trainer.model
-            base = base.get_base_model() if hasattr(base, "get_base_model") else base
-            add_loss(base, self.objective, head_chunk)
+        trainer.add_callback(_EpochOfSampler(self))
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's DataLoader, once model and dataset are known to go together."""
+        trainer: Any = self
+        self._require_fitting(trainer.train_dataset)
+        parent: Any = super()
+        return parent.get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """See `get_train_dataloader`."""
+        trainer: Any = self
+        found = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(found, str):
+            found = trainer.eval_dataset[found]
+        self._require_fitting(found)
+        parent: Any = super()
+        return parent.get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """See `get_train_dataloader`."""
+        self._require_fitting(test_dataset)
+        parent: Any = super()
+        return parent.get_test_dataloader(test_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Row], num_batches: int, device: torch.device
@@ -113,11 +152,14 @@ class DistillationMixin:
         own = Counts.of(inputs)
         counts = self._counts if training and self._counts is not None else own
         outputs = None
-        if self._chunked and not return_outputs:
+        if self._head_chunk is not None and not return_outputs:
             found = model(**model_inputs(inputs), **{_BATCH: inputs, "counts": counts})
             sums = LossSums(*(found[name] for name in ("total", "ce", "divergence")))
         else:
-            outputs = model(**model_inputs(inputs))
+            options = model_inputs(inputs)
+            if (positions := options.get("position_ids")) is not None:
+                options |= document_options(_base(trainer.model), positions)
+            outputs = model(**options)
             sums = kd_loss_sums(outputs.logits, inputs, self.objective, counts)
         self._add(sums, own, training)
         loss = sums.total / max(1.0, counts.labels)
@@ -130,33 +172,77 @@ class DistillationMixin:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return loss, logits and labels; logits are computed only if they are asked for."""
         trainer: Any = self
-        inputs = trainer._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs).detach(), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), outputs.logits.detach(), inputs["labels"]
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Add cross-entropy and divergence to the results."""
+        self._sums.pop(False, None)
+        parent: Any = super()
+        output = parent.evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._means(False, f"{metric_key_prefix}_"))
+        return output
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add cross-entropy and divergence since the last log, over all processes."""
-        trainer: Any = self
-        for training, prefix in ((True, ""), (False, "eval_")):
-            if f"{prefix}loss" in logs and training in self._sums:
-                sums = trainer.accelerator.reduce(self._sums.pop(training), "sum").tolist()
-                ce, divergence, labels, targets = sums
-                logs[f"{prefix}ce"] = ce / max(1.0, labels)
-                logs[f"{prefix}divergence"] = divergence / max(1.0, targets)
+        """Add cross-entropy and divergence of training since the last log."""
+        if "loss" in logs:
+            logs.update(self._means(True, ""))
         parent: Any = super()
         parent.log(logs, *args, **kwargs)
+
+    def _means(self, training: bool, prefix: str) -> dict[str, float]:
+        """Return the means over what was added, on all processes, and start again."""
+        trainer: Any = self
+        added = self._sums.pop(training, None)
+        if added is None:
+            return {}
+        ce, divergence, labels, targets = trainer.accelerator.reduce(added, "sum").tolist()
+        return {
+            f"{prefix}ce": ce / max(1.0, labels),
+            f"{prefix}divergence": divergence / max(1.0, targets),
+        }
+
+    def _prepare_inputs(self, inputs: Row) -> Row:
+        """Move a batch; DeepSpeed would round the teacher's numbers to the model's format."""
+        trainer: Any = self
+        teacher = {name: t for name, t in inputs.items() if name.startswith(_TEACHER)}
+        others = {name: t for name, t in inputs.items() if name not in teacher}
+        parent: Any = super()
+        device = trainer.args.device
+        moved = {name: tensor.to(device) for name, tensor in teacher.items()}
+        return {**parent._prepare_inputs(others), **moved}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         trainer: Any = self
         dataset = trainer.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, CacheDataset):
             seed = trainer.args.data_seed
-            return ShardSampler(dataset, seed=trainer.args.seed if seed is None else seed)
+            seed = trainer.args.seed if seed is None else seed
+            self._sampler = ShardSampler(dataset, seed=seed)
+            return self._sampler
         parent: Any = super()
         return parent._get_train_sampler(train_dataset)
+
+    def _require_fitting(self, dataset: Any) -> None:
+        """Check that the model can learn from the dataset, and let its forward give the loss."""
+        trainer: Any = self
+        base = _base(trainer.model)
+        if isinstance(dataset, IterableCacheDataset):
+            if trainer.args.world_size > 1:
+                raise ParamsError(
+                    f"accelerate would divide among {trainer.args.world_size} processes what an "
+                    "IterableCacheDataset has divided already: pass the CacheDataset itself"
+                )
+            dataset = dataset.dataset
+        if isinstance(dataset, CacheDataset) and not is_deepspeed_zero3_enabled():
+            _require_model(base, dataset)
+        if self._head_chunk is not None and self._model_with_loss is not base:
+            add_loss(base, self.objective, self._head_chunk)
+            self._model_with_loss = base
 
     def _counted(self, batches: list[Row]) -> Counts:
         trainer: Any = self
@@ -181,24 +267,68 @@ class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]
     """The Trainer of transformers with the loss of distillation; see `DistillationMixin`."""
 
 
-def _require_supported(trainer: Any) -> None:
-    args = trainer.args
+class _EpochOfSampler(TrainerCallback):  # type: ignore[misc]
+    """Tell the sampler the epoch: accelerate does not, where a resumed epoch skips batches."""
+
+    def __init__(self, trainer: DistillationMixin) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sampler = self._trainer._sampler
+        if sampler is not None:
+            sampler.set_epoch(int(state.epoch or 0))
+
+
+def _base(model: Any) -> Any:
+    """Return the model of transformers, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _require_supported(args: Any, head_chunk: int | None) -> None:
     if args.n_gpu > 1:
         raise ParamsError(
             f"{args.n_gpu} GPUs in one process would be used by torch's DataParallel, which cannot "
             "carry this loss: start one process for each by torchrun or accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES to one of them"
         )
-    if args.world_size > 1 and isinstance(trainer.train_dataset, IterableCacheDataset):
-        raise ParamsError(
-            f"accelerate would divide among {args.world_size} processes what an "
-            "IterableCacheDataset has divided already: pass the CacheDataset itself"
-        )
     if args.label_smoothing_factor:
         raise ParamsError(
             f"label_smoothing_factor={args.label_smoothing_factor:g} has no meaning beside a "
             "teacher's distribution: leave it out"
         )
+    if head_chunk is not None and is_deepspeed_zero3_enabled():
+        raise ParamsError(
+            f"head_chunk={head_chunk} needs the head's whole matrix, which DeepSpeed's ZeRO 3 "
+            "shards: set head_chunk=None"
+        )
+
+
+def _require_model(model: Any, dataset: CacheDataset) -> None:
+    """Refuse a model that could not learn from the targets, or would learn from wrong ones."""
+    made_from, rows = dataset.fingerprint, len(model.get_input_embeddings().weight)
+    if rows < made_from.vocab_size:
+        raise MismatchError(
+            f"the model has {rows} vocabulary rows, the cache {made_from.vocab_size} ids: choose a "
+            "model that shares the teacher's ids"
+        )
+    if made_from.document_mask and not _evaluated(
+        model, lambda: keeps_documents_apart(model, made_from.vocab_size)
+    ):
+        raise DecantError(
+            f"a {model.config.model_type!r} model attends across the documents of a row, and the "
+            "cache's teacher did not: capture with prepare.document_mask=false, or choose another "
+            "architecture"
+        )
+
+
+def _evaluated(model: Any, function: Any) -> Any:
+    """Return what a function returns while the model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        return function()
+    finally:
+        model.train(training)
 
 
 def add_loss(model: Any, objective: Objective, head_chunk: int) -> None:
@@ -208,14 +338,22 @@ def add_loss(model: Any, objective: Objective, head_chunk: int) -> None:
     no difference.
 
     Raises:
-        DecantError: the head has a bias.
+        DecantError: the head has a bias, or the logits are not hidden states times its matrix.
+        ParamsError: the head has an adapter.
     """
-    head = model.get_output_embeddings()
+    head, kind = model.get_output_embeddings(), model.config.model_type
+    if hasattr(head, "base_layer"):
+        raise ParamsError(
+            f"the head of this {kind!r} model has an adapter, which a loss by chunks does not see: "
+            "set head_chunk=None"
+        )
     if getattr(head, "bias", None) is not None:
         raise DecantError(
-            f"the head of this {model.config.model_type!r} model has a bias, which a loss by "
-            "chunks does not support: set head_chunk=None"
+            f"the head of this {kind!r} model has a bias, which a loss by chunks does not support: "
+            "set head_chunk=None"
         )
+    folder = Path(model.config.name_or_path or kind)
+    _evaluated(model, lambda: require_own_logits(folder, model))
     transform = LogitTransform.of_config(model.config)
     original = model.forward
 

@@ -115,6 +115,13 @@ def kd_loss_sums(
             "pass those of model(**model_inputs(batch))"
         )
     device = outputs.device
+    vocab_size = outputs.shape[-1] if head is None else len(head)
+    ids = batch["teacher_ids"]
+    if not ids.is_cuda and ids.numel() and int(ids.max()) >= vocab_size:
+        raise MismatchError(
+            f"the teacher's id {int(ids.max())} is beyond the student's {vocab_size} vocabulary "
+            "rows: choose a student that shares the teacher's ids"
+        )
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
     in_loss = (labels != IGNORE).nonzero()[:, 0]
     index = to_device(in_loss, device) if len(in_loss) < len(labels) else None
@@ -124,7 +131,6 @@ def kd_loss_sums(
         flat = to_device(tensor, device).flatten(0, 1)
         return flat if index is None else flat.index_select(0, index)
 
-    vocab_size = outputs.shape[-1] if head is None else len(head)
     topk = topk_of(batch, vocab_size).map(chosen)
     labels = chosen(labels.view(shape))
     options: dict[str, Any] = {

@@ -21,6 +21,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from pipeline.errors import ParamsError
 from pipeline.integrations.hf_trainer import DistillationMixin
 from pipeline.runtime.optional import require
 
@@ -32,19 +33,20 @@ class DistillationSFTTrainer(DistillationMixin, _TRL.SFTTrainer):  # type: ignor
 
     def __init__(
         self,
-        *args: Any,
+        model: Any,
+        args: Any = None,
+        *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        config = kwargs.get("args")
-        if config is None:
-            config = kwargs["args"] = _TRL.SFTConfig()
+        config = _TRL.SFTConfig() if args is None else args
+        if not isinstance(config, _TRL.SFTConfig):
+            raise ParamsError(f"args is a {type(config).__name__}: pass TRL's SFTConfig")
         prepared = {"skip_prepare_dataset": True}
         config.dataset_kwargs = {**(config.dataset_kwargs or {}), **prepared}
         one_row = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
-        has_rows = [
-            None if dataset is None else one_row for dataset in (train_dataset, eval_dataset)
-        ]
-        super().__init__(*args, train_dataset=has_rows[0], eval_dataset=has_rows[1], **kwargs)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            kwargs[name] = None if dataset is None else one_row
+        super().__init__(model, config, **kwargs)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

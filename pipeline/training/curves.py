@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +10,8 @@ from dvclive import Live
 from scmrepo.exceptions import SCMError
 
 from pipeline.config.train_params import ReportTo
-from pipeline.errors import DecantError
+from pipeline.errors import DecantError, reason_of
+from pipeline.runtime.console import say
 from pipeline.runtime.launch import is_first_rank
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.loggers import LOGGERS, Logger
@@ -48,7 +49,11 @@ class Curves:
     def __enter__(self) -> Self:
         if not is_first_rank():
             return self
-        self._loggers = [LOGGERS[name](self._run, self._config) for name in self._report_to]
+        try:
+            self._open_loggers()
+        except BaseException:
+            self._each(lambda logger: logger.close(finished=False))
+            raise
         try:
             self._live = Live(str(self._run / "dvclive"), save_dvc_exp=False, dvcyaml=None)
         except SCMError as error:
@@ -60,8 +65,7 @@ class Curves:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for logger in self._loggers:
-            logger.close(finished=error[0] is None)
+        self._each(lambda logger: logger.close(finished=error[0] is None))
         if self._live is not None:
             self._live.__exit__(*error)
 
@@ -80,5 +84,28 @@ class Curves:
         for name, value in values.items():
             self._live.log_metric(name, value)
         self._live.make_summary()
-        for logger in self._loggers:
-            logger.show(step, values)
+        self._each(lambda logger: logger.show(step, values))
+
+    def _open_loggers(self) -> None:
+        for name in self._report_to:
+            try:
+                self._loggers.append(LOGGERS[name](self._run, self._config))
+            except DecantError:
+                raise
+            except Exception as error:  # of three libraries, for keys, servers and files
+                raise DecantError(
+                    f"run.report_to={name} cannot be opened ({reason_of(error)}): check its "
+                    "settings in the environment, or leave it out"
+                ) from error
+
+    def _each(self, action: Callable[[Logger], None]) -> None:
+        """Do something with each logger; one that fails is dropped, and training goes on."""
+        for logger in list(self._loggers):
+            try:
+                action(logger)
+            except Exception as error:
+                self._loggers.remove(logger)
+                say(
+                    f"train: warning: {type(logger).__name__} fails ({reason_of(error)}), so its "
+                    "log ends here; DVCLive has the whole curves"
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,33 @@ def test_a_stream_continues_after_its_last_row(tiny_cache: Params) -> None:
         assert [key_of(batch) for batch in loaders[1]] == rest
         assert rest
         assert not set(begun) & set(rest)
+
+
+def test_after_a_whole_epoch_the_next_one_is_whole(tiny_cache: Params) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    loaders = [
+        torchdata.StatefulDataLoader(
+            IterableCacheDataset(dataset_of(tiny_cache), seed=1), batch_size=8, collate_fn=collate
+        )
+        for _ in range(2)
+    ]
+    batches = len(list(loaders[0]))
+    loaders[1].load_state_dict(loaders[0].state_dict())
+    loaders[1].dataset.set_epoch(1)
+    found = [key_of({"input_ids": row}) for b in loaders[1] for row in b["input_ids"]]
+    assert -(-len(found) // 8) == batches
+    sampler = ShardSampler(dataset_of(tiny_cache), seed=1)
+    sampler.set_epoch(1)
+    dataset = dataset_of(tiny_cache)
+    assert found == [key_of(dataset[number]) for number in sampler]
+
+
+def test_a_cache_that_changes_meanwhile_is_refused(tiny_cache: Params) -> None:
+    """As on a branch of the hub: a process that opens it later would read another state."""
+    dataset = dataset_of(tiny_cache)
+    state = dataset.__getstate__() | {"_made_from": replace(dataset.fingerprint, k=7)}
+    with pytest.raises(MismatchError, match="has changed since it was opened"):
+        CacheDataset.__new__(CacheDataset).__setstate__(state)
 
 
 def test_a_state_of_other_processes_is_refused(tiny_cache: Params) -> None:

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, OPTConfig, TrainingArguments
 
 from pipeline.config.params import Params
-from pipeline.errors import DecantError, ParamsError
-from pipeline.integrations.cache_dataset import IterableCacheDataset, collate, model_inputs
+from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.integrations.cache_dataset import (
+    IterableCacheDataset,
+    ShardSampler,
+    collate,
+    model_inputs,
+)
 from pipeline.integrations.hf_trainer import DistillationTrainer, add_loss
-from pipeline.integrations.kd_loss import Objective
+from pipeline.integrations.kd_loss import Objective, sparse_kd_loss
 from pipeline.training.run import run_training
 from tests.helpers import change, from_folder, losses, weights
 from tests.integrations.test_cache_dataset import dataset_of
@@ -219,12 +224,81 @@ def test_what_would_train_wrongly_is_refused(
         trainer_of(params, tmp_path, arguments={"label_smoothing_factor": 0.1})
     stream = IterableCacheDataset(dataset_of(params), seed=0, rank=0, world_size=2)
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    trainer = trainer_of(params, tmp_path, train_dataset=stream)
     with pytest.raises(ParamsError, match=r"among 2 processes .*: pass the CacheDataset"):
-        trainer_of(params, tmp_path, train_dataset=stream)
+        trainer.train()
+    with pytest.raises(ParamsError, match=r"among 2 processes .*: pass the CacheDataset"):
+        trainer.evaluate(stream)
     monkeypatch.undo()
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(ParamsError, match=r"2 GPUs in one process .* torchrun"):
         trainer_of(params, tmp_path)
+
+
+def trainer_with(model: Any, params: Params, folder: Path) -> DistillationTrainer:
+    return DistillationTrainer(model, arguments(params, folder), train_dataset=dataset_of(params))
+
+
+def test_a_model_that_cannot_learn_from_the_cache_is_refused(
+    tiny_cache: Params, tmp_path: Path
+) -> None:
+    """Before the first step, in a sentence."""
+    params = same_recipe(tiny_cache)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    of_positions = AutoModelForCausalLM.from_config(
+        OPTConfig(vocab_size=320, word_embed_proj_dim=32, max_position_embeddings=64, **shape)
+    )
+    with pytest.raises(DecantError, match=r"'opt' model attends across the documents"):
+        trainer_with(of_positions, params, tmp_path).train()
+    small = AutoModelForCausalLM.from_pretrained(params.paths.teacher)
+    small.resize_token_embeddings(200)
+    with pytest.raises(MismatchError, match="200 vocabulary rows, the cache 300 ids"):
+        trainer_with(small, params, tmp_path).train()
+    batch = next(iter(DataLoader(dataset_of(params), batch_size=2, collate_fn=collate)))
+    with pytest.raises(MismatchError, match="is beyond the student's 200 vocabulary rows"):
+        sparse_kd_loss(torch.randn(2, 32, 200), batch)
+
+
+def test_an_adapter_on_the_head_is_refused(tiny_cache: Params, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    params = same_recipe(tiny_cache)
+    model = AutoModelForCausalLM.from_pretrained(params.paths.teacher)
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ParamsError, match=r"has an adapter, .*head_chunk=None"):
+        trainer_with(peft.get_peft_model(model, adapters), params, tmp_path).train()
+
+
+def test_a_resumed_epoch_has_its_own_order(tiny_cache: Params, tmp_path: Path) -> None:
+    """Where batches are skipped, accelerate does not tell a sampler on several processes."""
+    trainer = trainer_of(same_recipe(tiny_cache), tmp_path)
+    trainer.get_train_dataloader()
+    trainer.state.epoch = 2.4
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    expected = ShardSampler(dataset_of(tiny_cache), seed=tiny_cache.seed)
+    expected.set_epoch(2)
+    assert list(trainer._sampler) == list(expected)
+
+
+def test_deepspeed_does_not_round_the_teacher(tiny_cache: Params, tmp_path: Path) -> None:
+    """It casts all floating tensors of a batch to the model's format, where it can see them."""
+    trainer = trainer_of(same_recipe(tiny_cache), tmp_path)
+    trainer.is_deepspeed_enabled = True
+    batch = next(iter(DataLoader(dataset_of(tiny_cache), batch_size=2, collate_fn=collate)))
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared.keys() == batch.keys()
+    assert all(torch.equal(prepared[name], batch[name]) for name in batch)
+
+
+def test_a_new_model_of_model_init_gets_the_loss(tiny_cache: Params, tmp_path: Path) -> None:
+    params = same_recipe(tiny_cache)
+    trainer = DistillationTrainer(
+        args=arguments(params, tmp_path, max_steps=2),
+        train_dataset=dataset_of(params),
+        model_init=lambda: AutoModelForCausalLM.from_pretrained(params.paths.teacher),
+    )
+    trainer.train()
+    trainer.train()
+    assert len(logged(trainer, "ce")) == 2
 
 
 def test_a_head_with_a_bias_is_refused(tiny_cache: Params) -> None:

@@ -110,6 +110,45 @@ def test_loggers_change_no_run(tiny_cache: Params) -> None:
     assert not (folder / "tensorboard").exists()
 
 
+class Failing:
+    """A logger whose server is gone from step 2 on."""
+
+    def __init__(self, run: Path, config: Any) -> None:
+        self.steps: list[int] = []
+
+    def show(self, step: int, values: Any) -> None:
+        if step == 2:
+            raise OSError("no route to host")
+
+    def close(self, *, finished: bool) -> None:
+        raise AssertionError("it was dropped")
+
+
+def test_a_logger_that_fails_stops_no_training(
+    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", Failing)
+    state = run_training(change(tiny_cache, run={"report_to": ["wandb"]}), "student").state
+    assert state is not None
+    assert state.step == 8
+    said = capsys.readouterr().out
+    assert said.count("warning: Failing fails (no route to host)") == 1
+
+
+def test_a_logger_that_cannot_be_opened_is_one_sentence(
+    tiny_cache: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_key(run: Path, config: Any) -> Any:
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", no_key)
+    with pytest.raises(
+        DecantError, match=r"report_to=wandb cannot be opened \(no API key"
+    ) as error:
+        run_training(change(tiny_cache, run={"report_to": ["wandb"]}), "student")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_missing_library_is_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
