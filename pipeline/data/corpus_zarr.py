@@ -49,6 +49,7 @@ from pipeline.io.folders import Folder, open_folder
 from pipeline.io.hub_folder import remedy_for_absence, remedy_for_damage
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, Entry, entry_of, read_object, read_shard
+from pipeline.model.folder import POINTER
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -62,7 +63,8 @@ _TOKENS_PER_CHUNK = 65_536
 _DIGESTS_PER_CHUNK = 16_384
 _CHUNKS_PER_SHARD = 4
 _SHARDS_KEPT = 2
-_REMEDY = "run stages/corpus.py --overwrite"
+IMPORTED, ROLLOUTS = "imported_from", "rollouts"
+"""Keys of the `source.json` of a corpus that stages/corpus.py has not made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +260,28 @@ class CorpusSplit:
         except DamagedError as error:
             raise DecantError(
                 f"{what}{self.path / self.split} is damaged ({error}): "
-                f"{remedy_for_damage(self.path / self.split, _REMEDY)}"
+                f"{remedy_for_damaged_corpus(self.path, self.split)}"
             ) from None
+
+
+def read_made_from(address: Address) -> dict[str, Any]:
+    """Read the `source.json` of a corpus; empty if there is none that can be read."""
+    try:
+        found = json.loads(open_folder(address).read(POINTER))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remedy_for_damaged_corpus(address: Address, split: str) -> str:
+    """Return what to do about a damaged split: the command of the stage that made the corpus."""
+    made_from = read_made_from(address)
+    command = "run stages/corpus.py --overwrite"
+    if IMPORTED in made_from:
+        command = "run stages/convert.py --overwrite"
+    elif ROLLOUTS in made_from:  # the journal beside it still has every sampled token
+        command = f"remove {address}, then run stages/rollouts.py"
+    return remedy_for_damage(address / split, command)
 
 
 def read_info(folder: Folder, where: str) -> SplitInfo | None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.text_hashes import read_made_from
+from pipeline.data.corpus_zarr import read_made_from
 from pipeline.errors import DecantError
 from pipeline.export.card import card_page, data_line, license_of, teacher_line
 from pipeline.export.shared_files import TOKENIZER, SharedFile

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.params import Paths
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, objects_key, split_specs
+from pipeline.data.corpus_zarr import (
+    SPLITS,
+    CorpusSplit,
+    objects_key,
+    remedy_for_damaged_corpus,
+    split_specs,
+)
 from pipeline.errors import MismatchError
 from pipeline.io.address import HUB_FOLDERS
 from pipeline.io.folders import Folder, open_folder
@@ -57,7 +63,7 @@ def open_whole(paths: Paths) -> list[CacheReader]:
         rows = CorpusSplit(paths.corpus, split)
         found = find_damaged_metadata(open_folder(rows.path / split), _specs_of(rows))
         if found:
-            how = remedy_for_damage(rows.path / split, "run stages/corpus.py --overwrite")
+            how = remedy_for_damaged_corpus(rows.path, split)
             raise MismatchError(f"{rows.path / split} is damaged ({found[0]}): {how}")
         for _ in rows.digests():
             pass

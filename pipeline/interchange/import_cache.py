@@ -23,9 +23,9 @@ import torch
 from pipeline.capture.capture import lock_cache
 from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.corpus_zarr import IMPORTED, SPLITS, CorpusSplit, hash_rows, read_made_from
 from pipeline.data.packing import PADDING, Document, Rows, document_places, positions_in_loss
-from pipeline.data.text_hashes import IMPORTED, is_there, read_made_from
+from pipeline.data.text_hashes import is_there
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.interchange.distillkit import Cleaned, DistillKitCapture, Targets
 from pipeline.interchange.imported_corpus import Choice, write_corpus
