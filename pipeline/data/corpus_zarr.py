@@ -273,6 +273,27 @@ def read_made_from(address: Address) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def other_text(address: Address, imported_from: str | None) -> str | None:
+    """Describe the text of a corpus that was not made from corpus.*; None if it was.
+
+    Args:
+        imported_from: the format that its cache was imported from, which a published corpus does
+            not say.
+    """
+    made_from = read_made_from(address)
+    if origin := imported_from or made_from.get(IMPORTED):
+        return f"unrecorded text, imported from {origin}"
+    if sha256 := rollouts_model(made_from):
+        return f"rollouts of the model with sha256 {sha256[:12]}"
+    return None
+
+
+def rollouts_model(made_from: dict[str, Any]) -> str | None:
+    """Return the sha256 of the model that wrote a corpus of rollouts; None for another corpus."""
+    found = made_from.get(ROLLOUTS)
+    return str(found["model"]) if isinstance(found, dict) and "model" in found else None
+
+
 def remedy_for_damaged_corpus(address: Address, split: str) -> str:
     """Return what to do about a damaged split: the command of the stage that made the corpus."""
     made_from = read_made_from(address)
