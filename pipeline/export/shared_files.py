@@ -31,6 +31,7 @@ from pipeline.io.zarr_groups import find_damaged_metadata
 from pipeline.io.zarr_shards import ArraySpec
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
+from pipeline.logit_cache.layout import repair_command
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.folder import TOKENIZER_FILES, files_to_copy
 
@@ -70,7 +71,7 @@ def open_whole(paths: Paths) -> list[CacheReader]:
         reader = CacheReader(paths.logits, rows)
         if damages := check_cache(paths.logits, rows).damages:
             shard = "" if damages[0].shard is None else f"shard {damages[0].shard}: "
-            how = remedy_for_damage(reader.address, "run stages/prepare.py --repair")
+            how = remedy_for_damage(reader.address, repair_command(reader.address))
             raise MismatchError(
                 f"{reader.address} has {len(damages):,} damaged parts, the first is {shard}"
                 f"{damages[0].what}: {how}"

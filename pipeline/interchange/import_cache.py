@@ -58,7 +58,8 @@ def import_capture(
 
     Args:
         k: number of most probable ids to keep of each position; None keeps all.
-        overwrite: replace a corpus and a cache that were made from something else.
+        overwrite: replace the corpus and the cache that are there, whatever they were made from;
+            since nothing of them is kept, this also repairs a damaged import.
 
     Raises:
         MismatchError: paths.corpus or paths.logits holds something else.
@@ -83,22 +84,19 @@ def import_capture(
             "settings": params.corpus.model_dump(mode="json", include=set(_SETTINGS))
             | {"packed_at_once": params.prepare.shard_rows},
         }
-        if not is_there(paths.corpus) or read_made_from(paths.corpus) != made_from:
+        is_same = is_there(paths.corpus) and read_made_from(paths.corpus) == made_from
+        if overwrite or not is_same:
             if not overwrite:
                 _require_free(paths.corpus, paths.logits)
             write_corpus(params, capture, teacher, made_from)
         else:
             say(f"convert: {paths.corpus} holds the documents already")
         corpora = [CorpusSplit(paths.corpus, split) for split in SPLITS]
-        fillers = [
-            _Filler(
-                params,
-                corpus,
-                _fingerprint(capture, corpus, source_sha256, k or stored),
-                overwrite=overwrite,
-            )
-            for corpus in corpora
-        ]
+        wanted = [_fingerprint(capture, corpus, source_sha256, k or stored) for corpus in corpora]
+        if overwrite:
+            for split in SPLITS:
+                remove_cache(open_folder(paths.logits / split))
+        fillers = [_Filler(params, *both) for both in zip(corpora, wanted, strict=True)]
         cleaned = _write_targets(params.corpus, capture, teacher, fillers)
     return Imported(corpora, sum(filler.num_written for filler in fillers), cleaned, k or stored)
 
@@ -159,9 +157,7 @@ def _fingerprint(
 class _Filler:
     """The cache of a split, whose shards are written as soon as all their targets have arrived."""
 
-    def __init__(
-        self, params: Params, corpus: CorpusSplit, wanted: Fingerprint, *, overwrite: bool
-    ) -> None:
+    def __init__(self, params: Params, corpus: CorpusSplit, wanted: Fingerprint) -> None:
         self.corpus = corpus
         self.num_written = 0
         self._fingerprint = wanted
@@ -169,12 +165,9 @@ class _Filler:
         where = self._address / corpus.split
         there = _fingerprint_at(self._address, corpus.split)
         if there and (difference := there.difference(wanted)):
-            if not overwrite:
-                raise MismatchError(
-                    f"{where} {difference}: set paths.logits to another place, or add --overwrite"
-                )
-            remove_cache(open_folder(where))
-            there = None
+            raise MismatchError(
+                f"{where} {difference}: set paths.logits to another place, or add --overwrite"
+            )
         self._writer = CacheWriter(self._address, corpus.split, wanted) if there else None
         shards = -(-len(corpus) // self._sizes.shard_rows)
         self._missing = self._writer.missing() if self._writer else list(range(shards))

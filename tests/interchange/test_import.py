@@ -20,6 +20,7 @@ from pipeline.data.packing import Document, document_places, positions_in_loss
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.export.card import data_line
 from pipeline.export.dataset_card import dataset_card
+from pipeline.export.shared_files import open_whole
 from pipeline.integrations.cache_dataset import CacheDataset, collate, model_inputs
 from pipeline.integrations.kd_loss import sparse_kd_loss
 from pipeline.interchange import import_cache
@@ -319,6 +320,32 @@ def test_an_interrupted_import_goes_on(
     assert again.shards_done == whole.shards_done - 1
     assert_stored(params, as_float32(sequences))
     assert import_from(folder, params).shards_done == 0
+
+
+def test_a_damaged_import_is_repaired_as_its_message_says(
+    sequences: list[Sequence], tiny_params: Params, tmp_path: Path
+) -> None:
+    params = import_params(tiny_params)
+    folder = capture_of(tmp_path / "capture", sequences)
+    import_from(folder, params)
+    rows = CorpusSplit(params.paths.corpus, "train").info.sha256
+    again = r"run stages/convert\.py --overwrite"
+    for file in (
+        params.paths.logits / "train" / "id_indices" / "c" / "0" / "0",
+        params.paths.corpus / "train" / "tokens" / "c" / "0" / "0",
+    ):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        with pytest.raises(DecantError, match=f"damaged .*: {again}"):
+            open_whole(params.paths)
+        with pytest.raises(DecantError, match=f"damaged .*: {again}"):
+            open_cache(params).shard(0)
+        import_from(folder, params, overwrite=True)
+        assert len(open_whole(params.paths)) == 2
+        assert_stored(params, as_float32(sequences))
+    assert CorpusSplit(params.paths.corpus, "train").info.sha256 == rows
+    (params.paths.logits / "train" / "zarr.json").write_text("{")
+    import_from(folder, params, overwrite=True)
+    assert_stored(params, as_float32(sequences))
 
 
 def test_what_was_made_otherwise_stays(
