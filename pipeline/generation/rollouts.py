@@ -287,6 +287,7 @@ def _write_corpus(
             split,
             row_length=params.row_length,
             vocab_size=num_ids(tokenizer, teacher),
+            key="paths.rollouts",
         )
         for split in SPLITS
     }

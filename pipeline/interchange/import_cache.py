@@ -1,9 +1,9 @@
 """Write the documents and targets of another tool's capture as a corpus and a cache.
 
-The source is read three times. The first two times, once per split, its tokens become rows of the
-corpus, and then its targets become shards of the cache. All passes see the documents in the same
-order, so a document's number in the corpus says which targets are its own, and only the documents
-of a few rows wait in memory for the shard that is next.
+The source is read four times: once for its sha256, then once per split, when its tokens become rows
+of the corpus, and last when its targets become shards of the cache. The last three passes see the
+documents in the same order, so a document's number in the corpus says which targets are its own,
+and only the documents of a few rows wait in memory for the shard that is next.
 
 Shards are committed one by one, as in a capture, so an import that was interrupted continues at the
 first missing shard.

@@ -51,6 +51,18 @@ def test_stage(tiny_params: Params, text_folder: Path, tmp_path: Path) -> None:
     assert "run stages/train.py --run student first" in done.output
 
 
+def test_other_files_are_refused_by_the_parameter_that_names_them(
+    tiny_params: Params, text_folder: Path, tmp_path: Path
+) -> None:
+    mine = tiny_params.paths.rollouts / "corpus.zarr" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    done = stage(tmp_path, *words_of(text_folder), "--teacher")
+    assert done.exit_code == 1
+    assert "set paths.rollouts to another place" in done.output
+    assert mine.read_text() == "mine"
+
+
 def test_no_text_replaces_rollouts_unasked(
     tiny_params: Params, text_folder: Path, tmp_path: Path
 ) -> None:
