@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="With --from: replace a corpus and a cache that were made from something else.",
+    help="With --from: import anew, in place of the corpus and the cache that are there.",
 )
 def main(
     params: Params,

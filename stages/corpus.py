@@ -46,17 +46,15 @@ def main(params: Params, overwrite: bool, append: bool, workers: int | None, exe
     paths.corpus.
     """
     from pipeline.data.corpus import build_corpus
-    from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+    from pipeline.data.corpus_zarr import IMPORTED, ROLLOUTS, SPLITS, CorpusSplit, read_made_from
     from pipeline.data.text_hashes import (
         EARLIER,
-        IMPORTED,
         begin_append,
         earlier_files,
         has_grown,
         is_same,
         is_there,
         made_from,
-        read_made_from,
         require_appendable,
         write_made_from,
     )
@@ -73,6 +71,12 @@ def main(params: Params, overwrite: bool, append: bool, workers: int | None, exe
         raise MismatchError(
             f"{address} was imported from {origin} by stages/convert.py, and holds no text to add "
             "to: set paths.corpus to another place, or replace it by --overwrite"
+        )
+    if ROLLOUTS in before and not overwrite:
+        raise MismatchError(
+            f"{address} holds rollouts, which stages/rollouts.py made and no text can be added to: "
+            "set paths.corpus to another place, run stages/rollouts.py to write rollouts again, or "
+            "replace them by --overwrite"
         )
     source = made_from(params.corpus, teacher, address, params.paths.inputs / SEEN_TEXT)
     there = is_there(address)

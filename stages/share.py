@@ -56,7 +56,7 @@ def main(
         files = shared_files(params.paths, readers, tokenizer)
         card = dataset_card(params, readers, files, repo_id, license_id)
         _say_files(files, readers)
-        for gap in _gaps(license_id, teacher, tokenizer, gate_of(params, readers)):
+        for gap in _gaps(readers, license_id, teacher, tokenizer, gate_of(params, readers)):
             click.echo(f"  {printable(gap)}")
         if dry_run:
             click.echo(f"\n{printable(card)}")
@@ -70,14 +70,20 @@ def main(
 
 
 def _gaps(
-    license_id: str | None, teacher: Path, tokenizer: Path | None, gate: GateReport | None
+    readers: list[CacheReader],
+    license_id: str | None,
+    teacher: Path,
+    tokenizer: Path | None,
+    gate: GateReport | None,
 ) -> Iterator[str]:
     """Yield what the card or the repository lacks, and how to add it."""
     if license_id is None:
         yield "the card states no licence: name it by --license"
     if tokenizer is None:
         yield f"{teacher} holds no tokenizer, so none is published"
-    if not (teacher / "config.json").exists():
+    if origin := readers[0].fingerprint.imported_from:
+        yield f"the card names neither teacher nor text: an import from {origin} records none"
+    elif not (teacher / "config.json").exists():
         yield f"{teacher} holds no model: the card names the teacher of teacher.*, unchecked"
     if gate is None:
         yield "the card has no numbers of the gate: run stages/verify.py first"

@@ -148,6 +148,7 @@ def _check_structure(params: Params) -> None:
     from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
     from pipeline.io.hub_folder import remedy_for_damage
     from pipeline.logit_cache.integrity import check_cache
+    from pipeline.logit_cache.layout import repair_command
 
     whole, shards = True, 0
     for split in SPLITS:
@@ -159,7 +160,8 @@ def _check_structure(params: Params) -> None:
             click.echo(f"  {split}: {result.missing} of {result.shards} shards are not captured")
         whole = whole and not result.damages and not result.missing
         shards += result.committed
-    how = remedy_for_damage(params.paths.logits, "run stages/prepare.py --repair")
+    command = repair_command(params.paths.logits / SPLITS[0])
+    how = remedy_for_damage(params.paths.logits, command)
     verdict = "all whole" if whole else f"NOT intact; {how}"
     click.echo(f"verify: {shards} committed shards read, {verdict}")
     sys.exit(0 if whole else 1)

@@ -51,6 +51,7 @@ class SplitWriter:
     Args:
         address: address of the corpus; an existing split there is removed only when the first rows
             of the new one arrive, so nothing is lost if the source cannot be read.
+        key: the parameter that holds the address, for errors.
         onto: the split at this address to which rows are added; None writes a new one.
 
     Raises:
@@ -66,11 +67,12 @@ class SplitWriter:
         row_length: int,
         vocab_size: int,
         onto: CorpusSplit | None = None,
+        key: str = "paths.corpus",
     ) -> None:
         self._root = open_folder(address)
         self._where = str(address / split)
         self._folder = open_folder(address / split)
-        claim(address, "corpus", key="paths.corpus")
+        claim(address, "corpus", key=key)
         self._row_length = row_length
         self._onto = onto
         self._digests: list[bytes] = []

@@ -49,6 +49,7 @@ from pipeline.io.folders import Folder, open_folder
 from pipeline.io.hub_folder import remedy_for_absence, remedy_for_damage
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, Entry, entry_of, read_object, read_shard
+from pipeline.model.folder import POINTER
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -62,7 +63,8 @@ _TOKENS_PER_CHUNK = 65_536
 _DIGESTS_PER_CHUNK = 16_384
 _CHUNKS_PER_SHARD = 4
 _SHARDS_KEPT = 2
-_REMEDY = "run stages/corpus.py --overwrite"
+IMPORTED, ROLLOUTS = "imported_from", "rollouts"
+"""Keys of the `source.json` of a corpus that stages/corpus.py has not made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +260,49 @@ class CorpusSplit:
         except DamagedError as error:
             raise DecantError(
                 f"{what}{self.path / self.split} is damaged ({error}): "
-                f"{remedy_for_damage(self.path / self.split, _REMEDY)}"
+                f"{remedy_for_damaged_corpus(self.path, self.split)}"
             ) from None
+
+
+def read_made_from(address: Address) -> dict[str, Any]:
+    """Read the `source.json` of a corpus; empty if there is none that can be read."""
+    try:
+        found = json.loads(open_folder(address).read(POINTER))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def other_text(address: Address, imported_from: str | None) -> str | None:
+    """Describe the text of a corpus that was not made from corpus.*; None if it was.
+
+    Args:
+        imported_from: the format that its cache was imported from, which a published corpus does
+            not say.
+    """
+    made_from = read_made_from(address)
+    if origin := imported_from or made_from.get(IMPORTED):
+        return f"unrecorded text, imported from {origin}"
+    if sha256 := rollouts_model(made_from):
+        return f"rollouts of the model with sha256 {sha256[:12]}"
+    return None
+
+
+def rollouts_model(made_from: dict[str, Any]) -> str | None:
+    """Return the sha256 of the model that wrote a corpus of rollouts; None for another corpus."""
+    found = made_from.get(ROLLOUTS)
+    return str(found["model"]) if isinstance(found, dict) and "model" in found else None
+
+
+def remedy_for_damaged_corpus(address: Address, split: str) -> str:
+    """Return what to do about a damaged split: the command of the stage that made the corpus."""
+    made_from = read_made_from(address)
+    command = "run stages/corpus.py --overwrite"
+    if IMPORTED in made_from:
+        command = "run stages/convert.py --overwrite"
+    elif ROLLOUTS in made_from:  # the journal beside it still has every sampled token
+        command = f"remove {address}, then run stages/rollouts.py"
+    return remedy_for_damage(address / split, command)
 
 
 def read_info(folder: Folder, where: str) -> SplitInfo | None:

@@ -12,7 +12,8 @@ in the other. Each split is whole, and a later append adds what is missing; unti
 not taken for one that was made from either source.
 
 A corpus that stages/convert.py has imported has `imported_from`, the name of a format, with what
-`pipeline/interchange/import_cache.py` needs to know it again.
+`pipeline/interchange/import_cache.py` needs to know it again. One that stages/rollouts.py has made
+has `rollouts`, what the rollouts depend on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.source_params import CorpusParams, TextSource
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, read_made_from
 from pipeline.data.sources import find_files, matching_files, stdlib_files
 from pipeline.errors import DecantError, ParamsError
 from pipeline.io.address import Address
@@ -33,7 +34,7 @@ from pipeline.io.hashes import hash_changed, hash_file
 from pipeline.io.hub import commit_of
 from pipeline.model.folder import POINTER, TOKENIZER_FILES
 
-EARLIER, ADDING, IMPORTED = "earlier", "adding", "imported_from"
+EARLIER, ADDING = "earlier", "adding"
 _FIXED = (
     "row_length",
     "packing",
@@ -159,14 +160,6 @@ def _stand_in(source: TextSource, known: Any) -> Any:
     for file in stdlib_files():
         digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()
-
-
-def read_made_from(address: Address) -> dict[str, Any]:
-    """Read the `source.json` of a corpus; empty if there is none that can be read."""
-    try:
-        return _object(json.loads(open_folder(address).read(POINTER)))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return {}
 
 
 def is_there(address: Address) -> bool:

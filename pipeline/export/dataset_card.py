@@ -1,7 +1,8 @@
 """The card of a published corpus and cache: README.md with the front matter that the hub reads.
 
 It states what the files say about themselves and what the gate measured on this cache; the names of
-teacher and text are those of the parameters that made them. It contains no local path.
+teacher and text are those of the parameters that made them. Of an imported cache they are not
+recorded, and of rollouts the model that wrote them is named. It contains no local path.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.text_hashes import read_made_from
+from pipeline.data.corpus_zarr import other_text, read_made_from, rollouts_model
 from pipeline.errors import DecantError
 from pipeline.export.card import card_page, data_line, license_of, teacher_line
 from pipeline.export.shared_files import TOKENIZER, SharedFile
@@ -52,14 +53,16 @@ def dataset_card(
         tags=["decant", "knowledge-distillation", "logits", "zarr"],
         viewer=False,  # the hub's viewer does not read Zarr
     )
+    origin = readers[0].fingerprint.imported_from
+    made = f"imported from {origin}" if origin else "captured by Decant"
     sections = [
         f"# {repo_id.partition('/')[2]}\n\nText as rows of token ids, and what a teacher predicted "
-        "at each position: its most probable ids with their log-probabilities, captured by Decant "
-        "for the distillation of smaller models without running the teacher.",
+        "at each position: its most probable ids with their log-probabilities, "
+        f"{made} for the distillation of smaller models without running the teacher.",
         f"## Contents\n\n{markdown_table(('', ''), _facts(params, readers))}",
         f"## Check against the teacher\n\n{_gate(params, readers)}",
         _use(repo_id, has_tokenizer=_has_tokenizer(files)),
-        _terms(params, license_id),
+        _terms(params, license_id, origin),
     ]
     return card_page(front, sections)
 
@@ -86,8 +89,8 @@ def _facts(params: Params, readers: Sequence[CacheReader]) -> list[tuple[str, st
     num_bytes = sum(reader.num_bytes() for reader in readers)
     positions = sum(reader.corpus.info.num_positions for reader in readers)
     rows = [
-        ("teacher", teacher_line(params)),
-        ("text", data_line(_as_recorded(params))),
+        ("teacher", _teacher(params, made_from.imported_from)),
+        ("text", _text(params, made_from.imported_from)),
         ("kept of each position", made_from.kept),
         ("temperatures", ", ".join(f"{temperature:g}" for temperature in temperatures)),
         ("ids of the tokenizer", f"{info.vocab_size:,}"),
@@ -98,10 +101,24 @@ def _facts(params: Params, readers: Sequence[CacheReader]) -> list[tuple[str, st
         said = f"{of.num_tokens:,} tokens, {of.num_in_loss:,} of them in the loss"
         size = f"{of.num_rows:,} rows of {of.row_length:,}"
         rows.append((reader.corpus.split, f"{said}, in {size}, {of.num_documents:,} documents"))
-    rows += [(f"fingerprint: {name}", f"{getattr(made_from, name)}") for name in _OF_CACHE]
+    origin = ("imported_from",) if made_from.imported_from else ()
+    rows += [
+        (f"fingerprint: {name}", f"{getattr(made_from, name)}") for name in (*origin, *_OF_CACHE)
+    ]
     hashes = {"teacher_sha256": made_from.teacher_sha256, "tokenizer_sha256": info.tokenizer_sha256}
     hashes |= {f"corpus_sha256, {r.corpus.split}": r.corpus.info.sha256 for r in readers}
-    return rows + [(f"fingerprint: {name}", f"`{sha256}`") for name, sha256 in hashes.items()]
+    rows += [(f"fingerprint: {name}", f"`{sha256}`") for name, sha256 in hashes.items()]
+    writer = rollouts_model(read_made_from(params.paths.corpus))
+    return rows + ([("model that wrote the rollouts, sha256", f"`{writer}`")] if writer else [])
+
+
+def _teacher(params: Params, origin: str | None) -> str:
+    """Name the teacher; `origin` is the format that the cache was imported from, if it was."""
+    return f"not recorded, imported from {origin}" if origin else teacher_line(params)
+
+
+def _text(params: Params, origin: str | None) -> str:
+    return other_text(params.paths.corpus, origin) or data_line(_as_recorded(params))
 
 
 def _as_recorded(params: Params) -> Params:
@@ -165,12 +182,14 @@ Corpus and cache are Zarr v3 groups, which any reader of Zarr opens. Decant comp
 the checksum in its shard's marker when it reads it."""
 
 
-def _terms(params: Params, license_id: str | None) -> str:
-    of_teacher = license_of(read_front_matter(teacher_folder(params.paths.teacher)))
-    teacher = teacher_line(params) + (f", licence {of_teacher}" if of_teacher else "")
+def _terms(params: Params, license_id: str | None, origin: str | None) -> str:
+    teacher = _teacher(params, origin)
+    found = license_of(read_front_matter(teacher_folder(params.paths.teacher)))
+    if found and not origin:
+        teacher += f", licence {found}"
     said = (
-        f"The rows can be decoded to the text ({data_line(_as_recorded(params))}), and the targets "
-        f"are predictions of the teacher ({teacher}). Whoever published them is responsible for "
-        "the right to do so."
+        f"The rows can be decoded to the text ({_text(params, origin)}), and the targets are "
+        f"predictions of the teacher ({teacher}). Whoever published them is responsible for the "
+        "right to do so."
     )
     return f"## Licence\n\n{license_id or 'Not stated.'}\n\n{said}"

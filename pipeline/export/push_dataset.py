@@ -1,10 +1,10 @@
 """Push a corpus and its cache to a dataset repository of the Hugging Face hub.
 
-What is small goes in one commit, and so appears, or replaces what was there, at once. More takes
-several. Then the first one removes the metadata of all groups and the last one writes it, so that
-whoever reads the branch between them finds no cache, rather than parts of two; whoever reads a
-commit is not affected. A push that was interrupted is completed by the same command: files that the
-branch holds already are left out, and the hub keeps what was uploaded but not committed.
+A small push is one commit, so readers see it all at once. A larger one takes several: the first one
+removes the metadata of all groups and the last one writes it, so that whoever reads the branch
+between them finds no cache, rather than parts of two; whoever reads a commit is not affected. A
+push that was interrupted is completed by the same command: files that the branch holds already are
+left out, and the hub keeps what was uploaded but not committed.
 
 Token and endpoint are as for the push of a model (pipeline/export/push.py).
 """

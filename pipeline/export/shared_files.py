@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.params import Paths
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, objects_key, split_specs
+from pipeline.data.corpus_zarr import (
+    SPLITS,
+    CorpusSplit,
+    objects_key,
+    remedy_for_damaged_corpus,
+    split_specs,
+)
 from pipeline.errors import MismatchError
 from pipeline.io.address import HUB_FOLDERS
 from pipeline.io.folders import Folder, open_folder
@@ -25,6 +31,7 @@ from pipeline.io.zarr_groups import find_damaged_metadata
 from pipeline.io.zarr_shards import ArraySpec
 from pipeline.logit_cache.format import marker_key
 from pipeline.logit_cache.integrity import check_cache
+from pipeline.logit_cache.layout import repair_command
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.folder import TOKENIZER_FILES, files_to_copy
 
@@ -57,14 +64,14 @@ def open_whole(paths: Paths) -> list[CacheReader]:
         rows = CorpusSplit(paths.corpus, split)
         found = find_damaged_metadata(open_folder(rows.path / split), _specs_of(rows))
         if found:
-            how = remedy_for_damage(rows.path / split, "run stages/corpus.py --overwrite")
+            how = remedy_for_damaged_corpus(rows.path, split)
             raise MismatchError(f"{rows.path / split} is damaged ({found[0]}): {how}")
         for _ in rows.digests():
             pass
         reader = CacheReader(paths.logits, rows)
         if damages := check_cache(paths.logits, rows).damages:
             shard = "" if damages[0].shard is None else f"shard {damages[0].shard}: "
-            how = remedy_for_damage(reader.address, "run stages/prepare.py --repair")
+            how = remedy_for_damage(reader.address, repair_command(reader.address))
             raise MismatchError(
                 f"{reader.address} has {len(damages):,} damaged parts, the first is {shard}"
                 f"{damages[0].what}: {how}"

@@ -20,6 +20,7 @@ from pipeline.config.source_params import RolloutsParams
 from pipeline.data.chat import BadConversationError, ChatTokenizer
 from pipeline.data.corpus_zarr import SPLITS
 from pipeline.data.document_tokenizer import Content, leading_tokens, reason_to_leave_out
+from pipeline.data.mixture import split_of
 from pipeline.data.prefix import PrefixEncoder
 from pipeline.data.sources import Extent, read_documents
 from pipeline.errors import DecantError, ParamsError
@@ -97,8 +98,7 @@ def read_rollout_prompts(params: RolloutsParams, tokenizer: Any, longest: int) -
         else:
             seen.add(digest)
             found.ids.append(ids)
-            is_validation = int.from_bytes(digest[:8]) < params.validation_fraction * 2**64
-            found.splits.append("validation" if is_validation else "train")
+            found.splits.append(split_of(digest, params.validation_fraction))
     _require_both_splits(params, found)
     return found
 

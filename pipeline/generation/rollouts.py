@@ -52,10 +52,10 @@ from pipeline.config.params import Params
 from pipeline.config.source_params import RolloutsParams
 from pipeline.data.corpus import num_ids
 from pipeline.data.corpus_writer import SplitWriter
-from pipeline.data.corpus_zarr import SPLITS, SplitInfo
+from pipeline.data.corpus_zarr import ROLLOUTS, SPLITS, SplitInfo, read_made_from
 from pipeline.data.document_tokenizer import leading_tokens
 from pipeline.data.packing import Document, best_fit
-from pipeline.data.text_hashes import is_there, read_made_from, write_made_from
+from pipeline.data.text_hashes import is_there, write_made_from
 from pipeline.data.vocabulary import require_same_vocabulary
 from pipeline.errors import DecantError
 from pipeline.generation.rollout_models import (
@@ -153,7 +153,7 @@ def make_rollouts(
         "engine": _describe_engine(params, model_folder),
     }
     made_from = {
-        "rollouts": fingerprint
+        ROLLOUTS: fingerprint
         | {"row_length": chosen.row_length, "validation_fraction": chosen.validation_fraction}
     }
     address = folder / CORPUS
@@ -287,6 +287,7 @@ def _write_corpus(
             split,
             row_length=params.row_length,
             vocab_size=num_ids(tokenizer, teacher),
+            key="paths.rollouts",
         )
         for split in SPLITS
     }

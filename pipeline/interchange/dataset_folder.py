@@ -80,8 +80,7 @@ def write_dataset(
         output: the folder, new or written by this function.
         to_table: makes the columns of a file from a shard's rows and their targets [n, L, ...].
         k: number of most probable ids to keep of each position; None keeps all.
-        text: a sentence for the folder's README.md; the words of what is kept of each position
-            follow it.
+        text: a sentence for the folder's README.md; a description of what is kept follows it.
 
     Raises:
         ParamsError: k exceeds what is stored, or sampled ids were taken outside of it.

@@ -70,9 +70,6 @@ class Targets:
     ids: NDArray[np.int64]  # [n, K]
     logprobs: NDArray[np.float32]  # [n, K]
 
-    def __getitem__(self, place: slice) -> Targets:
-        return Targets(self.ids[place], self.logprobs[place])
-
 
 @dataclass
 class Cleaned:

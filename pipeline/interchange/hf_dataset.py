@@ -10,7 +10,7 @@
     sampled_ids             one list per position: the distinct sampled ids
     sampled_counts          and how often each was sampled
 
-Columns of which a cache has nothing are left out. At a position without a target all lists are
+Columns that would be empty are left out. At a position without a target all lists are
 empty, apart from lse_tau.
 """
 

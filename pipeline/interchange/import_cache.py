@@ -1,9 +1,9 @@
 """Write the documents and targets of another tool's capture as a corpus and a cache.
 
-The source is read three times. The first two times, once per split, its tokens become rows of the
-corpus, and then its targets become shards of the cache. All passes see the documents in the same
-order, so a document's number in the corpus says which targets are its own, and only the documents
-of a few rows wait in memory for the shard that is next.
+The source is read four times: once for its sha256, then once per split, when its tokens become rows
+of the corpus, and last when its targets become shards of the cache. The last three passes see the
+documents in the same order, so a document's number in the corpus says which targets are its own,
+and only the documents of a few rows wait in memory for the shard that is next.
 
 Shards are committed one by one, as in a capture, so an import that was interrupted continues at the
 first missing shard.
@@ -23,9 +23,9 @@ import torch
 from pipeline.capture.capture import lock_cache
 from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, hash_rows
+from pipeline.data.corpus_zarr import IMPORTED, SPLITS, CorpusSplit, hash_rows, read_made_from
 from pipeline.data.packing import PADDING, Document, Rows, document_places, positions_in_loss
-from pipeline.data.text_hashes import IMPORTED, is_there, read_made_from
+from pipeline.data.text_hashes import is_there
 from pipeline.errors import DecantError, MismatchError, ParamsError
 from pipeline.interchange.distillkit import Cleaned, DistillKitCapture, Targets
 from pipeline.interchange.imported_corpus import Choice, write_corpus
@@ -58,7 +58,8 @@ def import_capture(
 
     Args:
         k: number of most probable ids to keep of each position; None keeps all.
-        overwrite: replace a corpus and a cache that were made from something else.
+        overwrite: replace the corpus and the cache that are there, whatever they were made from;
+            since nothing of them is kept, this also repairs a damaged import.
 
     Raises:
         MismatchError: paths.corpus or paths.logits holds something else.
@@ -83,22 +84,19 @@ def import_capture(
             "settings": params.corpus.model_dump(mode="json", include=set(_SETTINGS))
             | {"packed_at_once": params.prepare.shard_rows},
         }
-        if not is_there(paths.corpus) or read_made_from(paths.corpus) != made_from:
+        is_same = is_there(paths.corpus) and read_made_from(paths.corpus) == made_from
+        if overwrite or not is_same:
             if not overwrite:
                 _require_free(paths.corpus, paths.logits)
             write_corpus(params, capture, teacher, made_from)
         else:
             say(f"convert: {paths.corpus} holds the documents already")
         corpora = [CorpusSplit(paths.corpus, split) for split in SPLITS]
-        fillers = [
-            _Filler(
-                params,
-                corpus,
-                _fingerprint(capture, corpus, source_sha256, k or stored),
-                overwrite=overwrite,
-            )
-            for corpus in corpora
-        ]
+        wanted = [_fingerprint(capture, corpus, source_sha256, k or stored) for corpus in corpora]
+        if overwrite:
+            for split in SPLITS:
+                remove_cache(open_folder(paths.logits / split))
+        fillers = [_Filler(params, *both) for both in zip(corpora, wanted, strict=True)]
         cleaned = _write_targets(params.corpus, capture, teacher, fillers)
     return Imported(corpora, sum(filler.num_written for filler in fillers), cleaned, k or stored)
 
@@ -159,9 +157,7 @@ def _fingerprint(
 class _Filler:
     """The cache of a split, whose shards are written as soon as all their targets have arrived."""
 
-    def __init__(
-        self, params: Params, corpus: CorpusSplit, wanted: Fingerprint, *, overwrite: bool
-    ) -> None:
+    def __init__(self, params: Params, corpus: CorpusSplit, wanted: Fingerprint) -> None:
         self.corpus = corpus
         self.num_written = 0
         self._fingerprint = wanted
@@ -169,12 +165,9 @@ class _Filler:
         where = self._address / corpus.split
         there = _fingerprint_at(self._address, corpus.split)
         if there and (difference := there.difference(wanted)):
-            if not overwrite:
-                raise MismatchError(
-                    f"{where} {difference}: set paths.logits to another place, or add --overwrite"
-                )
-            remove_cache(open_folder(where))
-            there = None
+            raise MismatchError(
+                f"{where} {difference}: set paths.logits to another place, or add --overwrite"
+            )
         self._writer = CacheWriter(self._address, corpus.split, wanted) if there else None
         shards = -(-len(corpus) // self._sizes.shard_rows)
         self._missing = self._writer.missing() if self._writer else list(range(shards))

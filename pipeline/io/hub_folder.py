@@ -20,7 +20,7 @@ from pipeline.runtime.console import say
 
 CARD = "README.md"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FOR_GOOD = 500  # the first HTTP status that another attempt may change
+_SERVER_ERROR = 500  # the first HTTP status that another attempt may change
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _may_pass(error: Exception) -> bool | None:
         return None
     if isinstance(error, LocalEntryNotFoundError):  # raised after attempts of the library's own
         return False
-    return not isinstance(error, HfHubHTTPError) or error.response.status_code >= _FOR_GOOD
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code >= _SERVER_ERROR
 
 
 @cache

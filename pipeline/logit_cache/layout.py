@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from pipeline.io.checked_json import (
     json_crc32c,
     parse,
 )
-from pipeline.io.folders import Folder
+from pipeline.io.folders import Folder, open_folder
 from pipeline.io.hub_folder import remedy_for_damage
 from pipeline.io.zarr_groups import read_group
 from pipeline.io.zarr_shards import ArraySpec, read_shard
@@ -236,8 +236,17 @@ def damage_as_sentence(address: Address, shard: int | None = None) -> Iterator[N
         yield
     except DamagedError as error:
         what = address if shard is None else f"shard {shard} of {address}"
-        how = remedy_for_damage(address, "run stages/prepare.py --repair")
+        how = remedy_for_damage(address, repair_command(address))
         raise MismatchError(f"{what} is damaged ({error}): {how}") from None
+
+
+def repair_command(address: Address) -> str:
+    """Return the command that repairs a split's cache, of the stage that made it."""
+    with suppress(DamagedError, MismatchError):
+        layout = load_layout(open_folder(address), str(address))
+        if layout and layout.fingerprint.imported_from:
+            return "run stages/convert.py --overwrite"
+    return "run stages/prepare.py --repair"
 
 
 def id_order_name(id_order: IdOrder) -> str:

@@ -74,12 +74,12 @@ class CacheReader:
         require_corpus(layout.fingerprint, corpus, self.address)
         marked = shards_with_marker(self._folder, layout)
         if missing := set(range(layout.num_shards)).difference(marked):
-            make = remedy_for_absence(
-                self.address, "run stages/prepare.py to capture what is missing"
-            )
+            command = "run stages/prepare.py to capture what is missing"
+            if layout.fingerprint.imported_from:
+                command = "run stages/convert.py to import what is missing"
             raise MismatchError(
                 f"shard {min(missing)} of {layout.num_shards} in {self.address} is not captured: "
-                f"{make}"
+                f"{remedy_for_absence(self.address, command)}"
             )
         with damage_as_sentence(self.address):
             self.id_order = load_id_order(self._folder, layout)

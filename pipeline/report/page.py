@@ -21,7 +21,7 @@ from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
 from pipeline.config.params_text import yaml_value
 from pipeline.config.train_params import StudentParams
-from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
+from pipeline.data.corpus_zarr import SPLITS, CorpusSplit, other_text
 from pipeline.evaluation.results import TEACHER
 from pipeline.io.files import write_text
 from pipeline.logit_cache.reader import CacheReader
@@ -126,9 +126,10 @@ def _provenance(params: Params) -> dict[str, Any]:
     fingerprint, size = cache.fingerprint, cache.num_bytes()
     mass = measure_retained_mass(cache)
     facts = asdict(fingerprint).items()
+    origin, name = fingerprint.imported_from, teacher_name(params.teacher)
     return {
-        "teacher": teacher_name(params.teacher).removesuffix(".gguf"),
-        "text": corpus_name(params.corpus),
+        "teacher": "an unrecorded teacher" if origin else name.removesuffix(".gguf"),
+        "text": other_text(params.paths.corpus, origin) or corpus_name(params.corpus),
         "start": start_name(params.student.model_dump()),
         "params": params,
         "trained_by": _as_written(params.train.model_dump(mode="json")),

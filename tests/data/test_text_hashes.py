@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from pipeline.config.params import Params, load_params
 from pipeline.data import text_hashes as module
-from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.text_hashes import made_from, read_made_from, text_made_from
+from pipeline.data.corpus_zarr import CorpusSplit, read_made_from
+from pipeline.data.text_hashes import made_from, text_made_from
 from pipeline.errors import DecantError
 from pipeline.inputs import write_inputs
 from pipeline.io import hashes

@@ -20,6 +20,8 @@ from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.packing import PADDING, positions_in_loss
 from pipeline.data.vocabulary import require_tokenizer
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.export.card import data_line, teacher_line
+from pipeline.export.dataset_card import dataset_card
 from pipeline.generation import rollout_models, rollouts
 from pipeline.generation.rollout_models import (
     RolloutModel,
@@ -31,9 +33,10 @@ from pipeline.generation.rollout_models import (
 from pipeline.generation.rollout_prompts import read_rollout_prompts
 from pipeline.generation.rollouts import Rollouts, make_rollouts, rollout_uniforms
 from pipeline.generation.sampling import GenerationSettings
+from pipeline.model.folder import hash_weights
 from pipeline.model.tokenizer import load_tokenizer
 from pipeline.teacher.vllm_process import VllmProcess
-from tests.helpers import capture_all, change, gate
+from tests.helpers import capture_all, change, gate, open_cache
 from tests.models import CHATML, make_qwen3, make_teacher, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -337,6 +340,12 @@ def test_prepare_and_the_gate_take_the_corpus(params: Params, student: Path) -> 
     assert gate(here).passed
     rows = CorpusSplit(done.corpus, "train").rows(0, 2)
     assert int(positions_in_loss(rows).sum()) == int(rows.in_loss.sum())  # the prompt predicts one
+    card = dataset_card(here, [open_cache(here, split) for split in SPLITS], {}, "org/name", None)
+    writer = hash_weights(student)
+    assert f"| text | rollouts of the model with sha256 {writer[:12]} |" in card
+    assert f"`{writer}`" in card
+    assert f"| teacher | {teacher_line(here)} |" in card
+    assert data_line(here) not in card
 
 
 def test_greedy_rollouts_need_no_seed(params: Params, student: Path) -> None:

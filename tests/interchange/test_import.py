@@ -18,6 +18,9 @@ from pipeline.config.params import Params
 from pipeline.data.corpus_zarr import SPLITS, CorpusSplit
 from pipeline.data.packing import Document, document_places, positions_in_loss
 from pipeline.errors import DecantError, MismatchError, ParamsError
+from pipeline.export.card import data_line
+from pipeline.export.dataset_card import dataset_card
+from pipeline.export.shared_files import open_whole
 from pipeline.integrations.cache_dataset import CacheDataset, collate, model_inputs
 from pipeline.integrations.kd_loss import sparse_kd_loss
 from pipeline.interchange import import_cache
@@ -26,6 +29,7 @@ from pipeline.interchange.hf_dataset import plain_table
 from pipeline.interchange.import_cache import Imported, import_capture
 from pipeline.interchange.imported_corpus import Choice
 from pipeline.io.checked_json import DamagedError
+from pipeline.report import page
 from pipeline.training.run import run_training
 from tests.helpers import change, from_folder, gate, open_cache
 from tests.interchange.captures import LONGEST, K, Sequence, capture_of, import_params, sequences_of
@@ -173,6 +177,26 @@ def test_the_error_of_a_compression_is_judged_by_the_ceilings(
     assert 1e-5 < lenient.cache.mean_kl < 1e-3
 
 
+def test_the_card_and_the_report_name_no_teacher(
+    sequences: list[Sequence], tiny_params: Params, tmp_path: Path
+) -> None:
+    """That of params.yaml need not be the one that was captured, nor its licence."""
+    teacher = shutil.copytree(tiny_params.paths.teacher, tmp_path / "licensed")
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
+    params = change(import_params(tiny_params), paths={"teacher": str(teacher)})
+    import_from(capture_of(tmp_path / "capture", sequences), params)
+    card = dataset_card(params, [open_cache(params, s) for s in SPLITS], {}, "org/name", None)
+    assert "log-probabilities, imported from distillkit for the distillation" in card
+    assert "| teacher | not recorded, imported from distillkit |" in card
+    assert "| text | unrecorded text, imported from distillkit |" in card
+    assert "| fingerprint: imported_from | distillkit |" in card
+    for wrong in (data_line(params), "licence mit", "captured by Decant"):
+        assert wrong not in card
+    said = page._provenance(params)
+    assert said["teacher"] == "an unrecorded teacher"
+    assert said["text"] == "unrecorded text, imported from distillkit"
+
+
 def test_nothing_is_said_of_the_full_row(
     sequences: list[Sequence], tiny_params: Params, tmp_path: Path
 ) -> None:
@@ -296,6 +320,32 @@ def test_an_interrupted_import_goes_on(
     assert again.shards_done == whole.shards_done - 1
     assert_stored(params, as_float32(sequences))
     assert import_from(folder, params).shards_done == 0
+
+
+def test_a_damaged_import_is_repaired_as_its_message_says(
+    sequences: list[Sequence], tiny_params: Params, tmp_path: Path
+) -> None:
+    params = import_params(tiny_params)
+    folder = capture_of(tmp_path / "capture", sequences)
+    import_from(folder, params)
+    rows = CorpusSplit(params.paths.corpus, "train").info.sha256
+    again = r"run stages/convert\.py --overwrite"
+    for file in (
+        params.paths.logits / "train" / "id_indices" / "c" / "0" / "0",
+        params.paths.corpus / "train" / "tokens" / "c" / "0" / "0",
+    ):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        with pytest.raises(DecantError, match=f"damaged .*: {again}"):
+            open_whole(params.paths)
+        with pytest.raises(DecantError, match=f"damaged .*: {again}"):
+            open_cache(params).shard(0)
+        import_from(folder, params, overwrite=True)
+        assert len(open_whole(params.paths)) == 2
+        assert_stored(params, as_float32(sequences))
+    assert CorpusSplit(params.paths.corpus, "train").info.sha256 == rows
+    (params.paths.logits / "train" / "zarr.json").write_text("{")
+    import_from(folder, params, overwrite=True)
+    assert_stored(params, as_float32(sequences))
 
 
 def test_what_was_made_otherwise_stays(
