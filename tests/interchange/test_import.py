@@ -453,7 +453,7 @@ def test_decoded_values_become_a_distribution() -> None:
     with pytest.raises(DamagedError, match="holds id 9 of 9"):
         clean(found, 9, 8, Cleaned())
     with pytest.raises(DamagedError, match="keeps no id"):
-        clean(found[2:], 10, 4, Cleaned())
+        clean(Targets(found.ids[2:], found.logprobs[2:]), 10, 4, Cleaned())
 
 
 def test_unknown_sums_are_zero_on_disk(
