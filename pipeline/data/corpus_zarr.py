@@ -31,7 +31,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -133,6 +133,12 @@ def chain_rows(rows: Rows, before: str = NO_ROWS) -> str:
 def _row_bytes(rows: Rows) -> bytes:
     arrays = (rows.tokens.astype("<u4"), rows.doc_ids.astype("<i4"), rows.in_loss.astype("u1"))
     return np.hstack([np.ascontiguousarray(array).view(np.uint8) for array in arrays]).tobytes()
+
+
+def digest_of_tokens(tokens: Sequence[int] | NDArray[np.int64]) -> bytes:
+    """Return the digest of a document that comes as tokens, not as text."""
+    data = np.asarray(tokens, dtype="<u4").tobytes()
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 class CorpusSplit:

@@ -238,6 +238,16 @@ def row_labels(rows: Rows) -> Tensor:
     return next_token_labels(*map(torch.from_numpy, (rows.tokens, rows.doc_ids, rows.in_loss)))
 
 
+def unshifted_labels(rows: Rows) -> Tensor:
+    """Return labels as transformers' models take them, int64 [n, L]: token t, or IGNORE, at t.
+
+    The models shift them themselves, so token t is the target of position t - 1.
+    """
+    from torch.nn import functional as F
+
+    return F.pad(row_labels(rows)[:, :-1], (1, 0), value=IGNORE)
+
+
 def positions_in_loss(rows: Rows) -> Tensor:
     """Return where packed rows have a label, bool [n, L]: where the NEXT token is in the loss."""
     return row_labels(rows) != IGNORE

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.config.source_params import RolloutsParams
 from pipeline.data.chat import BadConversationError, ChatTokenizer
-from pipeline.data.corpus_zarr import SPLITS
+from pipeline.data.corpus_zarr import SPLITS, digest_of_tokens
 from pipeline.data.document_tokenizer import Content, leading_tokens, reason_to_leave_out
 from pipeline.data.mixture import split_of
 from pipeline.data.prefix import PrefixEncoder
@@ -90,7 +90,7 @@ def read_rollout_prompts(params: RolloutsParams, tokenizer: Any, longest: int) -
                 f"its {len(ids):,} tokens, with max_new_tokens={params.max_new_tokens}, exceed the "
                 f"{longest:,} of a row, or of the model's context"
             )
-        digest = digest_of(ids)
+        digest = digest_of_tokens(ids)
         if fault is not None:
             found.unusable[source.place] = fault
         elif digest in seen:
@@ -143,11 +143,6 @@ class _PromptTokenizer:
         except BaseException as error:
             return reason_to_leave_out(error), []
         return (None, ids) if ids else ("it has no tokens", [])
-
-
-def digest_of(ids: Sequence[int]) -> bytes:
-    """Return the 16-byte hash by which tokens are known."""
-    return hashlib.blake2b(_bytes(ids), digest_size=16).digest()
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

@@ -52,7 +52,13 @@ from pipeline.config.params import Params
 from pipeline.config.source_params import RolloutsParams
 from pipeline.data.corpus import num_ids
 from pipeline.data.corpus_writer import SplitWriter
-from pipeline.data.corpus_zarr import ROLLOUTS, SPLITS, SplitInfo, read_made_from
+from pipeline.data.corpus_zarr import (
+    ROLLOUTS,
+    SPLITS,
+    SplitInfo,
+    digest_of_tokens,
+    read_made_from,
+)
 from pipeline.data.document_tokenizer import leading_tokens
 from pipeline.data.packing import Document, best_fit
 from pipeline.data.text_hashes import is_there, write_made_from
@@ -66,7 +72,6 @@ from pipeline.generation.rollout_models import (
 )
 from pipeline.generation.rollout_prompts import (
     RolloutPrompts,
-    digest_of,
     read_rollout_prompts,
 )
 from pipeline.generation.sampling import GenerationSettings
@@ -299,7 +304,7 @@ def _write_corpus(
                 before = prompts.ids[request[0]]
                 ids = [*before, *new]
                 num_bytes[split] += len(tokenizer.decode(ids).encode())
-                writers[split].saw(digest_of(ids))
+                writers[split].saw(digest_of_tokens(ids))
                 yield Document(np.array(ids), np.arange(len(ids)) >= len(before))
 
     pad_id = ends[0] if ends else 0

@@ -48,13 +48,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from pipeline.data.corpus_zarr import CorpusSplit
-from pipeline.data.packing import IGNORE, Rows, row_labels
+from pipeline.data.packing import unshifted_labels
 from pipeline.data.row_order import ShuffledRows
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.io.address import Address, in_repository, parse_address
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.logit_cache.reader import CacheReader
 from pipeline.model.attention_mask import document_positions
+from pipeline.target_sources.target_source import rows_at
 from pipeline.targets.topk import TopK
 
 Row = dict[str, Tensor]
@@ -115,10 +116,10 @@ class CacheDataset(Dataset[Row]):
         self._open()
         size = self.shard_rows
         places = [(self._shard(number // size), number) for number in map(int, numbers)]
-        rows = Rows.cat([shard.rows[n - shard.first :][:1] for shard, n in places])
+        rows = rows_at(places)
         batch = {
             "input_ids": torch.from_numpy(rows.tokens),
-            "labels": _labels(rows),
+            "labels": unshifted_labels(rows),
             "doc_ids": torch.from_numpy(rows.doc_ids),
             **_to_tensors(self._reader.gather(places)),
         }
@@ -349,11 +350,6 @@ def _to_tensors(topk: TopK) -> Row:
         if topk.temperatures:
             found[f"{_SAMPLED}logprobs"] = topk.sampled_logprobs
     return found
-
-
-def _labels(rows: Rows) -> Tensor:
-    """Return transformers' labels [n, L]: the token, at the position whose prediction it is."""
-    return F.pad(row_labels(rows)[:, :-1], (1, 0), value=IGNORE)
 
 
 def _order(dataset: CacheDataset, seed: int, shuffle_shards: int) -> ShuffledRows:

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.packing import IGNORE, PADDING, Rows, document_places
-from pipeline.interchange.dataset_folder import Table, lists, lists_of_lists, shifted_labels
+from pipeline.data.packing import IGNORE, PADDING, Rows, document_places, unshifted_labels
+from pipeline.interchange.dataset_folder import Table, lists, lists_of_lists
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.targets.topk import TopK
 
@@ -44,7 +44,7 @@ def axolotl_table(*, document_mask: bool, temperature: float) -> Callable[[Rows,
     """
 
     def table(rows: Rows, topk: TopK) -> Table:
-        labels = shifted_labels(rows)
+        labels = unshifted_labels(rows).numpy()
         examples = [
             (row, place)
             for row, doc_ids in enumerate(rows.doc_ids)

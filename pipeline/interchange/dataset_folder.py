@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.packing import IGNORE, Rows, row_labels
+from pipeline.data.packing import Rows
 from pipeline.errors import ParamsError
 from pipeline.io.ownership import atomic_folder
 from pipeline.logit_cache.format import Fingerprint
@@ -118,16 +118,6 @@ def write_dataset(
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return num_rows
-
-
-def shifted_labels(rows: Rows) -> NDArray[np.int64]:
-    """Return labels as Hugging Face's models take them: labels[t] is token t, or -100, [n, L].
-
-    The models shift them themselves, so token t is the target of position t - 1.
-    """
-    labels = np.full(rows.tokens.shape, IGNORE, np.int64)
-    labels[:, 1:] = row_labels(rows).numpy()[:, :-1]
-    return labels
 
 
 def lists(values: NDArray[Any], lengths: NDArray[Any]) -> Any:

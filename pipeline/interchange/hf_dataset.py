@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pipeline.data.packing import Rows
-from pipeline.interchange.dataset_folder import Table, lists, lists_of_lists, shifted_labels
+from pipeline.data.packing import Rows, unshifted_labels
+from pipeline.interchange.dataset_folder import Table, lists, lists_of_lists
 from pipeline.logit_cache.format import Fingerprint
 from pipeline.targets.topk import TopK
 
@@ -34,7 +34,7 @@ def plain_table(rows: Rows, topk: TopK) -> Table:
     has_target = flat.has_target[:, None]
     table = {
         "input_ids": lists(rows.tokens.ravel().astype(np.int32), lengths),
-        "labels": lists(shifted_labels(rows).ravel().astype(np.int32), lengths),
+        "labels": lists(unshifted_labels(rows).int().numpy().ravel(), lengths),
         "doc_ids": lists(rows.doc_ids.ravel(), lengths),
     }
     if topk.k:

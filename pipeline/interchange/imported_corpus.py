@@ -7,7 +7,6 @@ go to training or validation by a hash of their tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
 from pipeline.data.corpus import num_ids
 from pipeline.data.corpus_writer import SplitWriter
-from pipeline.data.corpus_zarr import SPLITS
+from pipeline.data.corpus_zarr import SPLITS, digest_of_tokens
 from pipeline.data.mixture import split_of
 from pipeline.data.packing import Document, Rows, best_fit, document_places
 from pipeline.data.text_hashes import write_made_from
@@ -60,7 +59,7 @@ class Choice:
             MismatchError: the document has ids that the tokenizer does not have.
             ParamsError: the part is longer than a row.
         """
-        digest = hashlib.blake2b(document.tokens.astype("<u4").tobytes(), digest_size=16).digest()
+        digest = digest_of_tokens(document.tokens)
         if self.is_full or split_of(digest, self._params.validation_fraction) != self._split:
             return None
         if (largest := int(document.tokens.max())) >= self._vocab_size:

@@ -116,7 +116,7 @@ def distillation_loss_sums(
 def logits_loss_sums(
     logits: Tensor,
     labels: Tensor,
-    topk: TopK | None,
+    topk: TopK,
     *,
     alpha: float,
     temperature: float,
@@ -130,10 +130,7 @@ def logits_loss_sums(
     loss, in a buffer of the logits' size and dtype; beyond that, the memory used is chunk x V x 4
     bytes.
     """
-    if topk is None:
-        alpha, temperature = 0.0, 1.0
-    else:
-        require_expressible(divergence, topk)
+    require_expressible(divergence, topk)
     if not torch.is_grad_enabled():
         logits = logits.detach()
     objective = _Objective(alpha, temperature, divergence, target_weight)
@@ -149,7 +146,7 @@ class _LossOfLogits(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        topk: TopK | None,
+        topk: TopK,
         objective: _Objective,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +160,7 @@ class _LossOfLogits(torch.autograd.Function):
             divergence, ce = _loss_and_grad(
                 part,
                 labels[rows],
-                topk[rows] if topk is not None else None,
+                topk[rows],
                 objective,
                 need_grad=need_grad,
             )

@@ -7,6 +7,7 @@ which one it has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -60,6 +61,6 @@ class TargetSource(Protocol):
         ...
 
 
-def rows_at(places: list[Place]) -> Rows:
+def rows_at(places: Sequence[Place]) -> Rows:
     """Return corpus rows from shards already read, in the given order."""
     return Rows.cat([shard.rows[row - shard.first :][:1] for shard, row in places])
