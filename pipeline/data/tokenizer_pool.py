@@ -14,21 +14,26 @@ Processes are started only once tokenizing has taken as long as starting one doe
 are ready this process goes on, so a small corpus does not wait for them. They are killed at the
 end, since what they may still be doing is of no use by then; and if this process is killed, they
 end by themselves.
+
+They are not a ProcessPoolExecutor, whose processes share two pipes: one that is killed while it
+writes its result, by us or for want of memory, leaves half of it there, and the executor waits for
+the rest for ever. Here each process has a pipe of its own, which ends with it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing.process import BaseProcess
+from itertools import cycle
+from multiprocessing.connection import Connection
 from typing import Any, Protocol, Self
 
 from pipeline.data.document_tokenizer import (
@@ -82,23 +87,20 @@ class LocalPool:
     def __init__(self, here: DocumentTokenizer, settings: TokenizerSettings, workers: int) -> None:
         self._here = here
         self._settings = settings
-        self._workers = workers
+        self._num_workers = workers
         self._seconds = 0.0  # that tokenizing has taken in this process
-        self._executor: ProcessPoolExecutor | None = None
-        self._processes: set[BaseProcess] = set()
-        self._loading: list[Future[list[Result]]] = []
+        self._workers: list[_Worker] = []
+        self._next_worker: Iterator[_Worker] = cycle(self._workers)
         self._threads = os.environ.get("TOKENIZERS_PARALLELISM")
 
     def __enter__(self) -> Self:
-        if self._workers == 1:
+        if self._num_workers == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
         if self._threads is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = self._threads
         else:
@@ -107,24 +109,19 @@ class LocalPool:
     @property
     def depth(self) -> int:
         """One while this process tokenizes; then enough to keep the others busy."""
-        return self._workers * _BLOCKS_PER_WORKER if self._is_ready() else 1
+        return self._num_workers * _BLOCKS_PER_WORKER if self._is_ready() else 1
 
     def submit(self, contents: list[Content]) -> Pending:
         """See `TokenizerPool`."""
         if not self._is_ready():
             return partial(self._tokenize, contents)
-        assert self._executor is not None
-        try:
-            future = self._executor.submit(tokenize_block, self._settings, contents)
-        except BrokenProcessPool:
-            raise _killed(self._workers) from None
-        return partial(self._wait, future)
+        return next(self._next_worker).submit(contents)
 
     def _is_ready(self) -> bool:
         """Return whether there are other processes, and all have loaded the tokenizer."""
-        if self._executor is None and self._workers > 1 and self._seconds >= START_SECONDS:
+        if not self._workers and self._num_workers > 1 and self._seconds >= START_SECONDS:
             self._start()
-        return self._executor is not None and all(future.done() for future in self._loading)
+        return bool(self._workers) and all(worker.is_ready() for worker in self._workers)
 
     def _tokenize(self, contents: list[Content]) -> list[Result]:
         started = time.perf_counter()
@@ -132,31 +129,98 @@ class LocalPool:
         self._seconds += time.perf_counter() - started
         return results
 
-    def _wait(self, future: Future[list[Result]]) -> list[Result]:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise _killed(self._workers) from None
-
     def _start(self) -> None:
         """Start the processes, and let them load the tokenizer."""
-        before = set(multiprocessing.active_children())
-        self._executor = ProcessPoolExecutor(
-            self._workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
-        )
         with _interrupts_deferred():
-            self._loading = [  # each call starts a process
-                self._executor.submit(tokenize_block, self._settings, [])
-                for _ in range(self._workers)
-            ]
-            self._processes = set(multiprocessing.active_children()) - before
+            for _ in range(self._num_workers):
+                self._workers.append(_Worker(self._settings, self._num_workers))
+        self._next_worker = cycle(self._workers)
 
 
-def _killed(workers: int) -> DecantError:
-    return DecantError(
-        "a process that tokenizes was killed, probably because the machine's memory is full: close "
-        f"other programs, or set --workers below {workers}, then run the same command"
-    )
+class _Worker:
+    """A process that tokenizes the blocks that it is sent, one after the other.
+
+    Args:
+        num_workers: how many of them there are, for the error.
+
+    Raises:
+        DecantError: the process was killed.
+    """
+
+    def __init__(self, settings: TokenizerSettings, num_workers: int) -> None:
+        context = multiprocessing.get_context("spawn")  # which gives it no other file of ours
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()  # the other copy is the process's, so the pipe ends when the process does
+        self._num_workers = num_workers
+        self._num_submitted = 0
+        self._num_received = 0
+        self._received: dict[int, list[Result] | Exception] = {}
+        self.submit([])  # it loads the tokenizer
+
+    def is_ready(self) -> bool:
+        """Return whether the process has loaded the tokenizer, or ended; does not wait."""
+        return self._num_received > 0 or self.connection.poll()
+
+    def submit(self, contents: list[Content]) -> Pending:
+        """Send a block."""
+        try:
+            self.connection.send(contents)
+        except OSError:
+            raise self._killed() from None
+        number = self._num_submitted
+        self._num_submitted += 1
+        return partial(self._wait, number)
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def _wait(self, number: int) -> list[Result]:
+        """Blocks of several sources may be waited for in another order than they were sent."""
+        while number not in self._received:
+            try:
+                self._received[self._num_received] = self.connection.recv()
+            except (EOFError, OSError):
+                raise self._killed() from None
+            self._num_received += 1
+        results = self._received.pop(number)
+        if isinstance(results, Exception):
+            raise results
+        return results
+
+    def _killed(self) -> DecantError:
+        return DecantError(
+            "a process that tokenizes was killed, probably because the machine's memory is full: "
+            f"close other programs, or set --workers below {self._num_workers}, then run the same "
+            "command"
+        )
+
+
+def _work(connection: Connection, settings: TokenizerSettings) -> None:
+    """Tokenize what comes by the connection, until the process at its other end closes it."""
+    blocks: queue.SimpleQueue[list[Content]] = queue.SimpleQueue()
+
+    def receive() -> None:  # also while a block is tokenized, so that sending one never waits
+        try:
+            while True:
+                blocks.put(connection.recv())
+        finally:  # even if the other process was killed
+            os._exit(1)
+
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        results: list[Result] | Exception
+        try:
+            results = tokenize_block(settings, blocks.get())
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # pickle leaves out where it was raised
+            results = error
+        with suppress(BrokenPipeError):
+            connection.send(results)
 
 
 @contextmanager
@@ -179,18 +243,6 @@ def _interrupts_deferred() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
         if received:
             signal.raise_signal(signal.SIGINT)
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it has ended, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class _RayPool:

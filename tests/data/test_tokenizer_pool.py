@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import yaml
 from pipeline.config.params import Params
 from pipeline.data import tokenizer_pool
 from pipeline.data.corpus import build_corpus
-from pipeline.data.document_tokenizer import DocumentTokenizer, TokenizerSettings
+from pipeline.data.document_tokenizer import DocumentTokenizer, Tokenized, TokenizerSettings
 from pipeline.data.prefix import PrefixEncoder
 from pipeline.data.tokenizer_pool import LocalPool, available_cores, ray_pool
 from pipeline.errors import DecantError
@@ -38,9 +37,10 @@ is_ready = LocalPool._is_ready
 
 def wait_until_ready(pool: LocalPool) -> bool:
     """Let no document be tokenized before the processes are there."""
-    if pool._workers > 1:
-        is_ready(pool)
-        futures.wait(pool._loading)
+    is_ready(pool)  # which starts them
+    for worker in pool._workers:
+        if not worker.is_ready():
+            worker.connection.poll(None)
     return is_ready(pool)
 
 
@@ -123,18 +123,56 @@ def test_processes_start_late_and_report_errors(
         for _ in range(3):
             assert pool.depth == 1
             pool.submit(["a text"])()
-        assert not pool._processes
+        assert not pool._workers
         monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
         monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
         (error,) = pool.submit(["a text"])()
         assert "corpus.loss_on=completions needs conversations" in str(error)
-        processes = pool._processes
+        processes = [worker.process for worker in pool._workers]
         assert len(processes) == 2
-        next(iter(processes)).kill()
+        processes[0].kill()
         with pytest.raises(DecantError, match=r"was killed, .* set --workers below 2") as caught:
             all(pool.submit(["a text"])() for _ in range(1000))
         assert "\n" not in str(caught.value)
     assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_process_may_end_while_it_sends_its_result(
+    killed: bool, tiny_params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
+    monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
+    settings = settings_of(tiny_params)
+    here = DocumentTokenizer(load_tokenizer(tiny_params.paths.teacher), settings)
+    text = "a word " * 300_000  # whose tokens no pipe holds
+    with LocalPool(here, settings, 2) as pool:
+        pending = pool.submit([text])
+        worker = pool._workers[0]
+        worker._wait(0)
+        wait_until(worker.connection.poll)  # the first of them have arrived
+        if killed:
+            worker.process.kill()
+            with pytest.raises(DecantError, match="was killed"):
+                pending()
+    assert not worker.process.is_alive()
+
+
+def test_blocks_may_be_waited_for_in_any_order(
+    tiny_params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by several sources, whose documents are asked for by turns."""
+    monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
+    monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
+    settings = settings_of(tiny_params)
+    here = DocumentTokenizer(load_tokenizer(tiny_params.paths.teacher), settings)
+    with LocalPool(here, settings, 2) as pool:
+        pending = [pool.submit([f"the text {number}"]) for number in range(7)]
+        for number in (6, 0, 5, 2, 1, 4, 3):
+            [result], [expected] = pending[number](), here([f"the text {number}"])
+            assert isinstance(result, Tokenized)
+            assert isinstance(expected, Tokenized)
+            assert result.tokens.tolist() == expected.tokens.tolist()
 
 
 @pytest.mark.parametrize("name", ["sha256", "version"])
