@@ -185,9 +185,13 @@ def _kl(p: Tensor, q: Tensor, off: Tensor, is_all: Tensor) -> Tensor:
     """
     tiny = torch.finfo(torch.float32).tiny
     live_tail = (1.0 - q.sum(-1)).clamp_min(0.0)
-    said_tail = (1.0 - p.sum(-1)).clamp_min(tiny)
+    # float16 rounds a log-probability by up to 2^-11 of itself, and so the sum of probabilities by
+    # up to 2^-11 times their entropy: what is left may be 0 or less where the tail is not.
+    rounding = torch.special.entr(p).sum(-1) / 2**11
+    said_tail = torch.maximum(1.0 - p.sum(-1), rounding).clamp_min(tiny).masked_fill(is_all, 0.0)
     tail = live_tail * (live_tail.clamp_min(tiny).log() - said_tail.log())
-    return tail.masked_fill(is_all, 0.0) - (q * off).sum(-1)
+    total = p.sum(-1) + said_tail  # by which said is divided, so that KL is not negative
+    return tail.masked_fill(is_all, 0.0) - (q * off).sum(-1) + total.log()
 
 
 def _cosine_of_counts(said: TopK, live: TopK) -> Tensor:

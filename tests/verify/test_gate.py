@@ -414,6 +414,24 @@ def test_a_cut_worked_by_hand() -> None:
     torch.testing.assert_close(result.signed[:, :3], bands)  # nothing is in k = 3 to 4
 
 
+def test_rounding_may_leave_no_tail() -> None:
+    """float16 rounds probabilities up to a sum of more than 1, though the tail has 2e-4."""
+    p = torch.tensor([0.3528, 0.2750, 0.2543, 0.0641]).repeat(4000, 1) * (1 + torch.rand(4000, 4))
+    p = torch.cat((p / p.sum(-1, keepdim=True) * (1 - 2e-4), torch.full((4000, 1), 2e-4)), -1)
+    live = top_k_from_logits(p.log(), 4, ())
+    said = as_stored(live)
+    assert int((said.logprobs.exp().sum(-1) >= 1).sum()) > 200
+    kl = agreement(said, live, p.log().gather(-1, said.ids)).kl
+    assert float(kl.min()) > -1e-6
+    assert float(kl.max()) < 1e-3
+    # A tail that is missing from the cache is found all the same.
+    whole = as_stored(top_k_from_logits(p[:, :4].log(), 4, ()))
+    p = torch.cat((p[:, :4] * 0.9, torch.full((4000, 1), 0.1)), -1)
+    live = top_k_from_logits(p.log(), 4, ())
+    kl = agreement(replace(whole, vocab_size=5), live, p.log().gather(-1, whole.ids)).kl
+    assert float(kl.min()) > 0.3
+
+
 def test_keeping_the_whole_vocabulary_passes(tiny_corpus: Params) -> None:
     """K + M beyond the vocabulary: the live side keeps all there is."""
     params = change(tiny_corpus, prepare={"k": 290, "num_sampled": 20})
