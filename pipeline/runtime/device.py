@@ -1,10 +1,11 @@
 """Device, number formats and seeds: everything that depends on the machine's hardware.
 
-`auto` takes the fastest format for which the hardware has units of its own. A processor without
-units for bfloat16 emulates it, 6 to 60 times slower than float32 (measured with PyTorch 2.13 on
-AVX2), so `auto` is float32 there. A GPU runs inference in float16 and trains in bfloat16, which
-needs no loss scaling because of its range. GPUs before Ampere have no units for bfloat16; they
-train in float16 with loss scaling.
+`auto` takes the fastest format for which the hardware has units of its own. On x86 these are AMX's:
+without them bfloat16 is emulated, 6 to 60 times slower than float32 (measured with PyTorch 2.13 on
+AVX2), or multiplied by AVX512-BF16, 1.2 to 1.9 times slower than float32 (on a Xeon of the fourth
+or fifth generation whose AMX the virtual machine hides), so `auto` is float32 there. A GPU runs
+inference in float16 and trains in bfloat16, which needs no loss scaling because of its range. GPUs
+before Ampere have no units for bfloat16; they train in float16 with loss scaling.
 """
 
 from __future__ import annotations
@@ -171,26 +172,14 @@ def place_rounded(model: Model, dtype: torch.dtype, device: torch.device) -> Mod
 def has_bfloat16_units(device: torch.device) -> bool:
     """Return whether the hardware multiplies bfloat16 itself.
 
-    It does with AMX or AVX512-BF16, and on NVIDIA GPUs from Ampere on. PyTorch is asked rather than
-    the operating system, since its oneDNN may be restricted to AVX2 (ONEDNN_MAX_CPU_ISA=AVX2).
+    It does on x86 with AMX, and on NVIDIA GPUs from Ampere on. PyTorch is asked rather than the
+    operating system, since its oneDNN may be restricted to AVX2 (ONEDNN_MAX_CPU_ISA=AVX2).
+
+    With these units a product can also round its float32 factors to bfloat16, at their speed.
     """
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     return _cpu_has_bfloat16_units()
-
-
-def rounds_float32_factors(device: torch.device) -> bool:
-    """Return whether a product can round its float32 factors to bfloat16, at its units' speed.
-
-    On x86 oneDNN does so only with AMX; AVX512-BF16 needs factors that are already bfloat16.
-    """
-    if not has_bfloat16_units(device):
-        return False
-    return not _is_x86() or torch.cpu._is_amx_tile_supported()
-
-
-def _is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 @cache
@@ -198,9 +187,8 @@ def _cpu_has_bfloat16_units() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     usable: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # also true for AVX512 emulation
-    if _is_x86():
-        cpu = torch.cpu
-        return usable and (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return usable and torch.cpu._is_amx_tile_supported()
     return usable
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pipeline.runtime.device import rounds_float32_factors
+from pipeline.runtime.device import has_bfloat16_units
 
 
 def as_factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +58,7 @@ def matmul_float32(
 
 
 def _rounded_by_units(dtype: torch.dtype, factor: Tensor) -> bool:
-    return dtype == torch.bfloat16 and rounds_float32_factors(factor.device)
+    return dtype == torch.bfloat16 and has_bfloat16_units(factor.device)
 
 
 @contextmanager
