@@ -1,7 +1,8 @@
 """The model card: README.md with the front matter that the hub reads.
 
 The card states what is known and omits the rest. Licence and base model come from export.*, or else
-from the teacher's own card; metrics appear only if they were measured. It contains no local path.
+from the teacher's own card, unless the run learnt from an imported cache, whose teacher is not
+recorded; metrics appear only if they were measured. It contains no local path.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from huggingface_hub import CardData, ModelCardData
 from pipeline.config.names import corpus_name, start_name, teacher_name
 from pipeline.config.params import Params
 from pipeline.config.source_params import TextSource
+from pipeline.data.corpus_zarr import other_text
 from pipeline.io.files import read_json_object
 from pipeline.model.folder import teacher_folder
 from pipeline.model.named_models import is_of_run
@@ -63,6 +65,7 @@ class RunFacts:
     terms: dict[str, Any]  # name and link of a licence without an id on the hub
     base_model: str | list[str] | None
     has_teacher: bool  # whether the run uses its teacher: the predictions or the layers
+    origin: str | None  # the format that the cache of its targets was imported from, if it was
 
     @property
     def unknown(self) -> list[str]:
@@ -77,9 +80,13 @@ class RunFacts:
 def run_facts(params: Params, run: str) -> RunFacts:
     """Read a run's run.json and its teacher's card."""
     about = read_json_object(params.paths.runs / run / "run.json")
-    front = read_front_matter(teacher_folder(params.paths.teacher))
-    is_taught = _targets(about) in _HOW
-    has_teacher = is_taught or about.get("student", {}).get("init") == "layers"
+    is_taught, has_layers = _targets(about) in _HOW, _has_layers(about)
+    origin = about.get("cache", {}).get("imported_from")
+    # Nothing says that the teacher of an imported cache is the one in paths.teacher.
+    is_known = origin is None or has_layers
+    front = read_front_matter(teacher_folder(params.paths.teacher)) if is_known else {}
+    base_model = _base_model(params, front) if is_known else params.export.base_model
+    has_teacher = is_taught or has_layers
     terms = {}
     if not params.export.license and front.get("license") == "other":
         keys = ("license_name", "license_link")
@@ -88,14 +95,20 @@ def run_facts(params: Params, run: str) -> RunFacts:
         about=about,
         license=params.export.license or license_of(front),
         terms=terms,
-        base_model=_base_model(params, front) if has_teacher else None,
+        base_model=base_model if has_teacher else None,
         has_teacher=has_teacher,
+        origin=origin,
     )
 
 
 def _targets(about: Mapping[str, Any]) -> str | None:
     found: str | None = about.get("train", {}).get("targets")
     return found
+
+
+def _has_layers(about: Mapping[str, Any]) -> bool:
+    """Return whether the student began as layers of the teacher."""
+    return bool(about.get("student", {}).get("init") == "layers")
 
 
 def run_card(params: Params, run: str, files: Sequence[str]) -> str:
@@ -107,19 +120,22 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     """
     facts = run_facts(params, run)
     about, how = facts.about, _HOW.get(_targets(facts.about) or "")
+    is_of_params = other_text(params.paths.corpus, facts.origin) is None
     front = ModelCardData(
         license=facts.license,
         base_model=facts.base_model,
-        datasets=[source.hub.id for source in _on_hub(params)] or None,
+        datasets=[source.hub.id for source in _on_hub(params) if is_of_params] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["decant", *(["knowledge-distillation"] if how else [])],
         **facts.terms,
     )
-    origin = [*_start(about.get("student", {})), ("data", data_line(params))]
+    made_from = [*_start(about.get("student", {})), ("data", text_line(params, facts.origin))]
+    if facts.origin and _has_layers(about):
+        made_from.insert(0, ("teacher of the layers", teacher_line(params)))
     if facts.has_teacher:
-        origin.insert(0, ("teacher", teacher_line(params)))
-    rows = [*origin, *_training(about), *_kept(params, run)]
+        made_from.insert(0, ("teacher", teacher_line(params, facts.origin)))
+    rows = [*made_from, *_training(about), *_kept(params, run)]
     sections = [
         f"# {run}\n\nA causal language model, {how or 'trained'} by Decant.",
         _use(files),
@@ -187,8 +203,14 @@ def _use(files: Sequence[str]) -> str:
     return text
 
 
-def teacher_line(params: Params) -> str:
-    """Name the teacher, and for one from the hub its revision."""
+def teacher_line(params: Params, origin: str | None = None) -> str:
+    """Name the teacher, and for one from the hub its revision.
+
+    Args:
+        origin: the format that the cache was imported from, if it was.
+    """
+    if origin:
+        return f"not recorded, imported from {origin}"
     teacher, name = params.teacher, teacher_name(params.teacher)
     if teacher.source == "hub":
         return f"{name} at revision {teacher.hub.revision}"
@@ -198,8 +220,13 @@ def teacher_line(params: Params) -> str:
     )
 
 
+def text_line(params: Params, origin: str | None) -> str:
+    """Name the text of paths.corpus; see `teacher_line` for `origin`."""
+    return other_text(params.paths.corpus, origin) or data_line(params)
+
+
 def data_line(params: Params) -> str:
-    """Name the text, and for text from the hub its revision."""
+    """Name the text of corpus.*, and for text from the hub its revision."""
     name = corpus_name(params.corpus)
     if params.corpus.sources:
         at = [f"{source.hub.id} at revision {source.hub.revision}" for source in _on_hub(params)]

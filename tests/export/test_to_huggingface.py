@@ -151,7 +151,7 @@ METRICS = {
     "teacher": {"loss": 2.5, "perplexity": 12.18, "tokens": 600},
     "student": {"loss": 3.125, "perplexity": 22.76, "tokens": 600},
 }
-RUN = {
+RUN: dict[str, Any] = {
     "train": {"targets": "cached", "steps": 48, "temperature": 1.0},
     "cache": {
         "teacher_sha256": "19f1f3",
@@ -239,6 +239,32 @@ def test_card_invents_nothing(params_of_run: Params) -> None:
     assert "Not stated: the terms of the teacher and the data may apply." in text
     assert "Evaluation" not in text  # nobody measured it
     assert "llama" not in text
+
+
+@pytest.mark.parametrize("init", ["random", "layers"])
+def test_an_imported_cache_has_no_recorded_teacher(
+    init: str, params_of_run: Params, tmp_path: Path
+) -> None:
+    """The teacher in paths.teacher need not be it, so neither name nor licence are taken."""
+    run = RUN | {"student": {"init": init}, "cache": RUN["cache"] | {"imported_from": "distillkit"}}
+    (params_of_run.paths.runs / "student" / "run.json").write_text(json.dumps(run))
+    teacher = shutil.copytree(params_of_run.paths.teacher, tmp_path / "licensed")
+    (teacher / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n")
+    hub = {"teacher": {"source": "hub"}, "corpus": {"source": "hub"}}
+    params = change(params_of_run, paths={"teacher": str(teacher)}, **hub)
+    text = run_card(params, "student", [])
+    assert "| teacher | not recorded, imported from distillkit |" in text
+    assert "| data | unrecorded text, imported from distillkit |" in text
+    assert "datasets" not in front(text)
+    has_layers = init == "layers"
+    assert ("| teacher of the layers | Qwen/Qwen2.5-0.5B at revision" in text) is has_layers
+    assert ("Qwen/Qwen2.5-0.5B" in text) is has_layers
+    assert front(text).get("base_model") == ("Qwen/Qwen2.5-0.5B" if has_layers else None)
+    assert front(text).get("license") == ("mit" if has_layers else None)
+    unknown = [] if has_layers else ["export.license", "export.base_model"]
+    assert run_facts(params, "student").unknown == unknown
+    named = change(params, export={"base_model": "someone/teacher"})
+    assert front(run_card(named, "student", []))["base_model"] == "someone/teacher"
 
 
 def test_card_of_hub_teacher_and_data(params_of_run: Params) -> None:
