@@ -135,7 +135,7 @@ def way(scores: dict[str, list[Scores]], name: str, field: str) -> str:
 @click.option("--seeds", default=3)
 @click.option("--steps", default=48)
 def main(work: Path, seeds: int, steps: int) -> None:
-    """Train, evaluate, print the README's table."""
+    """Train, evaluate, print the table of docs/benchmarks.md."""
     with patch.object(block_search, "block_top_k", keep_all_unsorted):
         compare_targets(work, seeds, steps)
 
