@@ -33,7 +33,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import cycle
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol, Self
 
 from pipeline.data.document_tokenizer import (
@@ -49,7 +51,7 @@ from pipeline.runtime.ray_cluster import errors_unwrapped, ray_cluster
 START_SECONDS = 3.0
 """About what a process needs to import its libraries and load a tokenizer."""
 
-_BLOCKS_PER_WORKER = 2  # one is tokenized while the next waits
+_BLOCKS_PER_WORKER = 2  # so that a worker has the next one when its results have been read
 
 Pending = Callable[[], list[Result]]
 """Waits for a block that was submitted, and returns its documents."""
@@ -131,6 +133,7 @@ class LocalPool:
 
     def _start(self) -> None:
         """Start the processes, and let them load the tokenizer."""
+        resource_tracker.ensure_running()  # which would unblock SIGINT if the first process did it
         with _interrupts_deferred():
             for _ in range(self._num_workers):
                 self._workers.append(_Worker(self._settings, self._num_workers))
@@ -216,11 +219,22 @@ def _work(connection: Connection, settings: TokenizerSettings) -> None:
         results: list[Result] | Exception
         try:
             results = tokenize_block(settings, blocks.get())
-        except Exception as error:
-            error.add_note(traceback.format_exc())  # pickle leaves out where it was raised
-            results = error
-        with suppress(BrokenPipeError):
+        except BaseException as error:  # a panic of the tokenizer is no Exception
+            results = _portable(error)
+            results.add_note(traceback.format_exc())  # pickle leaves out where it was raised
+        with suppress(OSError):  # the other process has ended
             connection.send(results)
+
+
+def _portable(error: BaseException) -> Exception:
+    """Return an error that another process can raise: itself if pickle knows how."""
+    try:
+        same = ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:
+        same = None
+    if isinstance(error, Exception) and type(same) is type(error):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 @contextmanager

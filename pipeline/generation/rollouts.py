@@ -27,7 +27,7 @@ the rest, so `reverse_kl` computes the expectation over the K + 1 outcomes inste
 which removes the noise of the sample. Unknown to it is how the tail is spread within itself, a bias
 where the student has much mass there. tests/benchmarks/on_policy.py compares both with the gradient
 over the whole vocabulary: with a student close to its teacher (0.01 nats) the bucket's cosine is
-0.9999; with the demo's (1.4 nats) it is 0.72 to 0.83, better than the sampled tokens' up to about
+0.9999; with the demo's (1.4 nats) it is 0.72 to 0.81, better than the sampled tokens' up to about
 1,000 tokens per step, and worse beyond (docs/benchmarks.md). Moreover
 
 - q is the student of the present step in `reverse_kl`, so no importance ratio is needed when the

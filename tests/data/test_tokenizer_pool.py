@@ -149,6 +149,9 @@ def test_a_process_may_end_while_it_sends_its_result(
     with LocalPool(here, settings, 2) as pool:
         pending = pool.submit([text])
         worker = pool._workers[0]
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        blocked = int(re.findall(r"SigBlk:\s*(\w+)", status)[0], 16)
+        assert blocked >> (signal.SIGINT - 1) & 1  # Ctrl-C is for the process that started it
         worker._wait(0)
         wait_until(worker.connection.poll)  # the first of them have arrived
         if killed:
@@ -156,6 +159,15 @@ def test_a_process_may_end_while_it_sends_its_result(
             with pytest.raises(DecantError, match="was killed"):
                 pending()
     assert not worker.process.is_alive()
+
+
+def test_any_error_reaches_the_other_process() -> None:
+    class Panic(BaseException):
+        """As pyo3's, which is no Exception; nor can pickle find this class."""
+
+    known = tokenizer_pool._portable(DecantError("one sentence"))
+    assert type(known) is DecantError
+    assert str(tokenizer_pool._portable(Panic("overflow"))) == "Panic: overflow"
 
 
 def test_blocks_may_be_waited_for_in_any_order(

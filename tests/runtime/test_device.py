@@ -56,7 +56,7 @@ def of_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     ("onednn", "amx", "avx512_bf16", "expected"),
     [
         (True, True, True, BFLOAT16),  # Sapphire Rapids
-        (True, False, True, FLOAT32),  # AVX512-BF16 alone is slower than float32
+        (True, False, True, FLOAT32),  # AVX512-BF16 alone was slower on a Xeon
         (True, False, False, FLOAT32),  # Skylake-X: oneDNN supports bfloat16 by emulation
         (False, False, False, FLOAT32),  # AVX2
         (False, True, True, FLOAT32),  # AMX that ONEDNN_MAX_CPU_ISA=AVX2 forbids to use
@@ -123,7 +123,7 @@ def test_a_slow_format_is_told_once_with_the_factor(
         assert training_dtype("bfloat16", CPU) == BFLOAT16
     assert capsys.readouterr().out == (
         "warning: train.dtype=bfloat16 takes 7.2 times as long as float32 on this processor, which "
-        "has no units for it: set train.dtype to auto or float32\n"
+        "has no fast units for it: set train.dtype to auto or float32\n"
     )
     hardware._cpu_has_bfloat16_units.cache_clear()
     of_cpu(units, onednn=True, amx=True, avx512_bf16=True)  # on a busy machine, say
