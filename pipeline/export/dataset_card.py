@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
-from pipeline.data.corpus_zarr import read_made_from, rollouts_model
+from pipeline.data.corpus_zarr import other_text, read_made_from, rollouts_model
 from pipeline.errors import DecantError
-from pipeline.export.card import card_page, license_of, teacher_line, text_line
+from pipeline.export.card import card_page, data_line, license_of, teacher_line
 from pipeline.export.shared_files import TOKENIZER, SharedFile
 from pipeline.io.checked_json import DamagedError, parse
 from pipeline.io.files import read_json_object
@@ -90,7 +90,7 @@ def _facts(params: Params, readers: Sequence[CacheReader]) -> list[tuple[str, st
     positions = sum(reader.corpus.info.num_positions for reader in readers)
     rows = [
         ("teacher", teacher_line(params, made_from.imported_from)),
-        ("text", text_line(_as_recorded(params), made_from.imported_from)),
+        ("text", _text(params, made_from.imported_from)),
         ("kept of each position", made_from.kept),
         ("temperatures", ", ".join(f"{temperature:g}" for temperature in temperatures)),
         ("ids of the tokenizer", f"{info.vocab_size:,}"),
@@ -110,6 +110,10 @@ def _facts(params: Params, readers: Sequence[CacheReader]) -> list[tuple[str, st
     rows += [(f"fingerprint: {name}", f"`{sha256}`") for name, sha256 in hashes.items()]
     writer = rollouts_model(read_made_from(params.paths.corpus))
     return rows + ([("model that wrote the rollouts, sha256", f"`{writer}`")] if writer else [])
+
+
+def _text(params: Params, origin: str | None) -> str:
+    return other_text(params.paths.corpus, origin) or data_line(_as_recorded(params))
 
 
 def _as_recorded(params: Params) -> Params:
@@ -178,9 +182,9 @@ def _terms(params: Params, license_id: str | None, origin: str | None) -> str:
     found = license_of(read_front_matter(teacher_folder(params.paths.teacher)))
     if found and not origin:
         teacher += f", licence {found}"
-    text = text_line(_as_recorded(params), origin)
     said = (
-        f"The rows can be decoded to the text ({text}), and the targets are predictions of the "
-        f"teacher ({teacher}). Whoever published them is responsible for the right to do so."
+        f"The rows can be decoded to the text ({_text(params, origin)}), and the targets are "
+        f"predictions of the teacher ({teacher}). Whoever published them is responsible for the "
+        "right to do so."
     )
     return f"## Licence\n\n{license_id or 'Not stated.'}\n\n{said}"

@@ -188,9 +188,11 @@ def _kl(p: Tensor, q: Tensor, off: Tensor, is_all: Tensor) -> Tensor:
     # float16 rounds a log-probability by up to 2^-11 of itself, and so the sum of probabilities by
     # up to 2^-11 times their entropy: what is left may be 0 or less where the tail is not.
     rounding = torch.special.entr(p).sum(-1) / 2**11
-    said_tail = torch.maximum(1.0 - p.sum(-1), rounding).clamp_min(tiny).masked_fill(is_all, 0.0)
+    known = p.sum(-1)
+    said_tail = torch.maximum(1.0 - known, rounding).clamp_min(tiny)
     tail = live_tail * (live_tail.clamp_min(tiny).log() - said_tail.log())
-    total = p.sum(-1) + said_tail  # by which said is divided, so that KL is not negative
+    # The sum by which said is divided, so that KL is not negative.
+    total = known + said_tail.masked_fill(is_all, 0.0)
     return tail.masked_fill(is_all, 0.0) - (q * off).sum(-1) + total.log()
 
 

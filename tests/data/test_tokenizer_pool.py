@@ -137,16 +137,22 @@ def test_processes_start_late_and_report_errors(
     assert not any(process.is_alive() for process in processes)
 
 
-@pytest.mark.parametrize("killed", [True, False])
-def test_a_process_may_end_while_it_sends_its_result(
-    killed: bool, tiny_params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_processes(tiny_params: Params, monkeypatch: pytest.MonkeyPatch) -> LocalPool:
+    """A pool whose processes tokenize from the first block on, not entered yet."""
     monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
     monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
     settings = settings_of(tiny_params)
     here = DocumentTokenizer(load_tokenizer(tiny_params.paths.teacher), settings)
+    return LocalPool(here, settings, 2)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_process_may_end_while_it_sends_its_result(
+    killed: bool, two_processes: LocalPool
+) -> None:
     text = "a word " * 300_000  # whose tokens no pipe holds
-    with LocalPool(here, settings, 2) as pool:
+    with two_processes as pool:
         pending = pool.submit([text])
         worker = pool._workers[0]
         status = Path(f"/proc/{worker.process.pid}/status").read_text()
@@ -170,15 +176,10 @@ def test_any_error_reaches_the_other_process() -> None:
     assert str(tokenizer_pool._portable(Panic("overflow"))) == "Panic: overflow"
 
 
-def test_blocks_may_be_waited_for_in_any_order(
-    tiny_params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_may_be_waited_for_in_any_order(two_processes: LocalPool) -> None:
     """As by several sources, whose documents are asked for by turns."""
-    monkeypatch.setattr(tokenizer_pool, "START_SECONDS", 0.0)
-    monkeypatch.setattr(LocalPool, "_is_ready", wait_until_ready)
-    settings = settings_of(tiny_params)
-    here = DocumentTokenizer(load_tokenizer(tiny_params.paths.teacher), settings)
-    with LocalPool(here, settings, 2) as pool:
+    here = two_processes._here
+    with two_processes as pool:
         pending = [pool.submit([f"the text {number}"]) for number in range(7)]
         for number in (6, 0, 5, 2, 1, 4, 3):
             [result], [expected] = pending[number](), here([f"the text {number}"])
