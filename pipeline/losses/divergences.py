@@ -163,4 +163,4 @@ def sampled_target(topk: TopK, temperature: float) -> tuple[Tensor, Tensor, Tens
     weight, outside = topk.sampled_target(temperature)
     p = log_p.exp()
     ids = torch.cat((topk.ids, topk.sampled_ids), -1)
-    return ids, torch.cat((p, weight), -1), outside - torch.special.entr(p).sum(-1)
+    return ids, torch.cat((p, weight), -1), outside + torch.xlogy(p, p).sum(-1)

@@ -160,8 +160,8 @@ class TopK:
         _, tail_mass = self.target(1.0)
         weight = (tail_mass / max(1, self.num_sampled))[..., None] * self.sampled_counts
         if temperature == 1.0:
-            kept = torch.special.entr(self.logprobs.exp()).sum(-1)  # -p log p
-            return weight, kept - self.entropy
+            p = self.logprobs.exp()
+            return weight, -torch.xlogy(p, p).sum(-1) - self.entropy
         log_p = self.sampled_logprobs / temperature - self._normaliser(temperature)
         weight = weight * (log_p - self.sampled_logprobs).exp()
         return weight, (weight * log_p).sum(-1)
@@ -194,7 +194,7 @@ def nats_lost(topk: TopK) -> Tensor:
     """
     p = topk.logprobs.double().exp()
     tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
-    merged: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(tail_mass)  # -x log x
+    merged = -torch.xlogy(p, p).sum(-1) - torch.xlogy(tail_mass, tail_mass)
     return (topk.entropy.double() - merged).clamp_min(0.0)
 
 

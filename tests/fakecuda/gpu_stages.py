@@ -49,6 +49,9 @@ class Project:
         for section in ("prepare", "train", "evaluate", "study"):
             values[section]["dtype"] = "auto"
         values["train"] |= SHORT
+        # Interpreted kernels take 0.1 s per row.
+        values["corpus"] |= {"train_tokens": 800, "validation_tokens": 200}
+        values["verify"] |= {"batches": 8, "noise_batches": 2}
         values["generate"]["max_new_tokens"] = 4
         values["study"] |= {"max_new_tokens": 5, "prompt_tokens": 12, "repeats": 1}
         values["study"]["batch_sizes"] = [1, 3]

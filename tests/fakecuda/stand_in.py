@@ -16,6 +16,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import thread as futures
@@ -430,6 +431,7 @@ def _interpret_kernels() -> None:
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
+    one_at_a_time = threading.Lock()  # the interpreter changes modules while it runs a kernel
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
@@ -438,11 +440,12 @@ def _interpret_kernels() -> None:
             kernel = interpreter.InterpretedFunction(self.fn)
             # The interpreter remaps the names that the kernel sees, those of triton.language; the
             # functions of triton.language itself see those of its module `core`.
-            scope = interpreter._patch_lang(tl.sum.fn)
-            try:
-                kernel.run(*host_args, grid=grid, warmup=False, **host_kwargs)
-            finally:
-                scope.restore()
+            with one_at_a_time:
+                scope = interpreter._patch_lang(tl.sum.fn)
+                try:
+                    kernel.run(*host_args, grid=grid, warmup=False, **host_kwargs)
+                finally:
+                    scope.restore()
         return compiled
 
     @cache
