@@ -54,8 +54,7 @@ def main(
     _say_check(check)
     if found.run and (unknown := run_facts(params, found.run).unknown):
         click.echo(
-            "  the model card leaves out what the teacher's own card does not say: name it by "
-            f"{' and '.join(unknown)}"
+            f"  the model card leaves out what is recorded nowhere: set {' and '.join(unknown)}"
         )
     files = files_of(folder)
     total = sum(size for _, size in files) / 1e6

@@ -224,6 +224,15 @@ def teacher_line(params: Params, origin: str | None = None) -> str:
     )
 
 
+def teacher_hash_name(origin: str | None) -> str:
+    """Return what a card calls a cache's teacher_sha256, which import takes of the files read.
+
+    Args:
+        origin: the format that the cache was imported from, if it was.
+    """
+    return "sha256 of the imported files" if origin else "teacher_sha256"
+
+
 def data_line(params: Params) -> str:
     """Name the text of corpus.*, and for text from the hub its revision."""
     name = corpus_name(params.corpus)
@@ -251,8 +260,11 @@ def _start(student: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     train, cache = about.get("train", {}), about.get("cache", {})
     rows = [(f"train.{key}", str(train[key])) for key in _FROM_TRAIN if key in train]
+    names = {"teacher_sha256": teacher_hash_name(cache.get("imported_from"))}
     rows += [
-        (f"cache: {key}", str(cache[key])) for key in _FROM_CACHE if cache.get(key) is not None
+        (f"cache: {names.get(key, key)}", str(cache[key]))
+        for key in _FROM_CACHE
+        if cache.get(key) is not None
     ]
     if "corpus_sha256" in about and not cache:
         rows.append(("corpus_sha256", str(about["corpus_sha256"])))

@@ -16,7 +16,7 @@ from pipeline.config.params import Params
 from pipeline.config.source_params import CorpusParams
 from pipeline.data.corpus_zarr import other_text, read_made_from, rollouts_model
 from pipeline.errors import DecantError
-from pipeline.export.card import card_page, data_line, license_of, teacher_line
+from pipeline.export.card import card_page, data_line, license_of, teacher_hash_name, teacher_line
 from pipeline.export.shared_files import TOKENIZER, SharedFile
 from pipeline.io.checked_json import DamagedError, parse
 from pipeline.io.files import read_json_object
@@ -105,7 +105,8 @@ def _facts(params: Params, readers: Sequence[CacheReader]) -> list[tuple[str, st
     rows += [
         (f"fingerprint: {name}", f"{getattr(made_from, name)}") for name in (*origin, *_OF_CACHE)
     ]
-    hashes = {"teacher_sha256": made_from.teacher_sha256, "tokenizer_sha256": info.tokenizer_sha256}
+    of_teacher = teacher_hash_name(made_from.imported_from)
+    hashes = {of_teacher: made_from.teacher_sha256, "tokenizer_sha256": info.tokenizer_sha256}
     hashes |= {f"corpus_sha256, {r.corpus.split}": r.corpus.info.sha256 for r in readers}
     rows += [(f"fingerprint: {name}", f"`{sha256}`") for name, sha256 in hashes.items()]
     writer = rollouts_model(read_made_from(params.paths.corpus))

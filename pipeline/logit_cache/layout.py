@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -242,11 +242,12 @@ def damage_as_sentence(address: Address, shard: int | None = None) -> Iterator[N
 
 def repair_command(address: Address) -> str:
     """Return the command that repairs a split's cache, of the stage that made it."""
-    with suppress(DamagedError, MismatchError):
+    repair, convert = "run stages/prepare.py --repair", "run stages/convert.py --overwrite"
+    try:
         layout = load_layout(open_folder(address), str(address))
-        if layout and layout.fingerprint.imported_from:
-            return "run stages/convert.py --overwrite"
-    return "run stages/prepare.py --repair"
+    except (DamagedError, MismatchError):  # what says how it was made cannot be read
+        return f"{repair}, or {convert} if it was imported"
+    return convert if layout and layout.fingerprint.imported_from else repair
 
 
 def id_order_name(id_order: IdOrder) -> str:

@@ -77,8 +77,9 @@ def test_by_hand_with_a_dry_run(tiny_run: Params, tmp_path: Path) -> None:
     assert "these would go to some-org/tiny, private; nothing was sent" in done.stdout
     assert "16 of 16 tokens as ours, float32, 4 of 4 prompts" in done.stdout
     assert f"export: {folder} holds 8 files" in done.stdout
-    assert "the model card leaves out what the teacher's own card does not say" in done.stdout
-    assert "name it by export.license\n" in done.stdout  # no run.json says that it has a teacher
+    # No run.json says that it has a teacher.
+    said = "the model card leaves out what is recorded nowhere: set export.license\n"
+    assert said in done.stdout
     check = json.loads((tiny_run.paths.export / "check.json").read_text())
     assert (check["model"], check["passed"], check["prompts"]) == ("student", True, 4)
     assert len(check["paths"]) == (3 if has_llama_cpp() else 1)

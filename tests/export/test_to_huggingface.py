@@ -255,6 +255,8 @@ def test_an_imported_cache_has_no_recorded_teacher(
     text = run_card(params, "student", [])
     assert "| teacher | not recorded, imported from distillkit |" in text
     assert "| data | unrecorded text, imported from distillkit |" in text
+    assert "| cache: sha256 of the imported files | " in text
+    assert "teacher_sha256" not in text
     assert "datasets" not in front(text)
     has_layers = init == "layers"
     assert ("| teacher of the layers | Qwen/Qwen2.5-0.5B at revision" in text) is has_layers

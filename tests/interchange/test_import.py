@@ -344,6 +344,8 @@ def test_a_damaged_import_is_repaired_as_its_message_says(
         assert_stored(params, as_float32(sequences))
     assert CorpusSplit(params.paths.corpus, "train").info.sha256 == rows
     (params.paths.logits / "train" / "zarr.json").write_text("{")
+    with pytest.raises(DecantError, match=r"prepare.py --repair, or .* if it was imported"):
+        open_cache(params)
     import_from(folder, params, overwrite=True)
     assert_stored(params, as_float32(sequences))
 
