@@ -6,7 +6,7 @@ runs over the rows only once. If they do not fit, evaluate a few at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,7 @@ def compare(
     Raises:
         DecantError: a model's predictions are not finite, or no token of the split is in the loss.
     """
-    names = (TEACHER, *models)
-    found = {name: PositionScores(params.calibration_bins, name) for name in names}
+    found = _scores((TEACHER, *models), corpus.info.num_positions, params, teacher.device)
     _announce(teacher, models, corpus, params, document_mask)
     documents, row_numbers = [], []
     for first in progress(range(0, len(corpus), params.batch_rows), what="evaluate", unit="batch"):
@@ -84,6 +83,13 @@ def compare(
     )
 
 
+def _scores(
+    names: Iterable[str], positions: int, params: EvaluateParams, device: torch.device
+) -> dict[str, PositionScores]:
+    bins = params.calibration_bins
+    return {name: PositionScores(positions, bins, name, device) for name in names}
+
+
 def _announce(
     teacher: Teacher,
     models: Mapping[str, JudgedModel],
@@ -95,9 +101,7 @@ def _announce(
     rows = corpus.rows(0, min(at_once, len(corpus)))
 
     def judge() -> None:
-        unused = {
-            name: PositionScores(params.calibration_bins, name) for name in (TEACHER, *models)
-        }
+        unused = _scores((TEACHER, *models), rows.tokens.size, params, teacher.device)
         _judge(teacher, models, rows, row_labels(rows), document_mask, unused)
         for scores in unused.values():
             scores.values()  # a model that has diverged is reported now, not after all rows
@@ -121,17 +125,17 @@ def _judge(
     tokens = to_device(torch.from_numpy(rows.tokens), teacher.device)
     apart = documents_apart(torch.from_numpy(rows.doc_ids), document_mask)
     labels = labels.flatten()
-    targets = to_device(labels, teacher.device)
+    # Found on the CPU, since a GPU would have to be waited for
+    positions = (labels != IGNORE).nonzero()[:, 0]
+    places = to_device(positions, teacher.device)
+    targets = to_device(labels[positions], teacher.device)
     states = {name: model.states(tokens, apart) for name, model in models.items()}
-    for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart):
-        # Found on the CPU, since a GPU would have to be waited for
-        places = (labels[chunk] != IGNORE).nonzero()[:, 0]
-        wanted = to_device(places, teacher.device)
-        target = targets[chunk][wanted]
-        log_p = teacher_logits[wanted].log_softmax(-1)
-        found[TEACHER].add(teacher_logits[wanted], target, log_p)
+    for chunk, teacher_logits in teacher.logits_by_chunk(tokens, apart, positions):
+        log_p = teacher_logits.log_softmax(-1)
+        found[TEACHER].add(teacher_logits, targets[chunk], log_p)
         for name, model in models.items():
-            found[name].add(model.logits(states[name][chunk][wanted]), target, log_p)
+            logits = model.logits(states[name][places[chunk]])
+            found[name].add(logits, targets[chunk], log_p)
 
 
 def _differences(

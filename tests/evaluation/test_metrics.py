@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 
 from pipeline.errors import DecantError
 from pipeline.evaluation.metrics import PositionScores, kl_divergence, kl_statistics
+from tests.helpers import RunPython
 
 
 def test_worked_by_hand() -> None:
     """Two positions; the model says (0.8, 0.2) twice, the labels are 0 and 1."""
     logits = torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log()
     teacher = torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log()
-    sums = PositionScores(bins=10)
+    sums = PositionScores(2, bins=10)
     sums.add(logits, torch.tensor([0, 1]), teacher)
     scores = sums.scores(np.array([0, 1]))
     assert scores.loss == pytest.approx(-(math.log(0.8) + math.log(0.2)) / 2)
@@ -36,7 +38,7 @@ def test_what_is_no_number_is_one_sentence(bad: float) -> None:
     """Not an index out of range, nor a NaN that the report would have to show."""
     teacher = torch.zeros(2, 4).log_softmax(-1)
     logits = torch.tensor([[0.0, bad, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
-    scores = PositionScores(10, "far")
+    scores = PositionScores(2, 10, "far")
     scores.add(logits, torch.tensor([0, 1]), teacher)
     with pytest.raises(DecantError, match="far predicts probabilities that are 0 or not numbers"):
         scores.scores(np.zeros(2, np.int64))
@@ -45,7 +47,7 @@ def test_what_is_no_number_is_one_sentence(bad: float) -> None:
 def test_chunks_do_not_matter() -> None:
     logits, teacher = torch.randn(50, 30), torch.randn(50, 30).log_softmax(-1)
     labels = torch.randint(0, 30, (50,))
-    whole, parts = PositionScores(15), PositionScores(15)
+    whole, parts = PositionScores(50, 15), PositionScores(60, 15)
     whole.add(logits, labels, teacher)
     for rows in torch.arange(50).split(7):
         parts.add(logits[rows], labels[rows], teacher[rows])
@@ -58,12 +60,36 @@ def test_chunks_do_not_matter() -> None:
         assert found["interval"][name] == pytest.approx(interval, rel=1e-6)
 
 
+GROWTH = """
+import torch
+from pipeline.evaluation.metrics import PositionScores
+
+head, labels = torch.zeros(8, 8192), torch.zeros(64, dtype=torch.long)
+scores = [PositionScores(64 * 60, 10) for _ in range(3)]
+for chunk in range(60):
+    teacher = (torch.zeros(64, 8) @ head).log_softmax(-1)
+    for of_model in scores:
+        of_model.add(torch.zeros(64, 8) @ head, labels, teacher)
+    if chunk in (9, 59):
+        print(int(open("/proc/self/statm").read().split()[1]) * 4096)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_chunks(run_python: RunPython, tmp_path: Path) -> None:
+    """The chunks' logits are 2 MB each; 15 MB per chunk stayed allocated."""
+    (tmp_path / "growth.py").write_text(GROWTH)
+    done = run_python(str(tmp_path / "growth.py"))
+    early, late = map(int, done.stdout.split())
+    assert late - early < 100e6
+
+
 def test_perfect_calibration_has_no_error() -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.full((40_000,), 0.7)
     labels = (torch.rand(40_000, generator=generator) > p).long()
     logits = torch.stack([p, 1 - p], dim=-1).log()
-    sums = PositionScores(10)
+    sums = PositionScores(40_000, 10)
     sums.add(logits, labels, logits)
     scores = sums.scores(np.arange(40_000) // 100)
     assert scores.calibration_error < 0.01
