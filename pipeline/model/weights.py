@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import DecantError
 from pipeline.io.files import require_regular_files
@@ -189,6 +190,21 @@ def _context(max_position_embeddings: int, scaling: RopeScaling | None) -> int:
     return max(max_position_embeddings, round(stretched))
 
 
+class _SkipInit(TorchFunctionMode):
+    """Within the block, torch.nn.init leaves random weights as they were allocated.
+
+    All of them are read from a file next. Initialising them took longer than reading them.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentModel:
     """Load the student of a Hugging Face folder in float32, or only some of its layers, in order.
 
@@ -200,7 +216,8 @@ def load_student(folder: Path, layers: Sequence[int] | None = None) -> StudentMo
     if layers is not None:
         require_layers(layers, config.num_layers, folder)
         config = ModelConfig(**{**vars(config), "num_layers": len(layers)})
-    student = StudentModel(config)
+    with _SkipInit():
+        student = StudentModel(config)
     position = {source: i for i, source in enumerate(layers or range(config.num_layers))}
     targets = dict(student.named_parameters())
     loaded: set[str] = set()

@@ -14,11 +14,10 @@ is PyTorch's default. From NVIDIA's own papers:
 
 Compute capabilities are those of NVIDIA's CUDA GPUs page.
 
-cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), on which the demo was measured, at
-the rate that `torch.mm` of 4096 x 4096 reached per second of processor time; it multiplies float16
-in float32. cpu-avx2 is two cores of a server processor (AMD EPYC) without units for half formats,
-at the rate that `torch.mm` of 2048 x 2048 reached; there, `auto` is float32. Their 16 GB of memory
-are an assumption.
+cpu is two cores of a server processor with AMX (Intel, 2.7 GHz), at the rate that `torch.mm` of
+4096 x 4096 reached per second of processor time; it multiplies float16 in float32. cpu-avx2 is two
+cores of a server processor (AMD EPYC) without units for half formats, at the rate that `torch.mm`
+of 2048 x 2048 reached; there, `auto` is float32. Their 16 GB of memory are an assumption.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def test_saved_student_opens_in_hugging_face(
     tokens = torch.randint(0, 99, (2, 17))
     torch.testing.assert_close(theirs(tokens).logits, student(tokens), atol=1e-5, rtol=1e-5)
     assert read_config(tmp_path / "model") == config
+    before = torch.get_rng_state()
     again = load_student(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)  # no weight was initialised first
     assert torch.equal(again(tokens), student(tokens))
 
 
