@@ -4,10 +4,6 @@ Values of single positions are kept (16 bytes per position and model), because q
 resampling need them. Means are taken in float64 over all positions, so the result does not depend
 on how positions were chunked.
 
-The values go into one tensor that is allocated in advance. When each chunk's were kept as they
-came, they lay on the heap between the logits of their chunk, and the next chunk's, as large as
-these, did not fit there: the process grew by 1.5 GB per 2,000 tokens of a 49,152-row vocabulary.
-
 Shapes: n positions, V vocabulary rows.
 """
 
@@ -23,8 +19,7 @@ from torch import Tensor
 from pipeline.errors import DecantError
 from pipeline.evaluation.results import CalibrationBin, KLStatistics, Scores
 from pipeline.runtime.bootstrap import intervals
-
-_METRICS = ("loss", "kl_to_teacher", "top1_agreement", "accuracy")
+from pipeline.runtime.position_values import PositionValues
 
 
 class PositionScores:
@@ -44,8 +39,7 @@ class PositionScores:
         self, most: int, bins: int, name: str = "the model", device: torch.device | str = "cpu"
     ) -> None:
         self._name = name
-        self._values = torch.empty(len(_METRICS), most, device=device)
-        self._count = 0
+        self._values = PositionValues(most, device)
         # Count, confidence, correct
         self._bins = torch.zeros(3, bins, dtype=torch.float64, device=device)
 
@@ -63,13 +57,15 @@ class PositionScores:
         log_q = logits.log_softmax(-1)
         top_log_q, guess = log_q.max(-1)
         correct = guess == labels
-        loss, kl, agrees, is_right = self._values[:, self._count : self._count + len(labels)]
-        self._count += len(labels)
-        torch.neg(log_q.gather(-1, labels[:, None])[:, 0], out=loss)
-        kl.copy_(kl_divergence(teacher_log_p, log_q))
-        # argmax takes 3.5 times as long as max.
-        agrees.copy_(guess == teacher_log_p.max(-1).indices)
-        is_right.copy_(correct)
+        self._values.add(
+            {
+                "loss": -log_q.gather(-1, labels[:, None])[:, 0],
+                "kl_to_teacher": kl_divergence(teacher_log_p, log_q),
+                # argmax takes 3.5 times as long as max.
+                "top1_agreement": guess == teacher_log_p.max(-1).indices,
+                "accuracy": correct,
+            }
+        )
         confidence = top_log_q.exp().double()
         bins = self._bins.shape[1]
         index = (confidence.nan_to_num() * bins).long().clamp_max(bins - 1)
@@ -82,14 +78,13 @@ class PositionScores:
         Raises:
             DecantError: a loss or a divergence is not finite.
         """
-        found = self._values[:, : self._count].cpu().numpy()
-        values = dict(zip(_METRICS, found, strict=True))
-        if not np.isfinite(values["loss"] + values["kl_to_teacher"]).all():
+        values = self._values.by_name()
+        if not bool(torch.isfinite(values["loss"] + values["kl_to_teacher"]).all()):
             raise DecantError(
                 f"{self._name} predicts probabilities that are 0 or not numbers: its training has "
                 "diverged, or its logits overflow: set evaluate.dtype=float32, or leave it out"
             )
-        return values
+        return {name: tensor.numpy() for name, tensor in values.items()}
 
     def scores(self, clusters: NDArray[np.int64]) -> Scores:
         """Return the means over all positions added so far, with their intervals.

@@ -36,6 +36,7 @@ from pipeline.runtime.batch_sizes import compared_at_once, gpu_memory
 from pipeline.runtime.bootstrap import Interval, clusters_of, intervals
 from pipeline.runtime.console import announce, progress
 from pipeline.runtime.device import pick_device, seconds_of
+from pipeline.runtime.position_values import PositionValues
 from pipeline.targets.reduce import top_k_from_logits
 from pipeline.targets.topk import nats_lost
 from pipeline.teacher.engines import open_teacher, teacher_dtype
@@ -140,7 +141,7 @@ def compare(
     numbers = spread([len(corpus)], params.verify.batches * size, params.seed)
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     _announce(teacher, against, corpus, params, batches)
-    found: list[dict[str, Tensor]] = []
+    found = PositionValues(len(numbers) * corpus.info.row_length, teacher.device)
     documents: list[NDArray[np.int32]] = []
     row_numbers: list[NDArray[np.int64]] = []
     for batch in progress(batches, what="verify", unit="batch"):
@@ -149,15 +150,15 @@ def compare(
         wanted = (labels != IGNORE).numpy()
         if not wanted.any():
             continue
-        found += _compare(teacher, against, rows, labels, params)
+        _compare(teacher, against, rows, labels, params, found)
         documents.append(rows.doc_ids[wanted])
         row_numbers.append(np.asarray(batch)[wanted.nonzero()[0]])
-    if not found:
+    values = found.by_name()
+    if not values:
         raise DecantError(
             f"none of {len(numbers):,} validation rows has a position in the loss, so there is "
             "nothing to compare: raise verify.batches"
         )
-    values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     if not bool(torch.isfinite(values["kl"]).all()):
         raise DecantError(
             "the logits of the teacher or of the model of --against overflow, or a probability is "
@@ -207,7 +208,12 @@ def _announce(
 ) -> None:
     row = _read(corpus, batches[0][:1])
     labels = row_labels(row)
-    a_row = seconds_of(lambda: _compare(teacher, against, row, labels, params), teacher.device)
+
+    def one_row() -> None:
+        unused = PositionValues(labels.numel(), teacher.device)
+        _compare(teacher, against, row, labels, params, unused)
+
+    a_row = seconds_of(one_row, teacher.device)
     announce(
         "verify",
         f"compares {teacher.describe()} with {against.describe()} on {len(batches)} batches",
@@ -220,23 +226,27 @@ def _read(corpus: CorpusSplit, numbers: list[int]) -> Rows:
 
 
 def _compare(
-    teacher: Teacher, against: Teacher, rows: Rows, labels: Tensor, params: Params
-) -> list[dict[str, Tensor]]:
-    """Return values at the positions with a label, on the CPU, by chunks of positions."""
+    teacher: Teacher,
+    against: Teacher,
+    rows: Rows,
+    labels: Tensor,
+    params: Params,
+    found: PositionValues,
+) -> None:
+    """Add the values at the positions with a label."""
     tokens, doc_ids = torch.from_numpy(rows.tokens), torch.from_numpy(rows.doc_ids)
     apart = documents_apart(doc_ids, params.prepare.document_mask)
     wanted = (labels != IGNORE).flatten().nonzero()[:, 0]
     both = (model.logits_by_chunk(tokens, apart, wanted) for model in (teacher, against))
-    return [
-        _values(
+    for (place, ours), (_, theirs) in zip(*both, strict=True):
+        values = _values(
             ours,
             theirs.to(ours.device),
             labels.flatten()[wanted[place]],
             min(params.prepare.k, teacher.vocab_size),
             params.prepare.top_p,
         )
-        for (place, ours), (_, theirs) in zip(*both, strict=True)
-    ]
+        found.add(values)
 
 
 def _values(
@@ -262,4 +272,4 @@ def _values(
             "nats_lost": nats_lost(topk).float(),
             "renormalised_kl": -torch.log1p(-tail_mass),
         }
-    return {name: value.cpu() for name, value in values.items()}
+    return values

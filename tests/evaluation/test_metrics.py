@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from pipeline.errors import DecantError
 from pipeline.evaluation.metrics import PositionScores, kl_divergence, kl_statistics
-from tests.helpers import RunPython
 
 
 def test_worked_by_hand() -> None:
@@ -58,30 +56,6 @@ def test_chunks_do_not_matter() -> None:
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
     for name, interval in expected["interval"].items():
         assert found["interval"][name] == pytest.approx(interval, rel=1e-6)
-
-
-GROWTH = """
-import torch
-from pipeline.evaluation.metrics import PositionScores
-
-head, labels = torch.zeros(8, 8192), torch.zeros(64, dtype=torch.long)
-scores = [PositionScores(64 * 60, 10) for _ in range(3)]
-for chunk in range(60):
-    teacher = (torch.zeros(64, 8) @ head).log_softmax(-1)
-    for of_model in scores:
-        of_model.add(torch.zeros(64, 8) @ head, labels, teacher)
-    if chunk in (9, 59):
-        print(int(open("/proc/self/statm").read().split()[1]) * 4096)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_memory_does_not_grow_with_the_chunks(run_python: RunPython, tmp_path: Path) -> None:
-    """The chunks' logits are 2 MB each; 15 MB per chunk stayed allocated."""
-    (tmp_path / "growth.py").write_text(GROWTH)
-    done = run_python(str(tmp_path / "growth.py"))
-    early, late = map(int, done.stdout.split())
-    assert late - early < 100e6
 
 
 def test_perfect_calibration_has_no_error() -> None:
