@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipeline.config.train_params import Divergence
 from pipeline.errors import MismatchError
-from pipeline.targets.topk import TopK
+from pipeline.targets.topk import TopK, sum_p_log_p
 
 LOG_ZERO = -1e4  # stands for log 0, so that 0 log 0 is 0 in value and gradient
 SKEW = 0.1  # a, as in the experiments of Ko et al. 2024
@@ -163,4 +163,4 @@ def sampled_target(topk: TopK, temperature: float) -> tuple[Tensor, Tensor, Tens
     weight, outside = topk.sampled_target(temperature)
     p = log_p.exp()
     ids = torch.cat((topk.ids, topk.sampled_ids), -1)
-    return ids, torch.cat((p, weight), -1), outside + torch.xlogy(p, p).sum(-1)
+    return ids, torch.cat((p, weight), -1), outside + sum_p_log_p(p)

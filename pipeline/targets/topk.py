@@ -161,7 +161,7 @@ class TopK:
         weight = (tail_mass / max(1, self.num_sampled))[..., None] * self.sampled_counts
         if temperature == 1.0:
             p = self.logprobs.exp()
-            return weight, -torch.xlogy(p, p).sum(-1) - self.entropy
+            return weight, -sum_p_log_p(p) - self.entropy
         log_p = self.sampled_logprobs / temperature - self._normaliser(temperature)
         weight = weight * (log_p - self.sampled_logprobs).exp()
         return weight, (weight * log_p).sum(-1)
@@ -175,6 +175,14 @@ class TopK:
                 " choose one of them, or add it to prepare.temperatures and capture again"
             )
         return self.lse_tau[..., self.temperatures.index(temperature), None]
+
+
+def sum_p_log_p(p: Tensor) -> Tensor:
+    """Return the sum of p log p over the last axis, where 0 log 0 is 0.
+
+    A GPU has a kernel for xlogy; torch.special.entr is compiled there when it is first used.
+    """
+    return torch.xlogy(p, p).sum(-1)
 
 
 def nats_lost(topk: TopK) -> Tensor:
@@ -194,7 +202,7 @@ def nats_lost(topk: TopK) -> Tensor:
     """
     p = topk.logprobs.double().exp()
     tail_mass = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
-    merged = -torch.xlogy(p, p).sum(-1) - torch.xlogy(tail_mass, tail_mass)
+    merged = -sum_p_log_p(p) - torch.xlogy(tail_mass, tail_mass)
     return (topk.entropy.double() - merged).clamp_min(0.0)
 
 

@@ -27,7 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pipeline.targets.topk import TopK
+from pipeline.targets.topk import TopK, sum_p_log_p
 from pipeline.verify.sampled_ids import common_counts, sampled_overlap
 
 
@@ -187,7 +187,7 @@ def _kl(p: Tensor, q: Tensor, off: Tensor, is_all: Tensor) -> Tensor:
     live_tail = (1.0 - q.sum(-1)).clamp_min(0.0)
     # float16 rounds a log-probability by up to 2^-11 of itself, and so the sum of probabilities by
     # up to 2^-11 times their entropy: what is left may be 0 or less where the tail is not.
-    rounding = -torch.xlogy(p, p).sum(-1) / 2**11
+    rounding = -sum_p_log_p(p) / 2**11
     known = p.sum(-1)
     said_tail = torch.maximum(1.0 - known, rounding).clamp_min(tiny)
     tail = live_tail * (live_tail.clamp_min(tiny).log() - said_tail.log())
